@@ -1,0 +1,193 @@
+"""What the attention of every kind of layer has in common: its settings, its carry, its way out.
+
+``y, carry = attention(x, carry, grid, num_queries, attn_mask, is_causal)`` is the contract. Tokens x are (B, N, C),
+prefix tokens first, then the patches row by row; y has the first ``num_queries`` rows, all when None; ``grid`` is this
+input's (rows, columns) of patches, the one built for when None. State between layers is this argument and this return
+value and nothing else.
+
+Shapes: B images, N tokens, M keys, C channels, H heads, D = C / H, P prefix tokens.
+"""
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Callable, Dict, NamedTuple, Optional, Tuple
+
+import torch
+from timm.layers import register_notrace_function, use_fused_attn
+from torch import Tensor, nn
+
+from vitreuse.attention.tiles import span_pairs
+from vitreuse.plan import Spec
+
+
+class Carry(NamedTuple):
+    """What a layer hands to the next besides its tokens; None where no later layer reads it."""
+
+    weights: Optional[Tensor]  # the map (B, H, N, M); of a tiled span layer (B, H, tiles, queries, keys)
+    prefix_weights: Optional[Tensor]  # the prefix tokens' rows (B, H, P, N) of a tiled map
+    q: Optional[Tensor]  # (B, H, N, D), after qk-norm
+    k: Optional[Tensor]  # (B, H, M, D), after qk-norm
+    key_proj: Optional[Tensor]  # the anchor's token projections, see lowrank.py
+    value_proj: Optional[Tensor]
+    layerwise_proj: Optional[Tensor]  # the model's one projection under layerwise sharing, passed on by every layer
+
+
+EMPTY_CARRY = Carry(None, None, None, None, None, None, None)
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """Everything that the attention of one layer is built from."""
+
+    spec: Spec
+    anchor: Optional[Spec]  # of a reuse layer: the spec that made the map
+    hands_on: bool  # whether a later layer reads this layer's carry
+    dim: int
+    num_heads: int
+    grid: Tuple[int, int]
+    num_prefix_tokens: int
+    reuse_backend: str = "auto"
+    lowrank_sharing: str = "key_value"
+    lowrank_projection: str = "linear"
+    lowrank_init: str = "random"
+    qkv_bias: bool = True
+    qk_norm: bool = False
+    scale_norm: bool = False
+    proj_bias: bool = True
+    attn_drop: float = 0.0
+    proj_drop: float = 0.0
+    norm_layer: Callable[..., nn.Module] = nn.LayerNorm
+    device: Optional[torch.device] = None
+    dtype: Optional[torch.dtype] = None
+
+    @property
+    def num_tokens(self) -> int:
+        """N, the prefix tokens and one token per patch."""
+        return self.num_prefix_tokens + self.grid[0] * self.grid[1]
+
+
+@torch.fx.wrap
+@register_notrace_function
+def without_mask(kind: str, attn_mask: Optional[Tensor], is_causal: bool) -> Optional[Tensor]:
+    """None, for a kind of layer whose keys are not the tokens that a mask speaks of.
+
+    Raises:
+        ValueError: a mask or causal attention was asked for.
+    """
+    if attn_mask is not None or is_causal:
+        raise ValueError(
+            f"{kind} layers take no attn_mask and no is_causal, since their keys are not all the tokens: "
+            "use exact and reuse layers with a mask."
+        )
+    return None
+
+
+@torch.fx.wrap
+@register_notrace_function
+def with_all_tokens(kind: str, x: Tensor, grid: Tuple[int, int], num_prefix_tokens: int) -> Tensor:
+    """The tokens, for a kind of layer that must know where on the grid each of them lies.
+
+    Raises:
+        ValueError: the number of tokens is not that of the grid, as under patch_drop_rate.
+    """
+    if x.shape[1] != num_prefix_tokens + grid[0] * grid[1]:
+        raise ValueError(
+            f"{kind} layers need all {num_prefix_tokens} + {grid[0]} x {grid[1]} tokens and got {x.shape[1]}: "
+            "set patch_drop_rate to 0, or use exact and reuse layers."
+        )
+    return x
+
+
+def rows_of(parameter: Optional[Tensor], start: int, stop: int) -> Optional[Tensor]:
+    """Output rows ``start:stop`` of a linear layer's weight or bias."""
+    return None if parameter is None else parameter[start:stop]
+
+
+def split_heads(x: Tensor, head_dim: int) -> Tensor:
+    """(B, N, heads * D) to (B, heads, N, D)."""
+    return x.unflatten(-1, (-1, head_dim)).transpose(1, 2)
+
+
+def linear_params(linear: nn.Linear) -> int:
+    """Number of parameters of a linear layer."""
+    return linear.out_features * (linear.in_features + (linear.bias is not None))
+
+
+def norm_params(norm: nn.Module) -> int:
+    """Number of parameters of a norm, 0 of an identity."""
+    return sum(parameter.numel() for parameter in norm.parameters())
+
+
+class Attention(nn.Module):
+    """Head geometry, qk-norm and output projection; a subclass per kind of layer adds its inputs and ``forward``."""
+
+    width: int = 0  # of the span, 0 for all keys
+
+    def __init__(self, config: AttentionConfig) -> None:
+        super().__init__()
+        if config.dim % config.num_heads:
+            raise ValueError(f"embed_dim {config.dim} is not a multiple of num_heads {config.num_heads}.")
+        self.dim = config.dim
+        self.num_heads = config.num_heads
+        self.head_dim = config.dim // config.num_heads
+        self.grid = config.grid
+        self.num_prefix_tokens = config.num_prefix_tokens
+        self.hands_on = config.hands_on
+        self.reuse_backend = config.reuse_backend
+        self.fused_attn = use_fused_attn()
+
+    def build_output(self, config: AttentionConfig, computes_map: bool) -> None:
+        """Adds timm's submodules after the input projections, in timm's order, so that a seed gives timm's weights."""
+        factory = {"device": config.device, "dtype": config.dtype}
+        qk_norm = config.qk_norm and computes_map
+        self.q_norm = config.norm_layer(self.head_dim, **factory) if qk_norm else nn.Identity()
+        self.k_norm = config.norm_layer(self.head_dim, **factory) if qk_norm else nn.Identity()
+        self.attn_drop = nn.Dropout(config.attn_drop)
+        self.norm = config.norm_layer(self.dim, **factory) if config.scale_norm else nn.Identity()
+        self.proj = nn.Linear(self.dim, self.dim, bias=config.proj_bias, **factory)
+        self.proj_drop = nn.Dropout(config.proj_drop)
+
+    def dropout_p(self) -> float:
+        """Dropout rate of the map in the current mode."""
+        return self.attn_drop.p if self.training else 0.0
+
+    def computed_rows(self, num_queries: Optional[int]) -> Optional[int]:
+        """How many query rows to compute: those asked for, or all (None) where windows need whole tiles."""
+        if num_queries is not None and self.width > 0 and num_queries > self.num_prefix_tokens:
+            return None
+        return num_queries
+
+    def output(self, mixed: Tensor, num_queries: Optional[int]) -> Tensor:
+        """Output projection of mixed values (B, H, N, D): (B, num_queries, C)."""
+        if num_queries is not None:
+            mixed = mixed[:, :, :num_queries]
+        return self.proj_drop(self.proj(self.norm(mixed.transpose(1, 2).flatten(2))))
+
+    def set_grid(self, grid: Tuple[int, int]) -> None:
+        """Makes ``grid`` the one built for."""
+        self.grid = grid
+
+    def num_rows(self, num_queries: int, num_tokens: int) -> int:
+        """Query rows that run when ``num_queries`` are asked for."""
+        return num_tokens if self.computed_rows(num_queries) is None else num_queries
+
+    def num_pairs(self, grid: Tuple[int, int], num_queries: int, num_keys: int, theoretical: bool) -> int:
+        """Query-key pairs of the map, whole tiles with their halo unless ``theoretical``."""
+        if self.width == 0 or num_queries <= self.num_prefix_tokens:
+            return num_queries * num_keys
+        return span_pairs(grid, self.width, self.num_prefix_tokens, theoretical)
+
+    def num_output_params(self) -> int:
+        """Parameters of the norms and the output projection."""
+        return linear_params(self.proj) + sum(norm_params(norm) for norm in (self.q_norm, self.k_norm, self.norm))
+
+    @abstractmethod
+    def macs(self, grid: Tuple[int, int], num_queries: int, theoretical: bool) -> Dict[str, int]:
+        """Multiply-adds of the matrix products of one image, by part.
+
+        ``theoretical`` counts a carried map and exact neighbourhoods; else the products that run, those of the
+        backend on this device and of whole tiles with their halo.
+        """
+
+    @abstractmethod
+    def num_params(self) -> int:
+        """Number of parameters, from the layer's own shapes."""

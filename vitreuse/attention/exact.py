@@ -1,0 +1,94 @@
+"""Full softmax attention, timm's own, with its map or (q, k) handed on when a later layer reuses it."""
+from typing import Dict, Optional, Tuple
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vitreuse.attention.base import Attention, AttentionConfig, Carry, linear_params, rows_of, split_heads
+from vitreuse.attention.maps import attend
+
+# queries, keys, values, key_proj, value_proj
+Inputs = Tuple[Tensor, Tensor, Tensor, Optional[Tensor], Optional[Tensor]]
+
+
+class ExactAttention(Attention):
+    """Softmax attention of every token to every token.
+
+    Shape: x (B, N, C) to (B, num_queries, C).
+    Exact when: always; keys, initialisation and outputs are timm's.
+    Cost: 4 N C^2 + 2 N^2 C multiply-adds an image.
+    Paper: Dosovitskiy et al., 2020 (arXiv 2010.11929).
+    """
+
+    def __init__(self, config: AttentionConfig) -> None:
+        super().__init__(config)
+        self.qkv = nn.Linear(self.dim, 3 * self.dim, bias=config.qkv_bias, device=config.device, dtype=config.dtype)
+        self.build_output(config, computes_map=True)
+
+    def forward(
+        self,
+        x: Tensor,
+        carry: Carry,
+        grid: Optional[Tuple[int, int]] = None,
+        num_queries: Optional[int] = None,
+        attn_mask: Optional[Tensor] = None,
+        is_causal: bool = False,
+    ) -> Tuple[Tensor, Carry]:
+        return self.attend_tokens(x, carry, grid, num_queries, attn_mask, is_causal)
+
+    def attend_tokens(
+        self,
+        x: Tensor,
+        carry: Carry,
+        grid: Optional[Tuple[int, int]],
+        num_queries: Optional[int],
+        attn_mask: Optional[Tensor],
+        is_causal: bool,
+    ) -> Tuple[Tensor, Carry]:
+        """The forward pass of every layer that computes its own map."""
+        if grid is None:
+            grid = self.grid
+        rows = self.computed_rows(num_queries)
+        q, k, v, key_proj, value_proj = self.project(x, rows, grid, carry.layerwise_proj)
+        mixed, weights, prefix_weights, handed_q, handed_k = attend(
+            self.q_norm(q),
+            self.k_norm(k),
+            v,
+            grid,
+            self.width if rows is None else 0,
+            self.num_prefix_tokens,
+            attn_mask,
+            is_causal,
+            self.dropout_p(),
+            self.fused_attn,
+            self.hands_on,
+            self.reuse_backend,
+        )
+        handed = Carry(weights, prefix_weights, handed_q, handed_k, key_proj, value_proj, carry.layerwise_proj)
+        return self.output(mixed, num_queries), handed
+
+    def project(self, x: Tensor, rows: Optional[int], grid: Tuple[int, int], layerwise_proj: Optional[Tensor]) -> Inputs:
+        """Queries (B, H, rows, D) of the first rows, keys and values (B, H, N, D); no token projections."""
+        if rows is None:
+            q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
+        else:
+            q = split_heads(self.project_rows(x[:, :rows], 0, self.dim), self.head_dim)
+            k, v = split_heads(self.project_rows(x, self.dim, 3 * self.dim), self.head_dim).chunk(2, dim=1)
+        return q, k, v, None, None
+
+    def project_rows(self, x: Tensor, start: int, stop: int) -> Tensor:
+        """Output rows ``start:stop`` of the fused projection: queries are first, then keys, then values."""
+        return F.linear(x, self.qkv.weight[start:stop], rows_of(self.qkv.bias, start, stop))
+
+    def macs(self, grid: Tuple[int, int], num_queries: int, theoretical: bool) -> Dict[str, int]:
+        num_tokens = self.num_prefix_tokens + grid[0] * grid[1]
+        pairs = self.num_pairs(grid, num_queries, num_tokens, theoretical)
+        return {
+            "qkv": (self.num_rows(num_queries, num_tokens) + 2 * num_tokens) * self.dim**2,
+            "logits": pairs * self.dim,
+            "values": pairs * self.dim,
+            "proj": num_queries * self.dim**2,
+        }
+
+    def num_params(self) -> int:
+        return linear_params(self.qkv) + self.num_output_params()

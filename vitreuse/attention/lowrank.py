@@ -1,0 +1,267 @@
+"""Keys and values projected along the tokens, from N to k: low-rank attention.
+
+A projection E is a k x N matrix, k adaptive bins (mean, max), or one convolution kernel whose stride is its length.
+Where the heads of a layer share E, E(xW + b) = (Ex)W + (E1)b: projecting the tokens first and applying W to k rows is
+the same function at far fewer multiply-adds. Max is not linear, and unshared projections differ by head: these project
+keys and values.
+"""
+import math
+from typing import Dict, Optional, Tuple
+
+import torch
+from timm.layers import register_notrace_function
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vitreuse.attention.base import AttentionConfig, Carry, rows_of, split_heads, with_all_tokens, without_mask
+from vitreuse.attention.exact import ExactAttention, Inputs
+
+SHARINGS = ("none", "headwise", "key_value", "layerwise")
+PROJECTIONS = ("linear", "mean", "max", "conv")
+INITS = ("random", "mean")
+
+
+def kernel_size(num_tokens: int, projected_dim: int) -> int:
+    """Length and stride of the convolution that takes N tokens to at most k."""
+    return (num_tokens + projected_dim - 1) // projected_dim
+
+
+def projected_length(num_tokens: int, kind: str, projected_dim: int) -> int:
+    """Keys that N tokens become: k, or as many windows as a convolution has."""
+    if kind != "conv":
+        return projected_dim
+    return -(-num_tokens // kernel_size(num_tokens, projected_dim))
+
+
+def projection_macs(num_tokens: int, kind: str, projected_dim: int) -> int:
+    """Multiply-adds of projecting one channel of N tokens; pooling has none, a convolution pads its last window."""
+    if kind == "linear":
+        return projected_dim * num_tokens
+    if kind == "conv":
+        return projected_length(num_tokens, kind, projected_dim) * kernel_size(num_tokens, projected_dim)
+    return 0
+
+
+def projection_shape(config: AttentionConfig) -> Optional[Tuple[int, ...]]:
+    """Shape of one token projection: k x N, (H x k x N without sharing), the kernel's length, None for pooling."""
+    assert config.spec.number is not None
+    if config.lowrank_projection in ("mean", "max"):
+        return None
+    heads = (config.num_heads,) if config.lowrank_sharing == "none" else ()
+    if config.lowrank_projection == "conv":
+        return (*heads, kernel_size(config.num_tokens, config.spec.number))
+    return (*heads, config.spec.number, config.num_tokens)
+
+
+def tokens_first(config: AttentionConfig) -> bool:
+    """Whether the tokens are projected before W: E must be linear and shared by the heads."""
+    return config.lowrank_projection != "max" and config.lowrank_sharing != "none"
+
+
+def init_projection(projection: Tensor, kind: str, init: str) -> None:
+    """Fills a token projection in place: ``mean`` as the pooling it generalises, ``random`` normal.
+
+    Differs from the paper: the variance is 1 / N and not 1 / k, so that projected tokens keep the tokens' scale.
+    """
+    length = projection.shape[-1]
+    with torch.no_grad():
+        if init == "random":
+            nn.init.normal_(projection, std=length**-0.5)
+        elif kind == "conv":
+            projection.fill_(1 / length)
+        else:
+            bins = F.adaptive_avg_pool1d(torch.eye(length, dtype=torch.float64)[None], projection.shape[-2])[0].T
+            projection.copy_(bins)
+
+
+def project_tokens(x: Tensor, projection: Optional[Tensor], kind: str, projected_dim: int) -> Tensor:
+    """Tokens (..., N, D) taken to (..., k, D)."""
+    if kind == "linear":
+        assert projection is not None
+        return projection @ x
+    if kind == "conv":
+        assert projection is not None
+        kernel = projection.shape[-1]
+        windows = F.pad(x, (0, 0, 0, -x.shape[-2] % kernel)).unflatten(-2, (-1, kernel))
+        return (projection[..., None, None, :] @ windows).squeeze(-2)
+    flat = x.transpose(-2, -1).flatten(0, -3)
+    pooled = F.adaptive_avg_pool1d(flat, projected_dim) if kind == "mean" else F.adaptive_max_pool1d(flat, projected_dim)
+    return pooled.unflatten(0, x.shape[:-2]).transpose(-2, -1)
+
+
+def projected_heads(
+    x: Tensor,
+    weight: Tensor,
+    bias: Optional[Tensor],
+    projection: Optional[Tensor],
+    kind: str,
+    projected_dim: int,
+    tokens_first: bool,
+    head_dim: int,
+) -> Tensor:
+    """Tokens (B, N, C) through a linear layer and a token projection, in the cheaper order: (B, heads, k, D)."""
+    if not tokens_first:
+        return project_tokens(split_heads(F.linear(x, weight, bias), head_dim), projection, kind, projected_dim)
+    y = F.linear(project_tokens(x, projection, kind, projected_dim), weight)
+    if bias is not None:
+        sums = row_sums(projection, kind, x.shape[1])
+        y = y + (bias if sums is None else sums * bias)
+    return split_heads(y, head_dim)
+
+
+def row_sums(projection: Optional[Tensor], kind: str, num_tokens: int) -> Optional[Tensor]:
+    """E1, by which a bias is scaled when the tokens are projected first: (k, 1), or None for ones."""
+    if projection is None:
+        return None
+    if kind == "linear":
+        return projection.sum(-1, keepdim=True)
+    kernel = projection.shape[-1]
+    inside = F.pad(projection.new_ones(num_tokens), (0, -num_tokens % kernel))
+    return (inside.unflatten(0, (-1, kernel)) * projection).sum(-1, keepdim=True)
+
+
+@torch.fx.wrap
+@register_notrace_function
+def at_grid(
+    projection: Optional[Tensor],
+    kind: str,
+    old_grid: Tuple[int, int],
+    grid: Tuple[int, int],
+    num_prefix_tokens: int,
+    projected_dim: int,
+) -> Optional[Tensor]:
+    """A projection built for one grid resampled to another: bilinear over the patches and scaled by the ratio of
+    their numbers, so that row sums stay; the prefix tokens' columns are kept."""
+    if projection is None or old_grid == grid:
+        return projection
+    old_patches, patches = old_grid[0] * old_grid[1], grid[0] * grid[1]
+    if kind == "conv":
+        kernel = kernel_size(num_prefix_tokens + patches, projected_dim)
+        flat = projection.reshape(1, -1, projection.shape[-1])
+        resized = F.interpolate(flat, size=kernel, mode="linear") * (projection.shape[-1] / kernel)
+        return resized.reshape(projection.shape[:-1] + (kernel,))
+    prefix, columns = projection[..., :num_prefix_tokens], projection[..., num_prefix_tokens:]
+    images = columns.reshape(1, -1, old_grid[0], old_grid[1])
+    resized = F.interpolate(images, size=grid, mode="bilinear", antialias=True) * (old_patches / patches)
+    return torch.cat([prefix, resized.reshape(projection.shape[:-1] + (patches,))], dim=-1)
+
+
+def resampled_parameter(parameter: nn.Parameter, resampled: Optional[Tensor]) -> nn.Parameter:
+    """A new parameter with the resampled values that is trained if the old one was."""
+    assert resampled is not None
+    return nn.Parameter(resampled.detach().clone(), requires_grad=parameter.requires_grad)
+
+
+def alias(projection: Optional[Tensor]) -> Optional[Tensor]:
+    """A view to hand on: a parameter that a re-entrant checkpoint returns stops being a leaf."""
+    return None if projection is None else projection.view_as(projection)
+
+
+class LowRankAttention(ExactAttention):
+    """Softmax attention of every token to k projected keys and values.
+
+    Shape: x (B, N, C) to (B, num_queries, C); E (k, N), per head (H, k, N).
+    Exact when: k = N and E = F = identity.
+    Differs from the paper: prefix tokens are projected like patches; tokens are projected before W_k and W_v where the
+        heads share E, which is the same function; mean, max and conv projections, which the paper proposes.
+    Cost: key_value sharing: 2 (N + k) C^2 + (1 + 2) N k C multiply-adds an image, against 4 N C^2 + 2 N^2 C.
+    Raises: ValueError for an attn_mask, and for fewer tokens than the grid has.
+    Paper: Wang et al., 2020, Linformer (arXiv 2006.04768).
+    """
+
+    def __init__(self, config: AttentionConfig) -> None:
+        super().__init__(config)
+        assert config.spec.number is not None
+        self.projected_dim = config.spec.number
+        self.kind = config.lowrank_projection
+        self.sharing = config.lowrank_sharing
+        self.init = config.lowrank_init
+        shape = projection_shape(config)
+        own = () if shape is None else {"layerwise": (), "key_value": ("key_proj",)}.get(
+            self.sharing, ("key_proj", "value_proj")
+        )
+        for name in ("key_proj", "value_proj"):
+            parameter = None
+            if name in own:
+                parameter = nn.Parameter(torch.empty(shape, device=config.device, dtype=config.dtype))
+            self.register_parameter(name, parameter)
+        self.tokens_first = tokens_first(config)
+        self.one_projection = self.value_proj is None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Fills the layer's own token projections."""
+        for projection in (self.key_proj, self.value_proj):
+            if projection is not None:
+                init_projection(projection, self.kind, self.init)
+
+    def forward(
+        self,
+        x: Tensor,
+        carry: Carry,
+        grid: Optional[Tuple[int, int]] = None,
+        num_queries: Optional[int] = None,
+        attn_mask: Optional[Tensor] = None,
+        is_causal: bool = False,
+    ) -> Tuple[Tensor, Carry]:
+        x = with_all_tokens("lowrank", x, self.grid if grid is None else grid, self.num_prefix_tokens)
+        return self.attend_tokens(x, carry, grid, num_queries, without_mask("lowrank", attn_mask, is_causal), False)
+
+    def project(self, x: Tensor, rows: Optional[int], grid: Tuple[int, int], layerwise_proj: Optional[Tensor]) -> Inputs:
+        """Queries (B, H, rows, D) of the first rows, projected keys and values (B, H, k, D), and E and F."""
+        key_proj, value_proj = self.projections(grid, layerwise_proj)
+        q = split_heads(self.project_rows(x if rows is None else x[:, :rows], 0, self.dim), self.head_dim)
+        if self.one_projection:
+            k, v = self.project_keys(x, key_proj, self.dim, 3 * self.dim).chunk(2, dim=1)
+        else:
+            k = self.project_keys(x, key_proj, self.dim, 2 * self.dim)
+            v = self.project_keys(x, value_proj, 2 * self.dim, 3 * self.dim)
+        if not self.hands_on:
+            return q, k, v, None, None
+        return q, k, v, alias(key_proj), alias(value_proj)
+
+    def project_keys(self, x: Tensor, projection: Optional[Tensor], start: int, stop: int) -> Tensor:
+        """Rows ``start:stop`` of the fused projection for the projected tokens."""
+        weight, bias = self.qkv.weight[start:stop], rows_of(self.qkv.bias, start, stop)
+        return projected_heads(
+            x, weight, bias, projection, self.kind, self.projected_dim, self.tokens_first, self.head_dim
+        )
+
+    def projections(
+        self, grid: Tuple[int, int], layerwise_proj: Optional[Tensor]
+    ) -> Tuple[Optional[Tensor], Optional[Tensor]]:
+        """E for keys and F for values on this grid; the same tensor twice where the layer has one."""
+        own = layerwise_proj if self.sharing == "layerwise" else self.key_proj
+        if self.sharing == "layerwise" and self.kind in ("linear", "conv") and own is None:
+            raise ValueError("a layerwise low-rank layer was run without the model's key_proj: call the whole model.")
+        key_proj = at_grid(own, self.kind, self.grid, grid, self.num_prefix_tokens, self.projected_dim)
+        if self.value_proj is None:
+            return key_proj, key_proj
+        return key_proj, at_grid(
+            self.value_proj, self.kind, self.grid, grid, self.num_prefix_tokens, self.projected_dim
+        )
+
+    def set_grid(self, grid: Tuple[int, int]) -> None:
+        for name in ("key_proj", "value_proj"):
+            own = getattr(self, name)
+            if own is not None:
+                at = at_grid(own, self.kind, self.grid, grid, self.num_prefix_tokens, self.projected_dim)
+                setattr(self, name, resampled_parameter(own, at))
+        self.grid = grid
+
+    def macs(self, grid: Tuple[int, int], num_queries: int, theoretical: bool) -> Dict[str, int]:
+        num_tokens = self.num_prefix_tokens + grid[0] * grid[1]
+        num_keys = projected_length(num_tokens, self.kind, self.projected_dim)
+        projected = num_keys if self.tokens_first else num_tokens
+        products = projection_macs(num_tokens, self.kind, self.projected_dim)
+        return {
+            "qkv": (num_queries + 2 * projected) * self.dim**2,
+            "token_projection": (1 if self.one_projection else 2) * products * self.dim,
+            "logits": num_queries * num_keys * self.dim,
+            "values": num_queries * num_keys * self.dim,
+            "proj": num_queries * self.dim**2,
+        }
+
+    def num_params(self) -> int:
+        own = [math.prod(p.shape) for p in (self.key_proj, self.value_proj) if p is not None]
+        return super().num_params() + sum(own)

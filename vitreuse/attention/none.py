@@ -1,0 +1,43 @@
+"""No attention: the control that every method must beat."""
+from typing import Dict, Optional, Tuple
+
+import torch
+from torch import Tensor, nn
+
+from vitreuse.attention.base import AttentionConfig, Carry
+
+
+class NoAttention(nn.Module):
+    """The attention of a layer that has only an MLP. Its block skips it; the carry passes it by.
+
+    Cost: none.
+    Source: attention removed from whole layers, as the lambda-ViT study does.
+    """
+
+    def __init__(self, config: AttentionConfig) -> None:
+        super().__init__()
+        self.grid = config.grid
+
+    def forward(
+        self,
+        x: Tensor,
+        carry: Carry,
+        grid: Optional[Tuple[int, int]] = None,
+        num_queries: Optional[int] = None,
+        attn_mask: Optional[Tensor] = None,
+        is_causal: bool = False,
+    ) -> Tuple[Tensor, Carry]:
+        y = x if num_queries is None else x[:, :num_queries]
+        return torch.zeros_like(y), carry
+
+    def set_grid(self, grid: Tuple[int, int]) -> None:
+        """Makes ``grid`` the one built for."""
+        self.grid = grid
+
+    def macs(self, grid: Tuple[int, int], num_queries: int, theoretical: bool) -> Dict[str, int]:
+        """No products."""
+        return {}
+
+    def num_params(self) -> int:
+        """No parameters."""
+        return 0

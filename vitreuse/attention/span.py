@@ -1,0 +1,38 @@
+"""A square neighbourhood of patches per query: the sparse layers of mixed spans."""
+from typing import Optional, Tuple
+
+from torch import Tensor
+
+from vitreuse.attention.base import AttentionConfig, Carry, with_all_tokens, without_mask
+from vitreuse.attention.exact import ExactAttention
+
+
+class SpanAttention(ExactAttention):
+    """Softmax attention of every patch to a width x width neighbourhood of patches and to all prefix tokens.
+
+    Prefix tokens (class, distillation, registers) see everything. Neighbourhoods are truncated at the border.
+
+    Shape: x (B, N, C) to (B, num_queries, C); any grid, non-square ones and those that no tile divides included.
+    Exact when: the span covers the grid, width >= 2 max(rows, columns) - 1.
+    Differs from the paper: its sparse layers are causal windows of text; here windows are two-dimensional.
+    Cost: tiles.py; linear in N for a fixed width.
+    Raises: ValueError for an attn_mask, and for fewer tokens than the grid has.
+    Paper: Zhang et al., 2023, MASFormer (arXiv 2310.12442).
+    """
+
+    def __init__(self, config: AttentionConfig) -> None:
+        super().__init__(config)
+        assert config.spec.number is not None
+        self.width = config.spec.number
+
+    def forward(
+        self,
+        x: Tensor,
+        carry: Carry,
+        grid: Optional[Tuple[int, int]] = None,
+        num_queries: Optional[int] = None,
+        attn_mask: Optional[Tensor] = None,
+        is_causal: bool = False,
+    ) -> Tuple[Tensor, Carry]:
+        x = with_all_tokens("span", x, self.grid if grid is None else grid, self.num_prefix_tokens)
+        return self.attend_tokens(x, carry, grid, num_queries, without_mask("span", attn_mask, is_causal), False)

@@ -1,0 +1,162 @@
+"""One pre-norm transformer layer of a plan, and the stack that threads the carry through the layers.
+
+Shapes: B images, N tokens, C channels.
+"""
+from typing import Any, Dict, List, Optional, Tuple, Type
+
+import torch
+from timm.layers import DropPath, LayerScale, Mlp
+from timm.models import checkpoint
+from torch import Tensor, nn
+
+from vitreuse.attention import ATTENTION, AttentionConfig, Carry
+from vitreuse.attention.base import linear_params, norm_params
+
+# tokens, then the fields of the carry: flat, since re-entrant checkpointing loses gradients inside a tuple
+LayerOutput = Tuple[
+    Tensor,
+    Optional[Tensor],
+    Optional[Tensor],
+    Optional[Tensor],
+    Optional[Tensor],
+    Optional[Tensor],
+    Optional[Tensor],
+    Optional[Tensor],
+]
+
+
+class PlanBlock(nn.Module):
+    """timm's pre-norm block, with its submodule names, around the attention that the plan asks for.
+
+    A ``none`` layer has no norm1, attn, ls1 and drop_path1 parameters: it is the MLP half alone.
+    """
+
+    has_attention: torch.jit.Final[bool]
+
+    def __init__(
+        self,
+        attention: AttentionConfig,
+        mlp_ratio: float = 4.0,
+        scale_mlp_norm: bool = False,
+        init_values: Optional[float] = None,
+        drop_path: float = 0.0,
+        act_layer: Type[nn.Module] = nn.GELU,
+        mlp_layer: Type[nn.Module] = Mlp,
+    ) -> None:
+        super().__init__()
+        dim = attention.dim
+        factory: dict[str, Any] = {"device": attention.device, "dtype": attention.dtype}
+        self.has_attention = attention.spec.word != "none"
+        self.norm1 = attention.norm_layer(dim, **factory) if self.has_attention else nn.Identity()
+        self.attn = ATTENTION[attention.spec.word](attention)
+        scaled = init_values and self.has_attention
+        self.ls1 = LayerScale(dim, init_values=init_values, **factory) if scaled else nn.Identity()
+        self.drop_path1 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
+
+        self.norm2 = attention.norm_layer(dim, **factory)
+        self.mlp = mlp_layer(
+            in_features=dim,
+            hidden_features=int(dim * mlp_ratio),
+            act_layer=act_layer,
+            norm_layer=attention.norm_layer if scale_mlp_norm else None,
+            bias=attention.proj_bias,
+            drop=attention.proj_drop,
+            **factory,
+        )
+        self.ls2 = LayerScale(dim, init_values=init_values, **factory) if init_values else nn.Identity()
+        self.drop_path2 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
+
+    def forward(
+        self,
+        x: Tensor,
+        weights: Optional[Tensor] = None,
+        prefix_weights: Optional[Tensor] = None,
+        q: Optional[Tensor] = None,
+        k: Optional[Tensor] = None,
+        key_proj: Optional[Tensor] = None,
+        value_proj: Optional[Tensor] = None,
+        layerwise_proj: Optional[Tensor] = None,
+        grid: Optional[Tuple[int, int]] = None,
+        num_queries: Optional[int] = None,
+        attn_mask: Optional[Tensor] = None,
+        is_causal: bool = False,
+    ) -> LayerOutput:
+        """Tokens (B, num_queries, C), all when None, and the carry's fields for the next layer."""
+        carry = Carry(weights, prefix_weights, q, k, key_proj, value_proj, layerwise_proj)
+        rows = x if num_queries is None else x[:, :num_queries]
+        if self.has_attention:
+            y, carry = self.attn(self.norm1(x), carry, grid, num_queries, attn_mask, is_causal)
+            rows = rows + self.drop_path1(self.ls1(y))
+        rows = rows + self.drop_path2(self.ls2(self.mlp(self.norm2(rows))))
+        return (
+            rows,
+            carry.weights,
+            carry.prefix_weights,
+            carry.q,
+            carry.k,
+            carry.key_proj,
+            carry.value_proj,
+            carry.layerwise_proj,
+        )
+
+
+    def macs(self, grid: Tuple[int, int], num_queries: int, theoretical: bool) -> Dict[str, int]:
+        """MACs of one image by part, see Attention.macs."""
+        fc1, fc2 = self._mlp()
+        parts = {f"attn.{part}": macs for part, macs in self.attn.macs(grid, num_queries, theoretical).items()}
+        parts["mlp.fc1"] = num_queries * fc1.in_features * fc1.out_features
+        parts["mlp.fc2"] = num_queries * fc2.in_features * fc2.out_features
+        return parts
+
+    def num_params(self) -> int:
+        """Number of parameters, from the layer's own shapes."""
+        attention = self.attn.num_params() + norm_params(self.norm1) + norm_params(self.ls1)
+        mlp = sum(linear_params(fc) for fc in self._mlp()) + norm_params(self.norm2) + norm_params(self.ls2)
+        return attention + mlp + norm_params(self.mlp.norm)
+
+    def _mlp(self) -> Tuple[nn.Linear, nn.Linear]:
+        if type(self.mlp) is not Mlp:
+            raise ValueError(f"mlp_layer={type(self.mlp).__name__} has no closed form: use timm's Mlp.")
+        return self.mlp.fc1, self.mlp.fc2
+
+
+class PlanBlocks(nn.Sequential):
+    """The layers of a model in a row; a slice of it is one too."""
+
+    def forward(
+        self,
+        x: Tensor,
+        grid: Optional[Tuple[int, int]] = None,
+        num_queries: Optional[int] = None,
+        layerwise_proj: Optional[Tensor] = None,
+        attn_mask: Optional[Tensor] = None,
+        is_causal: bool = False,
+        checkpointing: bool = False,
+    ) -> Tensor:
+        """Tokens (B, N, C) after the last layer, of which only the first ``num_queries`` rows are computed."""
+        return self.collect(x, [], grid, num_queries, layerwise_proj, attn_mask, is_causal, checkpointing)[0]
+
+    def collect(
+        self,
+        x: Tensor,
+        indices: List[int],
+        grid: Optional[Tuple[int, int]] = None,
+        num_queries: Optional[int] = None,
+        layerwise_proj: Optional[Tensor] = None,
+        attn_mask: Optional[Tensor] = None,
+        is_causal: bool = False,
+        checkpointing: bool = False,
+    ) -> Tuple[Tensor, List[Tensor]]:
+        """Tokens after the last layer, and those after each layer of ``indices``."""
+        state: LayerOutput = (x, None, None, None, None, None, None, layerwise_proj)
+        collected: List[Tensor] = []
+        last = len(self) - 1
+        for i, block in enumerate(self):
+            rows = num_queries if i == last else None
+            if checkpointing and not torch.jit.is_scripting():
+                state = checkpoint(block, *state, grid, rows, attn_mask, is_causal)
+            else:
+                state = block(*state, grid, rows, attn_mask, is_causal)
+            if i in indices:
+                collected.append(state[0])
+        return state[0], collected
