@@ -3,6 +3,7 @@
 Registering builds nothing. Every default config is that of timm's plain model of the same family, size and resolution,
 without its weights.
 """
+import difflib
 from functools import partial
 from typing import Any, Callable, Optional
 
@@ -36,6 +37,21 @@ DISTILLED_SIZES = ("tiny", "small", "base")
 def plain_name(name: str) -> str:
     """timm's name of the plain model that a name of ours is a variant of."""
     return _PLAIN_NAMES[name]
+
+
+def variant_of(name: str) -> str:
+    """One of our names for the plain model that ``name`` is, or is a variant of.
+
+    Raises:
+        ValueError: neither a name of ours nor the plain model of one.
+    """
+    if name in _PLAIN_NAMES:
+        return name
+    for variant, plain in _PLAIN_NAMES.items():
+        if plain == name:
+            return variant
+    near = difflib.get_close_matches(name, [*_PLAIN_NAMES, *_PLAIN_NAMES.values()], n=1, cutoff=0)
+    raise ValueError(f"no model {name!r} that takes a plan: the nearest is {near[0]!r}, 'vitreuse models' lists ours.")
 
 
 def _name_table() -> dict[str, tuple[str, str, dict[str, Any]]]:

@@ -1,0 +1,92 @@
+"""The ``vitreuse`` command: what it prints, as JSON and as text, and how it refuses."""
+
+import json
+
+import pytest
+
+from vitreuse.__main__ import main
+
+
+def run_json(capsys: pytest.CaptureFixture[str], *argv: str) -> dict:
+    assert main([*argv, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_plan_reports_layers_and_ratios(capsys):
+    result = run_json(capsys, "plan", "exact reuse*6 exact*5", "--model", "deit_small_patch16_224")
+    assert result["plan"] == "exact reuse*6 exact*5"
+    assert [row["anchor"] for row in result["layers"]] == [None] + [0] * 6 + [None] * 5
+    tokens, dim = 197, 384
+    expected = {"qkv": tokens * dim**2, "logits": 0, "values": tokens**2 * dim, "proj": tokens * dim**2}
+    expected |= {"fc1": 4 * tokens * dim**2, "fc2": 4 * tokens * dim**2}
+    assert result["layers"][3]["macs"] == expected
+    assert result["params_ratio"] == pytest.approx(0.920, abs=5e-4)
+
+
+def test_plan_takes_the_image_size_and_either_name(capsys):
+    small = run_json(capsys, "plan", "lowrank:64*12", "--model", "vit_small_patch16_224", "--image-size", "384")
+    ours = run_json(capsys, "plan", "lowrank:64*12", "--model", "vit_reuse_small_patch16_224", "--image-size", "384")
+    assert small["layers"][0]["macs"]["token_projection"] == 64 * 577 * 384
+    assert small["layers"] == ours["layers"]
+
+
+def test_plan_prints_equal_layers_once(capsys):
+    assert main(["plan", "exact reuse*6 exact*5"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines if line.strip()[:1].isdigit()][:4] == [
+        ["0", "exact"],
+        ["1-6", "reuse"],
+        ["7-10", "exact"],
+        ["11", "exact"],
+    ]
+
+
+def test_models_lists_what_matches(capsys):
+    result = run_json(capsys, "models", "vit_*_tiny_patch16_224")
+    assert {model["name"]: model["plan"] for model in result["models"]} == {
+        "vit_lazy_tiny_patch16_224": "(exact reuse*2)*4",
+        "vit_lowrank_tiny_patch16_224": "lowrank:64*12",
+        "vit_mixspan_tiny_patch16_224": "(span:7*2 exact)*4",
+        "vit_reuse_tiny_patch16_224": "exact reuse*6 exact*5",
+    }
+
+
+def test_shards_are_written_described_and_verified(capsys, tmp_path):
+    root = str(tmp_path / "digits")
+    written = run_json(capsys, "shards", "digits", root)
+    assert [split["num_samples"] for split in written["folders"]] == [1437, 360]
+    assert run_json(capsys, "shards", "verify", f"{root}/train")["folders"] == written["folders"][:1]
+    shard = next((tmp_path / "digits" / "val").glob("*.tar"))
+    content = bytearray(shard.read_bytes())
+    content[600] ^= 1
+    shard.write_bytes(bytes(content))
+    assert main(["shards", "verify", f"{root}/val"]) == 2
+    assert shard.name in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "argv, sentence",
+    [
+        (
+            ["plan", "exact reuse*6 exact*4"],
+            "vitreuse plan: plan has 11 layers, the model has 12: 'exact reuse*6 exact*4' could end in 'exact*5'.\n",
+        ),
+        (
+            ["plan", "exact*12", "--model", "resnet50"],
+            "vitreuse plan: no model 'resnet50' that takes a plan: the nearest is ",
+        ),
+        (["models", "zzz"], "vitreuse models: no model matches 'zzz': try '*reuse*'"),
+        (["shards", "info", "no/such/folder"], "vitreuse shards: no/such/folder "),
+    ],
+)
+def test_wrong_input_is_one_sentence_and_exit_code_2(capsys, argv, sentence):
+    assert main(argv) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith(sentence) and captured.err.count("\n") == 1
+    assert captured.out == ""
+
+
+def test_wrong_arguments_are_one_sentence(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["plans"])
+    assert capsys.readouterr().err.count("\n") == 1

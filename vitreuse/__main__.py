@@ -1,0 +1,21 @@
+"""The ``vitreuse`` command: what a name or a plan means, and shards."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from vitreuse.cli import models, plan, shards
+from vitreuse.console import Parser, run_command
+
+COMMANDS = {"models": models, "plan": plan, "shards": shards}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; the exit code."""
+    description = "Vision transformers that exploit redundancy in attention."
+    return run_command("vitreuse", description, COMMANDS, Parser(add_help=False), argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,57 @@
+"""``vitreuse models [FILTER]``: the registered names, their plans and what they cost."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import timm
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from vitreuse.describe import describe
+from vitreuse.models import plain_name
+
+HELP = "list model names with their plans, parameters and MACs"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's own arguments."""
+    parser.add_argument("filter", nargs="?", default="*", metavar="FILTER", help="such as '*reuse*' (default: all)")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """The models that match the filter.
+
+    Raises:
+        ValueError: no name matches.
+    """
+    names = timm.list_models(args.filter, module="models")
+    if not names:
+        raise ValueError(f"no model matches {args.filter!r}: try '*reuse*', '*lazy*', '*lowrank*' or '*mixspan*'.")
+    return {"models": [_summary(name) for name in names]}
+
+
+def _summary(name: str) -> dict[str, Any]:
+    found = describe(name)
+    kept = ("name", "plan", "params", "macs", "macs_executed", "macs_ratio", "params_ratio")
+    return {"plain": plain_name(name), **{key: found[key] for key in kept}}
+
+
+def render(result: dict[str, Any]) -> Table:
+    """The table for a terminal."""
+    table = Table(caption="MACs of one image; ratios to the exact plan", caption_justify="left", box=SIMPLE_HEAD)
+    for heading in ("name", "plan"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("M params", "ratio", "GMACs", "ratio"):
+        table.add_column(heading, justify="right")
+    for model in result["models"]:
+        table.add_row(
+            model["name"],
+            model["plan"],
+            f"{model['params'] / 1e6:.2f}",
+            f"{model['params_ratio']:.3f}",
+            f"{model['macs'] / 1e9:.3f}",
+            f"{model['macs_ratio']:.3f}",
+        )
+    return table

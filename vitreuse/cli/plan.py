@@ -1,0 +1,70 @@
+"""``vitreuse plan "TEXT"``: what a plan means, layer by layer."""
+
+from __future__ import annotations
+
+import argparse
+from itertools import groupby
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from vitreuse.describe import describe
+
+# parts of a layer and the heading of their sum
+HEADINGS = {
+    ("qkv",): "qkv",
+    ("token_projection",): "tokens",
+    ("logits",): "logits",
+    ("values",): "values",
+    ("proj",): "proj",
+    ("fc1", "fc2"): "mlp",
+}
+HELP = "show what a plan costs, per layer and part"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's own arguments."""
+    parser.add_argument("plan", metavar="TEXT", help="such as 'exact reuse*6 exact*5'")
+    parser.add_argument(
+        "--model", default="vit_small_patch16_224", metavar="NAME", help="a model name, ours or timm's (%(default)s)"
+    )
+    parser.add_argument("--image-size", type=int, metavar="PX", help="side of the image (default: the model's)")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """The plan in that model.
+
+    Raises:
+        ValueError: a wrong plan or an unknown model.
+    """
+    return describe(args.model, args.plan, args.image_size)
+
+
+def render(result: dict[str, Any]) -> Table:
+    """The table for a terminal: MACs in millions, equal layers in one row."""
+    caption = (
+        f"{result['params'] / 1e6:.2f} M params ({result['params_ratio']:.3f} of exact), "
+        f"{result['macs'] / 1e9:.3f} GMACs, {2 * result['macs'] / 1e9:.3f} GFLOPs ({result['macs_ratio']:.3f} of exact)\n"
+        f"{result['macs_executed'] / 1e9:.3f} GMACs run on a CPU; layers in MMACs of one image"
+    )
+    title = f"{result['plan']}  in {result['name']} at {result['image_size'][0]} x {result['image_size'][1]} px"
+    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left", box=SIMPLE_HEAD)
+    for heading in ("layer", "attention", "map of"):
+        table.add_column(heading, no_wrap=True)
+    for heading in (*HEADINGS.values(), "total", "of exact"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for _, group in groupby(result["layers"], key=lambda row: {**row, "layer": None}):
+        table.add_row(*_cells(list(group)))
+    return table
+
+
+def _cells(equal_layers: list[dict[str, Any]]) -> list[str]:
+    """A row of the table for consecutive layers that differ in nothing but their number."""
+    first, last = equal_layers[0], equal_layers[-1]
+    layers = str(first["layer"]) if first is last else f"{first['layer']}-{last['layer']}"
+    anchor = "" if first["anchor"] is None else str(first["anchor"])
+    macs = first["macs"]
+    counts = [sum(macs.get(part, 0) for part in parts) for parts in HEADINGS]
+    shown = [f"{count / 1e6:.1f}" if count else "" for count in counts]
+    return [layers, first["spec"], anchor, *shown, f"{sum(macs.values()) / 1e6:.1f}", f"{first['macs_ratio']:.3f}"]

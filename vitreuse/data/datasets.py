@@ -1,0 +1,175 @@
+"""Map-style data sets over indexed shards and over folders of images: any sample, in any order, from any process."""
+
+import os
+import weakref
+import zlib
+from functools import lru_cache
+from pathlib import Path
+from typing import SupportsIndex
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from vitreuse.data.decode import IMAGE_EXTENSIONS, Sample, decode_image
+from vitreuse.data.errors import DataError, DecodeError
+from vitreuse.data.index import HEADER_FILE, load_index
+
+# Shards held open by a data set in each process: ImageNet has a thousand, about as many files as a process may open.
+MAX_OPEN_SHARDS = 64
+
+
+class ShardDataset(Dataset[Sample]):
+    """The samples of a folder of indexed shards, numbered through the shards in order.
+
+    A sample is one positioned read: no seek pointer is shared with forked workers. Spawned workers open the index
+    again instead of receiving it.
+
+    Args:
+        folder: holds the tars and their index.
+        mode: PIL mode to convert images to; None keeps the mode they were stored in.
+
+    Attributes:
+        class_names: name of each label.
+        shard_sizes: number of samples of each shard.
+
+    Raises:
+        DataError: the index is missing or does not fit the shards.
+    """
+
+    def __init__(self, folder: str | Path, mode: str | None = None):
+        self.folder = Path(folder)
+        self.mode = mode
+        self._index = load_index(self.folder)
+        self._open_shard = lru_cache(maxsize=MAX_OPEN_SHARDS)(_OpenShard)
+        self.class_names = self._index.class_names
+        self.shard_sizes = [shard.num_samples for shard in self._index.shards]
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __getitem__(self, number: SupportsIndex) -> Sample:
+        """Reads and decodes one sample.
+
+        Raises:
+            DecodeError: its bytes differ from those indexed, or are no whole image.
+            DataError: its shard is gone or cannot be opened.
+        """
+        path, record = self._index.locate(range(len(self))[number])
+        place = f"sample {record.key!r} of shard {path}"
+        try:
+            data = self._open_shard(path).read(record.offset, record.size)
+        except OSError as error:
+            raise DataError(f"{place} cannot be read ({error.strerror}): fetch the shard again.") from error
+        if zlib.crc32(data) != record.crc32:
+            check = f"vitreuse shards verify {self.folder}"
+            raise DecodeError(f"{place} is not what was indexed: {check} lists all that differ.")
+        return Sample(decode_image(data, self.mode, place), record.label, record.key)
+
+    def close(self) -> None:
+        """Closes the open shards; a later read opens them again."""
+        self._open_shard.cache_clear()
+
+    def __reduce__(self):
+        return type(self), (self.folder, self.mode)
+
+
+class _OpenShard:
+    """A file descriptor that lives as long as somebody holds this object, evicted from a cache or not."""
+
+    def __init__(self, path: Path):
+        self.descriptor = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self.descriptor)
+
+    def read(self, offset: int, size: int) -> bytes:
+        return os.pread(self.descriptor, size, offset)
+
+
+class FolderDataset(Dataset[Sample]):
+    """The images of one folder a class, in torchvision's order: classes and paths sorted, labels numbered by class.
+
+    Unlike torchvision, names that start with a dot are no classes and no images. Paths are kept in one array, which
+    forked workers share; a list would be copied into each of them page by page.
+
+    Args:
+        folder: holds the class folders.
+        mode: PIL mode to convert images to; None keeps the mode they were stored in.
+
+    Attributes:
+        class_names: names of the class folders.
+        shard_sizes: one entry, the number of samples.
+
+    Raises:
+        DataError: no class folders, or one without images.
+    """
+
+    def __init__(self, folder: str | Path, mode: str | None = None):
+        self.folder = Path(folder)
+        self.mode = mode
+        self.class_names = tuple(_list_classes(self.folder))
+        paths = [_list_images(self.folder, name) for name in self.class_names]
+        self._labels = np.repeat(np.arange(len(paths)), [len(of_class) for of_class in paths])
+        self._paths = np.array([os.fsencode(path) for of_class in paths for path in of_class])
+        self.shard_sizes = [len(self._paths)]
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, number: SupportsIndex) -> Sample:
+        """Reads and decodes one image; its key is its path below the folder.
+
+        Raises:
+            DecodeError: it is no whole image.
+            DataError: it is gone or cannot be opened.
+        """
+        number = range(len(self))[number]
+        key = os.fsdecode(self._paths[number].item())
+        path = self.folder / key
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise DataError(f"image {path} cannot be read ({error.strerror}): put it back.") from error
+        return Sample(decode_image(data, self.mode, f"image {path}"), int(self._labels[number]), key)
+
+
+def open_split(root: str | Path, split: str, mode: str | None = None) -> ShardDataset | FolderDataset:
+    """Opens ROOT/SPLIT, which holds indexed WebDataset shards or one folder of images a class.
+
+    Args:
+        root: folder of a data set.
+        split: 'train', 'val' or any other folder in it.
+        mode: PIL mode to convert images to; None keeps the mode they were stored in.
+
+    Raises:
+        DataError: there is neither, or what is there is damaged.
+    """
+    folder = Path(root) / split
+    if not folder.is_dir():
+        found = ", ".join(_list_classes(folder.parent)) if folder.parent.is_dir() else ""
+        needed = f"{split}/ with indexed shards or class folders"
+        raise DataError(f"no folder {folder}: {folder.parent} has {found or 'no folders'} and needs {needed}.")
+    if (folder / HEADER_FILE).exists():
+        return ShardDataset(folder, mode)
+    if _list_classes(folder):
+        return FolderDataset(folder, mode)
+    num_tars = len(list(folder.glob("*.tar")))
+    if num_tars:
+        call = f"vitreuse shards index {folder}"
+        raise DataError(f"{folder} has {num_tars} tars and no {HEADER_FILE}: write it with {call}.")
+    raise DataError(f"{folder} has neither shards (*.tar and {HEADER_FILE}) nor class folders: put either there.")
+
+
+def _list_classes(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+
+
+def _list_images(folder: Path, class_name: str) -> list[str]:
+    """Lists a class's images, sub-folders and links included, as paths below the folder."""
+    paths = []
+    for parent, _, names in sorted(os.walk(folder / class_name, followlinks=True)):
+        below = os.path.relpath(parent, folder)
+        images = (name for name in sorted(names) if name.lower().endswith(tuple(f".{end}" for end in IMAGE_EXTENSIONS)))
+        paths += [os.path.join(below, name) for name in images if not name.startswith(".")]
+    if not paths:
+        endings = ", ".join(IMAGE_EXTENSIONS)
+        raise DataError(f"class folder {folder / class_name} has no images ({endings}): fill or remove it.")
+    return paths

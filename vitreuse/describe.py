@@ -1,0 +1,69 @@
+"""What a model name or a plan means in numbers, from the closed form; nothing is allocated."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import timm
+
+from vitreuse.macs import count_macs, count_params
+from vitreuse.models import variant_of
+from vitreuse.vit import PlanVisionTransformer
+
+
+def describe(name: str, plan: str | None = None, image_size: int | None = None) -> dict[str, Any]:
+    """Parameters and MACs of a plan in a model, as a whole and per layer and part, beside those of the exact plan.
+
+    Args:
+        name: a model of ours, or timm's plain model of one.
+        plan: a plan, the model's own when None.
+        image_size: side in pixels, the model's own when None.
+
+    Returns:
+        A JSON object: ``macs`` counts carried maps and exact neighbourhoods, ``macs_executed`` what runs on a CPU.
+
+    Raises:
+        ValueError: a wrong plan or an unknown model.
+    """
+    model = _build(name, plan, image_size)
+    exact = _build(name, f"exact*{len(model.plan)}", image_size)
+    macs, exact_macs = count_macs(model, theoretical=True), count_macs(exact, theoretical=True)
+    total, exact_total = sum(macs.values()), sum(exact_macs.values())
+    params, exact_params = count_params(model), count_params(exact)
+    return {
+        "name": name,
+        "plan": str(model.plan),
+        "image_size": list(model.patch_embed.img_size),
+        "params": params,
+        "params_ratio": params / exact_params,
+        "macs": total,
+        "macs_ratio": total / exact_total,
+        "macs_executed": sum(count_macs(model).values()),
+        "layers": [_layer(model, layer, macs, exact_macs) for layer in range(len(model.plan))],
+    }
+
+
+def _build(name: str, plan: str | None, image_size: int | None) -> Any:
+    """The model on the meta device, where initialising it would only take time."""
+    keywords: dict[str, Any] = {} if image_size is None else {"img_size": image_size}
+    model = timm.create_model(variant_of(name), plan=plan, device="meta", weight_init="skip", **keywords)
+    assert isinstance(model, PlanVisionTransformer)
+    return model
+
+
+def _layer(model: Any, layer: int, macs: dict[str, int], exact_macs: dict[str, int]) -> dict[str, Any]:
+    """One layer's spec, the layer whose map it reads, and its MACs by part."""
+    parts = _parts(macs, layer)
+    return {
+        "layer": layer,
+        "spec": str(model.plan[layer]),
+        "anchor": model.plan.anchors[layer],
+        "macs": parts,
+        "macs_ratio": sum(parts.values()) / sum(_parts(exact_macs, layer).values()),
+    }
+
+
+def _parts(macs: dict[str, int], layer: int) -> dict[str, int]:
+    """MACs of a layer by the last word of their name."""
+    prefix = f"blocks.{layer}."
+    return {name.rpartition(".")[2]: count for name, count in macs.items() if name.startswith(prefix)}

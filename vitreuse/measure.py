@@ -1,0 +1,145 @@
+"""Instruments shared by eval and the `vitreuse` command: interleaved timing, peak memory, top-k counts."""
+
+import statistics
+import time
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+Call = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Time per call over num_repeats calls; spread is the interquartile range in percent of the median."""
+
+    median_ms: float
+    minimum_ms: float
+    spread_percent: float
+    num_repeats: int
+
+    def images_per_second(self, batch_size: int) -> float:
+        """Throughput at the median time of a call on batch_size images."""
+        return 1000 * batch_size / self.median_ms
+
+
+def time_interleaved(
+    calls: Mapping[str, Call], device: torch.device, num_repeats: int = 10, num_warmups: int = 2
+) -> dict[str, Timing]:
+    """Times of each call, measured in turns so that a drift of the machine hits all of them alike.
+
+    Every other turn runs backwards: no call always follows the same neighbour. The device is synchronised around each.
+    """
+    times_ms: dict[str, list[float]] = {name: [] for name in calls}
+    names = list(calls)
+    for turn in range(num_warmups + num_repeats):
+        for name in names[:: 1 if turn % 2 else -1]:
+            elapsed_ms = _elapsed_ms(calls[name], device)
+            if turn >= num_warmups:
+                times_ms[name].append(elapsed_ms)
+    return {name: _summary(times) for name, times in times_ms.items()}
+
+
+def _elapsed_ms(call: Call, device: torch.device) -> float:
+    synchronize = torch.get_device_module(device).synchronize
+    synchronize()
+    start = time.perf_counter()
+    call()
+    synchronize()
+    return 1000 * (time.perf_counter() - start)
+
+
+def _summary(times_ms: list[float]) -> Timing:
+    median = statistics.median(times_ms)
+    low, _, high = statistics.quantiles(times_ms, n=4, method="inclusive") if len(times_ms) > 1 else times_ms * 3
+    return Timing(median, min(times_ms), 100 * (high - low) / median, len(times_ms))
+
+
+def peak_memory_mib(call: Call, resident: Iterable[Tensor], device: torch.device) -> float:
+    """Most bytes that tensors hold during one call: those resident before it, plus the peak of what the call adds.
+
+    On every device: bytes in use, without what the allocator keeps in reserve and without other models on the device.
+    On CUDA torch's allocator counts them, kernels' scratch included. On the CPU each tensor's storage is followed from
+    the operation that makes it to its end; scratch inside a kernel is not seen, and operations of a compiled call are
+    not either. Run the call once before: a first call may fill caches.
+
+    Args:
+        resident: weights, buffers, inputs and optimizer state that exist before the call; each storage counts once.
+    """
+    storages = _LiveStorages(resident)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        peak = storages.live_bytes + torch.cuda.max_memory_allocated(device) - before
+    else:
+        with storages:
+            call()
+        peak = storages.peak_bytes
+    return peak / 2**20
+
+
+class _LiveStorages(TorchDispatchMode):
+    """Follows the bytes of all living storages: the given ones, and those that operations make inside the context."""
+
+    def __init__(self, resident: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.live_bytes = self.peak_bytes = 0
+        self._sizes: dict[int, int] = {}
+        for tensor in resident:
+            self._follow(tensor)
+
+    def _follow(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in self._sizes:
+            self._sizes[key] = storage.nbytes()
+            self.live_bytes += storage.nbytes()
+            self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+            weakref.finalize(storage, self._forget, key)
+
+    def _forget(self, key: int) -> None:
+        self.live_bytes -= self._sizes.pop(key)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not torch.ops.prim.device.default:
+            with self:  # inference mode leaves composite operations whole: their inner tensors count too
+                outputs = func.decompose(*args, **kwargs)
+            if outputs is not NotImplemented:
+                return outputs
+        outputs = func(*args, **kwargs)
+        inputs = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        for leaf in tree_leaves(outputs):
+            if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in inputs:  # a view makes nothing
+                self._follow(leaf)
+        return outputs
+
+
+def count_topk(logits: Tensor, labels: Tensor, ks: tuple[int, ...] = (1, 5)) -> tuple[int, ...]:
+    """For each k, how many labels are among the k highest logits.
+
+    A tie goes to the lower class, as argmax does, so the counts depend on neither batch nor device. A label whose logit
+    is NaN is never correct. With k classes or fewer, every other label is.
+
+    Args:
+        logits: (B, classes).
+        labels: (B,), int64.
+
+    Raises:
+        ValueError: a label is not one of the classes.
+    """
+    num_classes = logits.shape[1]
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
+        low, high = int(labels.min()), int(labels.max())
+        raise ValueError(f"labels run from {low} to {high}, but the model has {num_classes} classes: give it more.")
+    own = logits.gather(1, labels[:, None])
+    tied_before = (logits == own) & (torch.arange(num_classes, device=labels.device) < labels[:, None])
+    rank = (~(logits <= own) | tied_before).sum(1)  # classes ahead of the label; NaN <= NaN is false
+    return tuple(int(((rank < k) & ~own.squeeze(1).isnan()).sum()) for k in ks)
