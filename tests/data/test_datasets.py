@@ -186,8 +186,8 @@ def remove_shard(path, record):
 @pytest.mark.parametrize(
     ("damage", "error_type", "reason"),
     [
-        (flip_byte, DecodeError, "is not what was indexed: vitreuse.data.verify_shards("),
-        (cut_shard, DecodeError, "is not what was indexed: vitreuse.data.verify_shards("),
+        (flip_byte, DecodeError, "is not what was indexed: vitreuse shards verify "),
+        (cut_shard, DecodeError, "is not what was indexed: vitreuse shards verify "),
         (remove_shard, DataError, "cannot be read (No such file or directory): fetch the shard again."),
     ],
 )
@@ -295,7 +295,7 @@ def make_empty_class(root):
         (make_empty, ["neither shards (*.tar and index.json) nor class folders"]),
         (make_other_splits, ["no folder", "has training and needs train/"]),
         (lambda root: None, ["no folder", "has no folders and needs train/"]),
-        (make_bare_tars, ["1 tars and no index.json", "vitreuse.data.build_index("]),
+        (make_bare_tars, ["1 tars and no index.json", "vitreuse shards index "]),
         (make_empty_class, ["class folder", "has no images (bmp, jpeg,", "fill or remove it"]),
     ],
 )
