@@ -15,10 +15,10 @@ from contextlib import redirect_stdout
 from types import ModuleType
 from typing import NoReturn
 
-from rich.console import Console
+from rich.console import Console, RenderableType
+from rich.measure import Measurement
 
 DONE, WRONG_INPUT = 0, 2
-UNLIMITED_COLUMNS = 1000
 
 
 class Parser(argparse.ArgumentParser):
@@ -50,14 +50,16 @@ def run_command(
     try:
         with redirect_stdout(sys.stderr):  # whatever a library prints must not end up inside the JSON
             result = command.run(args)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"{prog} {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
         return WRONG_INPUT
     if int(os.environ.get("RANK", 0)) == 0:
-        print(json.dumps(result)) if args.json else _console().print(command.render(result))
+        print(json.dumps(result)) if args.json else print_whole(command.render(result))
     return DONE
 
 
-def _console() -> Console:
-    """Standard output: the terminal's width, or no limit where it is a file or a pipe."""
-    return Console(width=None if sys.stdout.isatty() else UNLIMITED_COLUMNS)
+def print_whole(renderable: RenderableType) -> None:
+    """Prints on standard output as wide as it needs: a narrow terminal wraps lines, a file gets them whole."""
+    console = Console()
+    width = Measurement.get(console, console.options.update(width=1000), renderable).maximum
+    Console(width=max(width, console.width)).print(renderable)

@@ -1,0 +1,1 @@
+"""The instruments: every published number is made by `python -m eval`."""

@@ -1,0 +1,78 @@
+"""A scatter plot of accuracy over speed in which every point can be named."""
+
+import math
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
+
+# Okabe and Ito's palette and differing marks: told apart without colour vision and in print.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKS = ("o", "s", "^", "D", "v", "P", "X")
+
+
+@dataclass(frozen=True)
+class Point:
+    """One model."""
+
+    name: str
+    images_per_second: float
+    top1: float
+
+
+def scatter_figure(points: Sequence[Point], caption: str) -> Figure:
+    """Top-1 in percent over images per second, every point named; no two labels or marks overlap."""
+    figure = Figure(figsize=(8, 5.5), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)  # without pyplot, which keeps global state
+    axes = figure.add_subplot()
+    for number, point in enumerate(points):
+        colour, mark = COLOURS[number % len(COLOURS)], MARKS[number % len(MARKS)]
+        axes.scatter(point.images_per_second, point.top1, s=70, color=colour, marker=mark, zorder=3)
+    axes.margins(0.15)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_xlabel("throughput (images/s)")
+    axes.set_ylabel("top-1 accuracy (%)")
+    figure.supxlabel("\n".join(textwrap.wrap(caption, 125)), fontsize=7, color="0.35")
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # labels are placed in the layout that is drawn
+    _name_points(axes, points)
+    return figure
+
+
+def _name_points(axes: Any, points: Sequence[Point]) -> None:
+    """Names each point at the nearest free place around it, with a line to it where that is not beside it."""
+    pixels_per_pt = axes.figure.dpi / 72
+    spots = [axes.transData.transform((point.images_per_second, point.top1)) for point in points]
+    taken = [_box(spot, np.full(2, 6 * pixels_per_pt)) for spot in spots]
+    for point, spot in zip(points, spots, strict=True):
+        line = {"arrowstyle": "-", "color": "0.6", "linewidth": 0.7, "shrinkA": 0, "shrinkB": 8}
+        pixels = {"xycoords": "figure pixels", "textcoords": "figure pixels"}
+        label = axes.annotate(point.name, spot, spot, fontsize=9, ha="center", va="center", arrowprops=line, **pixels)
+        half_size = label.get_window_extent().size / 2 + pixels_per_pt
+        centre = _free_place(spot, half_size, taken, axes.get_window_extent(), pixels_per_pt)
+        label.set_position(centre)
+        taken.append(_box(centre, half_size))
+
+
+def _free_place(spot: Any, half_size: Any, taken: Sequence[Any], frame: Any, pixels_per_pt: float) -> Any:
+    """Centre of a label in pixels: the nearest to its spot at which it lies in the frame and touches nothing."""
+    centres = []
+    for distance_pt, eighth in product(range(8, 300, 4), range(8)):
+        direction = np.array([math.cos(eighth * math.pi / 4), math.sin(eighth * math.pi / 4)])
+        centre = spot + direction * (distance_pt * pixels_per_pt + half_size)
+        box = _box(centre, half_size)
+        if not box.count_overlaps(taken) and frame.contains(*box.min) and frame.contains(*box.max):
+            return centre
+        centres.append(centre)
+    return centres[0]  # more labels than the frame has room for
+
+
+def _box(centre: Any, half_size: Any) -> Bbox:
+    return Bbox.from_extents(*(centre - half_size), *(centre + half_size))

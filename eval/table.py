@@ -1,0 +1,55 @@
+"""One table of results in the forms people read it: terminal, Markdown, CSV."""
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Column:
+    """One key of a row: its heading, with the unit, and the format of its values."""
+
+    key: str
+    heading: str
+    spec: str = ""
+
+    def text(self, row: Row) -> str:
+        """The value as shown; a dash where nothing was measured."""
+        value = row[self.key]
+        return "-" if value is None else format(value, self.spec)
+
+
+def to_rich(rows: Sequence[Row], columns: Sequence[Column], caption: str | None = None) -> Table:
+    """The table for a terminal, numbers to the right."""
+    table = Table(caption=caption, caption_justify="left", box=SIMPLE_HEAD)
+    for column in columns:
+        table.add_column(column.heading, justify="right" if column.spec else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*(column.text(row) for column in columns))
+    return table
+
+
+def to_markdown(rows: Sequence[Row], columns: Sequence[Column], caption: str) -> str:
+    """The table for a README, its caption below."""
+    lines = [
+        "| " + " | ".join(column.heading for column in columns) + " |",
+        "|" + "|".join("---:" if column.spec else "---" for column in columns) + "|",
+    ]
+    lines += ["| " + " | ".join(column.text(row).replace("|", "\\|") for column in columns) + " |" for row in rows]
+    return "\n".join([*lines, "", caption, ""])
+
+
+def to_csv(rows: Sequence[Row], keys: Sequence[str]) -> str:
+    """The values unrounded, one line a row; the keys carry the units."""
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, keys, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return stream.getvalue()

@@ -1,0 +1,155 @@
+"""What a command is pointed at: a model name, a config or a run folder, each a network that can be built."""
+
+import argparse
+import json
+import pickle
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from vitreuse.config import Config, ModelConfig, load_config
+from vitreuse.models import default_cfgs, plain_name
+
+# Keywords that timm's own models do not have.
+PLAN_KEYWORDS = ("reuse_backend", "lowrank_sharing", "lowrank_projection", "lowrank_init")
+
+
+@dataclass(frozen=True)
+class Target:
+    """A network by label; with the experiment it comes from, unless it was given by its model name."""
+
+    label: str
+    model: ModelConfig
+    config: Config | None = None
+    run_dir: Path | None = None
+
+    def load(self, checkpoint: Path | None = None) -> nn.Module:
+        """The model with the weights of a file, by default those its run left, or its newest checkpoint.
+
+        Raises:
+            ValueError: there are no weights, or they are another model's.
+        """
+        path = checkpoint or self._run_weights()
+        model = self.model.create()
+        try:
+            model.load_state_dict(_read_weights(path))
+        except RuntimeError as error:
+            first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
+            raise ValueError(f"{path} does not fit {self.model.name}: {first}") from error
+        return model
+
+    def _run_weights(self) -> Path:
+        if self.run_dir is None:
+            raise ValueError(f"{self.label} has no weights: give the run folder of its training, or --checkpoint FILE.")
+        markers = sorted(self.run_dir.glob("checkpoints/step-*/complete.json"))
+        paths = [self.run_dir / "model.safetensors", *(marker.with_name("state.pt") for marker in reversed(markers))]
+        for path in paths:
+            if path.exists():
+                return path
+        raise ValueError(f"{self.run_dir} has no weights yet: go on with python -m train.")
+
+
+def resolve_targets(texts: Sequence[str]) -> list[Target]:
+    """One target per text, labelled by its last part, or in full where that is taken twice.
+
+    Raises:
+        ValueError: a text is no target, or stands twice.
+    """
+    for text, count in Counter(texts).items():
+        if count > 1:
+            raise ValueError(f"{text} is given {count} times: name each target once.")
+    targets = [_resolve(text) for text in texts]
+    counts = Counter(target.label for target in targets)
+    return [
+        target if counts[target.label] == 1 else replace(target, label=text)
+        for target, text in zip(targets, texts, strict=True)
+    ]
+
+
+def _resolve(text: str) -> Target:
+    path = Path(text)
+    if path.is_dir():
+        if not (path / "config.yaml").exists():
+            raise ValueError(f"{text} is not a run folder, it has no config.yaml: give one that python -m train wrote.")
+        config = load_config(path / "config.yaml")
+        return Target(path.resolve().name, config.model, config, path)
+    if path.suffix in (".yaml", ".yml"):
+        config = load_config(path)
+        return Target(path.stem, config.model, config)
+    if path.exists() or len(path.parts) > 1:
+        raise ValueError(f"{text} is neither a run folder nor a config: give one, or a name of timm.list_models().")
+    model = ModelConfig(name=text, plan=None, keywords={})
+    model.create("meta")  # refuses an unknown name before any work is done
+    return Target(text, model)
+
+
+def plain_model(model: ModelConfig) -> ModelConfig:
+    """timm's own model of the same size and keywords, which ours is measured against."""
+    name = plain_name(model.name) if model.name in default_cfgs else model.name
+    keywords = {key: value for key, value in model.keywords.items() if key not in PLAN_KEYWORDS}
+    return replace(model, name=name, plan=None, keywords=keywords)
+
+
+def resized(model: ModelConfig, image_size_px: int | None) -> ModelConfig:
+    """The model built for another image size; itself where none is given."""
+    if image_size_px is None:
+        return model
+    return replace(model, keywords={**model.keywords, "img_size": image_size_px})
+
+
+def final_record(target: Target) -> dict[str, Any]:
+    """What a completed run measured at its end: the last object of its metrics.jsonl, with top1 and top5 in percent.
+
+    Raises:
+        ValueError: the target is no run folder, or its run is not completed.
+    """
+    if target.run_dir is None:
+        raise ValueError(f"{target.label} is not a run folder: give one that python -m train wrote.")
+    try:
+        status = json.loads((target.run_dir / "run.json").read_text(encoding="utf-8"))["status"]
+        last = json.loads((target.run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+    except (OSError, ValueError, LookupError) as error:
+        raise ValueError(
+            f"{target.run_dir} has no whole run.json and metrics.jsonl: go on with python -m train."
+        ) from error
+    if status != "completed" or last["kind"] != "final":
+        raise ValueError(f"{target.run_dir} is not completed but {status}: go on with python -m train.")
+    return last
+
+
+def positive(text: str) -> int:
+    """A whole number above 0, from the command line."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
+    return int(text)
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of --device; auto takes cuda where there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("no CUDA device is available: leave --device out, or give cpu.")
+    return torch.device(name)
+
+
+def _read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """The weights in a file of ours, of timm or of DeiT; of a moving average where there is one."""
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).split("\n")[0] or "it is empty"
+        raise ValueError(f"{path} cannot be read as weights: {reason}") from error
+    for key in ("ema", "state_dict_ema", "model_ema", "model", "state_dict"):
+        if key in state:
+            return state[key]
+    return state

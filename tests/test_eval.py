@@ -1,0 +1,414 @@
+"""The instruments of `python -m eval`: counted by hand, on clocks that the tests set, and from the command line."""
+
+import io
+import itertools
+import json
+import os
+import socket
+from contextlib import redirect_stdout
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from matplotlib.text import Text
+from PIL import Image
+from safetensors.torch import save_file
+from timm.layers.config import use_fused_attn
+from torch import nn
+
+from eval import throughput
+from eval.__main__ import main
+from eval.inputs import evaluation_transform, image_settings
+from eval.scatter import Point, scatter_figure
+from eval.table import Column, to_csv, to_markdown
+from eval.targets import resolve_targets
+from eval.throughput import Condition, fused_attention, measure
+from eval.top1 import Top1, evaluate
+from vitreuse.config import load_config, to_yaml
+from vitreuse.data import Sample
+from vitreuse.measure import Timing
+
+CONFIG = """
+model:
+  name: deit_reuse_tiny_patch16_224
+  plan: exact reuse*2
+  keywords:
+    {{img_size: 12, patch_size: 4, in_chans: 1, num_classes: {num_classes}, embed_dim: 8, depth: 3, num_heads: 2}}
+data: {{root: {root}}}
+train: {{epochs: 1, global_batch_size: 2, optimizer: {{lr: 0.1}}}}
+eval: {{crop_pct: 1.0}}
+"""
+
+
+class Numbers:
+    """Image i shows i and has the label i % 5; a picklable data set."""
+
+    def __init__(self, num_images: int):
+        self.num_images = num_images
+
+    def __len__(self) -> int:
+        return self.num_images
+
+    def __getitem__(self, number: int) -> Sample:
+        return Sample(Image.new("L", (1, 1), number), number % 5, str(number))
+
+
+class Reader(nn.Module):
+    """Seven classes; right on an image's number modulo 5, unless 3 divides the number: then the label comes third."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        labels = images.long() % 5
+        logits = nn.functional.one_hot(labels, 7).double()
+        others = nn.functional.one_hot((labels + 1) % 7, 7) + nn.functional.one_hot((labels + 2) % 7, 7)
+        return logits + 2 * others * (images % 3 == 0)[:, None]
+
+
+def to_number(image: Image.Image) -> torch.Tensor:
+    return torch.tensor(image.getpixel((0, 0)))
+
+
+def expected(num_images: int) -> Top1:
+    num_wrong = len(range(0, num_images, 3))
+    return Top1(num_images, 100 * (num_images - num_wrong) / num_images, 100.0)
+
+
+@pytest.mark.parametrize(("num_images", "batch_size", "num_workers"), [(1, 4, 0), (11, 4, 0), (12, 4, 2), (13, 20, 0)])
+def test_one_rank_counts_every_image_once(num_images, batch_size, num_workers):
+    model = Reader().train()
+    dataset = Numbers(num_images)
+    result = evaluate(model, dataset, transform=to_number, batch_size=batch_size, num_workers=num_workers)
+    assert result == expected(num_images)
+    assert model.training
+
+
+def test_several_ranks_need_a_process_group():
+    with pytest.raises(ValueError, match="2 ranks need torch"):
+        evaluate(Reader(), Numbers(3), transform=to_number, world_size=2)
+
+
+def test_an_empty_data_set_has_no_accuracy():
+    with pytest.raises(ValueError, match="counted 0 of 0 images"):
+        evaluate(Reader(), Numbers(0), transform=to_number)
+
+
+@pytest.fixture
+def experiment(tmp_path):
+    """A config of a tiny model and its data: three classes, told apart by brightness."""
+    for (label, grey), number in itertools.product(enumerate((0, 100, 200)), range(3)):
+        folder = tmp_path / "data" / "val" / f"class{label}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (12, 12), grey + number).save(folder / f"{number}.png")
+    path = tmp_path / "tiny.yaml"
+    path.write_text(CONFIG.format(root=tmp_path / "data", num_classes=3))
+    return path
+
+
+def make_run(path: Path, config_path: Path, status: str = "completed", top1: float = 50.0) -> Path:
+    """A run folder as `python -m train` leaves it."""
+    config = load_config(config_path)
+    path.mkdir(parents=True)
+    torch.manual_seed(0)
+    save_file(config.model.create().state_dict(), path / "model.safetensors")
+    (path / "config.yaml").write_text(to_yaml(config))
+    (path / "run.json").write_text(json.dumps({"status": status}))
+    records = [{"kind": "epoch", "top1": 1.0}, {"kind": "final", "n": 9, "top1": top1, "top5": 100.0}]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def test_images_have_the_size_and_channels_of_the_model(experiment):
+    model = resolve_targets([str(experiment)])[0].model.create()
+    assert image_settings(model)["input_size"] == (1, 12, 12)
+    mean, std = sum((0.485, 0.456, 0.406)) / 3, sum((0.229, 0.224, 0.225)) / 3
+    framed = Image.new("L", (24, 24), 255)
+    framed.paste(0, (6, 6, 18, 18))
+    assert evaluation_transform(model, crop_pct=0.5)(framed).eq(torch.tensor(-mean / std)).all()
+    whole = evaluation_transform(model, crop_pct=1.0)(framed)
+    assert whole.shape == (1, 12, 12)
+    assert whole[0, 0, 0].item() == pytest.approx((1 - mean) / std)
+
+
+def test_labels_stay_apart_when_runs_share_a_name(tmp_path, experiment):
+    runs = [str(make_run(tmp_path / seed / "reuse", experiment)) for seed in "ab"]
+    assert [target.label for target in resolve_targets([*runs, str(experiment)])] == [*runs, "tiny"]
+
+
+def test_weights_of_an_unfinished_run_are_its_newest_checkpoint(tmp_path, experiment):
+    run = make_run(tmp_path / "run", experiment, status="running")
+    (run / "model.safetensors").unlink()
+    target = resolve_targets([str(run)])[0]
+    for step, filling in ((5, 0.5), (10, 1.0), (15, 1.5)):
+        folder = run / "checkpoints" / f"step-{step:09d}"
+        folder.mkdir(parents=True)
+        state = {name: torch.full_like(tensor, filling) for name, tensor in target.model.create().state_dict().items()}
+        torch.save({"model": {}, "ema": state}, folder / "state.pt")
+        if step < 15:  # the last one was being written
+            (folder / "complete.json").write_text("{}")
+    assert all(parameter.eq(1.0).all() for parameter in target.load().parameters())
+
+
+def run_json(capsys, *arguments: str) -> dict:
+    """The one JSON object that a command prints."""
+    assert main([*arguments, "--json", "--device", "cpu"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_top1_of_a_run_folder(tmp_path, experiment, capsys):
+    run = make_run(tmp_path / "run", experiment)
+    model = resolve_targets([str(run)])[0].load().eval()
+    transform = evaluation_transform(model, crop_pct=1.0)
+    greys = [(label, grey + number) for label, grey in enumerate((0, 100, 200)) for number in range(3)]
+    logits = {grey: model(transform(Image.new("L", (12, 12), grey))[None])[0] for _, grey in greys}
+    num_correct = sum(int(logits[grey].argmax()) == label for label, grey in greys)
+    row = run_json(capsys, "top1", str(run), "--batch-size", "4")["rows"][0]
+    assert (row["n"], row["top1"], row["top5"]) == (9, pytest.approx(100 * num_correct / 9), 100.0)
+
+
+RANK_SIZES = (1, 2, 7, 11)
+
+
+def _rank(rank: int, folder: str, run: str, ports: dict[int, int]) -> None:
+    """One of three real processes; what it finds goes to a file, an error to the parent."""
+    torch.set_num_threads(1)
+    found = {}
+    for world_size, port in ports.items():
+        if rank < world_size:
+            os.environ.update(
+                MASTER_ADDR="localhost", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world_size)
+            )
+            dist.init_process_group("gloo")
+            found[world_size] = _count_as(rank, world_size)
+            dist.destroy_process_group()
+    with redirect_stdout(io.StringIO()) as output:
+        main(["top1", run, "--json", "--device", "cpu"])
+    Path(folder, f"{rank}.json").write_text(json.dumps({"found": found, "output": output.getvalue()}))
+
+
+def _count_as(rank: int, world_size: int) -> list:
+    """What evaluate returns for sets of several sizes, then what it says where every rank takes the share of rank 0."""
+    share = {"transform": to_number, "batch_size": 2, "world_size": world_size}
+    results = [asdict(evaluate(Reader(), Numbers(size), rank=rank, **share)) for size in RANK_SIZES]
+    with pytest.raises(ValueError) as error:
+        evaluate(Reader(), Numbers(7), rank=0, **share)
+    return [*results, str(error.value)]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+def test_any_number_of_ranks_counts_every_image_once(tmp_path, experiment, capsys):
+    run = str(make_run(tmp_path / "run", experiment))
+    mp.spawn(_rank, (str(tmp_path), run, {2: free_port(), 3: free_port()}), nprocs=3)
+    ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(3)]
+    for rank, world_size in ((0, 2), (1, 2), (0, 3), (1, 3), (2, 3)):
+        *results, refusal = ranks[rank]["found"][str(world_size)]
+        assert results == [asdict(expected(size)) for size in RANK_SIZES]
+        num_counted = world_size * len(range(0, 7, world_size))
+        assert refusal == f"{world_size} ranks counted {num_counted} of 7 images: each must be counted once."
+    assert json.loads(ranks[0]["output"])["rows"] == run_json(capsys, "top1", run)["rows"]
+    assert [ranks[1]["output"], ranks[2]["output"]] == ["", ""]
+
+
+def test_flops_agree_part_by_part(experiment, capsys):
+    model = run_json(capsys, "flops", str(experiment))["models"][0]
+    parts = {row["part"]: row["macs"] for row in model["parts"]}
+    tokens, dim = 10, 8
+    assert parts["patch_embed"] == 9 * 16 * dim
+    assert parts["blocks.0.attn"] == 4 * tokens * dim**2 + 2 * tokens**2 * dim
+    assert parts["blocks.1.attn"] == 2 * tokens * dim**2 + tokens**2 * dim
+    assert parts["blocks.1.mlp"] == 8 * tokens * dim**2
+    assert parts["head"] == 3 * dim
+    assert parts["total"] == model["macs"] == sum(parts.values()) - parts["total"]
+    assert model["flops"] == 2 * model["macs"]
+    exact_macs = model["macs"] + 2 * tokens * dim**2 + tokens**2 * dim + (1 + tokens) * dim**2 + tokens * dim
+    assert model["macs_ratio"] == pytest.approx(model["macs"] / exact_macs)
+
+
+def test_flops_that_differ_are_refused(experiment, capsys, monkeypatch):
+    monkeypatch.setattr("eval.flops.torch_flops", lambda model, images: {"": 2, "head": 2})
+    assert main(["flops", str(experiment)]) == 2
+    assert "tiny: the counts of patch_embed differ, 1152 MACs by closed form, 1152 by fvcore and 0 by torch" in (
+        capsys.readouterr().err
+    )
+
+
+def test_only_the_json_object_reaches_standard_output(experiment, capsys, monkeypatch):
+    monkeypatch.setattr("eval.flops.count", lambda target, size: print("a library's noise") or {"name": target.label})
+    assert main(["flops", str(experiment), "--json"]) == 0
+    output = capsys.readouterr()
+    assert json.loads(output.out) == {"command": "flops", "models": [{"name": "tiny"}]}
+    assert output.err == "a library's noise\n"
+
+
+def test_flops_of_a_plain_model(capsys):
+    model = run_json(capsys, "flops", "deit_tiny_patch16_224", "--image-size", "32")["models"][0]
+    tokens, dim = 5, 192
+    assert model["macs"] == 4 * 768 * dim + 12 * (12 * tokens * dim**2 + 2 * tokens**2 * dim) + 1000 * dim
+    assert (model["image_size_px"], model["macs_ratio"]) == (32, None)
+
+
+TIMES_MS = {"tiny": 5.0, "deit_tiny_patch16_224, fused": 8.0, "deit_tiny_patch16_224, unfused": 6.0}
+
+
+@pytest.fixture
+def set_times(monkeypatch):
+    """Minimum times by label; the medians tell another story."""
+
+    def time_interleaved(calls, device, num_repeats):
+        for call in calls.values():
+            call()
+        return {label: Timing(100 / TIMES_MS[label], TIMES_MS[label], 1.0, num_repeats) for label in calls}
+
+    monkeypatch.setattr(throughput, "time_interleaved", time_interleaved)
+
+
+@pytest.mark.parametrize("mode", ["inference", "train"])
+def test_speedup_is_to_the_best_plain_model(mode, experiment, set_times):
+    targets = resolve_targets([str(experiment)])
+    rows = measure(targets, Condition(None, "float32", mode, 4, torch.device("cpu")), num_repeats=3)
+    by_name = {row["name"]: row for row in rows}
+    assert list(by_name) == list(TIMES_MS)
+    assert {row["baseline"] for row in rows} == {"deit_tiny_patch16_224, unfused"}
+    assert [row["speedup"] for row in rows] == [pytest.approx(6 / time_ms) for time_ms in TIMES_MS.values()]
+    ours, plain = by_name["tiny"], by_name["deit_tiny_patch16_224, fused"]
+    assert ours["predicted"] == pytest.approx(plain["macs"] / ours["macs"])
+    assert plain["macs"] == 9 * 16 * 8 + 3 * (12 * 10 * 64 + 2 * 100 * 8) + 3 * 8
+    assert ours["realised_over_predicted"] == pytest.approx(6 / 5 / ours["predicted"])
+    assert ours["images_per_second"] == pytest.approx(4 * 1000 / (100 / 5))
+    assert (ours["latency_ms"] is None) == (mode == "train")
+    assert ours["peak_memory_mib"] > 0
+
+
+def test_baselines_are_fused_and_unfused_and_the_switch_is_put_back(experiment):
+    before = use_fused_attn()
+    candidates = throughput._candidates(
+        resolve_targets([str(experiment)]), Condition(None, "bfloat16", "inference", 1, torch.device("cpu"))
+    )
+    _, fused, unfused = list(candidates)
+    assert fused.model.blocks[0].attn.fused_attn
+    assert not unfused.model.blocks[0].attn.fused_attn
+    assert next(unfused.model.parameters()).dtype == torch.bfloat16
+    with pytest.raises(RuntimeError, match="inside"), fused_attention(not before):
+        raise RuntimeError("inside")
+    assert use_fused_attn() == before
+
+
+def test_throughput_covers_every_condition(experiment, tmp_path, capsys):
+    table = tmp_path / "rows.csv"
+    options = ["--image-size", "8", "12", "--dtype", "float32", "bfloat16", "--batch-size", "2", "--repeats", "2"]
+    result = run_json(
+        capsys, "throughput", str(experiment), *options, "--mode", "inference", "train", "--csv", str(table)
+    )
+    rows = result["rows"]
+    conditions = {(row["image_size_px"], row["dtype"], row["mode"]) for row in rows}
+    assert conditions == set(itertools.product((8, 12), ("float32", "bfloat16"), ("inference", "train")))
+    assert len(rows) == 3 * len(conditions)
+    assert {"device", "threads", "torch", "timm", "date"} <= result["machine"].keys()
+    assert len(table.read_text().splitlines()) == 1 + len(rows)
+
+
+def test_compare_writes_table_and_plot(tmp_path, experiment, capsys):
+    runs = [str(make_run(tmp_path / name, experiment, top1=top1)) for name, top1 in (("late", 12.345), ("early", 67.8))]
+    folder = tmp_path / "out"
+    rows = run_json(capsys, "compare", *runs, "-o", str(folder), "--batch-size", "3", "--repeats", "3")["rows"]
+    assert [(row["name"], row["plan"], row["top1"]) for row in rows] == [
+        ("late", "exact reuse*2", 12.345),
+        ("early", "exact reuse*2", 67.8),
+    ]
+    assert rows[0]["flops"] == 2 * rows[0]["macs"]
+    header, _, first, second, *_, caption = (folder / "results.md").read_text().splitlines()
+    assert header.startswith("| name | plan | params | MACs | FLOPs | images/s | spread (%) |")
+    assert first.startswith("| late | exact reuse*2 | ")
+    assert (first.endswith("| 12.35 |"), second.endswith("| 67.80 |")) == (True, True)
+    assert "batch 3" in caption
+    assert "torch" in caption
+    lines = (folder / "results.csv").read_text().splitlines()
+    assert lines[0].split(",") == list(rows[0])
+    assert lines[1].endswith(",12.345")
+    with Image.open(folder / "scatter.png") as image:
+        assert image.size == (1200, 825)
+
+
+def overlaps(figure) -> int:
+    """How many pairs of labels and points overlap."""
+    boxes = [Text.get_window_extent(label) for label in figure.axes[0].texts]  # without the line to the point
+    marks = [figure.axes[0].transData.transform(marks.get_offsets()[0]) for marks in figure.axes[0].collections]
+    hidden = sum(box.contains(*mark) for box in boxes for mark in marks)
+    return hidden + sum(first.overlaps(second) for first, second in itertools.combinations(boxes, 2))
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.1, 10.0])
+def test_labels_of_the_plot_do_not_overlap(spread):
+    points = [Point(f"deit_reuse_small_{i}", 1000 + spread * i, 80 + spread * (i * 7 % 11) / 10) for i in range(11)]
+    figure = scatter_figure(points, "a caption " * 30)
+    assert [label.get_text() for label in figure.axes[0].texts] == [point.name for point in points]
+    assert overlaps(figure) == 0
+    assert figure.axes[0].get_xlabel() == "throughput (images/s)"
+    assert figure.axes[0].get_ylabel() == "top-1 accuracy (%)"
+
+
+def test_tables_show_rounded_values_and_store_exact_ones():
+    rows = [{"name": "a|b", "macs": 1234567, "top1": 1 / 3}, {"name": "c", "macs": 7, "top1": None}]
+    columns = (Column("name", "name"), Column("macs", "MACs", ",d"), Column("top1", "top-1 (%)", ".2f"))
+    assert to_markdown(rows, columns, "how").splitlines() == [
+        "| name | MACs | top-1 (%) |",
+        "|---|---:|---:|",
+        "| a\\|b | 1,234,567 | 0.33 |",
+        "| c | 7 | - |",
+        "",
+        "how",
+    ]
+    assert to_csv(rows, ["macs", "top1"]) == f"macs,top1\n1234567,{1 / 3}\n7,\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["flops", "vit_reuse_smal_patch16_224"], "did you mean 'vit_reuse_small_patch16_224'"),
+        (["flops", "nowhere/run"], "nowhere/run is neither a run folder nor a config"),
+        (["flops", "{tmp}"], "{tmp} is not a run folder, it has no config.yaml"),
+        (
+            ["top1", "vit_tiny_patch16_224"],
+            "vit_tiny_patch16_224 is a model name, which knows no data: give --data DIR.",
+        ),
+        (["top1", "vit_tiny_patch16_224", "--data", "{tmp}/data"], "vit_tiny_patch16_224 has no weights: give the run"),
+        (["top1", "{tmp}/tiny.yaml", "--checkpoint", "{tmp}/tiny.yaml"], "tiny.yaml cannot be read as weights"),
+        (["top1", "{tmp}/tiny.yaml", "--checkpoint", "{tmp}/none.pt"], "none.pt cannot be read as weights"),
+        (
+            ["top1", "{tmp}/other", "--checkpoint", "{tmp}/run/model.safetensors"],
+            "does not fit deit_reuse_tiny_patch16",
+        ),
+        (["top1", "{tmp}/run", "--split", "test"], "no folder {tmp}/data/test"),
+        (["compare", "{tmp}/tiny.yaml"], "tiny is not a run folder"),
+        (["compare", "{tmp}/run", "{tmp}/running"], "{tmp}/running is not completed but running: go on with"),
+        (["compare", "{tmp}/broken"], "{tmp}/broken has no whole run.json and metrics.jsonl"),
+        (["compare", "{tmp}/run", "-o", "{tmp}/tiny.yaml"], "File exists"),
+        (["throughput", "{tmp}/tiny.yaml", "--batch-size", "0"], "argument --batch-size: 0 is not a whole number"),
+        (["flops", "{tmp}/tiny.yaml", "--image-size", "3"], "images of 3 px are smaller than a patch of 4 px."),
+        (["flops", "{tmp}/run", "{tmp}/run"], "{tmp}/run is given 2 times: name each target once."),
+        (["throughput", "{tmp}/tiny.yaml", "--dtype", "float8"], "argument --dtype: invalid choice: 'float8'"),
+        (["speed"], "invalid choice: 'speed'"),
+        (["flops"], "the following arguments are required: TARGET"),
+    ],
+)
+def test_wrong_input_is_one_sentence(arguments, sentence, tmp_path, experiment, capsys):
+    make_run(tmp_path / "run", experiment)
+    make_run(tmp_path / "running", experiment, status="running")
+    (make_run(tmp_path / "broken", experiment) / "metrics.jsonl").write_text("")
+    (tmp_path / "seven.yaml").write_text(CONFIG.format(root=tmp_path / "data", num_classes=7))
+    make_run(tmp_path / "other", tmp_path / "seven.yaml")
+    try:
+        code = main([argument.format(tmp=tmp_path) for argument in arguments])
+    except SystemExit as exit_:
+        code = exit_.code
+    output = capsys.readouterr()
+    assert code == 2
+    assert output.out == ""
+    assert sentence.format(tmp=tmp_path) in output.err
+    assert output.err.count("\n") == 1
