@@ -1,0 +1,244 @@
+"""Strict YAML: what is read is what was declared, and every mistake names file, key, rule and way out."""
+
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+import vitreuse  # noqa: F401  (registers the models)
+from vitreuse.config import Config, ConfigError, ModelConfig, changed_settings, load_config, to_yaml
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml"))
+SHIPPED = [path for path in CONFIGS if not path.name.startswith("_")]
+
+MINIMAL = """\
+model:
+  name: vit_reuse_tiny_patch16_224
+data:
+  source: digits
+train:
+  epochs: 3
+  global_batch_size: 8
+  optimizer: {lr: 1e-3}
+"""
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes a YAML file into a folder of its own; its path."""
+
+    def write_file(text: str, name: str = "x.yaml") -> Path:
+        path = tmp_path / name
+        path.write_text(text)
+        return path
+
+    return write_file
+
+
+def _error(path, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, overrides)
+    sentence = str(caught.value)
+    assert "\n" not in sentence
+    return sentence
+
+
+def test_values_are_read_by_declared_type(write):
+    config = load_config(
+        write(MINIMAL),
+        [
+            "train.optimizer.weight_decay=1e-1",
+            "train.crop={scale: [5e-2, 1], color_jitter: 0}",
+            "train.ledger=true",
+            "model.plan=(exact reuse*2)*4",
+            "data.source=null",
+            "data.root='224'",
+            "model.keywords.img_size=12",
+            "model.keywords.nested={a: [1e-3, true, null, text, '007']}",
+        ],
+    )
+    assert (config.train.optimizer.lr, config.train.optimizer.weight_decay) == (0.001, 0.1)
+    assert config.train.crop.scale == (0.05, 1.0) and type(config.train.crop.color_jitter) is float
+    assert config.train.ledger is True and config.model.plan == "(exact reuse*2)*4"
+    assert (config.data.source, config.data.root) == (None, "224")
+    assert config.model.keywords == {"img_size": 12, "nested": {"a": [0.001, True, None, "text", "007"]}}
+    assert type(config.model.keywords["nested"]["a"][0]) is float
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("train.epochs=0", "command line: train.epochs is 0, it must be greater than 0."),
+        ("train.epochs=1.0", "command line: train.epochs must be a whole number, not '1.0'."),
+        ("train.epochs='3'", "command line: train.epochs must be a whole number, not '3'."),
+        ("train.epochs=0224", "command line: train.epochs must be a whole number, not '0224'."),
+        ("train.epochs=0o17", "command line: train.epochs must be a whole number, not '0o17'."),
+        ("train.epochs=1_000", "command line: train.epochs must be a whole number, not '1_000'."),
+        ("train.epochs=true", "command line: train.epochs must be a whole number, not 'true'."),
+        ("train.epochs=", "command line: train.epochs must be a whole number, not 'null'."),
+        ("train.epochs=[3]", "command line: train.epochs must be a whole number, not a list."),
+        ("train.epochs={a: 3}", "command line: train.epochs must be a whole number, not a mapping."),
+        ("train.ledger=on", "command line: train.ledger must be true or false, not 'on'."),
+        ("train.ledger=True", "command line: train.ledger must be true or false, not 'True'."),
+        ("train.ledger=1", "command line: train.ledger must be true or false, not '1'."),
+        ("train.optimizer.lr=.inf", "command line: train.optimizer.lr must be a number, not '.inf'."),
+        ("train.optimizer.lr=1e999", "command line: train.optimizer.lr must be a number, not '1e999'."),
+        ("train.optimizer.lr=1:30", "command line: train.optimizer.lr must be a number, not '1:30'."),
+        ("train.optimizer.lr=true", "command line: train.optimizer.lr must be a number, not 'true'."),
+        ("train.mixup={mixup: -0.1}", "command line: train.mixup.mixup is -0.1, it must be at least 0."),
+        ("train.crop={scale: [0.1, 1.5]}", "command line: train.crop.scale is 1.5, it must be at most 1."),
+        ("train.crop={scale: [0.1]}", "command line: train.crop.scale must be a list of 2 values, not a list."),
+        ("train.crop={scale: [0.1, x]}", "command line: train.crop.scale.1 must be a number, not 'x'."),
+        ("train.optimizer=adamw", "command line: train.optimizer must be a mapping, not 'adamw'."),
+        ("data.source=digit", "command line: data.source is 'digit', allowed are digits, did you mean 'digits'?"),
+        ("train.epoch=3", "command line: train.epoch is not a key, did you mean 'epochs'?"),
+        ("trian.epochs=3", "command line: trian is not a key, did you mean 'train'?"),
+        ("train.mixup={zzz: 1}", "train.mixup.zzz is not a key; train.mixup knows mixup, cutmix, prob, switch_prob."),
+        ("train.mixup={mixup: 0, cutmix: 0}", "x.yaml: train.mixup.mixup and cutmix are both 0;"),
+        ("data.root=a", "x.yaml: data.root and source: give exactly one of the two"),
+        ("data.source=null", "x.yaml: data.root and source: give exactly one of the two"),
+        ("model.plan=on", "command line: model.plan must be text, not 'on'; if it is meant as text, put it in quotes."),
+        ("model.name=12", "command line: model.name must be text, not '12'; if it is meant as text, put it in quotes."),
+        ("model.keywords.a=yes", "command line: model.keywords.a is 'yes', which has two readings"),
+        ("model.keywords.a=0224", "command line: model.keywords.a is '0224', which has two readings"),
+        ("model.keywords.plan=exact*12", "x.yaml: model.keywords.plan has a key of its own, model.plan."),
+        ("train.epochs", "'train.epochs' is not of the form section.key=value."),
+        ("train..epochs=3", "'train..epochs=3' is not of the form section.key=value."),
+        ("train.epochs=[", "command line: is not valid YAML"),
+        ("data.root=!!python/name:os.system x", "has the tag 'tag:yaml.org,2002:python/name:os.system'"),
+    ],
+)
+def test_a_wrong_override_is_one_sentence(write, override, sentence):
+    assert sentence in _error(write(MINIMAL), override)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (MINIMAL + "  seed: 1\n  seed: 2\n", "x.yaml:10: train.seed stands twice, remove one."),
+        (MINIMAL + "  sead: 1\n", "x.yaml:9: train.sead is not a key, did you mean 'seed'?"),
+        (MINIMAL.replace("  epochs: 3\n", ""), "train.epochs is missing (passes over the training set)."),
+        (MINIMAL.replace("  name: vit_reuse_tiny_patch16_224", "  plan: exact"), "x.yaml:1: model.name is missing"),
+        (MINIMAL.replace("{lr: 1e-3}", "{}"), "x.yaml:8: train.optimizer.lr is missing"),
+        ("- model\n", "x.yaml: must be a mapping of sections"),
+        ("model: [\n", "x.yaml: is not valid YAML"),
+        ("", "x.yaml: model.name is missing"),
+        ("? [a]\n: 1\n", "x.yaml:1: a key must be a word."),
+        ("base: missing.yaml\n", "missing.yaml: cannot be read (No such file or directory)."),
+        ("base: x.yaml\n", "base leads in a circle, x.yaml -> x.yaml."),
+        ("base: 3\n", "x.yaml:1: base must be text, not '3'"),
+    ],
+)
+def test_a_wrong_file_is_one_sentence(write, text, sentence):
+    assert sentence in _error(write(text))
+
+
+def test_a_base_is_what_a_file_differs_from(write, tmp_path):
+    (tmp_path / "deeper").mkdir()
+    write(MINIMAL, "deeper/root.yaml")
+    write(
+        "base: root.yaml\nmodel: {keywords: {img_size: 12, depth: 6}}\ntrain: {crop: {hflip: 0}}\n", "deeper/mid.yaml"
+    )
+    leaf = "base: deeper/mid.yaml\nmodel: {keywords: {depth: 4}}\ntrain: {epochs: 5, crop: null}\n"
+    config = load_config(write(leaf), ["train.epochs=7"])
+    assert config.model.keywords == {"img_size": 12, "depth": 4}
+    assert (config.train.epochs, config.train.crop, config.train.global_batch_size) == (7, None, 8)
+
+
+def test_a_mistake_in_a_base_names_the_base(write):
+    write(MINIMAL + "  sead: 1\n", "below.yaml")
+    assert "below.yaml:9: train.sead is not a key" in _error(write("base: below.yaml\ntrain: {epochs: 2}\n"))
+    write("base: x.yaml\n", "circle.yaml")
+    assert "x.yaml -> circle.yaml -> x.yaml" in _error(write("base: circle.yaml\n"))
+
+
+TEXTS = st.text(st.characters(codec="utf-8", exclude_categories=("Cs", "Cc")), max_size=12)
+SPELLINGS = st.sampled_from(["on", "1e-3", "0224", "null", "~", "", "1:30", "2020-01-01", "0x1f", "#", "a: b", "y"])
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | TEXTS | SPELLINGS,
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(TEXTS | SPELLINGS, inner, max_size=3)),
+    max_leaves=6,
+)
+
+
+KEYWORDS = st.dictionaries(TEXTS | SPELLINGS, VALUES, max_size=3)
+
+
+@given(name=TEXTS | SPELLINGS, keywords=KEYWORDS, lr=st.floats(1e-30, 1e30))
+def test_yaml_round_trips_exactly(tmp_path_factory, name, keywords, lr):
+    path = tmp_path_factory.mktemp("round") / "x.yaml"
+    path.write_text(MINIMAL)
+    config = load_config(path, ["train.crop={ratio: [0.7, 1.3]}", "train.ema={decay: 0.99}"])
+    keywords.pop("plan", None)
+    optimizer = replace(config.train.optimizer, lr=lr)
+    model = ModelConfig(name=name, plan=name, keywords=keywords)
+    config = replace(config, model=model, train=replace(config.train, optimizer=optimizer))
+    path.write_text(to_yaml(config), encoding="utf-8")
+    assert load_config(path) == config
+    assert to_yaml(load_config(path)) == to_yaml(config)
+
+
+def test_every_setting_says_what_it_means():
+    def check(section):
+        for field in fields(section):
+            assert len(field.metadata["meaning"]) > 3, field.name
+
+    sections = [type(value) for value in vars(load_config(SHIPPED[0])).values()]
+    for section in (Config, *sections):
+        check(section)
+
+
+def test_changed_settings_are_those_that_give_another_run(write):
+    config = load_config(write(MINIMAL))
+    same = load_config(write(MINIMAL), ["data.num_workers=7", "train.log_every_steps=3", "eval.batch_size=5"])
+    other = load_config(write(MINIMAL), ["train.optimizer.lr=1", "train.ema={decay: 0.9}", "model.plan=exact*12"])
+    assert changed_settings(config, same) == []
+    assert changed_settings(config, other) == [
+        "model.plan None -> 'exact*12'",
+        "train.optimizer.lr 0.001 -> 1.0",
+        "train.ema None -> EmaConfig(decay=0.9, warmup=False)",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("model", "sentence"),
+    [
+        ({"name": "vit_reuse_tinny_patch16_224"}, "did you mean 'vit_reuse_tiny_patch16_224'?"),
+        (
+            {"keywords": {"img_sze": 12}},
+            "img_sze is not a keyword of vit_reuse_tiny_patch16_224, did you mean 'img_size'?",
+        ),
+        ({"keywords": {"reuse_backed": "map"}}, "did you mean 'reuse_backend'?"),
+        ({"plan": "exact*11"}, "cannot be built: "),
+    ],
+)
+def test_a_model_that_cannot_be_made_is_one_sentence(model, sentence):
+    with pytest.raises(ConfigError) as caught:
+        ModelConfig(**{"name": "vit_reuse_tiny_patch16_224", "keywords": {}, **model}).create("meta")
+    assert sentence in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_every_shipped_config_builds(path):
+    config = load_config(path)
+    model = config.model.create("meta")
+    assert all(parameter.is_meta for parameter in model.parameters())
+    if config.model.plan is not None:
+        assert str(model.plan) == config.model.plan
+    image = yaml.safe_load(to_yaml(config))["model"]["keywords"].get("img_size", 224)
+    assert model.patch_embed.img_size == (image, image)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_every_shipped_config_is_a_complete_experiment(path):
+    header = path.read_text().partition("\nbase:")[0]
+    for word in ("Source:", "Command:", "Hardware:", "Cost:", "Top-1:"):
+        assert f"# {word}" in header, word
+
+
+def test_sections_are_dataclasses():
+    config = load_config(SHIPPED[0])
+    assert all(is_dataclass(value) for value in vars(config).values())

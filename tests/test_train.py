@@ -1,0 +1,387 @@
+"""Training as a user runs it: real processes, real signals, and what a run folder holds afterwards."""
+
+import copy
+import io
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import vitreuse  # noqa: F401  (registers the models)
+from eval.inputs import image_settings
+from train.__main__ import main
+from train.checkpoint import Checkpoints
+from train.distributed import Ranks
+from train.order import Draw
+from train.pipeline import TrainingImages, train_transform
+from train.trainer import DivergedError, Trainer
+from vitreuse.config import Config, load_config
+from vitreuse.data import EncodedSample, open_split, write_shards
+
+CHECKOUT = Path(__file__).parent.parent
+NUM_TRAIN, NUM_VAL = 17, 7  # batches of 8, 8 and 1: under two ranks the second holds no sample of the last
+
+CONFIG = """\
+model:
+  name: vit_reuse_tiny_patch16_224
+  plan: exact reuse
+  keywords: {{img_size: 8, patch_size: 4, in_chans: 1, num_classes: 3, embed_dim: 16, depth: 2, num_heads: 2}}
+data: {{root: {root}, num_workers: 0, cache_images: true}}
+train:
+  epochs: 60
+  global_batch_size: 8
+  device: cpu
+  num_threads: 1
+  optimizer: {{lr: 1e-2}}
+  schedule: {{warmup_epochs: 1}}
+  checkpoint: {{every_epochs: 10, every_steps: 7}}
+  log_every_steps: 1
+  ledger: true
+eval: {{crop_pct: 1.0, every_epochs: 20}}
+"""
+# Whatever draws random numbers or keeps state between steps.
+EVERYTHING = [
+    "model.keywords.proj_drop_rate=0.1",
+    "model.keywords.drop_path_rate=0.1",
+    "train.affine={degrees: 10, shift: 0.1, scale: [0.9, 1.1]}",
+    "train.ema={decay: 0.9}",
+    "train.clip={limit: 1.0}",
+    "train.accumulation_steps=2",
+    "data.shuffle_window=6",
+]
+
+
+def _samples(split: str, number: int):
+    rng = np.random.default_rng(len(split))
+    for i in range(number):
+        content = io.BytesIO()
+        Image.fromarray(rng.integers(60 * (i % 3), 255, (8, 8), dtype=np.uint8)).save(content, "PNG")
+        yield EncodedSample(f"{split}-{i}", content.getvalue(), "png", i % 3)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    """A small data set as shards."""
+    folder = tmp_path_factory.mktemp("data")
+    write_shards(_samples("train", NUM_TRAIN), folder / "train", ("a", "b", "c"), samples_per_shard=5)
+    write_shards(_samples("val", NUM_VAL), folder / "val", ("a", "b", "c"), samples_per_shard=5)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def config_path(root) -> Path:
+    path = root / "tiny.yaml"
+    path.write_text(CONFIG.format(root=root))
+    return path
+
+
+def _command(*arguments: str, ranks: int = 1) -> list[str]:
+    if ranks == 1:
+        return [sys.executable, "-m", "train", *arguments]
+    launcher = ["torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", "0", "--standalone"]
+    return [sys.executable, "-m", *launcher, "-m", "train", *arguments]
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(CHECKOUT), "OMP_NUM_THREADS": "1"}
+
+
+def _train(*arguments: str, ranks: int = 1, cwd: Path = CHECKOUT) -> subprocess.CompletedProcess[str]:
+    command = _command(*map(str, arguments), ranks=ranks)
+    return subprocess.run(command, env=_environment(), cwd=cwd, capture_output=True, text=True, timeout=120)
+
+
+def _train_until(step: int, number: int, run_dir: Path, *arguments: str) -> int:
+    """Starts a run, sends a signal once a step is logged, and waits; its exit code."""
+    command = _command(*map(str, arguments), f"run_dir={run_dir}")
+    process = subprocess.Popen(command, env=_environment(), cwd=CHECKOUT, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 100
+    while f'"step": {step},' not in _text(run_dir / "metrics.jsonl"):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.001)
+    process.send_signal(number)
+    return process.wait(timeout=60)
+
+
+def _text(path: Path) -> str:
+    return path.read_text() if path.exists() else ""
+
+
+def _records(run_dir: Path, name: str = "metrics") -> list[dict]:
+    return [json.loads(line) for line in (run_dir / f"{name}.jsonl").read_text().splitlines()]
+
+
+def _curve(run_dir: Path) -> list[dict]:
+    """The metrics without what a clock decides."""
+    timed = ("images_per_second", "data_wait_percent", "seconds")
+    return [{key: value for key, value in record.items() if key not in timed} for record in _records(run_dir)]
+
+
+def _status(run_dir: Path) -> str:
+    return json.loads((run_dir / "run.json").read_text())["status"]
+
+
+@pytest.fixture(scope="module")
+def whole(config_path, tmp_path_factory) -> Path:
+    """The folder of a run that nothing interrupted."""
+    run_dir = tmp_path_factory.mktemp("runs") / "whole"
+    result = _train(config_path, *EVERYTHING, f"run_dir={run_dir}")
+    assert result.returncode == 0, result.stderr
+    return run_dir
+
+
+def _assert_equal_runs(run_dir: Path, whole: Path) -> None:
+    assert _curve(run_dir) == _curve(whole)
+    assert _text(run_dir / "ledger.jsonl") == _text(whole / "ledger.jsonl")
+    weights, expected = (load_file(folder / "model.safetensors") for folder in (run_dir, whole))
+    torch.testing.assert_close(weights, expected, rtol=0, atol=0)
+    last = "checkpoints/step-000000180/state.pt"
+    state, expected = (torch.load(folder / last, weights_only=True) for folder in (run_dir, whole))
+    for tree in (state, expected):
+        del tree["counters"]["seconds"]
+        tree["groups"] = tree["optimizer"].pop("param_groups")
+    for part in ("counters", "groups"):
+        assert state[part] == expected[part]
+    for part in ("model", "ema", "optimizer"):
+        torch.testing.assert_close(state[part], expected[part], rtol=0, atol=0)
+
+
+def test_a_run_leaves_a_whole_folder(whole, config_path):
+    assert {path.name for path in whole.iterdir() if not path.name.startswith(".")} == {
+        "config.yaml", "run.json", "metrics.jsonl", "ledger.jsonl", "checkpoints", "model.safetensors",
+    }  # fmt: skip
+    config = load_config(whole / "config.yaml")
+    assert config == load_config(config_path, EVERYTHING)
+    facts = json.loads((whole / "run.json").read_text())
+    assert (facts["status"], facts["plan"], facts["num_params"]) == ("completed", "exact reuse", 6467)
+    assert facts["command"].startswith("python -m train") and "torch" in facts["versions"]
+    records = _records(whole)
+    assert [record["step"] for record in records if record["kind"] == "step"] == list(range(1, 181))
+    assert [record["epoch"] for record in records if "top1" in record] == [20, 40, 60, 60]
+    assert records[-1]["kind"] == "final" and records[-1]["n"] == NUM_VAL
+    with safe_open(whole / "model.safetensors", "pt") as file:
+        metadata = file.metadata()
+    assert (metadata["name"], metadata["plan"]) == ("vit_reuse_tiny_patch16_224", "exact reuse")
+    assert json.loads(metadata["keywords"])["embed_dim"] == 16
+    config.model.create().load_state_dict(load_file(whole / "model.safetensors"))
+
+
+def test_every_epoch_uses_every_sample_once(whole):
+    ledger = _records(whole, "ledger")
+    for epoch in range(60):
+        keys = [key for record in ledger[3 * epoch : 3 * epoch + 3] for key in record["keys"]]
+        assert sorted(keys) == sorted(f"train-{i}" for i in range(NUM_TRAIN))
+
+
+def test_a_killed_run_resumes_bit_for_bit(whole, config_path, tmp_path):
+    run_dir = tmp_path / "killed"
+    assert _train_until(24, signal.SIGKILL, run_dir, config_path, *EVERYTHING) == -signal.SIGKILL
+    assert _status(run_dir) == "running"
+    assert not (run_dir / "model.safetensors").exists()
+    with open(run_dir / "metrics.jsonl", "a") as file:
+        file.write('{"kind": "step", "st')  # a line the kill cut off
+    result = _train(config_path, *EVERYTHING, f"run_dir={run_dir}", "data.num_workers=2")  # free to change
+    assert result.returncode == 0, result.stderr
+    assert "goes on after step 2" in result.stderr
+    _assert_equal_runs(run_dir, whole)
+
+
+def test_a_terminated_run_saves_everything(whole, config_path, tmp_path):
+    run_dir = tmp_path / "terminated"
+    assert _train_until(24, signal.SIGTERM, run_dir, config_path, *EVERYTHING) == 75
+    assert _status(run_dir) == "stopped"
+    stopped_at = _records(run_dir)[-1]["step"]
+    assert (run_dir / f"checkpoints/step-{stopped_at:09d}/complete.json").exists()
+    result = _train(config_path, *EVERYTHING, f"run_dir={run_dir}")
+    assert result.returncode == 0 and f"goes on after step {stopped_at} of 180" in result.stderr
+    _assert_equal_runs(run_dir, whole)
+
+
+def test_two_ranks_follow_the_curve_of_one(config_path, tmp_path):
+    recipe = ["train.epochs=4", "train.accumulation_steps=2", "eval.every_epochs=1", "train.loss.smoothing=0.1"]
+    for ranks in (1, 2):
+        result = _train(config_path, *recipe, f"run_dir={tmp_path / str(ranks)}", ranks=ranks)
+        assert result.returncode == 0, result.stderr
+    one, two = _curve(tmp_path / "1"), _curve(tmp_path / "2")
+    for key in ("loss", "grad_norm", "lr", "train_loss", "top1", "n"):
+        expected = [record[key] for record in one if key in record]
+        assert expected == pytest.approx([record[key] for record in two if key in record], rel=2e-4), key
+    weights, others = (load_file(tmp_path / ranks / "model.safetensors") for ranks in "12")
+    torch.testing.assert_close(weights, others, rtol=1e-3, atol=1e-4)
+    shares = {(r["step"], r["rank"]): r["keys"] for r in _records(tmp_path / "2", "ledger")}
+    for record in _records(tmp_path / "1", "ledger"):
+        assert [shares[record["step"], rank] for rank in (0, 1)] == [record["keys"][rank::2] for rank in (0, 1)]
+    assert shares[3, 1] == []
+
+
+def test_a_completed_run_is_left_alone(whole, config_path, capsys):
+    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
+    assert main([str(config_path), *EVERYTHING, f"run_dir={whole}"]) == 0
+    assert "completed already" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["missing.yaml"], "missing.yaml: cannot be read"),
+        ([], "no config is given"),
+        (["tiny.yaml", "train.epoch=3"], "train.epoch is not a key, did you mean 'epochs'?"),
+        (["tiny.yaml", "model.plan=exact*3"], "vit_reuse_tiny_patch16_224"),
+        (["tiny.yaml", "model.keywords.num_classes=4"], "has 3 classes and the model 4"),
+        (["tiny.yaml", "data.root=nowhere"], "nowhere"),
+        (["tiny.yaml", "train.optimizer.name=adamww"], "did you mean 'adamw"),
+        (["tiny.yaml", "train.mixup={}", "train.global_batch_size=9"], "must be a multiple of 2"),
+        (["tiny.yaml", "train.mixup={}", "train.global_batch_size=18"], "17 training images do not fill one batch"),
+    ],
+)
+def test_wrong_input_writes_nothing(config_path, tmp_path, monkeypatch, capsys, arguments, sentence):
+    (tmp_path / "tiny.yaml").write_text(config_path.read_text())
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert sentence in error and error.count("\n") == 1 and error.startswith("train: ")
+    assert {path.name for path in tmp_path.iterdir()} == {"tiny.yaml"}
+
+
+def test_another_experiment_is_refused_in_the_same_folder(whole, config_path, capsys):
+    assert main([str(config_path), *EVERYTHING, "train.optimizer.lr=2e-2", f"run_dir={whole}"]) == 2
+    assert "(train.optimizer.lr 0.01 -> 0.02)" in capsys.readouterr().err
+    assert main([str(config_path), f"run_dir={config_path.parent}"]) == 2
+    assert "is not a run folder" in capsys.readouterr().err
+
+
+def test_a_folder_takes_one_process_at_a_time(config_path, tmp_path):
+    run_dir = tmp_path / "held"
+    lock = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, 2); print(flush=True); sys.stdin.read()"
+    run_dir.mkdir()
+    (run_dir / "config.yaml").write_text(config_path.read_text())
+    holder = subprocess.Popen([sys.executable, "-c", lock, str(run_dir / ".lock")], stdin=-1, stdout=-1)
+    try:
+        assert holder.stdout is not None and holder.stdout.readline()
+        assert main([str(config_path), f"run_dir={run_dir}"]) == 2
+    finally:
+        holder.kill()
+        holder.communicate()
+    assert not (run_dir / "metrics.jsonl").exists()
+
+
+def _trainer(config: Config) -> Trainer:
+    torch.manual_seed(config.train.seed)
+    model = config.model.create()
+    samples = open_split(config.data.folder, "train", "L")
+    return Trainer(config, model, samples, image_settings(model), Ranks(0, 1, 0, torch.device("cpu")))
+
+
+def _weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+
+
+def test_accumulation_changes_nothing_but_rounding(config_path):
+    results = []
+    for pieces in (1, 3):
+        trainer = _trainer(load_config(config_path, [f"train.accumulation_steps={pieces}"]))
+        losses = [trainer.train_step(batch, stop=False).loss for batch in trainer.remaining_batches()]
+        results.append((losses, _weights(trainer)))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-5)
+
+
+def test_a_loss_that_is_not_finite_skips_the_step_and_then_ends_the_run(config_path):
+    trainer = _trainer(load_config(config_path, ["train.max_skipped_steps=2", "train.ema={decay: 0.5}"]))
+    batches = list(trainer.remaining_batches())
+    trainer.train_step(batches[0], stop=False)
+    before, moments = _weights(trainer), copy.deepcopy(trainer.optimizer.state_dict()["state"])
+    broken = batches[1]._replace(images=batches[1].images.index_fill(0, torch.tensor([3]), float("nan")))
+    assert trainer.train_step(broken, stop=False).skipped
+    torch.testing.assert_close(_weights(trainer), before, rtol=0, atol=0)
+    torch.testing.assert_close(trainer.optimizer.state_dict()["state"], moments, rtol=0, atol=0)
+    assert not trainer.train_step(batches[2], stop=False).skipped
+    assert (trainer.counters.skipped, trainer.counters.skipped_in_a_row) == (1, 0)
+    trainer.train_step(broken, stop=False)
+    with pytest.raises(DivergedError, match=f"2 steps in a row up to step 5, with {broken.keys[0]}, "):
+        trainer.train_step(broken, stop=False)
+
+
+def test_warm_up_rises_and_the_cosine_ends_near_zero(config_path):
+    trainer = _trainer(load_config(config_path, ["train.epochs=4", "train.schedule.min_lr=1e-5"]))
+    rates = []
+    for _ in range(4):
+        rates += [trainer.train_step(batch, stop=False).lr for batch in trainer.remaining_batches()]
+    cosine = [1e-5 + (1e-2 - 1e-5) * (1 + np.cos(np.pi * step / 12)) / 2 for step in range(3, 12)]
+    warm_up = [1e-6 + (1e-2 - 1e-6) * step / 3 for step in range(3)]
+    assert rates == pytest.approx(warm_up + cosine)
+
+
+@pytest.mark.parametrize("transform", ["affine={degrees: 20, shift: 0.2}", "crop={auto_augment: rand-m9-n2}"])
+def test_augmentation_is_a_function_of_seed_epoch_and_sample(config_path, transform):
+    config = load_config(config_path, [f"train.{transform}"])
+    settings = image_settings(config.model.create("meta"))
+    images = TrainingImages(open_split(config.data.folder, "train", "L"), train_transform(config, settings), seed=5)
+    first = images[Draw(1, 3, 0)][0]
+    others = [Draw(2, 3, 0), Draw(1, 4, 0), Draw(1, 3, 1)]
+    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    assert not any(torch.equal(first, image) for image, _, _ in images.__getitems__(others))
+    assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == states
+    assert torch.equal(images[Draw(1, 3, 0)][0], first)
+
+
+def test_mixup_drops_the_batch_it_cannot_pair(config_path):
+    trainer = _trainer(load_config(config_path, ["train.mixup={}"]))
+    batches = list(trainer.remaining_batches())
+    assert [len(batch.keys) for batch in batches] == [8, 8]
+    assert all(np.isfinite(trainer.train_step(batch, stop=False).loss) for batch in batches)
+
+
+def _states(checkpoints: Checkpoints) -> list[int]:
+    return [int(path.name.removeprefix("step-")) for path in sorted(checkpoints.folder.glob("step-*"))]
+
+
+def test_checkpoints_keep_the_newest_and_the_best(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep_last=2)
+    assert checkpoints.load_newest() is None
+    for step, top1 in [(1, 50.0), (2, 80.0), (3, None), (4, 70.0), (5, None)]:
+        checkpoints.save({"step": step, "weights": torch.full((3,), float(step))}, step, top1)
+    assert _states(checkpoints) == [2, 4, 5]
+    assert checkpoints.load_newest()["step"] == 5
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "no marker", "no state", "half a marker"])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, capsys, damage):
+    checkpoints = Checkpoints(tmp_path, keep_last=3)
+    for step in (1, 2):
+        checkpoints.save({"step": step, "weights": torch.arange(1000.0)}, step, None)
+    newest = tmp_path / "step-000000002"
+    content = bytearray((newest / "state.pt").read_bytes())
+    if damage == "truncated":
+        (newest / "state.pt").write_bytes(content[:-100])
+    if damage == "flipped":
+        content[len(content) // 2] ^= 1
+        (newest / "state.pt").write_bytes(content)
+    if damage == "no marker":
+        (newest / "complete.json").unlink()
+    if damage == "no state":
+        (newest / "state.pt").unlink()
+    if damage == "half a marker":
+        (newest / "complete.json").write_text('{"step": 2, "by')
+    assert checkpoints.load_newest()["step"] == 1
+    assert ("is damaged" in capsys.readouterr().err) == (damage in ("truncated", "flipped", "no state"))
+    checkpoints.save({"step": 2, "weights": torch.arange(1000.0)}, 2, None)
+    assert checkpoints.load_newest()["step"] == 2
+
+
+def test_a_checkpoint_with_code_in_it_is_not_loaded(tmp_path, capsys):
+    checkpoints = Checkpoints(tmp_path, keep_last=3)
+    checkpoints.save({"step": 1, "code": Path("/")}, 1, None)
+    assert checkpoints.load_newest() is None
+    assert "is damaged" in capsys.readouterr().err

@@ -1,0 +1,64 @@
+"""`python -m train CONFIG [section.key=value ...] [run_dir=PATH]`, alone or under torchrun."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from pathlib import Path
+
+import vitreuse  # noqa: F401  (registers the models)
+from train.loop import train
+from train.trainer import DivergedError
+from vitreuse.config import ConfigError, load_config
+from vitreuse.data import DataError
+
+USAGE = "usage: python -m train CONFIG [section.key=value ...] [run_dir=PATH]"
+DONE, FAILED, WRONG_INPUT, STOPPED = 0, 1, 2, 75
+
+
+def main(arguments: list[str]) -> int:
+    """Trains the experiment that the command line names; the exit code."""
+    if {"-h", "--help"} & set(arguments):
+        print(f"{USAGE}\nkeys and their meaning: vitreuse/config.py; experiments: configs/")
+        return DONE
+    try:
+        path, overrides, run_dir = _parse(arguments)
+        command = shlex.join([*_launcher(), *arguments])
+        return DONE if train(load_config(path, overrides), run_dir, command) else STOPPED
+    except (ConfigError, DataError) as error:
+        return _end(error, WRONG_INPUT)
+    except (DivergedError, OSError) as error:
+        return _end(error, FAILED)
+
+
+def _parse(arguments: list[str]) -> tuple[Path, list[str], Path]:
+    """The config, the overrides and the run folder of a command line."""
+    if not arguments or "=" in arguments[0] or arguments[0].startswith("-"):
+        raise ConfigError(f"no config is given; {USAGE}.")
+    path = Path(arguments[0])
+    run_dir = Path("runs") / path.stem
+    overrides = []
+    for argument in arguments[1:]:
+        if argument.startswith("run_dir="):
+            run_dir = Path(argument.removeprefix("run_dir="))
+        else:
+            overrides.append(argument)
+    return path, overrides, run_dir
+
+
+def _launcher() -> list[str]:
+    world_size = os.environ.get("WORLD_SIZE", "1")
+    if world_size == "1":
+        return ["python", "-m", "train"]
+    return ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", world_size), "-m", "train"]
+
+
+def _end(error: Exception, code: int) -> int:
+    if os.environ.get("RANK", "0") == "0" or code == FAILED:
+        print(f"train: {error}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

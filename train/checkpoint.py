@@ -1,0 +1,119 @@
+"""Checkpoints that survive being killed at any moment: a state is complete or it is not there.
+
+checkpoints/step-000000450/
+    state.pt        tensors, numbers and strings; torch.load(weights_only=True) reads it
+    complete.json   written last: step, size and checksum of state.pt, top-1 if measured
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import zlib
+from pathlib import Path
+from typing import Any
+
+import torch
+
+STATE_FILE = "state.pt"
+MARKER_FILE = "complete.json"
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """Writes a file that a crash leaves either as it was or whole: temporary name, fsync, rename."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Waits until a file's content, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class Checkpoints:
+    """The checkpoints of one run folder.
+
+    Args:
+        folder: Where they are.
+        keep_last: Newest ones that stay; the one with the best top-1 stays too.
+    """
+
+    def __init__(self, folder: Path, keep_last: int):
+        self.folder, self.keep_last = folder, keep_last
+
+    def save(self, state: dict[str, Any], step: int, top1: float | None = None) -> None:
+        """Writes a checkpoint, then removes those that need not stay.
+
+        Raises:
+            OSError: It could not be written; what was there before is untouched.
+        """
+        folder = self.folder / f"step-{step:09d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = folder / f".{STATE_FILE}.tmp"
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        (folder / MARKER_FILE).unlink(missing_ok=True)
+        os.replace(temporary, folder / STATE_FILE)
+        sync(folder)
+        marker = {"step": step, "bytes": (folder / STATE_FILE).stat().st_size, "crc32": _crc32(folder / STATE_FILE)}
+        write_durably(folder / MARKER_FILE, json.dumps({**marker, "top1": top1}).encode())
+        sync(self.folder)
+        self._prune()
+
+    def load_newest(self) -> dict[str, Any] | None:
+        """The state of the newest whole checkpoint, on the CPU; None if there is none.
+
+        A damaged one is named on standard error, and the one before it is taken.
+        """
+        for folder, marker in reversed(self._complete()):
+            path = folder / STATE_FILE
+            try:
+                if (path.stat().st_size, _crc32(path)) != (marker["bytes"], marker["crc32"]):
+                    raise ValueError("its size or checksum is not the one written")
+                return torch.load(path, map_location="cpu", weights_only=True)
+            except Exception as error:  # torch.load raises whatever a damaged archive leads to
+                reason = str(error).splitlines()[0]
+                print(f"{path} is damaged ({reason}); the checkpoint before it is taken.", file=sys.stderr)
+        return None
+
+    def _complete(self) -> list[tuple[Path, dict[str, Any]]]:
+        """Folders and markers of the checkpoints that have one, oldest first."""
+        found = []
+        for path in sorted(self.folder.glob(f"step-*/{MARKER_FILE}")):
+            try:
+                found.append((path.parent, json.loads(path.read_bytes())))
+            except ValueError:  # a disk lost part of it: no marker
+                continue
+        return found
+
+    def _prune(self) -> None:
+        complete = self._complete()
+        keep = {folder for folder, _ in complete[-self.keep_last :]}
+        measured = [(marker["top1"], folder) for folder, marker in complete if marker["top1"] is not None]
+        if measured:
+            keep.add(max(measured)[1])
+        for folder in self.folder.glob("step-*"):
+            if folder not in keep:
+                (folder / MARKER_FILE).unlink(missing_ok=True)
+                shutil.rmtree(folder)
+
+
+def _crc32(path: Path) -> int:
+    checksum = 0
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 22):
+            checksum = zlib.crc32(chunk, checksum)
+    return checksum

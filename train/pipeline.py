@@ -1,0 +1,173 @@
+"""From sample numbers to batches: decoding, augmentation and mixing, each drawn from (seed, epoch, sample) alone."""
+
+from __future__ import annotations
+
+import random
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import Mixup, create_transform
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+from torchvision.transforms import InterpolationMode
+
+from train.order import Draw, RankBatches, Stream, seed_sequence
+from vitreuse.config import Config
+from vitreuse.data import Sample
+
+Transform = Callable[[Image.Image], Tensor]
+Item = tuple[Tensor, int, str]  # image, label, key
+
+
+class Batch(NamedTuple):
+    """One rank's share of a global batch: images (B, channels, height, width), labels (B,), the keys of its samples."""
+
+    images: Tensor
+    labels: Tensor
+    keys: list[str]
+
+
+def seed_generators(source: np.random.SeedSequence, device: torch.device | None = None) -> None:
+    """Seeds random, numpy and torch's CPU generator, and that of a CUDA device if one is given."""
+    words = source.generate_state(3).tolist()
+    random.seed(words[0])
+    np.random.seed(words[1])
+    torch.default_generator.manual_seed(words[2])  # torch.manual_seed would touch every device
+    if device is not None and device.type == "cuda":
+        torch.cuda.manual_seed(words[2])
+
+
+@contextmanager
+def restored_generators() -> Iterator[None]:
+    """Puts random, numpy and torch's CPU generator back as they were.
+
+    timm's and torchvision's transforms draw from all three. Unrestored, decoding in the rank itself (0 workers) would
+    move what the model draws next.
+    """
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+def train_transform(config: Config, settings: dict[str, Any]) -> Transform:
+    """The training transform of an experiment, from a PIL image to a normalised tensor.
+
+    Args:
+        config: Its train.crop, train.affine, or neither of them.
+        settings: eval.inputs.image_settings of the model.
+    """
+    crop, affine = config.train.crop, config.train.affine
+    if crop is not None:
+        transform: Any = create_transform(
+            input_size=settings["input_size"],
+            is_training=True,
+            scale=crop.scale,
+            ratio=crop.ratio,
+            hflip=crop.hflip,
+            color_jitter=crop.color_jitter,
+            auto_augment=crop.auto_augment,
+            re_prob=crop.erase_prob,
+            re_mode="pixel",
+            interpolation=settings["interpolation"],
+            mean=settings["mean"],
+            std=settings["std"],
+        )
+        return transform
+    steps: list[Any] = [
+        transforms.Resize(settings["input_size"][-2:], InterpolationMode(settings["interpolation"])),
+        transforms.ToTensor(),
+        transforms.Normalize(settings["mean"], settings["std"]),
+    ]
+    if affine is not None:
+        shift = (affine.shift, affine.shift)
+        turn = transforms.RandomAffine(affine.degrees, shift, affine.scale, interpolation=InterpolationMode.BILINEAR)
+        steps.insert(1, turn)
+    return transforms.Compose(steps)
+
+
+class TrainingImages(Dataset[Item]):
+    """Augmented images by Draw; the same Draw gives the same tensor in any process.
+
+    Args:
+        samples: The training set.
+        transform: From a PIL image to a tensor, drawing from the global generators.
+        seed: The run's seed.
+        cache_images: Keep each decoded image, for sets that fit in memory (once per worker).
+    """
+
+    def __init__(self, samples: Dataset[Sample], transform: Transform, seed: int, cache_images: bool = False):
+        self.samples, self.transform, self.seed = samples, transform, seed
+        self._cache: dict[int, Sample] | None = {} if cache_images else None
+
+    def __getitem__(self, draw: Draw) -> Item:
+        return self.__getitems__([draw])[0]
+
+    def __getitems__(self, draws: list[Draw]) -> list[Item]:
+        """A whole batch at once: saving and restoring the generators costs more than augmenting a small image."""
+        with restored_generators():
+            return [self._augment(draw) for draw in draws]
+
+    def _augment(self, draw: Draw) -> Item:
+        image, label, key = self._read(draw.sample)
+        seed_generators(seed_sequence(self.seed, Stream.SAMPLE, *draw))
+        return self.transform(image), label, key
+
+    def _read(self, number: int) -> Sample:
+        if self._cache is None:
+            return self.samples[number]
+        if number not in self._cache:
+            self._cache[number] = self.samples[number]
+        return self._cache[number]
+
+
+def collate(items: list[Item]) -> Batch:
+    """A Batch of samples; of none, an empty one."""
+    if not items:
+        return Batch(torch.empty(0), torch.empty(0, dtype=torch.long), [])
+    images, labels, keys = zip(*items, strict=True)
+    return Batch(torch.stack(images), torch.tensor(labels), list(keys))
+
+
+def ignore_stop_signals(worker: int) -> None:
+    """Lets a DataLoader worker outlive the signals that stop a run: torchrun and Ctrl-C send them to every process."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def create_loader(images: TrainingImages, batches: RankBatches, num_workers: int, pin_memory: bool) -> DataLoader:
+    """The batches of one rank, in order, with workers that live as long as the run."""
+    return DataLoader(
+        images,
+        batch_sampler=batches,
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        collate_fn=collate,
+        worker_init_fn=ignore_stop_signals,
+        pin_memory=pin_memory,
+        generator=torch.Generator(),  # the loader draws a base seed per epoch: not from the generator of dropout
+    )
+
+
+def create_mixup(config: Config, num_classes: int) -> Mixup | None:
+    """timm's Mixup of an experiment, which smooths labels too; None if it mixes nothing."""
+    mixup = config.train.mixup
+    if mixup is None:
+        return None
+    return Mixup(
+        mixup_alpha=mixup.mixup,
+        cutmix_alpha=mixup.cutmix,
+        prob=mixup.prob,
+        switch_prob=mixup.switch_prob,
+        label_smoothing=config.train.loss.smoothing,
+        num_classes=num_classes,
+    )

@@ -1,0 +1,190 @@
+"""A run and its folder: started, resumed, stopped and finished so that no moment of death leaves it half-written.
+
+RUN_DIR/config.yaml         the resolved experiment
+        run.json            status, versions, commit, command, hardware, plan
+        metrics.jsonl       one object a line; kind is step, epoch or final
+        ledger.jsonl        with train.ledger: step, rank and the keys of its samples
+        checkpoints/        see checkpoint.py
+        model.safetensors   at the end: the weights, with name, plan and keywords as metadata
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from torch import nn
+
+from eval.machine import describe_machine
+from train.checkpoint import Checkpoints, sync, write_durably
+from train.distributed import Ranks
+from vitreuse.config import Config, ConfigError, changed_settings, load_config, to_yaml
+
+PACKAGES = ("vitreuse", "torch", "torchvision", "timm", "numpy", "webdataset")
+
+
+class RunFolder:
+    """The files of one run.
+
+    Args:
+        path: The folder; it need not exist yet.
+        config: The experiment.
+    """
+
+    def __init__(self, path: Path, config: Config):
+        self.path, self.config = path, config
+        self.checkpoints = Checkpoints(path / "checkpoints", config.train.checkpoint.keep_last)
+
+    @property
+    def is_completed(self) -> bool:
+        """Whether a run was finished here."""
+        return self._record().get("status") == "completed"
+
+    def refuse_other_run(self) -> None:
+        """Checks that what is here, if anything, is this experiment.
+
+        Raises:
+            ConfigError: The folder holds a run of another configuration, or something that is no run.
+        """
+        if not self.path.exists():
+            return
+        if not self.path.is_dir() or (any(self.path.iterdir()) and not (self.path / "config.yaml").exists()):
+            raise ConfigError(f"{self.path} is not a run folder: choose another with run_dir=PATH.")
+        if not (self.path / "config.yaml").exists():
+            return
+        changes = changed_settings(load_config(self.path / "config.yaml"), self.config)
+        if changes:
+            raise ConfigError(
+                f"{self.path} holds a run of another configuration ({'; '.join(changes)}): "
+                f"choose another folder with run_dir=PATH, or remove this one."
+            )
+
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Makes the folder and holds it against other processes inside the block.
+
+        Raises:
+            ConfigError: Another process writes here, or the folder cannot be made.
+        """
+        lock = self._lock()
+        try:
+            yield
+        finally:
+            os.close(lock)
+
+    def _lock(self) -> int:
+        """A POSIX lock's descriptor: forked DataLoader workers do not share it, a dead process does not keep it."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT)
+        except OSError as error:
+            reason = error.strerror
+            raise ConfigError(f"{self.path} cannot be written ({reason}): choose another run_dir=PATH.") from None
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(lock)
+            raise ConfigError(f"{self.path} is being written by another process: wait for it to end.") from None
+        return lock
+
+    def describe(self, **facts: Any) -> None:
+        """Merges facts, such as the status, into run.json."""
+        self._write_record({**self._record(), **facts})
+
+    def _write_record(self, record: dict[str, Any]) -> None:
+        write_durably(self.path / "run.json", (json.dumps(record, indent=2) + "\n").encode())
+
+    def _record(self) -> dict[str, Any]:
+        path = self.path / "run.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+    def fail(self, reason: str) -> None:
+        """Notes why a run ended; the first rank to fail is the one that knows."""
+        if self._record().get("status") != "failed":
+            self.describe(status="failed", error=reason)
+
+    def begin(self, step: int, facts: dict[str, Any]) -> None:
+        """Writes the configuration and the facts of this start, and cuts the logs back to what was known at a step."""
+        write_durably(self.path / "config.yaml", to_yaml(self.config).encode())
+        self._write_record({"status": "running", **facts})
+        for path in self._logs():
+            lines = path.read_bytes().splitlines(keepends=True)
+            write_durably(path, b"".join(line for line in lines if _is_known(line, step)))
+
+    def _logs(self) -> list[Path]:
+        return [path for path in (self.path / "metrics.jsonl", self.path / "ledger.jsonl") if path.exists()]
+
+    def log(self, kind: str, **values: Any) -> None:
+        """Appends an object to metrics.jsonl."""
+        self._append("metrics.jsonl", {"kind": kind, **values})
+
+    def log_keys(self, step: int, keys_by_rank: list[list[str]]) -> None:
+        """Appends the sample keys of one step to ledger.jsonl."""
+        for rank, keys in enumerate(keys_by_rank):
+            self._append("ledger.jsonl", {"step": step, "rank": rank, "keys": keys})
+
+    def _append(self, name: str, record: dict[str, Any]) -> None:
+        with open(self.path / name, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record, allow_nan=False) + "\n")
+
+    def save(self, state: dict[str, Any], step: int, top1: float | None) -> None:
+        """Writes a checkpoint, after the logs that lead up to it."""
+        for path in self._logs():
+            sync(path)
+        self.checkpoints.save(state, step, top1)
+
+    def finish(self, model: nn.Module) -> None:
+        """Leaves the weights as model.safetensors, and the status completed."""
+        settings = self.config.model
+        metadata = {"name": settings.name, "plan": settings.plan or "", "keywords": json.dumps(settings.keywords)}
+        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+        write_durably(self.path / "model.safetensors", safetensors.torch.save(weights, {**metadata, "format": "pt"}))
+        self.describe(status="completed")
+
+
+def _is_known(line: bytes, step: int) -> bool:
+    """Whether a line of a log is whole and belongs to a step up to the given one."""
+    try:
+        record = json.loads(line)
+    except ValueError:  # cut off by a crash
+        return False
+    return line.endswith(b"\n") and record["step"] <= step and record.get("kind") != "final"
+
+
+def run_facts(config: Config, model: nn.Module, ranks: Ranks, command: str) -> dict[str, Any]:
+    """What run.json says of how a run was made."""
+    return {
+        "command": command,
+        "model": config.model.name,
+        "plan": str(model.plan) if hasattr(model, "plan") else None,
+        "num_params": sum(parameter.numel() for parameter in model.parameters()),
+        "git_commit": _git_commit(),
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "hardware": {**describe_machine(ranks.device), "num_ranks": ranks.world_size},
+    }
+
+
+def _git_commit() -> str | None:
+    """The checkout's commit, with '-dirty' after it when files differ; None outside a checkout."""
+    command = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    try:
+        result = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    except OSError:  # no git
+        return None
+    return result.stdout.strip() or None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

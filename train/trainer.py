@@ -1,0 +1,276 @@
+"""The recipe at work: one optimizer step after another, the same on any number of ranks up to rounding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import torch
+from timm.loss import BinaryCrossEntropy
+from timm.optim import create_optimizer_v2, list_optimizers
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3, dispatch_clip_grad
+from torch import Tensor, nn
+
+from train.distributed import Ranks
+from train.order import RankBatches, Stream, seed_sequence
+from train.pipeline import Batch, TrainingImages, create_loader, create_mixup, seed_generators, train_transform
+from vitreuse.config import Config, ConfigError
+from vitreuse.strict_yaml import nearest
+
+
+class DivergedError(RuntimeError):
+    """Too many steps in a row without a finite loss and gradient."""
+
+
+@dataclass
+class Counters:
+    """How far a run is; with the weights and the optimizer's state, all that a checkpoint holds."""
+
+    step: int = 0  # done, skipped ones included
+    skipped: int = 0  # without an update, since a loss or gradient was not finite
+    skipped_in_a_row: int = 0
+    epoch_loss: float = 0.0  # summed over the images of this epoch's steps that were not skipped
+    epoch_images: int = 0
+    seconds: float = 0.0  # spent, over all starts of the run
+
+
+class StepResult(NamedTuple):
+    """What one optimizer step did, the same on every rank."""
+
+    loss: float  # mean over the global batch
+    grad_norm: float
+    lr: float
+    skipped: bool
+    num_images: int  # of the global batch
+    stop: bool  # some rank was asked to stop
+
+
+class Trainer:
+    """A model, its training set and its optimizer, advanced step by step.
+
+    Args:
+        config: The experiment.
+        model: One of timm's, on the rank's device.
+        samples: The training set, as open_split returns it.
+        settings: eval.inputs.image_settings of the model.
+        ranks: This process among those of the run.
+
+    Raises:
+        ConfigError: The recipe does not fit the model, the data or the number of ranks.
+    """
+
+    def __init__(self, config: Config, model: Any, samples: Any, settings: dict[str, Any], ranks: Ranks):
+        recipe = config.train
+        self.config, self.model, self.ranks, self.counters = config, model, ranks, Counters()
+        _check_fit(config, len(samples.class_names), model.num_classes, ranks.world_size)
+        self.batches = RankBatches(
+            recipe.seed,
+            samples.shard_sizes,
+            recipe.global_batch_size,
+            window=config.data.shuffle_window,
+            repeats=recipe.repeats,
+            drop_partial=recipe.mixup is not None,  # timm's Mixup pairs the images of a batch: it must be even
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+        )
+        if not self.batches.steps_per_epoch:
+            raise ConfigError(f"{len(samples)} training images do not fill one batch of {recipe.global_batch_size}.")
+        images = TrainingImages(samples, train_transform(config, settings), recipe.seed, config.data.cache_images)
+        self.loader = create_loader(images, self.batches, config.data.num_workers, ranks.device.type == "cuda")
+        self.mixup = create_mixup(config, model.num_classes)
+        self.criterion = _create_criterion(config)
+        self.optimizer = _create_optimizer(config, model)
+        self.scheduler = _create_scheduler(config, self.optimizer, self.batches.steps_per_epoch)
+        self.ema = ModelEmaV3(model, recipe.ema.decay, use_warmup=recipe.ema.warmup) if recipe.ema else None
+        if recipe.grad_checkpointing:
+            model.set_grad_checkpointing(True)
+        if recipe.compile:
+            model.compile()
+        self.replica: Any = ranks.replicate(model)
+        self._empty_images = torch.zeros(1, *settings["input_size"], device=ranks.device)
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.config.train.epochs * self.batches.steps_per_epoch
+
+    @property
+    def epoch(self) -> int:
+        """The epoch of the next step, from 0; after the last step of an epoch the next one."""
+        return self.counters.step // self.batches.steps_per_epoch
+
+    @property
+    def at_epoch_end(self) -> bool:
+        """Whether the last step done was its epoch's last."""
+        return self.counters.step % self.batches.steps_per_epoch == 0
+
+    @property
+    def final_model(self) -> nn.Module:
+        """The model a run leaves: the moving average where there is one."""
+        return self.model if self.ema is None else self.ema.module
+
+    def remaining_batches(self) -> Iterator[Batch]:
+        """This rank's batches from the next step to the end of its epoch."""
+        self.batches.start_at(self.epoch, self.counters.step % self.batches.steps_per_epoch)
+        yield from self.loader
+
+    def train_step(self, batch: Batch, stop: bool) -> StepResult:
+        """One optimizer step, by all ranks together.
+
+        Args:
+            batch: This rank's share, perhaps empty.
+            stop: Whether this rank was asked to stop; every rank learns of it.
+
+        Raises:
+            DivergedError: As many steps in a row as train.max_skipped_steps had no finite loss or gradient.
+        """
+        recipe, counters, ranks = self.config.train, self.counters, self.ranks
+        count = self.batches.count(counters.step % self.batches.steps_per_epoch)
+        seed_generators(seed_sequence(recipe.seed, Stream.STEP, counters.step, ranks.rank), ranks.device)
+        self.scheduler.step_update(counters.step)
+        self.model.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        loss_sum = self._backward(batch, count)
+        grads = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        grad_norm = torch.nn.utils.get_total_norm(grads)
+        not_finite = ~(loss_sum + grad_norm).isfinite()
+        sums = torch.stack([loss_sum, not_finite.float(), torch.full_like(loss_sum, stop)]).double()
+        total_loss, num_not_finite, num_stopping = ranks.sum(sums).tolist()  # the step's one wait for the device
+        skipped = num_not_finite > 0
+        if not skipped:
+            self._update()
+        self._count(total_loss, count, skipped)
+        if counters.skipped_in_a_row >= recipe.max_skipped_steps:
+            raise self._diverged(batch.keys, bool(loss_sum.isfinite()))
+        lr = max(group["lr"] for group in self.optimizer.param_groups)
+        return StepResult(total_loss / count, grad_norm.item(), lr, skipped, count, num_stopping > 0)
+
+    def _backward(self, batch: Batch, count: int) -> Tensor:
+        """Accumulates the gradients of the global batch's mean loss; this rank's sum of losses.
+
+        DistributedDataParallel averages over ranks, so each rank's sum is divided by count / world_size. A rank without
+        images takes part in the exchange with a gradient of zero.
+        """
+        device, scale = self.ranks.device, self.ranks.world_size / count
+        images, targets = batch.images.to(device, non_blocking=True), batch.labels.to(device, non_blocking=True)
+        loss_sum = torch.zeros((), device=device)
+        if not len(images):
+            (self.replica(self._empty_images).sum() * 0).backward()
+            return loss_sum
+        if self.mixup is not None:
+            images, targets = self.mixup(images, targets)
+        pieces = min(self.config.train.accumulation_steps, len(images))
+        parts = list(zip(images.tensor_split(pieces), targets.tensor_split(pieces), strict=True))
+        for i, (part, part_targets) in enumerate(parts):
+            exchange = nullcontext() if i == pieces - 1 or self.replica is self.model else self.replica.no_sync()
+            with exchange:
+                loss = self._loss(part, part_targets) * len(part)
+                (loss * scale).backward()
+            loss_sum += loss.detach()
+        return loss_sum
+
+    def _loss(self, images: Tensor, targets: Tensor) -> Tensor:
+        mixed = self.config.train.precision == "bfloat16"
+        with torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=mixed):
+            logits = self.replica(images)
+        return self.criterion(logits.float(), targets)
+
+    def _update(self) -> None:
+        clip = self.config.train.clip
+        if clip is not None:
+            dispatch_clip_grad(self.model.parameters(), clip.limit, clip.mode)
+        self.optimizer.step()
+        if self.ema is not None:
+            self.ema.update(self.model, self.counters.step + 1)
+
+    def _count(self, total_loss: float, count: int, skipped: bool) -> None:
+        counters = self.counters
+        if self.at_epoch_end:  # of the epoch before: this step begins one
+            counters.epoch_loss, counters.epoch_images = 0.0, 0
+        counters.step += 1
+        counters.skipped += skipped
+        counters.skipped_in_a_row = counters.skipped_in_a_row + 1 if skipped else 0
+        if not skipped:
+            counters.epoch_loss += total_loss
+            counters.epoch_images += count
+
+    def _diverged(self, keys: list[str], loss_is_finite: bool) -> DivergedError:
+        """The error for this step, with samples of the ranks whose loss is not finite; of all if only gradients are."""
+        shares = self.ranks.gather((loss_is_finite, keys))
+        suspects = [key for is_finite, share in shares if not is_finite for key in share]
+        suspects = suspects or [key for _, share in shares for key in share]
+        return DivergedError(
+            f"loss or gradient was not finite for {self.counters.skipped_in_a_row} steps in a row up to step "
+            f"{self.counters.step}, with {', '.join(suspects[:4])} in its batch: "
+            f"lower train.optimizer.lr, or look at these samples."
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors, numbers and strings from which load_state_dict goes on as if nothing had happened."""
+        state = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "counters": asdict(self.counters),
+        }
+        return state if self.ema is None else {**state, "ema": self.ema.module.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes up a state_dict of the same experiment, written under any number of ranks."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.counters = Counters(**state["counters"])
+        if self.ema is not None:
+            self.ema.module.load_state_dict(state["ema"])
+
+
+def _check_fit(config: Config, num_dataset_classes: int, num_model_classes: int, world_size: int) -> None:
+    if num_dataset_classes != num_model_classes:
+        raise ConfigError(
+            f"{config.data.folder} has {num_dataset_classes} classes and the model {num_model_classes}: "
+            f"set model.keywords.num_classes to {num_dataset_classes}."
+        )
+    batch_size = config.train.global_batch_size
+    if config.train.mixup is not None and batch_size % (2 * world_size):
+        raise ConfigError(
+            f"train.mixup pairs the images of each rank, so train.global_batch_size {batch_size} must be a multiple of "
+            f"{2 * world_size}, twice the number of ranks."
+        )
+
+
+def _create_criterion(config: Config) -> nn.Module:
+    """The mean loss of a batch; under mixup the targets come smoothed already."""
+    smoothing = 0.0 if config.train.mixup is not None else config.train.loss.smoothing
+    if config.train.loss.name == "bce":
+        return BinaryCrossEntropy(smoothing)
+    return nn.CrossEntropyLoss(label_smoothing=smoothing)  # equals timm's LabelSmoothing- and SoftTargetCrossEntropy
+
+
+def _create_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
+    settings = config.train.optimizer
+    known = [str(name) for name in list_optimizers()]
+    if settings.name not in known:
+        hint = nearest(settings.name, known) or "; timm.optim.list_optimizers() has the names."
+        raise ConfigError(f"train.optimizer.name {settings.name!r} is not an optimizer of timm{hint}")
+    return create_optimizer_v2(
+        model, settings.name, settings.lr, settings.weight_decay, layer_decay=settings.layer_decay
+    )
+
+
+def _create_scheduler(config: Config, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> Scheduler:
+    settings = config.train.schedule
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        settings.name,
+        num_epochs=config.train.epochs,
+        warmup_epochs=settings.warmup_epochs,  # pyright: ignore[reportArgumentType] (any number will do)
+        warmup_lr=settings.warmup_lr,
+        min_lr=settings.min_lr,
+        step_on_epochs=False,
+        updates_per_epoch=steps_per_epoch,
+    )
+    assert scheduler is not None  # only for the name 'none', which the schema does not have
+    return scheduler

@@ -1,0 +1,292 @@
+"""The schema of an experiment: what a YAML file may say, what each key means and which values it takes.
+
+A configuration is a complete experiment. The dataclasses below are the schema, a YAML file is an instance, `base:`
+names the file that it differs from, and `section.key=value` on the command line lies over both.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+from vitreuse import strict_yaml
+from vitreuse.strict_yaml import ConfigError, nearest, setting
+from vitreuse.vit import PlanVisionTransformer
+
+__all__ = ["Config", "ConfigError", "load_config", "to_yaml"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which network: a name of timm's registry, its attention plan, and the keywords of its constructor."""
+
+    name: str = setting("a model name that timm.list_models() knows")
+    plan: str | None = setting("attention plan, one spec per layer; null for the model's own", None)
+    keywords: dict = setting("further keywords of timm.create_model")
+
+    def create(self, device: torch.device | str | None = None) -> nn.Module:
+        """The model, randomly initialised from torch's global generator.
+
+        Args:
+            device: Where its parameters are made; 'meta' checks a configuration without memory.
+
+        Raises:
+            ConfigError: The name, the plan or a keyword is not one that timm or the model accepts.
+        """
+        if not timm.is_model(self.name):
+            hint = nearest(self.name, timm.list_models()) or ", timm.list_models() has the names."
+            raise ConfigError(f"model.name {self.name!r} is not a model of timm or vitreuse{hint}")
+        keywords = self.keywords if self.plan is None else {**self.keywords, "plan": self.plan}
+        try:
+            with torch.device(device or "cpu"):
+                return timm.create_model(self.name, **keywords)
+        except TypeError as error:
+            sentence = _unknown_keyword(self.name, error)
+            if sentence is None:
+                raise
+            raise ConfigError(sentence) from error
+        except ValueError as error:
+            raise ConfigError(f"model {self.name!r} cannot be built: {error}") from error
+
+    def __post_init__(self):
+        if "plan" in self.keywords:
+            raise ConfigError("keywords.plan has a key of its own, model.plan.")
+
+
+def _unknown_keyword(name: str, error: TypeError) -> str | None:
+    """The sentence for a keyword that the model's constructor does not take; None for any other error."""
+    match = re.search(r"got an unexpected keyword argument '(\w+)'", str(error))
+    if match is None:
+        return None
+    classes = (timm.models.VisionTransformer, PlanVisionTransformer)
+    known = {keyword for kind in classes for keyword in inspect.signature(kind).parameters} - {match[1]}
+    hint = nearest(match[1], sorted(known)) or "; timm's VisionTransformer has the list."
+    return f"model.keywords.{match[1]} is not a keyword of {name}{hint}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the images are and how they are read."""
+
+    root: str | None = setting("folder with train/ and val/, each shards with an index or one folder per class", None)
+    source: str | None = setting("built-in data set, written as shards on first use", None, choices=("digits",))
+    source_root: str = setting("folder under which a built-in data set is written", "data", changes_run=False)
+    num_workers: int = setting(
+        "decoding processes per rank; 0 decodes in the rank itself", 4, minimum=0, changes_run=False
+    )
+    cache_images: bool = setting("keep decoded images in memory; for small sets", False, changes_run=False)
+    shuffle_window: int | None = setting(
+        "shuffle the shards, then samples within stretches of this many, to read from few at a time; null shuffles all",
+        None,
+        above=0,
+    )
+
+    def __post_init__(self):
+        if (self.root is None) == (self.source is None):
+            raise ConfigError("root and source: give exactly one of the two, the other null.")
+
+    @property
+    def folder(self) -> str:
+        """The folder that holds train/ and val/."""
+        return self.root if self.root is not None else str(Path(self.source_root) / str(self.source))
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """timm.optim.create_optimizer_v2."""
+
+    name: str = setting("a name of timm.optim.list_optimizers()", "adamw")
+    lr: float = setting("peak learning rate at the global batch size, not rescaled", above=0)
+    weight_decay: float = setting("decoupled for adamw; biases, norms and embeddings are exempt", 0.05, minimum=0)
+    layer_decay: float | None = setting(
+        "factor on the learning rate per layer below the head", None, above=0, maximum=1
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """timm.scheduler.create_scheduler_v2, by optimizer step."""
+
+    name: str = setting("shape after the warm-up", "cosine", choices=("cosine", "tanh", "poly", "wsd", "constant"))
+    warmup_epochs: float = setting("linear warm-up, part of the epochs", 5.0, minimum=0)
+    warmup_lr: float = setting("learning rate of the first step when there is a warm-up", 1e-6, minimum=0)
+    min_lr: float = setting("learning rate at the end", 0.0, minimum=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """timm.loss, on soft targets under mixup."""
+
+    name: str = setting("softmax cross-entropy, or a binary one per class", "ce", choices=("ce", "bce"))
+    smoothing: float = setting("label smoothing", 0.0, minimum=0, maximum=0.999)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CropConfig:
+    """timm.data.create_transform for training: random resized crop, flip, colour, policy, erasing."""
+
+    scale: tuple[float, float] = setting(
+        "share of the image's area that a crop covers, from and to", (0.08, 1.0), above=0, maximum=1
+    )
+    ratio: tuple[float, float] = setting("width over height of a crop, from and to", (0.75, 4 / 3), above=0)
+    hflip: float = setting("probability of a left-right flip", 0.5, minimum=0, maximum=1)
+    color_jitter: float = setting("strength of brightness, contrast and saturation jitter", 0.0, minimum=0)
+    auto_augment: str | None = setting("timm's policy text: rand-m9-mstd0.5-inc1, 3a, augmix-m3-w3, original", None)
+    erase_prob: float = setting("probability of random erasing, per-pixel noise", 0.0, minimum=0, maximum=1)
+
+    def __post_init__(self):
+        if self.auto_augment is not None and "3a" not in self.auto_augment and self.color_jitter:
+            raise ConfigError(f"color_jitter: timm drops it under auto_augment {self.auto_augment!r}, set it to 0.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AffineConfig:
+    """torchvision.transforms.RandomAffine on the whole image: for small centred pictures that a crop would spoil."""
+
+    degrees: float = setting("largest turn to either side", 0.0, minimum=0, maximum=180)
+    shift: float = setting("largest shift, as a share of the image's side", 0.0, minimum=0, maximum=1)
+    scale: tuple[float, float] = setting("factor on the size, from and to", (1.0, 1.0), above=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixupConfig:
+    """timm.data.Mixup over one rank's share of a batch."""
+
+    mixup: float = setting("alpha of the beta law for mixup; 0 is off", 0.8, minimum=0)
+    cutmix: float = setting("alpha of the beta law for CutMix; 0 is off", 1.0, minimum=0)
+    prob: float = setting("share of batches that are mixed", 1.0, minimum=0, maximum=1)
+    switch_prob: float = setting("share of CutMix among them when both are on", 0.5, minimum=0, maximum=1)
+
+    def __post_init__(self):
+        if self.mixup == 0 and self.cutmix == 0:
+            raise ConfigError("mixup and cutmix are both 0; write train.mixup: null to mix nothing.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmaConfig:
+    """timm.utils.ModelEmaV3: a moving average of the weights, which is the model that a run leaves."""
+
+    decay: float = setting("share of the average that one step keeps", above=0, maximum=0.999999)
+    warmup: bool = setting("start with a smaller decay, (1 + step)^(-2/3) away from 1", False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipConfig:
+    """timm.utils.dispatch_clip_grad."""
+
+    mode: str = setting(
+        "total norm, each value, or adaptive by the size of the weights", "norm", choices=("norm", "value", "agc")
+    )
+    limit: float = setting("largest norm, value, or ratio to the weights", 1.0, above=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When the state of a run is saved, and how much of it stays."""
+
+    every_epochs: int = setting("save at the end of each so many epochs", 1, above=0, changes_run=False)
+    every_steps: int | None = setting("save after each so many steps besides", None, above=0, changes_run=False)
+    keep_last: int = setting("newest checkpoints that stay, beside the best one", 2, above=0, changes_run=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The recipe."""
+
+    seed: int = setting("of the weights, the order and every augmentation", 0, minimum=0)
+    epochs: int = setting("passes over the training set", above=0)
+    global_batch_size: int = setting("images per optimizer step, over all ranks", above=0)
+    accumulation_steps: int = setting("pieces in which a rank computes its share of a step", 1, above=0)
+    repeats: int = setting("repeated augmentation: copies of an image in a batch, fewer images an epoch", 1, above=0)
+    device: str = setting(
+        "auto takes cuda where there is one", "auto", choices=("auto", "cpu", "cuda"), changes_run=False
+    )
+    num_threads: int | None = setting(
+        "CPU threads per rank; null leaves torch's own number", None, above=0, changes_run=False
+    )
+    precision: str = setting("bfloat16 is mixed: weights stay float32", "float32", choices=("float32", "bfloat16"))
+    compile: bool = setting("torch.compile the model", False)
+    grad_checkpointing: bool = setting("recompute activations in the backward pass to save memory", False)
+    optimizer: OptimizerConfig = setting("optimizer")
+    schedule: ScheduleConfig = setting("learning rate over the run")
+    loss: LossConfig = setting("loss")
+    crop: CropConfig | None = setting("augmentation of photographs", None)
+    affine: AffineConfig | None = setting("augmentation of small centred pictures", None)
+    mixup: MixupConfig | None = setting("mixing of image pairs", None)
+    ema: EmaConfig | None = setting("moving average of the weights", None)
+    clip: ClipConfig | None = setting("gradient clipping", None)
+    checkpoint: CheckpointConfig = setting("checkpoints")
+    max_skipped_steps: int = setting(
+        "steps in a row with a loss or gradient that is not finite before giving up", 5, above=0
+    )
+    log_every_steps: int = setting("steps between two step records in metrics.jsonl", 10, above=0, changes_run=False)
+    ledger: bool = setting("write the sample keys of every step to ledger.jsonl", False, changes_run=False)
+
+    def __post_init__(self):
+        if self.crop is not None and self.affine is not None:
+            raise ConfigError("crop and affine: give at most one of the two, the other null.")
+        if self.accumulation_steps > self.global_batch_size:
+            raise ConfigError(
+                f"accumulation_steps {self.accumulation_steps} is more than the batch of {self.global_batch_size}."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """How top-1 is measured, while training and after."""
+
+    batch_size: int = setting("images per forward pass and rank", 256, above=0, changes_run=False)
+    crop_pct: float | None = setting(
+        "share of the resized image that the crop keeps; null for the model's own", None, above=0, maximum=1
+    )
+    every_epochs: int = setting(
+        "evaluate at the end of each so many epochs, and of the last", 1, above=0, changes_run=False
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """One experiment."""
+
+    model: ModelConfig = setting("which network")
+    data: DataConfig = setting("which images")
+    train: TrainConfig = setting("the recipe")
+    eval: EvalConfig = setting("the measurement")
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The experiment of a YAML file, its bases and overrides such as `train.epochs=5`.
+
+    Raises:
+        ConfigError: One sentence with the file, the dotted path, the broken rule and the nearest valid spelling.
+    """
+    tree, sources = strict_yaml.read_tree(path)
+    for override in overrides:
+        tree, sources = strict_yaml.overridden(tree, sources, override)
+    return strict_yaml.build(Config, tree, sources)
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved experiment as YAML, which load_config reads back to an equal one."""
+    return strict_yaml.dump(config)
+
+
+def changed_settings(before: Any, after: Any, path: str = "") -> list[str]:
+    """The settings that differ and give another run, as `train.epochs 40 -> 50`."""
+    changes = []
+    for field in fields(before):
+        old, new = getattr(before, field.name), getattr(after, field.name)
+        dotted = f"{path}{field.name}"
+        if is_dataclass(old) and is_dataclass(new):
+            changes += changed_settings(old, new, f"{dotted}.")
+        elif old != new and field.metadata["changes_run"]:
+            changes.append(f"{dotted} {old!r} -> {new!r}")
+    return changes
