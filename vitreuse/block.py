@@ -49,8 +49,9 @@ class PlanBlock(nn.Module):
         self.has_attention = attention.spec.word != "none"
         self.norm1 = attention.norm_layer(dim, **factory) if self.has_attention else nn.Identity()
         self.attn = ATTENTION[attention.spec.word](attention)
-        scaled = init_values and self.has_attention
-        self.ls1 = LayerScale(dim, init_values=init_values, **factory) if scaled else nn.Identity()
+        self.ls1 = nn.Identity()
+        if init_values and self.has_attention:
+            self.ls1 = LayerScale(dim, init_values=init_values, **factory)
         self.drop_path1 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
 
         self.norm2 = attention.norm_layer(dim, **factory)
@@ -99,7 +100,6 @@ class PlanBlock(nn.Module):
             carry.layerwise_proj,
         )
 
-
     def macs(self, grid: Tuple[int, int], num_queries: int, theoretical: bool) -> Dict[str, int]:
         """MACs of one image by part, see Attention.macs."""
         fc1, fc2 = self._mlp()
@@ -112,12 +112,14 @@ class PlanBlock(nn.Module):
         """Number of parameters, from the layer's own shapes."""
         attention = self.attn.num_params() + norm_params(self.norm1) + norm_params(self.ls1)
         mlp = sum(linear_params(fc) for fc in self._mlp()) + norm_params(self.norm2) + norm_params(self.ls2)
-        return attention + mlp + norm_params(self.mlp.norm)
+        return attention + mlp + norm_params(self.mlp.get_submodule("norm"))
 
     def _mlp(self) -> Tuple[nn.Linear, nn.Linear]:
         if type(self.mlp) is not Mlp:
             raise ValueError(f"mlp_layer={type(self.mlp).__name__} has no closed form: use timm's Mlp.")
-        return self.mlp.fc1, self.mlp.fc2
+        fc1: Any = self.mlp.fc1
+        fc2: Any = self.mlp.fc2
+        return fc1, fc2
 
 
 class PlanBlocks(nn.Sequential):
@@ -150,7 +152,7 @@ class PlanBlocks(nn.Sequential):
         """Tokens after the last layer, and those after each layer of ``indices``."""
         state: LayerOutput = (x, None, None, None, None, None, None, layerwise_proj)
         collected: List[Tensor] = []
-        last = len(self) - 1
+        last = len([0 for _ in self]) - 1  # TorchScript has no len() of a Sequential
         for i, block in enumerate(self):
             rows = num_queries if i == last else None
             if checkpointing and not torch.jit.is_scripting():

@@ -2,11 +2,8 @@
 
 Shapes: B images, N tokens (prefix tokens first), C channels.
 """
-from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Dict, List, Optional, Tuple, Union
-from warnings import warn
 
 import torch
 from timm.layers import Attention as TimmAttention
@@ -16,98 +13,16 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from vitreuse.attention import AttentionConfig
-from vitreuse.attention.lowrank import INITS, PROJECTIONS, SHARINGS, at_grid, init_projection, resampled_parameter
-from vitreuse.attention.maps import REUSE_BACKENDS
+from vitreuse.attention.lowrank import at_grid, init_projection, resampled_parameter
 from vitreuse.block import PlanBlock, PlanBlocks
-from vitreuse.plan import Plan, Spec, parse_plan
+from vitreuse.options import PlanOptions, layerwise_k, layerwise_shape, warn_if_idle
+from vitreuse.plan import Plan, parse_plan
 
 
-@dataclass(frozen=True)
-class PlanOptions:
-    """What a plan leaves open and every layer shares.
+class PlanVisionTransformer(timm_vit.VisionTransformer):
+    """timm's VisionTransformer (ViT, DeiT, DeiT III) with a plan, whose carry is threaded through the layers."""
 
-    Attributes:
-        reuse_backend: what an anchor hands on: its map, (q, k), or what is faster (see maps.carries_map).
-        lowrank_sharing: what shares a token projection: none, headwise (the heads of a layer), key_value (and its keys
-            and values), layerwise (all layers).
-        lowrank_projection: how tokens are projected (see lowrank.project_tokens).
-        lowrank_init: what linear and conv projections start as.
-
-    Raises:
-        ValueError: an unknown value.
-    """
-
-    reuse_backend: str = "auto"
-    lowrank_sharing: str = "key_value"
-    lowrank_projection: str = "linear"
-    lowrank_init: str = "random"
-
-    def __post_init__(self) -> None:
-        for name, allowed in _ALLOWED.items():
-            value = getattr(self, name)
-            if value not in allowed:
-                raise ValueError(f"{name}={value!r} is not one of {', '.join(allowed)}.")
-
-    def settled(self, plan: Plan) -> "PlanOptions":
-        """The options as this plan uses them, with a warning for each given one that has no effect."""
-        words = {spec.word for spec in plan}
-        idle = [] if "reuse" in words else ["reuse_backend"]
-        if "lowrank" not in words:
-            idle += ["lowrank_sharing", "lowrank_projection", "lowrank_init"]
-        elif self.lowrank_projection in ("mean", "max"):
-            idle += ["lowrank_sharing", "lowrank_init"]
-        defaults = {name: getattr(PlanOptions, name) for name in idle}
-        for name, default in defaults.items():
-            if getattr(self, name) != default:
-                warn(f"{name}={getattr(self, name)!r} has no effect on plan '{plan}': leave it out.", stacklevel=4)
-        return PlanOptions(**{**self.__dict__, **defaults})
-
-
-_ALLOWED = {
-    "reuse_backend": REUSE_BACKENDS,
-    "lowrank_sharing": SHARINGS,
-    "lowrank_projection": PROJECTIONS,
-    "lowrank_init": INITS,
-}
-
-
-def anchor_spec(plan: Plan, layer: int) -> Optional[Spec]:
-    """The spec that made the map which a reuse layer reads, None for other layers."""
-    anchor = plan.anchors[layer]
-    return None if anchor is None else plan[anchor]
-
-
-def layerwise_shape(plan: Plan, options: PlanOptions, num_tokens: int) -> Optional[Tuple[int, ...]]:
-    """Shape of the model's one token projection, None where layers have their own.
-
-    Raises:
-        ValueError: low-rank layers of several k.
-    """
-    if options.lowrank_sharing != "layerwise":
-        return None
-    sizes = sorted({spec.number for spec in plan if spec.word == "lowrank" and spec.number is not None})
-    if len(sizes) > 1:
-        raise ValueError(
-            f"lowrank_sharing='layerwise' is one projection for all layers and plan '{plan}' has k of "
-            f"{', '.join(map(str, sizes))}: use one k, or lowrank_sharing='key_value'."
-        )
-    if options.lowrank_projection == "conv":
-        return (-(-num_tokens // sizes[0]),)
-    return (sizes[0], num_tokens)
-
-
-def warn_if_idle(plan: Plan, grid: Tuple[int, int], num_tokens: int) -> None:
-    """Warns once of a k that is not below the number of tokens, and of a span that covers the grid."""
-    for spec in dict.fromkeys(plan):
-        if spec.word == "lowrank" and spec.number is not None and spec.number >= num_tokens:
-            warn(f"{spec} keeps as many keys as the {num_tokens} tokens or more: it saves nothing here.", stacklevel=4)
-        if spec.word == "span" and spec.number is not None and spec.number >= 2 * max(grid) - 1:
-            warn(f"{spec} covers the grid of {grid[0]} x {grid[1]} patches: it is exact attention here.", stacklevel=4)
-
-
-class PlanMixin:
-    """Builds timm's ViT of a plan and threads the carry through its layers."""
-
+    __constants__ = ("num_class_rows",)  # TorchScript reads no other attribute of a class
     num_class_rows = 1  # rows of the last layer that the head reads under token pooling
 
     def __init__(
@@ -142,7 +57,7 @@ class PlanMixin:
         options = PlanOptions(reuse_backend, lowrank_sharing, lowrank_projection, lowrank_init).settled(plan)
         if "block_fn" in kwargs:
             raise ValueError("block_fn cannot be given: the plan decides what the layers are.")
-        layer = partial(self._make_layer, plan, options)
+        layer: Any = partial(self._make_layer, plan, options)
         super().__init__(*args, depth=depth, num_heads=num_heads, block_fn=layer, **kwargs)
         self.plan = plan
         self.plan_options = options
@@ -179,9 +94,10 @@ class PlanMixin:
         """timm's block_fn for layer ``depth``; the patch embedding is already built."""
         if attn_layer not in (TimmAttention, "", "attn"):
             raise ValueError(f"attn_layer={attn_layer!r} cannot be given: the plan decides what the layers are.")
+        anchor = plan.anchors[depth]
         config = AttentionConfig(
             spec=plan[depth],
-            anchor=anchor_spec(plan, depth),
+            anchor=None if anchor is None else plan[anchor],
             hands_on=plan.hands_on[depth],
             dim=dim,
             num_heads=num_heads,
@@ -200,8 +116,14 @@ class PlanMixin:
         )
         return PlanBlock(config, **rest)
 
+    def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
+        """Initialises the weights as timm does, and the layerwise projection where modules do not start initialised."""
+        super().init_weights(mode=mode, needs_reset=needs_reset)
+        if needs_reset and self.key_proj is not None:
+            init_projection(self.key_proj, self.plan_options.lowrank_projection, self.plan_options.lowrank_init)
+
     def forward(self, x: Tensor, attn_mask: Optional[Tensor] = None, is_causal: bool = False) -> Tensor:
-        """Logits (B, num_classes) of images; under token pooling the last layer computes only the rows that are read."""
+        """Logits (B, num_classes); under token pooling the last layer computes only the rows that are read."""
         num_queries = self.num_class_rows if self.reads_class_rows else None
         return self.forward_head(self.forward_tokens(x, num_queries, attn_mask, is_causal))
 
@@ -249,7 +171,7 @@ class PlanMixin:
         take_indices, max_index = feature_take_indices(len(self.blocks), indices)
         height, width = x.shape[-2:]
         x, grid = self.embed(x)
-        blocks = self.blocks[: max_index + 1] if stop_early else self.blocks
+        blocks: Any = self.blocks[: max_index + 1] if stop_early else self.blocks
         x, taken = blocks.collect(
             x, take_indices, grid, None, self.key_proj, attn_mask, is_causal, self.grad_checkpointing
         )
@@ -272,31 +194,28 @@ class PlanMixin:
         return intermediates if intermediates_only else (self.norm(x), intermediates)
 
     def set_input_size(
-        self, img_size: Optional[Sequence[int]] = None, patch_size: Optional[Sequence[int]] = None
+        self, img_size: Optional[Tuple[int, int]] = None, patch_size: Optional[Tuple[int, int]] = None
     ) -> None:
         """Makes another image or patch size the built one: position embedding, token projections and span tiles."""
         old_grid = self.patch_embed.grid_size
         super().set_input_size(img_size=img_size, patch_size=patch_size)
         grid = self.patch_embed.grid_size
-        for block in self.blocks:
+        blocks: Any = self.blocks
+        for block in blocks:
             block.attn.set_grid(grid)
         if self.key_proj is not None and grid != old_grid:
             kind = self.plan_options.lowrank_projection
-            projected_dim = next(spec.number for spec in self.plan if spec.word == "lowrank")
+            projected_dim = layerwise_k(self.plan)
             resampled = at_grid(self.key_proj, kind, old_grid, grid, self.num_prefix_tokens, projected_dim)
             self.key_proj = resampled_parameter(self.key_proj, resampled)
 
     def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
         """timm's groups for layer decay; the layerwise projection is part of the stem."""
         groups = super().group_matcher(coarse)
-        return {**groups, "stem": groups["stem"] + "|key_proj"}
+        return {**groups, "stem": f"{groups['stem']}|key_proj"}
 
 
-class PlanVisionTransformer(PlanMixin, timm_vit.VisionTransformer):
-    """timm's VisionTransformer with a plan (ViT, DeiT, DeiT III)."""
-
-
-class PlanVisionTransformerDistilled(PlanMixin, deit.VisionTransformerDistilled):
+class PlanVisionTransformerDistilled(PlanVisionTransformer, deit.VisionTransformerDistilled):
     """timm's distilled DeiT with a plan: a second class token and a second head."""
 
     num_class_rows = 2

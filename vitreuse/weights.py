@@ -6,10 +6,11 @@ A layer keeps timm's keys except that a reuse layer has no queries and keys for 
 import math
 import re
 from dataclasses import dataclass
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 from timm.models import vision_transformer as timm_vit
+from timm.models._input import get_pretrained_grid_size
 from torch import Tensor, nn
 
 from vitreuse.attention import LowRankAttention, ReuseAttention
@@ -61,12 +62,15 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[s
 def adapt_state_dict(state_dict: Dict[str, Any], model: Any) -> Tuple[Dict[str, Tensor], List[str]]:
     """The checkpoint with the keys and shapes of the model's plan, and what was dropped of it."""
     plain = timm_vit.checkpoint_filter_fn(state_dict, model, adapt_layer_scale=True)
+    patch_weight = state_dict.get("model", state_dict).get("patch_embed.proj.weight")
     adapted: Dict[str, Tensor] = {}
     dropped: List[str] = []
     for key, value in plain.items():
+        if key.endswith(("key_proj", "value_proj")):
+            value = _resampled(value, key, model, patch_weight)
         layer, name = _split_key(key)
         if layer is None or layer >= len(model.blocks):
-            adapted[key] = _layerwise(value, model) if key == "key_proj" else value
+            adapted[key] = value
             continue
         kept = _layer_entries(model.blocks[layer], name, value)
         adapted.update({f"blocks.{layer}.{new_name}": part for new_name, part in kept.items()})
@@ -91,8 +95,6 @@ def _layer_entries(block: Any, name: str, value: Tensor) -> Dict[str, Tensor]:
             return _reuse_entries(attn, name.removeprefix("attn.qkv."), value)
         if attn.qk is None and name.startswith(("attn.q_norm.", "attn.k_norm.")):
             return {}
-    if isinstance(attn, LowRankAttention) and name in ("attn.key_proj", "attn.value_proj"):
-        return {name: _resampled(value, attn.kind, attn.grid, attn.num_prefix_tokens, attn.projected_dim)}
     return {name: value}
 
 
@@ -106,20 +108,29 @@ def _reuse_entries(attn: ReuseAttention, name: str, value: Tensor) -> Dict[str, 
     return entries
 
 
-def _layerwise(projection: Tensor, model: Any) -> Tensor:
-    """The model's one token projection at its grid."""
-    layer = next(block.attn for block in model.blocks if isinstance(block.attn, LowRankAttention))
-    return _resampled(projection, layer.kind, layer.grid, layer.num_prefix_tokens, layer.projected_dim)
-
-
-def _resampled(projection: Tensor, kind: str, grid: Tuple[int, int], num_prefix_tokens: int, k: int) -> Tensor:
-    """A token projection at the model's grid; another number of patches is taken to be a square grid."""
-    num_patches = projection.shape[-1] - num_prefix_tokens
-    if kind == "conv":
-        old_grid = grid if projection.shape[-1] == kernel_size(num_prefix_tokens + grid[0] * grid[1], k) else (0, 0)
+def _resampled(projection: Tensor, key: str, model: Any, patch_weight: Optional[Tensor]) -> Tensor:
+    """A token projection at the model's grid, unchanged where the model has no such projection."""
+    layer, _ = _split_key(key)
+    blocks = model.blocks if layer is None else model.blocks[layer : layer + 1]
+    attn = next((block.attn for block in blocks if isinstance(block.attn, LowRankAttention)), None)
+    if attn is None:
+        return projection
+    if attn.kind == "conv":
+        kernel = kernel_size(attn.num_prefix_tokens + attn.grid[0] * attn.grid[1], attn.projected_dim)
+        old_grid = attn.grid if projection.shape[-1] == kernel else (0, 0)
     else:
-        side = math.isqrt(max(num_patches, 0))
-        old_grid = grid if num_patches == grid[0] * grid[1] or side * side != num_patches else (side, side)
-    resampled = at_grid(projection, kind, old_grid, grid, num_prefix_tokens, k)
+        old_grid = _source_grid(projection.shape[-1] - attn.num_prefix_tokens, model, patch_weight)
+    resampled = at_grid(projection, attn.kind, old_grid, attn.grid, attn.num_prefix_tokens, attn.projected_dim)
     assert resampled is not None
     return resampled
+
+
+def _source_grid(num_patches: int, model: Any, patch_weight: Optional[Tensor]) -> Tuple[int, int]:
+    """The grid that a checkpoint was built for: the pretrained config's where it has so many patches, as timm takes it
+    for position embeddings, else the model's own or a square."""
+    configured = get_pretrained_grid_size(model, patch_weight, num_patches)
+    if configured is not None:
+        return configured
+    own = model.patch_embed.grid_size
+    side = math.isqrt(max(num_patches, 0))
+    return own if num_patches == own[0] * own[1] or side * side != num_patches else (side, side)

@@ -230,7 +230,7 @@ def truncate_records(folder):
     ("damage", "parts"),
     [
         (remove_shard, ["shard-000001.tar", "missing", "vitreuse shards index "]),
-        (truncate_shard, ["shard-000002.tar", "bytes", "5 samples from 's008' on are cut off", "vitreuse shards index "]),
+        (truncate_shard, ["shard-000002.tar", "bytes", "5 samples from 's008' on are cut off", "shards index "]),
         (grow_shard, ["shard-000000.tar", "bytes, its index says", "vitreuse shards index "]),
         (add_shard, ["new.tar", "not in the index", "vitreuse shards index "]),
         (flip_record, ["index.npy", "damaged", "vitreuse shards index "]),

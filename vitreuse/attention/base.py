@@ -97,8 +97,10 @@ def with_all_tokens(kind: str, x: Tensor, grid: Tuple[int, int], num_prefix_toke
     return x
 
 
+@torch.fx.wrap
+@register_notrace_function
 def rows_of(parameter: Optional[Tensor], start: int, stop: int) -> Optional[Tensor]:
-    """Output rows ``start:stop`` of a linear layer's weight or bias."""
+    """Rows ``start:stop`` of a layer's weight or bias, or the heads of a projection."""
     return None if parameter is None else parameter[start:stop]
 
 
@@ -120,8 +122,6 @@ def norm_params(norm: nn.Module) -> int:
 class Attention(nn.Module):
     """Head geometry, qk-norm and output projection; a subclass per kind of layer adds its inputs and ``forward``."""
 
-    width: int = 0  # of the span, 0 for all keys
-
     def __init__(self, config: AttentionConfig) -> None:
         super().__init__()
         if config.dim % config.num_heads:
@@ -134,6 +134,7 @@ class Attention(nn.Module):
         self.hands_on = config.hands_on
         self.reuse_backend = config.reuse_backend
         self.fused_attn = use_fused_attn()
+        self.width = 0  # of the span, 0 for all keys
 
     def build_output(self, config: AttentionConfig, computes_map: bool) -> None:
         """Adds timm's submodules after the input projections, in timm's order, so that a seed gives timm's weights."""

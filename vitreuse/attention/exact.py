@@ -4,8 +4,8 @@ from typing import Dict, Optional, Tuple
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vitreuse.attention import maps
 from vitreuse.attention.base import Attention, AttentionConfig, Carry, linear_params, rows_of, split_heads
-from vitreuse.attention.maps import attend
 
 # queries, keys, values, key_proj, value_proj
 Inputs = Tuple[Tensor, Tensor, Tensor, Optional[Tensor], Optional[Tensor]]
@@ -50,7 +50,7 @@ class ExactAttention(Attention):
             grid = self.grid
         rows = self.computed_rows(num_queries)
         q, k, v, key_proj, value_proj = self.project(x, rows, grid, carry.layerwise_proj)
-        mixed, weights, prefix_weights, handed_q, handed_k = attend(
+        mixed, weights, prefix_weights, handed_q, handed_k = maps.attend(  # in maps, where a trace wraps it
             self.q_norm(q),
             self.k_norm(k),
             v,
@@ -67,7 +67,9 @@ class ExactAttention(Attention):
         handed = Carry(weights, prefix_weights, handed_q, handed_k, key_proj, value_proj, carry.layerwise_proj)
         return self.output(mixed, num_queries), handed
 
-    def project(self, x: Tensor, rows: Optional[int], grid: Tuple[int, int], layerwise_proj: Optional[Tensor]) -> Inputs:
+    def project(
+        self, x: Tensor, rows: Optional[int], grid: Tuple[int, int], layerwise_proj: Optional[Tensor]
+    ) -> Inputs:
         """Queries (B, H, rows, D) of the first rows, keys and values (B, H, N, D); no token projections."""
         if rows is None:
             q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)

@@ -6,7 +6,7 @@ the same function at far fewer multiply-adds. Max is not linear, and unshared pr
 keys and values.
 """
 import math
-from typing import Dict, Optional, Tuple
+from typing import Any, Dict, Optional, Tuple
 
 import torch
 from timm.layers import register_notrace_function
@@ -85,10 +85,15 @@ def project_tokens(x: Tensor, projection: Optional[Tensor], kind: str, projected
         windows = F.pad(x, (0, 0, 0, -x.shape[-2] % kernel)).unflatten(-2, (-1, kernel))
         return (projection[..., None, None, :] @ windows).squeeze(-2)
     flat = x.transpose(-2, -1).flatten(0, -3)
-    pooled = F.adaptive_avg_pool1d(flat, projected_dim) if kind == "mean" else F.adaptive_max_pool1d(flat, projected_dim)
+    if kind == "mean":
+        pooled = F.adaptive_avg_pool1d(flat, projected_dim)
+    else:
+        pooled = F.adaptive_max_pool1d(flat, projected_dim)
     return pooled.unflatten(0, x.shape[:-2]).transpose(-2, -1)
 
 
+@torch.fx.wrap
+@register_notrace_function
 def projected_heads(
     x: Tensor,
     weight: Tensor,
@@ -135,15 +140,16 @@ def at_grid(
     if projection is None or old_grid == grid:
         return projection
     old_patches, patches = old_grid[0] * old_grid[1], grid[0] * grid[1]
+    wide = projection.to(torch.promote_types(projection.dtype, torch.float32))  # the CPU resizes nothing narrower
     if kind == "conv":
         kernel = kernel_size(num_prefix_tokens + patches, projected_dim)
-        flat = projection.reshape(1, -1, projection.shape[-1])
+        flat = wide.reshape(1, -1, projection.shape[-1])
         resized = F.interpolate(flat, size=kernel, mode="linear") * (projection.shape[-1] / kernel)
-        return resized.reshape(projection.shape[:-1] + (kernel,))
-    prefix, columns = projection[..., :num_prefix_tokens], projection[..., num_prefix_tokens:]
+        return resized.reshape(projection.shape[:-1] + (kernel,)).to(projection.dtype)
+    prefix, columns = wide[..., :num_prefix_tokens], wide[..., num_prefix_tokens:]
     images = columns.reshape(1, -1, old_grid[0], old_grid[1])
     resized = F.interpolate(images, size=grid, mode="bilinear", antialias=True) * (old_patches / patches)
-    return torch.cat([prefix, resized.reshape(projection.shape[:-1] + (patches,))], dim=-1)
+    return torch.cat([prefix, resized.reshape(projection.shape[:-1] + (patches,))], dim=-1).to(projection.dtype)
 
 
 def resampled_parameter(parameter: nn.Parameter, resampled: Optional[Tensor]) -> nn.Parameter:
@@ -152,6 +158,8 @@ def resampled_parameter(parameter: nn.Parameter, resampled: Optional[Tensor]) ->
     return nn.Parameter(resampled.detach().clone(), requires_grad=parameter.requires_grad)
 
 
+@torch.fx.wrap
+@register_notrace_function
 def alias(projection: Optional[Tensor]) -> Optional[Tensor]:
     """A view to hand on: a parameter that a re-entrant checkpoint returns stops being a leaf."""
     return None if projection is None else projection.view_as(projection)
@@ -177,14 +185,11 @@ class LowRankAttention(ExactAttention):
         self.sharing = config.lowrank_sharing
         self.init = config.lowrank_init
         shape = projection_shape(config)
-        own = () if shape is None else {"layerwise": (), "key_value": ("key_proj",)}.get(
-            self.sharing, ("key_proj", "value_proj")
-        )
-        for name in ("key_proj", "value_proj"):
-            parameter = None
-            if name in own:
-                parameter = nn.Parameter(torch.empty(shape, device=config.device, dtype=config.dtype))
-            self.register_parameter(name, parameter)
+        factory: Dict[str, Any] = {"device": config.device, "dtype": config.dtype}
+        owns_key_proj = self.sharing != "layerwise"
+        owns_value_proj = self.sharing in ("none", "headwise")
+        self.key_proj = nn.Parameter(torch.empty(shape, **factory)) if shape and owns_key_proj else None
+        self.value_proj = nn.Parameter(torch.empty(shape, **factory)) if shape and owns_value_proj else None
         self.tokens_first = tokens_first(config)
         self.one_projection = self.value_proj is None
         self.reset_parameters()
@@ -207,7 +212,9 @@ class LowRankAttention(ExactAttention):
         x = with_all_tokens("lowrank", x, self.grid if grid is None else grid, self.num_prefix_tokens)
         return self.attend_tokens(x, carry, grid, num_queries, without_mask("lowrank", attn_mask, is_causal), False)
 
-    def project(self, x: Tensor, rows: Optional[int], grid: Tuple[int, int], layerwise_proj: Optional[Tensor]) -> Inputs:
+    def project(
+        self, x: Tensor, rows: Optional[int], grid: Tuple[int, int], layerwise_proj: Optional[Tensor]
+    ) -> Inputs:
         """Queries (B, H, rows, D) of the first rows, projected keys and values (B, H, k, D), and E and F."""
         key_proj, value_proj = self.projections(grid, layerwise_proj)
         q = split_heads(self.project_rows(x if rows is None else x[:, :rows], 0, self.dim), self.head_dim)
@@ -244,7 +251,7 @@ class LowRankAttention(ExactAttention):
     def set_grid(self, grid: Tuple[int, int]) -> None:
         for name in ("key_proj", "value_proj"):
             own = getattr(self, name)
-            if own is not None:
+            if own is not None and grid != self.grid:
                 at = at_grid(own, self.kind, self.grid, grid, self.num_prefix_tokens, self.projected_dim)
                 setattr(self, name, resampled_parameter(own, at))
         self.grid = grid

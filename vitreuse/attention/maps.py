@@ -17,9 +17,6 @@ from vitreuse.attention import tiles
 
 REUSE_BACKENDS = ("auto", "map", "qk")
 
-# Off the CPU the (q, k) pair is carried unless a row of the map has at most this many keys: rooflines of an H100 say
-# that reading a longer row costs more than recomputing it, and that low-rank and window maps are cheap everywhere.
-SMALL_MAP_KEYS = 128
 
 def is_tiled(grid: Tuple[int, int], width: int) -> bool:
     """Whether a span of this width runs as tiles on this grid; otherwise as one dense map."""
@@ -30,14 +27,16 @@ def carries_map(backend: str, device_type: str, num_keys: int, dropout_p: float)
     """Whether an anchor hands on its map rather than (q, k).
 
     ``auto`` carries the map on the CPU, where reading it measured 2 to 4 times cheaper than recomputing it, and a
-    small map on any device. Dropout on the map cannot be applied to one that a fused kernel recomputes, so with
-    dropout the map is always carried.
+    small map on any device: rooflines of an H100 say that reading a row of more keys than that costs more than
+    recomputing it, and that low-rank and window maps are cheap everywhere. Dropout on the map cannot be applied to one
+    that a fused kernel recomputes, so with dropout the map is always carried.
     """
+    small_map_keys = 128  # local, since TorchScript reads no module-level numbers
     if dropout_p > 0.0 or backend == "map":
         return True
     if backend == "qk":
         return False
-    return device_type in ("cpu", "meta") or num_keys <= SMALL_MAP_KEYS
+    return device_type in ("cpu", "meta") or num_keys <= small_map_keys
 
 
 def first_rows(attn_mask: Optional[Tensor], num_rows: int) -> Optional[Tensor]:
@@ -57,10 +56,11 @@ def softmax_map(q: Tensor, k: Tensor, attn_mask: Optional[Tensor], is_causal: bo
 
 
 def windowed_map(q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
-    """Softmax map of keys that ``visible`` allows. The fill is finite: a padded query may see no key at all, and the
-    gradient of a row of -inf is NaN."""
+    """Softmax map of keys that ``visible`` allows. A padded query, which is cut off later, may see no key at all: it is
+    shown all of them, since the gradient of a row of -inf is NaN."""
+    visible = visible | ~visible.any(dim=-1, keepdim=True)
     logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-    return logits.masked_fill(~visible, torch.finfo(logits.dtype).min).softmax(dim=-1).to(q.dtype)
+    return logits.masked_fill(~visible, float("-inf")).softmax(dim=-1).to(q.dtype)
 
 
 def make_map(

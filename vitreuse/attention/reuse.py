@@ -1,6 +1,8 @@
 """An earlier layer's map applied to this layer's own values."""
 from typing import Dict, Optional, Tuple
 
+import torch
+from timm.layers import register_notrace_function
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -15,7 +17,14 @@ from vitreuse.attention.base import (
     without_mask,
 )
 from vitreuse.attention.lowrank import projected_heads, projected_length, projection_macs, tokens_first
-from vitreuse.attention.maps import carries_map, join_heads, reattend
+from vitreuse.attention.maps import carries_map, reattend
+
+
+@torch.fx.wrap
+@register_notrace_function
+def new_heads_first(projection: Optional[Tensor], num_reused_heads: int) -> Optional[Tensor]:
+    """A token projection per head in the order of the handed-on map's heads: those computed here, then reused ones."""
+    return None if projection is None else projection.roll(-num_reused_heads, 0)
 
 
 class ReuseAttention(Attention):
@@ -101,8 +110,8 @@ class ReuseAttention(Attention):
         queries = x if rows is None else x[:, :rows]
         weight, bias = self.qk.weight, self.qk.bias
         q = F.linear(queries, weight[: self.own_dim], rows_of(bias, 0, self.own_dim))
-        if self.per_head and key_proj is not None:
-            key_proj = key_proj[self.num_reused_heads :]
+        if self.per_head:
+            key_proj = rows_of(key_proj, self.num_reused_heads, self.num_heads)
         k = self.project(x, weight[self.own_dim :], rows_of(bias, self.own_dim, 2 * self.own_dim), key_proj)
         return self.q_norm(split_heads(q, self.head_dim)), self.k_norm(k)
 
@@ -120,10 +129,9 @@ class ReuseAttention(Attention):
         """E and F as a later layer needs them: unshared ones follow the heads of the map, new heads first."""
         if not self.hands_on:
             return None, None
-        if self.per_head and self.qk is not None and key_proj is not None and value_proj is not None:
+        if self.per_head and self.qk is not None:
             reused = self.num_reused_heads
-            key_proj = join_heads(key_proj[None], key_proj[None, reused:], reused)[1][0]
-            value_proj = join_heads(value_proj[None], value_proj[None, reused:], reused)[1][0]
+            return new_heads_first(key_proj, reused), new_heads_first(value_proj, reused)
         return key_proj, value_proj
 
     def macs(self, grid: Tuple[int, int], num_queries: int, theoretical: bool) -> Dict[str, int]:

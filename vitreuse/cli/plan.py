@@ -43,9 +43,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def render(result: dict[str, Any]) -> Table:
     """The table for a terminal: MACs in millions, equal layers in one row."""
+    gmacs = result["macs"] / 1e9
     caption = (
         f"{result['params'] / 1e6:.2f} M params ({result['params_ratio']:.3f} of exact), "
-        f"{result['macs'] / 1e9:.3f} GMACs, {2 * result['macs'] / 1e9:.3f} GFLOPs ({result['macs_ratio']:.3f} of exact)\n"
+        f"{gmacs:.3f} GMACs, {2 * gmacs:.3f} GFLOPs ({result['macs_ratio']:.3f} of exact)\n"
         f"{result['macs_executed'] / 1e9:.3f} GMACs run on a CPU; layers in MMACs of one image"
     )
     title = f"{result['plan']}  in {result['name']} at {result['image_size'][0]} x {result['image_size'][1]} px"

@@ -1,0 +1,42 @@
+# make demo | test | lint | proof | clean; each makes its own set-up first. make PYTHON=python3.12 picks the interpreter.
+.POSIX:
+PYTHON = python3
+VENV = .venv
+RUN = $(VENV)/bin/python
+READY = $(VENV)/ready
+DEMO = exact reuse lazy lowrank mixspan
+
+.PHONY: help demo test lint proof clean
+
+help:
+	@echo "make demo    train an exact ViT and the four presets on scanned digits, and compare them: runs/demo"
+	@echo "make test    the tests"
+	@echo "make lint    ruff and pyright"
+	@echo "make proof   timm's own tests on our models, beside timm's ViT"
+	@echo "make clean   remove the environment and what was built; runs/ and data/ stay"
+
+# Two runs at a time, one thread each (configs/digits). Two bars would overwrite each other: rich prints lines instead.
+demo: $(READY)
+	@printf '%s\n' $(DEMO) | TTY_COMPATIBLE=0 xargs -P 2 -I NAME \
+		$(RUN) -m train configs/digits/NAME.yaml run_dir=runs/demo/NAME
+	@$(RUN) -m eval compare $(DEMO:%=runs/demo/%) -o runs/demo
+
+test: $(READY)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2
+
+lint: $(READY)
+	$(RUN) -m ruff check .
+	$(RUN) -m pyright --pythonpath $(RUN)
+
+proof: $(READY)
+	$(RUN) tests/conformance -n 2
+
+clean:
+	rm -rf $(VENV) build dist vitreuse.egg-info .pytest_cache .ruff_cache .hypothesis
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+		echo "$(PYTHON) is missing or older than 3.10: name a newer one, as in make PYTHON=python3.12 demo." >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $(READY)

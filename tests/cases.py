@@ -1,0 +1,144 @@
+"""The table of plans and options that every proof runs over, and small random float64 models of them.
+
+Sizes are primes and differ: patches of 2 x 3 pixels, 5 heads of 3 channels, 7 classes; an image has 3 x 5 patches
+unless a span needs a grid that is worth tiling.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from reference import Reference
+from torch import Tensor, nn
+
+from vitreuse import PlanVisionTransformer, PlanVisionTransformerDistilled, parse_plan
+
+PATCH_SIZE = (2, 3)
+NUM_CLASSES = 7
+
+
+@dataclass(frozen=True)
+class Case:
+    """A plan, the grid of patches it is built for, and the keywords that it is built with."""
+
+    plan: str
+    grid: tuple[int, int] = (3, 5)
+    distilled: bool = False
+    keywords: dict[str, Any] = field(default_factory=dict)
+
+    def build(self, seed: int = 0, **more: Any) -> Any:
+        """A random model in float64; ``more`` are further keywords."""
+        torch.manual_seed(seed)
+        depth = len(parse_plan(self.plan))
+        defaults = {
+            "img_size": image_size(self.grid),
+            "patch_size": PATCH_SIZE,
+            "embed_dim": 15,
+            "depth": depth,
+            "num_heads": 5,
+            "mlp_ratio": 2,
+            "num_classes": NUM_CLASSES,
+            "plan": self.plan,
+            "dtype": torch.float64,
+        }
+        model_class = PlanVisionTransformerDistilled if self.distilled else PlanVisionTransformer
+        return randomized(model_class(**{**defaults, **self.keywords, **more}))
+
+    def reference(self, model: nn.Module, grid: tuple[int, int] | None = None) -> Reference:
+        """The naive reference of a model of this case, on copies of its weights that take gradients."""
+        state = {name: tensor.detach().clone().requires_grad_() for name, tensor in model.state_dict().items()}
+        read = {"global_pool", "lowrank_sharing", "lowrank_projection"}
+        keywords = {key: value for key, value in self.keywords.items() if key in read}
+        num_prefix = sum(state[name].shape[1] for name in ("cls_token", "dist_token", "reg_token") if name in state)
+        plan, num_heads = list(parse_plan(self.plan)), self.keywords.get("num_heads", 5)
+        return Reference(state, plan, grid or self.grid, PATCH_SIZE, num_heads, num_prefix, **keywords)
+
+
+def image_size(grid: tuple[int, int]) -> tuple[int, int]:
+    """Pixels of a grid of patches."""
+    return grid[0] * PATCH_SIZE[0], grid[1] * PATCH_SIZE[1]
+
+
+def images(grid: tuple[int, int] = (3, 5), num_images: int = 2, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Random images."""
+    generator = torch.Generator().manual_seed(13)
+    return torch.randn(num_images, 3, *image_size(grid), generator=generator, dtype=torch.float64).to(dtype)
+
+
+def randomized(model: nn.Module) -> nn.Module:
+    """The model with every parameter random, and large enough that an error anywhere moves the logits."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("key_proj", "value_proj")):
+                parameter.normal_(std=parameter.shape[-1] ** -0.5)
+            else:
+                is_scale = ("norm" in name and name.endswith("weight")) or name.endswith("gamma")
+                parameter.normal_(mean=float(is_scale), std=0.4)
+    return model
+
+
+def _lowrank_cases() -> dict[str, Case]:
+    """Every sharing with every projection that has weights, alone and under full and partial reuse."""
+    cases = {}
+    for sharing in ("none", "headwise", "key_value", "layerwise"):
+        for projection in ("linear", "conv"):
+            options = {"lowrank_sharing": sharing, "lowrank_projection": projection}
+            cases[f"lowrank {sharing} {projection}"] = Case("lowrank:3*2", keywords=options)
+            cases[f"lowrank {sharing} {projection} reused"] = Case("lowrank:7 reuse:3 reuse:1 reuse", keywords=options)
+    for projection in ("mean", "max"):
+        options = {"lowrank_projection": projection}
+        cases[f"lowrank {projection}"] = Case("lowrank:3*2", keywords=options)
+        cases[f"lowrank {projection} reused"] = Case("lowrank:7 reuse:3 reuse:1 reuse", keywords=options)
+    return cases
+
+
+TILED = (11, 13)  # no tile divides it
+THREE_HEADS = {"num_heads": 3}  # the naive reference is slow on large grids
+NO_CLASS = {"class_token": False, "global_pool": "avg"}
+EXTRAS = {"qk_norm": True, "scale_attn_norm": True, "scale_mlp_norm": True, "init_values": 0.1}
+
+CASES = {
+    "exact": Case("exact*2"),
+    "depth 1": Case("exact"),
+    "reuse": Case("exact reuse*2 exact"),
+    "reuse of the nearest anchor": Case("exact reuse exact reuse"),
+    "reuse of no head": Case("exact reuse:0 reuse"),
+    "reuse of all heads by number": Case("exact reuse:5*2"),
+    "reuse of some heads": Case("exact reuse:2 exact"),
+    "reuse of some heads twice": Case("exact reuse:2*2"),
+    "reuse of mixed numbers of heads": Case("exact reuse:3 reuse:1 reuse:4 reuse"),
+    "lazy": Case("(exact reuse)*2 none reuse"),
+    "none": Case("none exact none reuse none reuse:2 none"),
+    **_lowrank_cases(),
+    "lowrank of several k": Case("lowrank:7 lowrank:3 reuse lowrank:2"),
+    "span dense": Case("span:3*2"),
+    "span dense reused": Case("span:3 reuse:3 reuse:1 reuse"),
+    "span tiled": Case("span:3*2", TILED, keywords=THREE_HEADS),
+    "span tiled reused": Case("span:3 reuse:2 reuse:1 reuse", TILED, keywords=THREE_HEADS),
+    "span tiled without prefix": Case("span:3 reuse:2 reuse", TILED, keywords={**THREE_HEADS, **NO_CLASS}),
+    "span tiled with registers": Case("span:3 reuse:2 reuse", TILED, keywords={**THREE_HEADS, "reg_tokens": 2}),
+    "span tiled evenly": Case("span:3 reuse", (14, 14), keywords=THREE_HEADS),
+    "span tiled wide": Case("span:5 reuse:1", (13, 17), keywords=THREE_HEADS),
+    "span tiled along one axis": Case("span:3 reuse:1 span:1", (2, 29)),
+    "mixture": Case("span:3 reuse lowrank:5 reuse:1 none reuse exact reuse:2 span:3 reuse:4"),
+    "mixture tiled": Case("span:3 lowrank:5 reuse:1 none exact reuse:2 span:3", TILED, keywords=THREE_HEADS),
+    "distilled": Case("span:3 reuse:1 lowrank:3 reuse exact reuse:2", distilled=True),
+    "distilled tiled": Case("span:3 reuse:1", TILED, distilled=True, keywords=THREE_HEADS),
+    "extras": Case("span:3 reuse:1 lowrank:3 reuse:2 none exact reuse:3 reuse", keywords={**EXTRAS, "reg_tokens": 2}),
+    "extras tiled": Case("span:3 reuse:1", TILED, keywords={**THREE_HEADS, **EXTRAS, "qkv_bias": False}),
+    "extras unshared": Case("lowrank:3 reuse:2 reuse:4", keywords={**EXTRAS, "lowrank_sharing": "none"}),
+    "no bias": Case("lowrank:3 reuse:2 exact reuse:1", keywords={"qkv_bias": False, "proj_bias": False}),
+    "average": Case("span:3 reuse:1 lowrank:3 reuse", keywords={"global_pool": "avg", "no_embed_class": True}),
+    "average without class": Case("exact reuse:2 lowrank:3 reuse:1", keywords={**NO_CLASS, "reg_tokens": 3}),
+}
+SMALL_CASES = {name: case for name, case in CASES.items() if case.grid == (3, 5)}
+
+
+def with_backends(cases: dict[str, Case]) -> list[tuple[str, str]]:
+    """Names of cases with each backend that a test should run them with."""
+    return [(name, backend) for name, case in cases.items() for backend in backends(case)]
+
+
+def backends(case: Case) -> tuple[str, ...]:
+    """The backends that make a difference to a case; a plan without reuse layers has none."""
+    return ("map", "qk") if "reuse" in case.plan else ("auto",)

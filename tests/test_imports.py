@@ -1,0 +1,89 @@
+"""Arrows between packages point one way, the wheel holds the library alone, and importing it is cheap."""
+import ast
+import json
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+MAY_IMPORT = {"vitreuse": set(), "eval": {"vitreuse"}, "train": {"vitreuse", "eval"}}  # of our packages, beside itself
+DEPENDENCIES = {"torch", "torchvision", "timm", "fvcore", "webdataset", "yaml", "rich", "safetensors", "numpy", "PIL"}
+
+IMPORT_VITREUSE = """
+import json, time
+import timm, torch
+num_modules = 0
+build = torch.nn.Module.__init__
+def counted(self, *args, **kwargs):
+    global num_modules
+    num_modules += 1
+    build(self, *args, **kwargs)
+torch.nn.Module.__init__ = counted
+start = time.process_time()
+import vitreuse
+seconds = time.process_time() - start
+print(json.dumps({"seconds": seconds, "num_modules": num_modules, "num_names": len(timm.list_models("*_reuse_*"))}))
+"""
+
+
+def imported_packages(source: str) -> Iterator[str]:
+    """Top-level packages of every absolute import, those inside functions included."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield str(node.module).partition(".")[0]
+
+
+def test_imports_inside_functions_are_seen():
+    source = "import a.b, c\nfrom d.e import f\nfrom . import g\ndef h():\n    from i import j\n"
+    assert list(imported_packages(source)) == ["a", "c", "d", "i"]
+
+
+@pytest.mark.parametrize("package", MAY_IMPORT)
+def test_arrows_point_one_way(package):
+    files = sorted((ROOT / package).rglob("*.py"))
+    assert files
+    forbidden = {*MAY_IMPORT, "tests"} - MAY_IMPORT[package] - {package}
+    backwards = {
+        str(path.relative_to(ROOT)): sorted(names)
+        for path in files
+        if (names := forbidden & set(imported_packages(path.read_text(encoding="utf-8"))))
+    }
+    assert backwards == {}
+
+
+def test_the_library_needs_only_its_dependencies_until_a_function_asks_for_more():
+    foreign = set()
+    for path in (ROOT / "vitreuse").rglob("*.py"):
+        module = ast.parse(path.read_text(encoding="utf-8"))
+        at_import = [node for node in module.body if isinstance(node, (ast.Import, ast.ImportFrom))]
+        foreign |= set(imported_packages(ast.unparse(ast.Module(at_import, []))))
+    assert foreign - sys.stdlib_module_names - {"vitreuse"} <= DEPENDENCIES
+
+
+def test_the_wheel_holds_the_library_alone(tmp_path):
+    checkout = tmp_path / "checkout"
+    without_caches = shutil.ignore_patterns("__pycache__")
+    for package in MAY_IMPORT:
+        shutil.copytree(ROOT / package, checkout / package, ignore=without_caches)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, checkout)
+    build = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", build, tmp_path], cwd=checkout, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    assert held == {path.relative_to(ROOT).as_posix() for path in (ROOT / "vitreuse").rglob("*.py")}
+
+
+def test_importing_vitreuse_is_cheap_and_builds_no_model():
+    result = subprocess.run([sys.executable, "-c", IMPORT_VITREUSE], check=True, capture_output=True, text=True)
+    measured = json.loads(result.stdout)
+    assert measured["num_modules"] == 0
+    assert measured["num_names"] > 0
+    assert measured["seconds"] < 0.3

@@ -1,0 +1,354 @@
+"""Every kind of layer, alone and mixed, against a naive reference written from the papers."""
+
+import copy
+import functools
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from cases import CASES, SMALL_CASES, Case, backends, images, with_backends
+from timm.layers import set_fused_attn, set_reentrant_ckpt, use_fused_attn, use_reentrant_ckpt
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vitreuse import load_checkpoint, parse_plan
+
+NO_GRADIENT = ("k_norm.bias",)  # it adds the same number to all logits of a query
+
+every_case = pytest.mark.parametrize(("name", "backend"), with_backends(CASES))
+every_small_case = pytest.mark.parametrize(("name", "backend"), with_backends(SMALL_CASES))
+
+
+@pytest.fixture(params=[True, False], ids=["fused", "unfused"])
+def fused(request):
+    """timm's switch of fused attention, read when a model is built."""
+    before = use_fused_attn()
+    set_fused_attn(request.param)
+    yield
+    set_fused_attn(before)
+
+
+@pytest.fixture(params=[True, False], ids=["reentrant", "not reentrant"])
+def reentrant(request):
+    """timm's switch of re-entrant checkpointing."""
+    before = use_reentrant_ckpt()
+    set_reentrant_ckpt(request.param)
+    yield
+    set_reentrant_ckpt(before)
+
+
+def build(name: str, backend: str, **more) -> Any:
+    """The model of a case."""
+    return CASES[name].build(reuse_backend=backend, **more)
+
+
+def loss(logits: Tensor) -> Tensor:
+    """A number that every logit moves."""
+    return (logits * torch.linspace(-1, 1, logits.numel(), dtype=logits.dtype).view_as(logits)).sum()
+
+
+def gradients(model: nn.Module, logits: Tensor) -> dict[str, Tensor | None]:
+    """The loss's gradient of every parameter."""
+    parameters = dict(model.named_parameters())
+    grads = torch.autograd.grad(loss(logits), list(parameters.values()), allow_unused=True)
+    return dict(zip(parameters, grads, strict=True))
+
+
+@functools.cache
+def expected(name: str) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Logits, final tokens and gradients of a case by the reference; they depend on no backend."""
+    case = CASES[name]
+    reference = case.reference(case.build())
+    tokens = torch.stack([reference.tokens(image) for image in images(case.grid)])
+    logits = torch.stack([reference.head(image_tokens) for image_tokens in tokens])
+    grads = torch.autograd.grad(loss(logits), list(reference.state.values()))
+    return logits.detach(), tokens.detach(), dict(zip(reference.state, grads, strict=True))
+
+
+def assert_close(actual: Tensor, wanted: Tensor) -> None:
+    torch.testing.assert_close(actual, wanted, rtol=1e-9, atol=1e-10)
+
+
+def assert_gradients(actual: dict[str, Tensor | None], wanted: dict[str, Tensor]) -> None:
+    """Every parameter has a gradient, the right one, and not zero unless its gradient is zero by nature."""
+    assert actual.keys() == wanted.keys()
+    for name, gradient in actual.items():
+        assert gradient is not None, f"no gradient for {name}"
+        torch.testing.assert_close(gradient, wanted[name], rtol=1e-8, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
+        assert gradient.abs().max() > 1e-7 or name.endswith(NO_GRADIENT), f"gradient of {name} is zero"
+
+
+@every_case
+def test_outputs_and_gradients_are_those_of_the_reference(name, backend, fused):
+    logits, tokens, grads = expected(name)
+    model, x = build(name, backend), images(CASES[name].grid)
+    actual = model(x)
+    assert_close(actual, logits)
+    assert_gradients(gradients(model, actual), grads)
+    assert_close(model.forward_features(x), tokens)
+
+
+@every_case
+def test_the_last_layer_computes_the_rows_that_the_head_reads(name, backend):
+    logits, _, grads = expected(name)
+    model, x = build(name, backend), images(CASES[name].grid)
+    rows = []
+    model.blocks[-1].register_forward_hook(lambda module, args, output: rows.append(output[0].shape[1]))
+    model(x)
+    actual = model.forward_head(model.forward_features(x))
+    num_read = 2 if CASES[name].distilled else 1
+    assert rows == [num_read if model.global_pool == "token" else tokens_of(model), tokens_of(model)]
+    assert_close(actual, logits)
+    assert_gradients(gradients(model, actual), grads)
+
+
+def tokens_of(model: Any) -> int:
+    return model.num_prefix_tokens + model.patch_embed.num_patches
+
+
+@every_case
+@pytest.mark.parametrize("num_queries", [1, 4])
+def test_any_number_of_first_rows_can_be_asked_for(name, backend, num_queries):
+    """More than there are prefix tokens, too: then a span cuts rows out of whole tiles."""
+    model = build(name, backend)
+    tokens, _ = model.embed(images(CASES[name].grid))
+    rows = model.blocks(tokens, num_queries=num_queries, layerwise_proj=model.key_proj)
+    assert_close(rows, model.blocks(tokens, layerwise_proj=model.key_proj)[:, :num_queries])
+
+
+@every_case
+def test_checkpointing_changes_neither_outputs_nor_gradients(name, backend, reentrant):
+    logits, _, grads = expected(name)
+    model = build(name, backend)
+    model.set_grad_checkpointing()
+    calls = count_calls(model.blocks[0])
+    actual = model.train()(images(CASES[name].grid))
+    assert_close(actual, logits)
+    assert_gradients(gradients_by_backward(model, actual), grads)
+    assert len(calls) == 2
+
+
+def count_calls(module: nn.Module) -> list[None]:
+    """A list that grows by one with every forward of a module."""
+    calls = []
+    module.register_forward_pre_hook(lambda *_: calls.append(None))
+    return calls
+
+
+def gradients_by_backward(model: nn.Module, logits: Tensor) -> dict[str, Tensor | None]:
+    """The same as ``gradients``, as a training step makes them; re-entrant checkpoints know no other way."""
+    loss(logits).backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+@every_small_case
+def test_a_model_can_be_copied_after_a_forward(name, backend):
+    model = build(name, backend)
+    model(images())
+    assert_close(copy.deepcopy(model)(images()), expected(name)[0])
+
+
+@every_small_case
+def test_two_threads_can_run_one_model_in_lockstep(name, backend):
+    model, x, barrier = build(name, backend), images(), threading.Barrier(2, timeout=60)
+
+    def wait_for_the_other(*_):
+        barrier.wait()
+
+    for block in model.blocks:
+        block.register_forward_pre_hook(wait_for_the_other)
+    with ThreadPoolExecutor(2) as pool:
+        logits = list(pool.map(model, x.split(1)))
+    assert_close(torch.cat(logits), expected(name)[0])
+
+
+@every_case
+def test_an_image_does_not_see_its_batch(name, backend):
+    model, x = build(name, backend), images(CASES[name].grid)
+    assert_close(model(torch.stack([x[1], torch.full_like(x[0], 100.0)]))[0], expected(name)[0][1])
+
+
+@every_case
+def test_bfloat16_and_autocast_are_close(name, backend):
+    logits = expected(name)[0]
+    model, x = build(name, backend).float(), images(CASES[name].grid, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = model(x)
+    assert all(g is not None and g.isfinite().all() for g in gradients(model, mixed).values())
+    narrow = model.bfloat16()(x.bfloat16())
+    assert narrow.dtype == torch.bfloat16
+    for actual in (mixed, narrow):
+        assert (actual.double() - logits).norm() < 0.05 * logits.norm()
+
+
+@every_small_case
+def test_a_carry_is_made_only_for_a_layer_that_reads_it(name, backend):
+    model = build(name, backend)
+    words = [spec.word for spec in parse_plan(CASES[name].plan)]
+    handed = {}
+    for layer, block in enumerate(model.blocks):
+        block.register_forward_hook(lambda module, args, output, layer=layer: handed.update({layer: output[1:-1]}))
+    model(images())
+    for layer, carry in handed.items():
+        following = [word for word in words[layer + 1 :] if word != "none"]
+        is_read = following[:1] == ["reuse"]
+        assert any(field is not None for field in carry) == is_read, layer
+
+
+@pytest.mark.parametrize(
+    ("backend", "attn_drop_rate", "training", "carried"),
+    [
+        ("map", 0.0, True, "map"),
+        ("qk", 0.0, True, "q and k"),
+        ("auto", 0.0, True, "map"),  # on the CPU
+        ("qk", 0.1, True, "map"),  # dropout cannot be drawn on a map that a fused kernel makes
+        ("qk", 0.1, False, "q and k"),
+    ],
+)
+def test_a_backend_carries_either_the_map_or_queries_and_keys(backend, attn_drop_rate, training, carried):
+    model = CASES["reuse"].build(reuse_backend=backend, attn_drop_rate=attn_drop_rate).train(training)
+    carries = []
+    model.blocks[0].register_forward_hook(lambda module, args, output: carries.append(output[1:]))
+    model(images())
+    weights, _, q, k, *_ = carries[0]
+    assert [weights is not None, q is not None, k is not None] == [carried == "map", *[carried == "q and k"] * 2]
+
+
+def test_a_reuse_layer_without_a_map_says_so():
+    model = CASES["reuse"].build()
+    with pytest.raises(ValueError, match="a reuse layer was run without a map: call the whole model"):
+        model.blocks[1](torch.zeros(1, 16, 15, dtype=torch.float64))
+
+
+MASKED_PLANS = ("exact*2", "exact reuse:0 reuse", "exact reuse:2 reuse:1 reuse", "exact none reuse:3 exact reuse")
+MASKS = {
+    "boolean": {"attn_mask": torch.rand(16, 16, generator=torch.Generator().manual_seed(1)) < 0.6},
+    "additive": {"attn_mask": torch.randn(16, 16, generator=torch.Generator().manual_seed(2), dtype=torch.float64)},
+    "per image": {"attn_mask": torch.rand(2, 1, 16, 16, generator=torch.Generator().manual_seed(3)) < 0.6},
+    "one row": {"attn_mask": torch.rand(2, 1, 1, 16, generator=torch.Generator().manual_seed(4)) < 0.6},
+    "causal": {"is_causal": True},
+}
+for _mask in MASKS.values():
+    if "attn_mask" in _mask and _mask["attn_mask"].dtype == torch.bool:
+        _mask["attn_mask"][..., 0] = True  # no query is left without a key
+
+
+@pytest.mark.parametrize(("plan", "backend"), [(plan, b) for plan in MASKED_PLANS for b in backends(Case(plan))])
+@pytest.mark.parametrize("mask", MASKS)
+def test_masks_are_those_of_the_reference(plan, mask, backend, fused):
+    case, x = Case(plan), images()
+    model = case.build(reuse_backend=backend)
+    reference = case.reference(model)
+    arguments = [{key: value if key == "is_causal" else value[image, 0].expand(16, 16) if value.ndim == 4 else value
+                  for key, value in MASKS[mask].items()} for image in range(2)]
+    tokens = torch.stack([reference.tokens(image, **given) for image, given in zip(x, arguments, strict=True)])
+    assert_close(model.forward_features(x, **MASKS[mask]), tokens)
+    assert_close(model(x, **MASKS[mask]), torch.stack([reference.head(image_tokens) for image_tokens in tokens]))
+    model.set_grad_checkpointing()
+    assert_close(model(x, **MASKS[mask]), torch.stack([reference.head(image_tokens) for image_tokens in tokens]))
+
+
+@pytest.mark.parametrize("plan", ["lowrank:3", "span:3", "exact none lowrank:3 reuse", "exact span:3 reuse:1"])
+@pytest.mark.parametrize("mask", [MASKS["boolean"], MASKS["causal"]], ids=["boolean", "causal"])
+def test_layers_whose_keys_are_not_all_tokens_refuse_a_mask(plan, mask):
+    with pytest.raises(ValueError, match=r"^(lowrank|span) layers take no attn_mask and no is_causal, since"):
+        Case(plan).build()(images(), **mask)
+
+
+@pytest.mark.parametrize("plan", ["exact reuse", "exact reuse:2 none reuse:1"])
+@pytest.mark.parametrize("backend", ["map", "qk"])
+def test_patch_dropout_runs_where_no_layer_needs_the_grid(plan, backend):
+    model = Case(plan).build(patch_drop_rate=0.5, reuse_backend=backend)
+    assert model.train().forward_features(images()).shape == (2, 1 + 7, 15)
+    assert model.eval().forward_features(images()).shape == (2, 1 + 15, 15)
+
+
+@pytest.mark.parametrize("plan", ["lowrank:3", "span:3", "exact lowrank:3 reuse", "exact span:3 reuse:1"])
+def test_patch_dropout_is_refused_at_the_first_training_forward(plan):
+    model = Case(plan).build(patch_drop_rate=0.5)
+    model.eval()(images())
+    with pytest.raises(ValueError, match=r"layers need all 1 \+ 3 x 5 tokens and got 8: set patch_drop_rate to 0"):
+        model.train()(images())
+
+
+@every_small_case
+def test_dropout_on_the_map_is_drawn_afresh_from_a_map_before_dropout(name, backend, monkeypatch):
+    """In training the map itself is carried, whatever the backend; in evaluation nothing changes."""
+    model = build(name, backend, attn_drop_rate=0.4)
+    assert_close(model.eval()(images()), expected(name)[0])
+    maps, dropout = [], F.dropout
+
+    def spy(weights, p=0.5, training=True, inplace=False):
+        dropped = dropout(weights, p, training, inplace)
+        if weights.ndim == 4:
+            assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]))
+            maps.append((weights, dropped))
+        return dropped
+
+    monkeypatch.setattr(F, "dropout", spy)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", unfused_with_dropout(dropout, maps))
+    model.train().forward_features(images())
+    specs = [spec for spec in parse_plan(CASES[name].plan) if spec.word != "none"]
+    assert len(maps) == len(specs)
+    for (previous, previous_dropped), (weights, dropped), spec in zip(maps, maps[1:], specs[1:], strict=False):
+        if str(spec) == "reuse":
+            assert not torch.equal(previous_dropped, dropped)
+            assert sorted(previous.flatten().tolist()) == sorted(weights.flatten().tolist())
+
+
+def unfused_with_dropout(dropout, maps):
+    """Stands in for fused attention so that its dropout counts as one map's."""
+
+    def attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False):
+        assert dropout_p == 0.4
+        weights = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1)
+        dropped = dropout(weights, dropout_p)
+        maps.append((weights, dropped))
+        return dropped @ v
+
+    return attention
+
+
+def identity_projections(model: Any) -> None:
+    """Makes every token projection of a model with k = N the identity."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("key_proj", "value_proj")):
+                square = parameter.shape[-1] == 16
+                parameter.copy_(torch.eye(16).expand_as(parameter) if square else torch.ones_like(parameter))
+
+
+LOWRANK_OPTIONS = [case.keywords for name, case in CASES.items() if case.plan == "lowrank:3*2"]
+LIMITS = [
+    (plan, options, backend)
+    for plan, given in {
+        "exact reuse:0*2": [{}],
+        "span:9*3": [{}],
+        "span:999999999 reuse:0*2": [{}],
+        "span:11 reuse:0 lowrank:16": [{}],
+        "lowrank:16*3": LOWRANK_OPTIONS,
+        "lowrank:16 reuse:0*2": LOWRANK_OPTIONS,
+    }.items()
+    for options in given
+    for backend in backends(Case(plan))
+]
+
+
+@pytest.mark.parametrize(("plan", "options", "backend"), LIMITS)
+@pytest.mark.parametrize("qk_norm", [False, True], ids=["plain", "qk-norm"])
+@pytest.mark.filterwarnings("ignore:.*(saves nothing|is exact attention) here:UserWarning")
+def test_every_approximation_has_a_setting_at_which_it_is_exact(plan, options, qk_norm, backend):
+    exact = Case("exact*3").build(qk_norm=qk_norm)
+    model = Case(plan, keywords=options).build(seed=1, qk_norm=qk_norm, reuse_backend=backend)
+    load_checkpoint(model, exact.state_dict())
+    identity_projections(model)
+    assert_close(model(images()), exact(images()))
+    assert_close(model.forward_features(images()), exact.forward_features(images()))
+
+
+def test_reusing_every_head_by_number_is_full_reuse():
+    full, by_number = Case("exact reuse*2").build(), Case("exact reuse:5*2").build()
+    assert full.state_dict().keys() == by_number.state_dict().keys()
+    assert_close(by_number(images()), full(images()))

@@ -1,0 +1,269 @@
+"""Models with a plan under everything that is done to a model: capture, other image sizes, intermediates, counting."""
+
+import pytest
+import torch
+from cases import CASES, SMALL_CASES, Case, image_size, images, with_backends
+from reference import bilinear
+from timm.models._features_fx import create_feature_extractor
+from torch import Tensor, nn
+
+from vitreuse import count_macs, count_params
+from vitreuse.flops import fvcore_macs, torch_flops
+
+OTHER_GRIDS = {(3, 5): (5, 7), (11, 13): (13, 11), (14, 14): (11, 13), (13, 17): (14, 14), (2, 29): (3, 31)}
+REPRESENTATIVE = [
+    ("mixture", "qk"),
+    ("span tiled reused", "map"),
+    ("lowrank layerwise linear reused", "map"),
+    ("lowrank none conv reused", "qk"),
+    ("extras", "qk"),
+    ("distilled", "map"),
+]
+
+every_case = pytest.mark.parametrize(("name", "backend"), with_backends(CASES))
+every_small_case = pytest.mark.parametrize(("name", "backend"), with_backends(SMALL_CASES))
+representative_cases = pytest.mark.parametrize(("name", "backend"), REPRESENTATIVE)
+
+
+def assert_close(actual: Tensor, wanted: Tensor) -> None:
+    torch.testing.assert_close(actual, wanted, rtol=1e-9, atol=1e-10)
+
+
+def gradients(model: nn.Module, logits: Tensor) -> tuple[Tensor, ...]:
+    """Gradients of a number that every logit moves."""
+    return torch.autograd.grad(logits.sin().sum(), list(model.parameters()))
+
+
+@pytest.mark.parametrize(("name", "backend"), REPRESENTATIVE[:3])
+def test_compiled_in_one_graph_outputs_and_gradients_stay(name, backend):
+    torch._dynamo.reset()
+    model, x = CASES[name].build(reuse_backend=backend), images(CASES[name].grid)
+    logits = model(x)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(x)
+    assert_close(compiled, logits)
+    for actual, wanted in zip(gradients(model, compiled), gradients(model, logits), strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-7, atol=1e-9)
+
+
+def test_compiled_to_kernels_outputs_stay():
+    torch._dynamo.reset()
+    model = CASES["average"].build().eval()
+    with torch.no_grad():
+        assert_close(torch.compile(model, fullgraph=True)(images()), model(images()))
+
+
+@representative_cases
+def test_an_export_runs_at_any_batch_size(name, backend):
+    model, x = CASES[name].build(reuse_backend=backend).eval(), images(CASES[name].grid, num_images=3)
+    batch = {"x": {0: torch.export.Dim.DYNAMIC}}
+    exported = torch.export.export(model, (x[:2],), dynamic_shapes=batch).module()
+    assert_close(exported(x), model(x))
+
+
+@representative_cases
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:FutureWarning")
+def test_scripted_models_agree(name, backend):
+    model, x = CASES[name].build(reuse_backend=backend).eval(), images(CASES[name].grid)
+    assert_close(torch.jit.script(model)(x), model(x))
+
+
+@representative_cases
+def test_timm_extracts_features_by_symbolic_trace(name, backend):
+    model, x = CASES[name].build(reuse_backend=backend).eval(), images(CASES[name].grid)
+    taken = {}
+    model.blocks[1].norm2.register_forward_hook(lambda module, args, output: taken.update(wanted=output))
+    traced = create_feature_extractor(model, {"blocks.1.norm2": "norm2", "head": "head"})(x)
+    head = model.head(model.forward_features(x)[:, 0])
+    assert_close(traced["norm2"], taken["wanted"])
+    assert_close(traced["head"], head)
+
+
+@every_case
+def test_a_dynamic_model_at_its_own_size_is_the_static_one(name, backend):
+    case, x = CASES[name], images(CASES[name].grid)
+    static, dynamic = (case.build(reuse_backend=backend, dynamic_img_size=d) for d in (False, True))
+    assert_close(dynamic(x), static(x))
+
+
+@every_case
+def test_another_size_is_dynamic_or_set_and_that_of_the_reference(name, backend):
+    """Position embeddings and token projections are resampled alike, and spans cut anew."""
+    case, grid = CASES[name], OTHER_GRIDS[CASES[name].grid]
+    x = images(grid, num_images=1)
+    dynamic, model = (case.build(reuse_backend=backend, dynamic_img_size=d) for d in (True, False))
+    model.set_input_size(image_size(grid))
+    logits = model(x)
+    assert_close(dynamic(x), logits)
+    if case.grid == (3, 5):
+        assert_close(logits[0], case.reference(model, grid).logits(x[0]))
+    assert all(g is not None for g in gradients(model, logits))
+
+
+@pytest.mark.parametrize("sharing", ["none", "headwise", "key_value", "layerwise"])
+@pytest.mark.parametrize("num_registers", [0, 2])
+def test_a_larger_grid_enlarges_projections_bilinearly_and_keeps_prefix_columns(sharing, num_registers):
+    model = Case("lowrank:3*2", keywords={"lowrank_sharing": sharing}).build(reg_tokens=num_registers)
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if name.endswith("_proj")}
+    model.set_input_size(image_size((5, 7)))
+    after = dict(model.named_parameters())
+    assert before
+    for name, old in before.items():
+        rows, new_rows = old.flatten(0, -2), after[name].detach().flatten(0, -2)
+        prefix = 1 + num_registers
+        for row, new_row in zip(rows, new_rows, strict=True):
+            assert torch.equal(new_row[:prefix], row[:prefix])
+            enlarged = bilinear(row[prefix:].view(3, 5), (5, 7)) * (3 * 5) / (5 * 7)
+            assert_close(new_row[prefix:], enlarged.flatten())
+
+
+@pytest.mark.parametrize("sharing", ["none", "layerwise"])
+@pytest.mark.parametrize("projection", ["linear", "conv"])
+def test_another_size_in_bfloat16_is_close(sharing, projection):
+    keywords = {"lowrank_sharing": sharing, "lowrank_projection": projection, "dynamic_img_size": True}
+    model, x = Case("lowrank:3 reuse:2", keywords=keywords).build(), images((5, 7))
+    logits = model(x)
+    narrow = model.bfloat16()
+    assert (narrow(x.bfloat16()) - logits).norm() < 0.05 * logits.norm()
+    narrow.set_input_size(image_size((5, 7)))
+    assert {parameter.dtype for parameter in narrow.parameters()} == {torch.bfloat16}
+    assert (narrow(x.bfloat16()) - logits).norm() < 0.05 * logits.norm()
+
+
+@every_small_case
+@pytest.mark.parametrize("mode", ["", "reset"])
+def test_a_model_made_without_memory_can_be_initialised(name, backend, mode):
+    """A second initialisation leaves no parameter as it found it."""
+    model = CASES[name].build(reuse_backend=backend).to("meta").to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(float("nan"))
+    model.init_weights(mode)
+    left = [key for key, parameter in model.named_parameters() if parameter.isnan().any()]
+    assert all(key.endswith("gamma") for key in left), left
+
+
+@pytest.mark.parametrize("projection", ["linear", "conv"])
+@pytest.mark.parametrize("grid", [(5, 7), (2, 3), (7, 2)])
+def test_row_sums_of_pooling_projections_outlive_a_new_grid(projection, grid):
+    model = Case("lowrank:3", keywords={"lowrank_projection": projection}).build(class_token=False, global_pool="avg")
+    with torch.no_grad():
+        model.blocks[0].attn.key_proj.fill_(0.25)
+    before = model.blocks[0].attn.key_proj.sum(-1)
+    model.set_input_size(image_size(grid))
+    assert_close(model.blocks[0].attn.key_proj.sum(-1), before)
+
+
+@every_small_case
+def test_setting_the_size_it_has_changes_no_parameter(name, backend):
+    model = CASES[name].build(reuse_backend=backend)
+    before = dict(model.named_parameters())
+    model.set_input_size(image_size((3, 5)))
+    assert all(parameter is before[key] for key, parameter in model.named_parameters())
+
+
+def test_a_smaller_patch_makes_a_larger_grid():
+    model = Case("lowrank:3 reuse:2 span:3").build()
+    model.set_input_size(img_size=(6, 15), patch_size=(1, 3))
+    assert model.patch_embed.grid_size == (6, 5)
+    assert model.blocks[0].attn.key_proj.shape == (3, 31)
+    reference = Case("lowrank:3 reuse:2 span:3").reference(model, (6, 5))
+    reference = type(reference)(**{**reference.__dict__, "patch_size": (1, 3)})
+    x = images()
+    assert_close(model(x)[0], reference.logits(x[0]))
+
+
+@every_small_case
+def test_intermediates_are_the_layers_outputs(name, backend):
+    model, x = CASES[name].build(reuse_backend=backend), images()
+    outputs = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda module, args, output: outputs.append(output[0]))
+    final = model.forward_features(x)
+    wanted, prefix = list(outputs), model.num_prefix_tokens
+    features, intermediates = model.forward_intermediates(x)
+    assert_close(features, final)
+    assert len(intermediates) == len(wanted)
+    for actual, tokens in zip(intermediates, wanted, strict=True):
+        assert_close(actual, tokens[:, prefix:].mT.unflatten(2, (3, 5)))
+    (last,) = model.forward_intermediates(x, [0], norm=True, output_fmt="NLC", stop_early=True, intermediates_only=True)
+    assert_close(last, model.norm(wanted[0])[:, prefix:])
+
+
+@every_small_case
+def test_layers_run_in_pieces_give_the_carry_to_each_other(name, backend):
+    model, x = CASES[name].build(reuse_backend=backend), images()
+    tokens, _ = model.embed(x)
+    state = (tokens, *[None] * 6, model.key_proj)
+    for block in model.blocks:
+        state = block(*state)
+    assert_close(model.norm(state[0]), model.forward_features(x))
+
+
+@every_case
+def test_macs_and_params_are_those_that_run(name, backend):
+    case = CASES[name]
+    model, x = case.build(reuse_backend=backend).eval(), images(case.grid, num_images=1)
+    parts = count_macs(model)
+    assert 2 * sum(parts.values()) == torch_flops(model, x)[""]
+    if (name, backend) in REPRESENTATIVE:
+        assert sum(parts.values()) == fvcore_macs(model, x)[""]
+    assert count_params(model) == sum(parameter.numel() for parameter in model.parameters())
+
+
+@every_small_case
+def test_macs_at_another_size_are_those_of_a_model_built_for_it(name, backend):
+    case = CASES[name]
+    wanted = count_macs(Case(case.plan, (5, 7), case.distilled, case.keywords).build(reuse_backend=backend))
+    assert count_macs(case.build(reuse_backend=backend), image_size((5, 7))) == wanted
+
+
+N, C, HIDDEN = 16, 15, 30  # tokens, channels, channels of the MLP
+QKV, PROJ, MLP = 3 * N * C * C, N * C * C, 2 * N * C * HIDDEN
+STEM, HEAD = 15 * (3 * 6) * C, 7 * C
+PAIRS = (2 + 3 + 2) * (2 + 3 + 3 + 3 + 2)  # of 3 x 3 windows on 3 x 5 patches
+HAND_COUNTS = {
+    "exact": ("exact", {}, QKV + 2 * N * N * C + PROJ + MLP),
+    "all heads": (
+        "exact reuse",
+        {"reuse_backend": "map"},
+        QKV + 2 * N * N * C + PROJ + MLP + N * C * C + N * N * C + PROJ + MLP,
+    ),
+    "lowrank, tokens first": (
+        "lowrank:3",
+        {},
+        (N + 2 * 3) * C * C + 3 * N * C + 2 * N * 3 * C + PROJ + MLP,
+    ),
+    "lowrank, keys and values": (
+        "lowrank:3",
+        {"lowrank_sharing": "none"},
+        QKV + 2 * 3 * N * C + 2 * N * 3 * C + PROJ + MLP,
+    ),
+    "lowrank, pooled": ("lowrank:3", {"lowrank_projection": "mean"}, (N + 2 * 3) * C * C + 2 * N * 3 * C + PROJ + MLP),
+    "span": ("span:3", {}, QKV + 2 * (N + 15 + PAIRS) * C + PROJ + MLP),
+    "none": ("none", {}, MLP),
+    "part of the heads": (
+        "exact reuse:2",
+        {"reuse_backend": "map"},
+        QKV + 2 * N * N * C + PROJ + MLP + 2 * N * C * 9 + N * C * C + N * N * 9 + N * N * C + PROJ + MLP,
+    ),
+}
+
+
+@pytest.mark.parametrize(("plan", "options", "macs"), HAND_COUNTS.values(), ids=HAND_COUNTS)
+def test_theoretical_macs_are_those_counted_by_hand(plan, options, macs):
+    model = Case(plan).build(global_pool="avg", **options)
+    assert sum(count_macs(model, theoretical=True).values()) == STEM + macs + HEAD
+
+
+def test_the_last_layer_counts_one_query():
+    parts = count_macs(Case("exact*2").build())
+    assert parts["blocks.1.attn.qkv"] == C * C + 2 * N * C * C
+    assert parts["blocks.1.attn.logits"] == parts["blocks.1.attn.values"] == N * C
+    assert parts["blocks.1.attn.proj"] == C * C
+    assert parts["blocks.1.mlp.fc1"] == parts["blocks.1.mlp.fc2"] == C * HIDDEN
+
+
+def test_recomputed_maps_are_counted_only_where_they_run():
+    model = Case("exact reuse").build(reuse_backend="qk", global_pool="avg")
+    assert count_macs(model)["blocks.1.attn.logits"] == N * N * C
+    assert count_macs(model, theoretical=True).get("blocks.1.attn.logits", 0) == 0

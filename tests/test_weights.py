@@ -1,0 +1,178 @@
+"""Plain checkpoints in plans, and plans that reuse nothing as timm's own models."""
+
+import pytest
+import timm
+import torch
+from cases import CASES, PATCH_SIZE, Case, image_size, images, with_backends
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import VisionTransformer
+
+import vitreuse
+from vitreuse import PlanVisionTransformer, load_checkpoint, parse_plan
+
+HEADS = 5
+TOKEN_PROJECTIONS = ("key_proj", "value_proj")
+
+
+def plain(case, grid=None, **more):
+    """timm's model with a case's keywords, random in float64."""
+    torch.manual_seed(3)
+    model_class = VisionTransformerDistilled if case.distilled else VisionTransformer
+    keywords = {key: value for key, value in case.keywords.items() if not key.startswith("lowrank")}
+    model = model_class(
+        img_size=image_size(grid or case.grid),
+        patch_size=PATCH_SIZE,
+        embed_dim=15,
+        depth=len(parse_plan(case.plan)),
+        mlp_ratio=2,
+        dtype=torch.float64,
+        **{"num_heads": HEADS, "num_classes": 7, **keywords, **more},
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_()
+    return model
+
+
+def state_of(model):
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def rows_kept(plain_state, layer, heads, parts, kind):
+    """Rows of ``blocks.layer.attn.qkv`` by hand: of each part (q 0, k 1, v 2) in turn, the given heads'."""
+    qkv = plain_state[f"blocks.{layer}.attn.qkv.{kind}"]
+    dim = len(qkv) // 3 // HEADS
+    return torch.cat([qkv[(part * HEADS + head) * dim :][:dim] for part in parts for head in heads])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_plain_checkpoint_fills_every_plan(name):
+    """All of it that the plan has a use for, and token projections are the only new keys."""
+    case = CASES[name]
+    checkpoint = state_of(plain(case))
+    model = case.build()
+    before = state_of(model)
+    report = load_checkpoint(model, checkpoint)
+    after = state_of(model)
+    projections = {key for key in after if key.endswith(TOKEN_PROJECTIONS)}
+    assert set(report.new) == projections
+    assert all(torch.equal(after[key], before[key]) for key in projections)
+    shared = {key for key in after if key in checkpoint}
+    assert all(torch.equal(after[key], checkpoint[key]) for key in shared)
+    remade = {key for key in after if ".attn.v." in key or ".attn.qk." in key}
+    assert after.keys() == shared | remade | projections
+    gone = {key.split(" ")[0] for key in report.dropped}
+    assert gone == checkpoint.keys() - shared
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_reuse_layers_keep_the_rows_of_their_own_heads(bias):
+    case = Case("exact reuse reuse:2 none reuse:0 reuse:5", keywords={"qkv_bias": bias, "qk_norm": True})
+    checkpoint, model = state_of(plain(case)), case.build()
+    report = load_checkpoint(model, checkpoint)
+    after, all_heads = state_of(model), range(HEADS)
+    for kind in ("weight", "bias") if bias else ("weight",):
+        for layer in (1, 2, 4, 5):
+            values = rows_kept(checkpoint, layer, all_heads, [2], kind)
+            assert torch.equal(after[f"blocks.{layer}.attn.v.{kind}"], values)
+        own = rows_kept(checkpoint, 2, range(2, HEADS), [0, 1], kind)
+        assert torch.equal(after[f"blocks.2.attn.qk.{kind}"], own)
+        assert torch.equal(after[f"blocks.4.attn.qk.{kind}"], rows_kept(checkpoint, 4, all_heads, [0, 1], kind))
+    no_part = ("blocks.1.attn.q", "blocks.5.attn.q", "blocks.3.attn", "blocks.3.norm1")
+    assert not any(key.startswith(no_part) for key in after)
+    assert "blocks.1.attn.qkv.weight (all but attn.v.weight)" in report.dropped
+    assert "blocks.3.norm1.weight" in report.dropped and "blocks.5.attn.k_norm.bias" in report.dropped
+
+
+def test_a_plan_reads_its_own_checkpoint():
+    for name, backend in with_backends(CASES):
+        case = CASES[name]
+        model, other = case.build(reuse_backend=backend), case.build(seed=1, reuse_backend=backend)
+        assert load_checkpoint(other, state_of(model)) == vitreuse.LoadReport((), ())
+        assert torch.equal(other(images(case.grid)), model(images(case.grid)))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["mixture", "extras", "average without class", "lowrank layerwise linear reused", "lowrank none conv reused"],
+)
+def test_another_resolution_is_resized_as_by_set_input_size(name):
+    """From a square grid, which is what a checkpoint without its config is taken to be."""
+    case = CASES[name]
+    square = Case(case.plan, (4, 4), case.distilled, case.keywords).build()
+    large = Case(case.plan, (5, 7), case.distilled, case.keywords).build(seed=1)
+    report = load_checkpoint(large, state_of(square))
+    assert report.new == ()
+    square.set_input_size(image_size((5, 7)))
+    torch.testing.assert_close(large(images((5, 7))), square(images((5, 7))), rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"depth": 3}, r"^the checkpoint has a blocks\.2\..* that the model lacks \(0 keys missing, 12 unknown\)"),
+        ({"depth": 1}, r"^the checkpoint has no blocks\.1\..* keys missing, 0 unknown\): it is of another"),
+        ({"num_classes": 9}, r"^head\.weight is \(9, 15\) in the checkpoint and \(7, 15\) in the model: create"),
+        ({"embed_dim": 20}, r"^\w+ is .* in the checkpoint and .* in the model: create the model with"),
+        ({"qk_norm": True}, r"^the checkpoint has a blocks\.0\.attn\.q_norm\.weight that the model lacks"),
+    ],
+    ids=["deeper", "shallower", "classes", "wider", "with qk-norm"],
+)
+def test_a_checkpoint_of_another_model_is_refused_and_changes_nothing(change, message):
+    case = Case("exact reuse:2")
+    torch.manual_seed(0)
+    sizes = {"img_size": image_size((3, 5)), "patch_size": PATCH_SIZE, "embed_dim": 15, "depth": 2, "num_heads": HEADS}
+    checkpoint = VisionTransformer(**{**sizes, "mlp_ratio": 2, "num_classes": 7, "dtype": torch.float64, **change})
+    model = case.build()
+    before = state_of(model)
+    with pytest.raises(ValueError, match=message) as error:
+        load_checkpoint(model, checkpoint.state_dict())
+    assert str(error.value).endswith(".") and "\n" not in str(error.value)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in state_of(model).items())
+
+
+ZERO_REUSE = {
+    "vit_small_patch16_224": "vit_lazy_small_patch16_224",
+    "deit_small_patch16_224": "deit_reuse_small_patch16_224",
+    "deit_small_distilled_patch16_224": "deit_lowrank_small_distilled_patch16_224",
+    "deit3_small_patch16_224": "deit3_mixspan_small_patch16_224",
+}
+
+
+def assert_same_model(ours, timms, image):
+    """Same keys, same initialisation and same logits."""
+    assert list(ours.state_dict()) == list(timms.state_dict())
+    assert all(torch.equal(tensor, timms.state_dict()[name]) for name, tensor in ours.state_dict().items())
+    with torch.no_grad():
+        for model in (ours, timms):
+            for name, parameter in model.named_parameters():  # logits are not to hide behind a tiny initialisation
+                parameter.mul_(1 if parameter.ndim == 1 else 2).add_(0.01 * len(name) / 40)
+        torch.testing.assert_close(ours.eval()(image), timms.eval()(image), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("plain_name", "name"), ZERO_REUSE.items(), ids=ZERO_REUSE.values())
+def test_without_reuse_a_model_is_timms(plain_name, name):
+    torch.manual_seed(0)
+    timms = timm.create_model(plain_name)
+    torch.manual_seed(0)
+    ours = timm.create_model(name, plan="exact*12")
+    assert_same_model(ours, timms, torch.randn(1, 3, 224, 224))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"qk_norm": True, "reg_tokens": 3, "init_values": 0.1, "scale_attn_norm": True, "scale_mlp_norm": True},
+        {"class_token": False, "global_pool": "avg", "qkv_bias": False, "proj_bias": False, "fc_norm": False},
+        {"global_pool": "map", "no_embed_class": True, "pre_norm": True, "weight_init": "jax"},
+        {"global_pool": "avgmax", "reg_tokens": 1, "pos_embed": "none", "fix_init": True, "weight_init": "moco"},
+    ],
+    ids=["norms", "no class", "attention pool", "pooled"],
+)
+def test_without_reuse_options_are_timms(options):
+    sizes = {"img_size": (10, 21), "patch_size": (2, 3), "embed_dim": 15, "depth": 3, "num_heads": 5, "num_classes": 7}
+    torch.manual_seed(0)
+    timms = VisionTransformer(**sizes, **options)
+    torch.manual_seed(0)
+    ours = PlanVisionTransformer(**sizes, **options, plan="exact*3")
+    assert_same_model(ours, timms, torch.randn(2, 3, 10, 21))
