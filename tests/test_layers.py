@@ -241,8 +241,13 @@ def test_masks_are_those_of_the_reference(plan, mask, backend, fused):
     case, x = Case(plan), images()
     model = case.build(reuse_backend=backend)
     reference = case.reference(model)
-    arguments = [{key: value if key == "is_causal" else value[image, 0].expand(16, 16) if value.ndim == 4 else value
-                  for key, value in MASKS[mask].items()} for image in range(2)]
+    arguments = [
+        {
+            key: value if key == "is_causal" else value[image, 0].expand(16, 16) if value.ndim == 4 else value
+            for key, value in MASKS[mask].items()
+        }
+        for image in range(2)
+    ]
     tokens = torch.stack([reference.tokens(image, **given) for image, given in zip(x, arguments, strict=True)])
     assert_close(model.forward_features(x, **MASKS[mask]), tokens)
     assert_close(model(x, **MASKS[mask]), torch.stack([reference.head(image_tokens) for image_tokens in tokens]))
