@@ -5,7 +5,7 @@ import json
 import pickle
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,10 @@ from torch import nn
 
 from vitreuse.config import Config, ModelConfig, load_config
 from vitreuse.models import default_cfgs, plain_name
+from vitreuse.options import PlanOptions
 
 # Keywords that timm's own models do not have.
-PLAN_KEYWORDS = ("reuse_backend", "lowrank_sharing", "lowrank_projection", "lowrank_init")
+PLAN_KEYWORDS = tuple(field.name for field in fields(PlanOptions))
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,7 @@ def measure(targets: Sequence[Target], condition: Condition, num_repeats: int) -
                 **asdict(timings[item.label]),
                 "latency_ms": latencies.get(item.label),
                 "peak_memory_mib": peak_memory_mib(*calls[item.label], condition.device),
-                "macs": item.macs,
+                "theoretical_macs": item.macs,
                 "baseline": best.label,
                 "speedup": speedup,
                 "predicted": best.macs / item.macs,

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from eval.inputs import Transform, evaluation_transform, image_settings
 from eval.table import Column, to_rich
 from eval.targets import Target, choose_device, positive, resolve_targets
-from vitreuse.data import Sample, open_split, prepare_source
+from vitreuse.data import FolderDataset, Sample, open_split, prepare_source
 from vitreuse.measure import count_topk
 
 HELP = "accuracy of run folders, or of a model name with --checkpoint and --data"
@@ -59,6 +59,7 @@ def evaluate(
     rank: int = 0,
     world_size: int = 1,
     num_workers: int = 0,
+    worker_init_fn: Callable[[int], None] | None = None,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> Top1:
     """Accuracy of a model on a data set: rank r takes images r, r + world_size, ... and nothing is padded.
@@ -72,7 +73,7 @@ def evaluate(
     if world_size > 1 and not dist.is_initialized():
         raise ValueError(f"{world_size} ranks need torch.distributed: start with torchrun, or give world_size=1.")
     share = _Share(dataset, range(rank, len(dataset), world_size), transform)
-    loader = DataLoader(share, batch_size=batch_size, num_workers=num_workers)
+    loader = DataLoader(share, batch_size=batch_size, num_workers=num_workers, worker_init_fn=worker_init_fn)
     counts = torch.zeros(3, dtype=torch.int64)  # images, top-1, top-5
     was_training = model.training
     model.eval()
@@ -126,6 +127,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         for target in targets:
             dataset, folder = open_data(target, args.data, args.split)
             model = target.load(args.checkpoint).to(device)
+            _check_class_folders(dataset, model)
             result = evaluate(
                 model,
                 dataset,
@@ -160,6 +162,18 @@ def open_data(target: Target, root: Path | None = None, split: str = "val") -> t
             prepare_source(target.config.data.source, root)
     in_chans = image_settings(target.model.create("meta"))["input_size"][0]
     return open_split(root, split, "L" if in_chans == 1 else "RGB"), root / split
+
+
+def _check_class_folders(dataset: Labelled, model: Any) -> None:
+    """Refuses class folders that are not as many as the model's classes: their labels, given in order, would be wrong.
+
+    Shards carry their labels, and may lack a class.
+    """
+    if isinstance(dataset, FolderDataset) and len(dataset.class_names) != model.num_classes:
+        raise ValueError(
+            f"{dataset.folder} has {len(dataset.class_names)} class folders and the model {model.num_classes} classes: "
+            "folders are numbered in order, so each class needs one."
+        )
 
 
 @contextmanager

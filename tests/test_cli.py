@@ -19,15 +19,22 @@ def test_plan_reports_layers_and_ratios(capsys):
     tokens, dim = 197, 384
     expected = {"qkv": tokens * dim**2, "logits": 0, "values": tokens**2 * dim, "proj": tokens * dim**2}
     expected |= {"fc1": 4 * tokens * dim**2, "fc2": 4 * tokens * dim**2}
-    assert result["layers"][3]["macs"] == expected
+    assert result["layers"][3]["theoretical_macs"] == expected
     assert result["params_ratio"] == pytest.approx(0.920, abs=5e-4)
 
 
 def test_plan_takes_the_image_size_and_either_name(capsys):
     small = run_json(capsys, "plan", "lowrank:64*12", "--model", "vit_small_patch16_224", "--image-size", "384")
     ours = run_json(capsys, "plan", "lowrank:64*12", "--model", "vit_reuse_small_patch16_224", "--image-size", "384")
-    assert small["layers"][0]["macs"]["token_projection"] == 64 * 577 * 384
+    assert small["layers"][0]["theoretical_macs"]["token_projection"] == 64 * 577 * 384
     assert small["layers"] == ours["layers"]
+
+
+def test_plan_counts_what_runs_beside_what_the_method_needs(capsys):
+    result = run_json(capsys, "plan", "span:7*12")  # 14 x 14 patches: windows run as one dense masked map
+    exact = run_json(capsys, "plan", "exact*12")
+    assert result["theoretical_macs"] < result["macs"] == exact["macs"] == exact["theoretical_macs"]
+    assert result["macs_ratio"] == result["theoretical_macs"] / exact["theoretical_macs"]
 
 
 def test_plan_prints_equal_layers_once(capsys):
@@ -74,6 +81,10 @@ def test_shards_are_written_described_and_verified(capsys, tmp_path):
         (
             ["plan", "exact*12", "--model", "resnet50"],
             "vitreuse plan: no model 'resnet50' that takes a plan: the nearest is ",
+        ),
+        (
+            ["plan", "exact*12", "--image-size", "5"],
+            "vitreuse plan: images of (5, 5) px are smaller than a patch of (16, 16) px",
         ),
         (["models", "zzz"], "vitreuse models: no model matches 'zzz': try '*reuse*'"),
         (["shards", "info", "no/such/folder"], "vitreuse shards: no/such/folder "),

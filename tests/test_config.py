@@ -129,6 +129,7 @@ def test_a_wrong_override_is_one_sentence(write, override, sentence):
         ("? [a]\n: 1\n", "x.yaml:1: a key must be a word."),
         ("base: missing.yaml\n", "missing.yaml: cannot be read (No such file or directory)."),
         ("base: x.yaml\n", "base leads in a circle, x.yaml -> x.yaml."),
+        ("model: &model {keywords: *model}\n", "x.yaml: is nested too deep, or an alias holds itself."),
         ("base: 3\n", "x.yaml:1: base must be text, not '3'"),
     ],
 )

@@ -277,8 +277,8 @@ def test_speedup_is_to_the_best_plain_model(mode, experiment, set_times):
     assert {row["baseline"] for row in rows} == {"deit_tiny_patch16_224, unfused"}
     assert [row["speedup"] for row in rows] == [pytest.approx(6 / time_ms) for time_ms in TIMES_MS.values()]
     ours, plain = by_name["tiny"], by_name["deit_tiny_patch16_224, fused"]
-    assert ours["predicted"] == pytest.approx(plain["macs"] / ours["macs"])
-    assert plain["macs"] == 9 * 16 * 8 + 3 * (12 * 10 * 64 + 2 * 100 * 8) + 3 * 8
+    assert ours["predicted"] == pytest.approx(plain["theoretical_macs"] / ours["theoretical_macs"])
+    assert plain["theoretical_macs"] == 9 * 16 * 8 + 3 * (12 * 10 * 64 + 2 * 100 * 8) + 3 * 8
     assert ours["realised_over_predicted"] == pytest.approx(6 / 5 / ours["predicted"])
     assert ours["images_per_second"] == pytest.approx(4 * 1000 / (100 / 5))
     assert (ours["latency_ms"] is None) == (mode == "train")
@@ -384,13 +384,14 @@ def test_tables_show_rounded_values_and_store_exact_ones():
             ["top1", "{tmp}/other", "--checkpoint", "{tmp}/run/model.safetensors"],
             "does not fit deit_reuse_tiny_patch16",
         ),
+        (["top1", "{tmp}/run", "--data", "{tmp}/few"], "few/val has 2 class folders and the model 3 classes"),
         (["top1", "{tmp}/run", "--split", "test"], "no folder {tmp}/data/test"),
         (["compare", "{tmp}/tiny.yaml"], "tiny is not a run folder"),
         (["compare", "{tmp}/run", "{tmp}/running"], "{tmp}/running is not completed but running: go on with"),
         (["compare", "{tmp}/broken"], "{tmp}/broken has no whole run.json and metrics.jsonl"),
         (["compare", "{tmp}/run", "-o", "{tmp}/tiny.yaml"], "File exists"),
         (["throughput", "{tmp}/tiny.yaml", "--batch-size", "0"], "argument --batch-size: 0 is not a whole number"),
-        (["flops", "{tmp}/tiny.yaml", "--image-size", "3"], "images of 3 px are smaller than a patch of 4 px."),
+        (["flops", "{tmp}/tiny.yaml", "--image-size", "3"], "images of (3, 3) px are smaller than a patch of (4, 4)"),
         (["flops", "{tmp}/run", "{tmp}/run"], "{tmp}/run is given 2 times: name each target once."),
         (["throughput", "{tmp}/tiny.yaml", "--dtype", "float8"], "argument --dtype: invalid choice: 'float8'"),
         (["speed"], "invalid choice: 'speed'"),
@@ -401,6 +402,9 @@ def test_wrong_input_is_one_sentence(arguments, sentence, tmp_path, experiment, 
     make_run(tmp_path / "run", experiment)
     make_run(tmp_path / "running", experiment, status="running")
     (make_run(tmp_path / "broken", experiment) / "metrics.jsonl").write_text("")
+    for name in ("a", "c"):
+        (tmp_path / "few" / "val" / name).mkdir(parents=True)
+        Image.new("L", (8, 8)).save(tmp_path / "few" / "val" / name / "0.png")
     (tmp_path / "seven.yaml").write_text(CONFIG.format(root=tmp_path / "data", num_classes=7))
     make_run(tmp_path / "other", tmp_path / "seven.yaml")
     try:

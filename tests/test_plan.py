@@ -288,9 +288,9 @@ def test_every_text_parses_or_gets_a_suggestion_that_does(text, depth, num_heads
     ids=lambda text: text[:12],
 )
 def test_hostile_text_is_refused_at_once(text):
-    start = time.perf_counter()
+    start = time.process_time()
     message = error_of(text, depth=12)
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
     assert len(message) < 1000
     assert len(parse_plan(suggested_plan(message, text), depth=12)) == 12
 

@@ -39,13 +39,13 @@ def test_the_ratios_are_computed():
         assert (f"{found['macs_ratio']:.3f}", f"{found['params_ratio']:.3f}") == (macs_ratio, params_ratio)
 
 
-@pytest.mark.parametrize("argv", [argv for argv in commands() if argv[0] == "vitreuse"], ids=shlex.join)
+@pytest.mark.parametrize("argv", [argv for argv in commands() if argv[0] == ".venv/bin/vitreuse"], ids=shlex.join)
 def test_the_vitreuse_commands_work(argv, capsys):
     assert main(argv[1:]) == 0
     assert capsys.readouterr().out
 
 
-@pytest.mark.parametrize("argv", [argv for argv in commands() if argv[0] != "vitreuse"], ids=shlex.join)
+@pytest.mark.parametrize("argv", [argv for argv in commands() if argv[0] != ".venv/bin/vitreuse"], ids=shlex.join)
 def test_the_other_commands_name_what_exists(argv):
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
     if argv[0] == "make":

@@ -22,12 +22,14 @@ import vitreuse  # noqa: F401  (registers the models)
 from eval.inputs import image_settings
 from train.__main__ import main
 from train.checkpoint import Checkpoints
-from train.distributed import Ranks
+from train.distributed import Ranks, StopSignal
+from train.loop import _Loop
 from train.order import Draw
 from train.pipeline import TrainingImages, train_transform
+from train.run import RunFolder
 from train.trainer import DivergedError, Trainer
 from vitreuse.config import Config, load_config
-from vitreuse.data import EncodedSample, open_split, write_shards
+from vitreuse.data import EncodedSample, Sample, open_split, write_shards
 
 CHECKOUT = Path(__file__).parent.parent
 NUM_TRAIN, NUM_VAL = 17, 7  # batches of 8, 8 and 1: under two ranks the second holds no sample of the last
@@ -240,6 +242,11 @@ def test_a_completed_run_is_left_alone(whole, config_path, capsys):
         (["tiny.yaml", "train.epoch=3"], "train.epoch is not a key, did you mean 'epochs'?"),
         (["tiny.yaml", "model.plan=exact*3"], "vit_reuse_tiny_patch16_224"),
         (["tiny.yaml", "model.keywords.num_classes=4"], "has 3 classes and the model 4"),
+        (["tiny.yaml", "model.keywords.global_pool=averaged"], "cannot be built: Only avg"),
+        (["tiny.yaml", "model.keywords.weight_init=ones"], "cannot be built: timm refuses one of its keywords"),
+        (["tiny.yaml", "model.keywords.pretrained=true"], "No pretrained weights exist"),
+        (["tiny.yaml", "train.crop={auto_augment: rend-m9}"], "'rend-m9' is no policy of timm's"),
+        (["tiny.yaml", "train.affine={scale: [1.1, 0.9]}"], "train.affine.scale: runs from 1.1 to 0.9"),
         (["tiny.yaml", "data.root=nowhere"], "nowhere"),
         (["tiny.yaml", "train.optimizer.name=adamww"], "did you mean 'adamw"),
         (["tiny.yaml", "train.mixup={}", "train.global_batch_size=9"], "must be a multiple of 2"),
@@ -253,6 +260,42 @@ def test_wrong_input_writes_nothing(config_path, tmp_path, monkeypatch, capsys, 
     error = capsys.readouterr().err
     assert sentence in error and error.count("\n") == 1 and error.startswith("train: ")
     assert {path.name for path in tmp_path.iterdir()} == {"tiny.yaml"}
+
+
+def test_splits_that_number_their_classes_differently_are_refused(config_path, tmp_path, capsys):
+    for split, names in {"train": "abc", "val": "ac"}.items():  # torchvision's order makes c label 2 here, 1 there
+        for name in names:
+            (tmp_path / split / name).mkdir(parents=True)
+            Image.new("L", (8, 8)).save(tmp_path / split / name / "0.png")
+    run_dir = tmp_path / "run"
+    assert main([str(config_path), f"data.root={tmp_path}", f"run_dir={run_dir}"]) == 2
+    assert "label 1 is class 'b' in train and 'c' in val" in capsys.readouterr().err
+    assert not run_dir.exists()
+
+
+class _SlowImages:
+    """Seven images; reading one of them brings the reading process a SIGTERM."""
+
+    def __len__(self) -> int:
+        return 7
+
+    def __getitem__(self, number: int) -> Sample:
+        if number == 3:
+            os.kill(os.getpid(), signal.SIGTERM)  # torchrun sends it to the whole process group
+        return Sample(Image.new("L", (8, 8)), 0, str(number))
+
+
+def test_a_signal_in_an_evaluation_does_not_kill_its_workers(config_path):
+    config = load_config(config_path, ["data.num_workers=1"])
+    loop = _Loop(_trainer(config), _SlowImages(), RunFolder(Path("unused"), config), StopSignal())
+    assert loop._top1(loop.trainer.model).n == 7
+
+
+@pytest.mark.parametrize("name", ["cosine", "tanh", "poly", "wsd"])
+def test_every_shape_of_schedule_ends_near_the_smallest_rate(name, config_path):
+    trainer = _trainer(load_config(config_path, [f"train.schedule.name={name}"]))
+    trainer.scheduler.step_update(trainer.num_steps - 1)
+    assert trainer.optimizer.param_groups[0]["lr"] < 0.1 * trainer.config.train.optimizer.lr
 
 
 def test_another_experiment_is_refused_in_the_same_folder(whole, config_path, capsys):

@@ -11,10 +11,11 @@ import vitreuse  # noqa: F401  (registers the models)
 from train.loop import train
 from train.trainer import DivergedError
 from vitreuse.config import ConfigError, load_config
+from vitreuse.console import DONE, WRONG_INPUT, is_first_rank, print_error
 from vitreuse.data import DataError
 
 USAGE = "usage: python -m train CONFIG [section.key=value ...] [run_dir=PATH]"
-DONE, FAILED, WRONG_INPUT, STOPPED = 0, 1, 2, 75
+FAILED, STOPPED = 1, 75
 
 
 def main(arguments: list[str]) -> int:
@@ -55,8 +56,8 @@ def _launcher() -> list[str]:
 
 
 def _end(error: Exception, code: int) -> int:
-    if os.environ.get("RANK", "0") == "0" or code == FAILED:
-        print(f"train: {error}", file=sys.stderr)
+    if is_first_rank() or code == FAILED:
+        print_error("train", error)
     return code
 
 

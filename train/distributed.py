@@ -56,13 +56,6 @@ class Ranks:
         dist.all_gather_object(values, value)
         return values
 
-    def first(self, value: Any) -> Any:
-        """The main rank's value, on every rank."""
-        values = [value]
-        if self.world_size > 1:
-            dist.broadcast_object_list(values)
-        return values[0]
-
     def replicate(self, model: nn.Module) -> nn.Module:
         """The model with gradients averaged over the ranks; itself where there is one rank."""
         if self.world_size == 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +16,11 @@ import torch
 from eval.inputs import evaluation_transform, image_settings
 from eval.top1 import Top1, evaluate
 from train.distributed import Ranks, StopSignal, joined
+from train.pipeline import ignore_stop_signals
 from train.progress import TrainingProgress
 from train.run import RunFolder, run_facts
 from train.trainer import StepResult, Trainer
-from vitreuse.config import Config
+from vitreuse.config import Config, ConfigError
 from vitreuse.data import open_split, prepare_source
 
 
@@ -65,7 +67,20 @@ def _set_up(config: Config, ranks: Ranks) -> tuple[Trainer, Any]:
     settings = image_settings(model)
     mode = "L" if settings["input_size"][0] == 1 else "RGB"
     train_set, val_set = (open_split(config.data.folder, split, mode) for split in ("train", "val"))
+    _check_same_classes(config.data.folder, train_set.class_names, val_set.class_names)
     return Trainer(config, model, train_set, settings, ranks), val_set
+
+
+def _check_same_classes(folder: str, trained: Sequence[str], measured: Sequence[str]) -> None:
+    """Refuses splits that number their classes differently, as class folders do when val lacks a class of train."""
+    if tuple(trained[: len(measured)]) == tuple(measured):
+        return
+    label = next((n for n, names in enumerate(zip(trained, measured, strict=False)) if len(set(names)) == 2), None)
+    if label is None:
+        difference = f"train has {len(trained)} classes and val {len(measured)}"
+    else:
+        difference = f"label {label} is class {trained[label]!r} in train and {measured[label]!r} in val"
+    raise ConfigError(f"{folder}: {difference}: give both the same classes in the same order.")
 
 
 @dataclass
@@ -202,6 +217,7 @@ class _Loop:
             rank=self.ranks.rank,
             world_size=self.ranks.world_size,
             num_workers=self.config.data.num_workers,
+            worker_init_fn=ignore_stop_signals,
         )
 
     def _checkpoint_is_due(self) -> bool:

@@ -18,7 +18,7 @@ from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
 from train.order import Draw, RankBatches, Stream, seed_sequence
-from vitreuse.config import Config
+from vitreuse.config import Config, ConfigError
 from vitreuse.data import Sample
 
 Transform = Callable[[Image.Image], Tensor]
@@ -68,20 +68,24 @@ def train_transform(config: Config, settings: dict[str, Any]) -> Transform:
     """
     crop, affine = config.train.crop, config.train.affine
     if crop is not None:
-        transform: Any = create_transform(
-            input_size=settings["input_size"],
-            is_training=True,
-            scale=crop.scale,
-            ratio=crop.ratio,
-            hflip=crop.hflip,
-            color_jitter=crop.color_jitter,
-            auto_augment=crop.auto_augment,
-            re_prob=crop.erase_prob,
-            re_mode="pixel",
-            interpolation=settings["interpolation"],
-            mean=settings["mean"],
-            std=settings["std"],
-        )
+        try:
+            transform: Any = create_transform(
+                input_size=settings["input_size"],
+                is_training=True,
+                scale=crop.scale,
+                ratio=crop.ratio,
+                hflip=crop.hflip,
+                color_jitter=crop.color_jitter,
+                auto_augment=crop.auto_augment,
+                re_prob=crop.erase_prob,
+                re_mode="pixel",
+                interpolation=settings["interpolation"],
+                mean=settings["mean"],
+                std=settings["std"],
+            )
+        except (AssertionError, ValueError) as error:  # what timm makes of a policy that it cannot read
+            policy = f"train.crop.auto_augment {crop.auto_augment!r}"
+            raise ConfigError(f"{policy} is no policy of timm's ({error}): rand-m9-mstd0.5-inc1 is one.") from error
         return transform
     steps: list[Any] = [
         transforms.Resize(settings["input_size"][-2:], InterpolationMode(settings["interpolation"])),

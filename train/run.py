@@ -145,7 +145,7 @@ class RunFolder:
     def finish(self, model: nn.Module) -> None:
         """Leaves the weights as model.safetensors, and the status completed."""
         settings = self.config.model
-        metadata = {"name": settings.name, "plan": settings.plan or "", "keywords": json.dumps(settings.keywords)}
+        metadata = {"name": settings.name, "plan": _plan_text(model) or "", "keywords": json.dumps(settings.keywords)}
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
         write_durably(self.path / "model.safetensors", safetensors.torch.save(weights, {**metadata, "format": "pt"}))
         self.describe(status="completed")
@@ -165,12 +165,17 @@ def run_facts(config: Config, model: nn.Module, ranks: Ranks, command: str) -> d
     return {
         "command": command,
         "model": config.model.name,
-        "plan": str(model.plan) if hasattr(model, "plan") else None,
+        "plan": _plan_text(model),
         "num_params": sum(parameter.numel() for parameter in model.parameters()),
         "git_commit": _git_commit(),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         "hardware": {**describe_machine(ranks.device), "num_ranks": ranks.world_size},
     }
+
+
+def _plan_text(model: nn.Module) -> str | None:
+    """The plan that a model was built with, its preset's too; None for a model without one."""
+    return str(model.plan) if hasattr(model, "plan") else None
 
 
 def _git_commit() -> str | None:

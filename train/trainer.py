@@ -269,6 +269,7 @@ def _create_scheduler(config: Config, optimizer: torch.optim.Optimizer, steps_pe
         warmup_epochs=settings.warmup_epochs,  # pyright: ignore[reportArgumentType] (any number will do)
         warmup_lr=settings.warmup_lr,
         min_lr=settings.min_lr,
+        decay_rate=1.0,  # the power of poly: timm's default of 0.1 ends far above min_lr
         step_on_epochs=False,
         updates_per_epoch=steps_per_epoch,
     )

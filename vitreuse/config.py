@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from vitreuse import strict_yaml
+from vitreuse.data import SOURCES
 from vitreuse.strict_yaml import ConfigError, nearest, setting
 from vitreuse.vit import PlanVisionTransformer
 
@@ -48,20 +49,18 @@ class ModelConfig:
         try:
             with torch.device(device or "cpu"):
                 return timm.create_model(self.name, **keywords)
-        except TypeError as error:
-            sentence = _unknown_keyword(self.name, error)
-            if sentence is None:
-                raise
-            raise ConfigError(sentence) from error
-        except ValueError as error:
-            raise ConfigError(f"model {self.name!r} cannot be built: {error}") from error
+        except (ValueError, TypeError, AssertionError, RuntimeError) as error:  # timm's answers to a bad keyword
+            reason = str(error) or f"timm refuses one of its keywords, {', '.join(keywords)}."
+            raise ConfigError(
+                _unknown_keyword(self.name, error) or f"model {self.name!r} cannot be built: {reason}"
+            ) from error
 
     def __post_init__(self):
         if "plan" in self.keywords:
             raise ConfigError("keywords.plan has a key of its own, model.plan.")
 
 
-def _unknown_keyword(name: str, error: TypeError) -> str | None:
+def _unknown_keyword(name: str, error: Exception) -> str | None:
     """The sentence for a keyword that the model's constructor does not take; None for any other error."""
     match = re.search(r"got an unexpected keyword argument '(\w+)'", str(error))
     if match is None:
@@ -77,7 +76,7 @@ class DataConfig:
     """Where the images are and how they are read."""
 
     root: str | None = setting("folder with train/ and val/, each shards with an index or one folder per class", None)
-    source: str | None = setting("built-in data set, written as shards on first use", None, choices=("digits",))
+    source: str | None = setting("built-in data set, written as shards on first use", None, choices=SOURCES)
     source_root: str = setting("folder under which a built-in data set is written", "data", changes_run=False)
     num_workers: int = setting(
         "decoding processes per rank; 0 decodes in the rank itself", 4, minimum=0, changes_run=False
@@ -129,6 +128,11 @@ class LossConfig:
     smoothing: float = setting("label smoothing", 0.0, minimum=0, maximum=0.999)
 
 
+def _check_order(key: str, bounds: tuple[float, float]) -> None:
+    if bounds[0] > bounds[1]:
+        raise ConfigError(f"{key}: runs from {bounds[0]} to {bounds[1]}, write the smaller number first.")
+
+
 @dataclass(frozen=True, kw_only=True)
 class CropConfig:
     """timm.data.create_transform for training: random resized crop, flip, colour, policy, erasing."""
@@ -143,6 +147,8 @@ class CropConfig:
     erase_prob: float = setting("probability of random erasing, per-pixel noise", 0.0, minimum=0, maximum=1)
 
     def __post_init__(self):
+        _check_order("scale", self.scale)
+        _check_order("ratio", self.ratio)
         if self.auto_augment is not None and "3a" not in self.auto_augment and self.color_jitter:
             raise ConfigError(f"color_jitter: timm drops it under auto_augment {self.auto_augment!r}, set it to 0.")
 
@@ -154,6 +160,9 @@ class AffineConfig:
     degrees: float = setting("largest turn to either side", 0.0, minimum=0, maximum=180)
     shift: float = setting("largest shift, as a share of the image's side", 0.0, minimum=0, maximum=1)
     scale: tuple[float, float] = setting("factor on the size, from and to", (1.0, 1.0), above=0)
+
+    def __post_init__(self):
+        _check_order("scale", self.scale)
 
 
 @dataclass(frozen=True, kw_only=True)

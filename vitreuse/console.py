@@ -51,11 +51,21 @@ def run_command(
         with redirect_stdout(sys.stderr):  # whatever a library prints must not end up inside the JSON
             result = command.run(args)
     except (ValueError, OSError) as error:
-        print(f"{prog} {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        print_error(f"{prog} {args.command}", error)
         return WRONG_INPUT
-    if int(os.environ.get("RANK", 0)) == 0:
+    if is_first_rank():
         print(json.dumps(result)) if args.json else print_whole(command.render(result))
     return DONE
+
+
+def is_first_rank() -> bool:
+    """Whether this process is the one that speaks, under torchrun or alone."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def print_error(prog: str, error: Exception) -> None:
+    """Prints an error as one line on standard error."""
+    print(f"{prog}: {' '.join(str(error).split())}", file=sys.stderr)
 
 
 def print_whole(renderable: RenderableType) -> None:

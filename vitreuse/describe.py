@@ -20,7 +20,8 @@ def describe(name: str, plan: str | None = None, image_size: int | None = None) 
         image_size: side in pixels, the model's own when None.
 
     Returns:
-        A JSON object: ``macs`` counts carried maps and exact neighbourhoods, ``macs_executed`` what runs on a CPU.
+        A JSON object: ``theoretical_macs`` counts carried maps and exact neighbourhoods, and ratios quote it; ``macs``
+        counts the products that run, here on a CPU.
 
     Raises:
         ValueError: a wrong plan or an unknown model.
@@ -33,12 +34,12 @@ def describe(name: str, plan: str | None = None, image_size: int | None = None) 
     return {
         "name": name,
         "plan": str(model.plan),
-        "image_size": list(model.patch_embed.img_size),
+        "image_size_px": list(model.patch_embed.img_size),
         "params": params,
         "params_ratio": params / exact_params,
-        "macs": total,
+        "macs": sum(count_macs(model).values()),
+        "theoretical_macs": total,
         "macs_ratio": total / exact_total,
-        "macs_executed": sum(count_macs(model).values()),
         "layers": [_layer(model, layer, macs, exact_macs) for layer in range(len(model.plan))],
     }
 
@@ -58,7 +59,7 @@ def _layer(model: Any, layer: int, macs: dict[str, int], exact_macs: dict[str, i
         "layer": layer,
         "spec": str(model.plan[layer]),
         "anchor": model.plan.anchors[layer],
-        "macs": parts,
+        "theoretical_macs": parts,
         "macs_ratio": sum(parts.values()) / sum(_parts(exact_macs, layer).values()),
     }
 

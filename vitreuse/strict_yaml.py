@@ -114,9 +114,11 @@ def _compose(text: str, sources: Sources, path: str = "") -> Any:
     """The text's tree; notes in `sources` where each of its keys stands."""
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
+        return {} if root is None else _to_tree(root, sources, path)
     except yaml.YAMLError as error:
         raise ConfigError(f"{sources['']}: is not valid YAML ({' '.join(str(error).split())}).") from None
-    return {} if root is None else _to_tree(root, sources, path)
+    except RecursionError:
+        raise ConfigError(f"{sources['']}: is nested too deep, or an alias holds itself.") from None
 
 
 def _to_tree(node: yaml.Node, sources: Sources, path: str) -> Any:

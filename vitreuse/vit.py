@@ -59,6 +59,9 @@ class PlanVisionTransformer(timm_vit.VisionTransformer):
             raise ValueError("block_fn cannot be given: the plan decides what the layers are.")
         layer: Any = partial(self._make_layer, plan, options)
         super().__init__(*args, depth=depth, num_heads=num_heads, block_fn=layer, **kwargs)
+        if not self.patch_embed.num_patches:
+            size, patch = self.patch_embed.img_size, self.patch_embed.patch_size
+            raise ValueError(f"images of {size} px are smaller than a patch of {patch} px: use a larger img_size.")
         self.plan = plan
         self.plan_options = options
         self.blocks = PlanBlocks(*self.blocks)

@@ -43,13 +43,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def render(result: dict[str, Any]) -> Table:
     """The table for a terminal: MACs in millions, equal layers in one row."""
-    gmacs = result["macs"] / 1e9
+    gmacs = result["theoretical_macs"] / 1e9
     caption = (
         f"{result['params'] / 1e6:.2f} M params ({result['params_ratio']:.3f} of exact), "
         f"{gmacs:.3f} GMACs, {2 * gmacs:.3f} GFLOPs ({result['macs_ratio']:.3f} of exact)\n"
-        f"{result['macs_executed'] / 1e9:.3f} GMACs run on a CPU; layers in MMACs of one image"
+        f"{result['macs'] / 1e9:.3f} GMACs run on a CPU; layers in MMACs of one image"
     )
-    title = f"{result['plan']}  in {result['name']} at {result['image_size'][0]} x {result['image_size'][1]} px"
+    title = f"{result['plan']}  in {result['name']} at {result['image_size_px'][0]} x {result['image_size_px'][1]} px"
     table = Table(title=title, caption=caption, title_justify="left", caption_justify="left", box=SIMPLE_HEAD)
     for heading in ("layer", "attention", "map of"):
         table.add_column(heading, no_wrap=True)
@@ -65,7 +65,7 @@ def _cells(equal_layers: list[dict[str, Any]]) -> list[str]:
     first, last = equal_layers[0], equal_layers[-1]
     layers = str(first["layer"]) if first is last else f"{first['layer']}-{last['layer']}"
     anchor = "" if first["anchor"] is None else str(first["anchor"])
-    macs = first["macs"]
+    macs = first["theoretical_macs"]
     counts = [sum(macs.get(part, 0) for part in parts) for parts in HEADINGS]
     shown = [f"{count / 1e6:.1f}" if count else "" for count in counts]
     return [layers, first["spec"], anchor, *shown, f"{sum(macs.values()) / 1e6:.1f}", f"{first['macs_ratio']:.3f}"]
