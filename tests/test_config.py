@@ -97,6 +97,7 @@ def test_values_are_read_by_declared_type(write):
         ("train.epoch=3", "command line: train.epoch is not a key, did you mean 'epochs'?"),
         ("trian.epochs=3", "command line: trian is not a key, did you mean 'train'?"),
         ("train.mixup={zzz: 1}", "train.mixup.zzz is not a key; train.mixup knows mixup, cutmix, prob, switch_prob."),
+        ("train.schedule={warmup_epochs: 3}", "x.yaml: train.schedule.warmup_epochs 3 leaves nothing of 3 epochs"),
         ("train.mixup={mixup: 0, cutmix: 0}", "x.yaml: train.mixup.mixup and cutmix are both 0;"),
         ("data.root=a", "x.yaml: data.root and source: give exactly one of the two"),
         ("data.source=null", "x.yaml: data.root and source: give exactly one of the two"),

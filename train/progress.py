@@ -56,6 +56,7 @@ class TrainingProgress:
         if not self.enabled:
             return
         self._last_line = time.monotonic()
-        pace = (self._last_line - self._start) / max(step - self.first_step, 1)
+        pace = (self._last_line - self._start) / max(step - self.first_step, 1)  # seconds a step, evaluations included
         left = timedelta(seconds=round(pace * (self.num_steps - step)))
-        self._console.print(f"{self.label} step {step}/{self.num_steps}, {text}, {left} left", markup=False)
+        rate = f"{1 / pace:.1f} steps/s" if pace else "no rate yet"
+        self._console.print(f"{self.label} step {step}/{self.num_steps}, {text}, {rate}, {left} left", markup=False)

@@ -115,7 +115,7 @@ class ScheduleConfig:
     """timm.scheduler.create_scheduler_v2, by optimizer step."""
 
     name: str = setting("shape after the warm-up", "cosine", choices=("cosine", "tanh", "poly", "wsd", "constant"))
-    warmup_epochs: float = setting("linear warm-up, part of the epochs", 5.0, minimum=0)
+    warmup_epochs: float = setting("linear warm-up, part of the epochs", 0.0, minimum=0)
     warmup_lr: float = setting("learning rate of the first step when there is a warm-up", 1e-6, minimum=0)
     min_lr: float = setting("learning rate at the end", 0.0, minimum=0)
 
@@ -242,6 +242,11 @@ class TrainConfig:
     def __post_init__(self):
         if self.crop is not None and self.affine is not None:
             raise ConfigError("crop and affine: give at most one of the two, the other null.")
+        if self.schedule.warmup_epochs >= self.epochs:
+            raise ConfigError(
+                f"schedule.warmup_epochs {self.schedule.warmup_epochs:g} leaves nothing of {self.epochs} epochs: "
+                "make it smaller, or train for longer."
+            )
         if self.accumulation_steps > self.global_batch_size:
             raise ConfigError(
                 f"accumulation_steps {self.accumulation_steps} is more than the batch of {self.global_batch_size}."

@@ -3,7 +3,6 @@
 Registering builds nothing. Every default config is that of timm's plain model of the same family, size and resolution,
 without its weights.
 """
-import difflib
 from functools import partial
 from typing import Any, Callable, Optional
 
@@ -11,6 +10,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, get_pretrai
 from torch import nn
 
 from vitreuse.plan import PRESETS, preset_plan
+from vitreuse.spelling import closest
 from vitreuse.vit import PlanVisionTransformer, PlanVisionTransformerDistilled
 from vitreuse.weights import checkpoint_filter_fn
 
@@ -50,8 +50,8 @@ def variant_of(name: str) -> str:
     for variant, plain in _PLAIN_NAMES.items():
         if plain == name:
             return variant
-    near = difflib.get_close_matches(name, [*_PLAIN_NAMES, *_PLAIN_NAMES.values()], n=1, cutoff=0)
-    raise ValueError(f"no model {name!r} that takes a plan: the nearest is {near[0]!r}, 'vitreuse models' lists ours.")
+    near = closest(name, [*_PLAIN_NAMES, *_PLAIN_NAMES.values()], likeness=0.0)
+    raise ValueError(f"no model {name!r} that takes a plan: the nearest is {near!r}, 'vitreuse models' lists ours.")
 
 
 def _name_table() -> dict[str, tuple[str, str, dict[str, Any]]]:

@@ -12,12 +12,12 @@
 White space separates items and may surround a '*'. Errors count layers from 0, as in `blocks.0`, and characters from 1.
 """
 
-import difflib
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from vitreuse.notation import Flaw, expand, quoted, shortest_text
+from vitreuse.spelling import closest
 
 WORDS = ("exact", "reuse", "lowrank", "span", "none")
 PRESETS = ("reuse", "lazy", "lowrank", "mixspan")
@@ -194,7 +194,7 @@ def _check_length(specs: tuple[Spec, ...], depth: int | None) -> None:
 def _sentence(text: str, flaw: Flaw, depth: int | None = None, num_heads: int | None = None) -> str:
     """One sentence on a flaw, ending in the valid plan that is reached by repairing one flaw after the other."""
     problem, valid = flaw.problem, shortest_text(["exact"] * (depth or 1))
-    for _ in range(100):
+    for _ in range(20):
         try:
             valid = shortest_text(map(str, _read(flaw.repaired, depth, num_heads)))
             break
@@ -220,4 +220,4 @@ def _check_depth(depth: int | None) -> None:
 
 
 def _nearest(word: str, words: tuple[str, ...]) -> str:
-    return (difflib.get_close_matches(word.lower(), words, n=1, cutoff=0.4) or words)[0]
+    return closest(word, words, likeness=0.4) or words[0]

@@ -8,7 +8,6 @@ the nearest spelling.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import re
 import types
@@ -18,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+from vitreuse.spelling import closest
 
 _INT = re.compile(r"[+-]?(0|[1-9][0-9]*)")
 _FLOAT = re.compile(r"[+-]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
@@ -73,8 +74,8 @@ def setting(
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """The end of an error sentence: `, did you mean 'epochs'?`, or nothing when no known word is close."""
-    match = difflib.get_close_matches(word, list(known), n=1)
-    return f", did you mean {match[0]!r}?" if match else ""
+    match = closest(word, known)
+    return f", did you mean {match!r}?" if match else ""
 
 
 def read_tree(path: str | Path) -> tuple[Tree, Sources]:

@@ -206,6 +206,8 @@ class PlanVisionTransformer(timm_vit.VisionTransformer):
         blocks: Any = self.blocks
         for block in blocks:
             block.attn.set_grid(grid)
+        if grid != old_grid:
+            warn_if_idle(self.plan, grid, self.num_prefix_tokens + self.patch_embed.num_patches)
         if self.key_proj is not None and grid != old_grid:
             kind = self.plan_options.lowrank_projection
             projected_dim = layerwise_k(self.plan)

@@ -45,19 +45,19 @@ class AttentionConfig:
     num_heads: int
     grid: Tuple[int, int]
     num_prefix_tokens: int
-    reuse_backend: str = "auto"
-    lowrank_sharing: str = "key_value"
-    lowrank_projection: str = "linear"
-    lowrank_init: str = "random"
-    qkv_bias: bool = True
-    qk_norm: bool = False
-    scale_norm: bool = False
-    proj_bias: bool = True
-    attn_drop: float = 0.0
-    proj_drop: float = 0.0
-    norm_layer: Callable[..., nn.Module] = nn.LayerNorm
-    device: Optional[torch.device] = None
-    dtype: Optional[torch.dtype] = None
+    reuse_backend: str  # this and the next three as in options.PlanOptions
+    lowrank_sharing: str
+    lowrank_projection: str
+    lowrank_init: str
+    qkv_bias: bool
+    qk_norm: bool
+    scale_norm: bool
+    proj_bias: bool
+    attn_drop: float
+    proj_drop: float
+    norm_layer: Callable[..., nn.Module]
+    device: Optional[torch.device]
+    dtype: Optional[torch.dtype]
 
     @property
     def num_tokens(self) -> int:
