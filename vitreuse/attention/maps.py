@@ -26,10 +26,10 @@ def is_tiled(grid: Tuple[int, int], width: int) -> bool:
 def carries_map(backend: str, device_type: str, num_keys: int, dropout_p: float) -> bool:
     """Whether an anchor hands on its map rather than (q, k).
 
-    ``auto`` carries the map on the CPU: a whole ViT-S ran 1.02 to 1.49 times faster so than with (q, k), at 224 and 384
-    px in float32 and bfloat16 (experiments.md). Elsewhere it carries only a small map; on paper, reading a longer row
-    on a GPU costs more than recomputing it, which is not yet measured. Dropout on the map cannot be applied to one that a
-    fused kernel recomputes, so with dropout the map is always carried.
+    ``auto`` carries the map on the CPU: a whole ViT-S ran 1.02 to 1.49 times faster so than with (q, k), at 224 and
+    384 px in float32 and bfloat16 (experiments.md). Elsewhere it carries only a small map: on paper, reading a longer
+    row on a GPU costs more than recomputing it, which is not yet measured. Dropout on the map cannot be applied to one
+    that a fused kernel recomputes, so with dropout the map is always carried.
     """
     small_map_keys = 128  # local, since TorchScript reads no module-level numbers
     if dropout_p > 0.0 or backend == "map":
