@@ -265,3 +265,13 @@ def test_recomputed_maps_are_counted_only_where_they_run():
     model = Case("exact reuse").build(reuse_backend="qk", global_pool="avg")
     assert count_macs(model)["blocks.1.attn.logits"] == N * N * C
     assert count_macs(model, theoretical=True).get("blocks.1.attn.logits", 0) == 0
+
+
+@pytest.mark.parametrize("sharing", ["key_value", "layerwise"])
+def test_a_pruned_model_has_the_plan_of_its_layers(sharing):
+    model = Case("exact reuse*2 lowrank:5 none").build(lowrank_sharing=sharing)
+    model.prune_intermediate_layers([1])
+    assert str(model.plan) == "exact reuse"
+    assert count_params(model) == sum(parameter.numel() for parameter in model.parameters())
+    model.set_input_size(img_size=image_size((4, 6)))
+    assert model(images((4, 6))).isfinite().all()

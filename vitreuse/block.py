@@ -46,6 +46,7 @@ class PlanBlock(nn.Module):
         super().__init__()
         dim = attention.dim
         factory: dict[str, Any] = {"device": attention.device, "dtype": attention.dtype}
+        self.spec = attention.spec
         self.has_attention = attention.spec.word != "none"
         self.norm1 = attention.norm_layer(dim, **factory) if self.has_attention else nn.Identity()
         self.attn = ATTENTION[attention.spec.word](attention)

@@ -23,6 +23,7 @@ class PlanVisionTransformer(timm_vit.VisionTransformer):
     """timm's VisionTransformer (ViT, DeiT, DeiT III) with a plan, whose carry is threaded through the layers."""
 
     __constants__ = ("num_class_rows",)  # TorchScript reads no other attribute of a class
+    __jit_unused_properties__ = ("plan",)
     num_class_rows = 1  # rows of the last layer that the head reads under token pooling
 
     def __init__(
@@ -62,7 +63,6 @@ class PlanVisionTransformer(timm_vit.VisionTransformer):
         if not self.patch_embed.num_patches:
             size, patch = self.patch_embed.img_size, self.patch_embed.patch_size
             raise ValueError(f"images of {size} px are smaller than a patch of {patch} px: use a larger img_size.")
-        self.plan = plan
         self.plan_options = options
         self.blocks = PlanBlocks(*self.blocks)
         num_tokens = self.num_prefix_tokens + self.patch_embed.num_patches
@@ -70,6 +70,7 @@ class PlanVisionTransformer(timm_vit.VisionTransformer):
         shape = layerwise_shape(plan, options, num_tokens)
         self.register_parameter("key_proj", None)
         if shape is not None:
+            self.layerwise_dim = layerwise_k(plan)
             weight = self.patch_embed.proj.weight
             self.key_proj = nn.Parameter(torch.empty(shape, device=weight.device, dtype=weight.dtype))
             init_projection(self.key_proj, options.lowrank_projection, options.lowrank_init)
@@ -129,6 +130,12 @@ class PlanVisionTransformer(timm_vit.VisionTransformer):
         """Logits (B, num_classes); under token pooling the last layer computes only the rows that are read."""
         num_queries = self.num_class_rows if self.reads_class_rows else None
         return self.forward_head(self.forward_tokens(x, num_queries, attn_mask, is_causal))
+
+    @property
+    def plan(self) -> Plan:
+        """The plan of the layers that the model has, fewer than it was built with after prune_intermediate_layers."""
+        blocks: Any = self.blocks
+        return Plan(tuple(block.spec for block in blocks))
 
     @property
     def reads_class_rows(self) -> bool:
@@ -210,8 +217,7 @@ class PlanVisionTransformer(timm_vit.VisionTransformer):
             warn_if_idle(self.plan, grid, self.num_prefix_tokens + self.patch_embed.num_patches)
         if self.key_proj is not None and grid != old_grid:
             kind = self.plan_options.lowrank_projection
-            projected_dim = layerwise_k(self.plan)
-            resampled = at_grid(self.key_proj, kind, old_grid, grid, self.num_prefix_tokens, projected_dim)
+            resampled = at_grid(self.key_proj, kind, old_grid, grid, self.num_prefix_tokens, self.layerwise_dim)
             self.key_proj = resampled_parameter(self.key_proj, resampled)
 
     def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
