@@ -144,12 +144,13 @@ class Reference:
         assert spec.number is not None
         kind, k = self.lowrank_projection, spec.number
         bins = [range(j * num_tokens // k, -(-(j + 1) * num_tokens // k)) for j in range(k)]
-        if kind == "max":
-            pool = lambda x: torch.stack([x[list(tokens)].amax(0) for tokens in bins])  # noqa: E731
+        if kind in ("mean", "max"):
+            reduce = torch.mean if kind == "mean" else torch.amax
+
+            def pool(x):
+                return torch.stack([reduce(x[list(tokens)], 0) for tokens in bins])
+
             return pool, pool
-        if kind == "mean":
-            mean = lambda x: torch.stack([x[list(tokens)].mean(0) for tokens in bins])  # noqa: E731
-            return mean, mean
         keys = self.state["key_proj" if self.lowrank_sharing == "layerwise" else f"{name}.key_proj"]
         one = self.lowrank_sharing in ("key_value", "layerwise")
         values = keys if one else self.state[f"{name}.value_proj"]
