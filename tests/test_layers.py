@@ -3,6 +3,7 @@
 import copy
 import functools
 import threading
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -197,6 +198,10 @@ def test_a_carry_is_made_only_for_a_layer_that_reads_it(name, backend):
         assert any(field is not None for field in carry) == is_read, layer
 
 
+overruled_by_dropout = pytest.mark.filterwarnings("ignore:reuse_backend='qk' has no effect while training:UserWarning")
+
+
+@overruled_by_dropout
 @pytest.mark.parametrize(
     ("backend", "attn_drop_rate", "training", "carried"),
     [
@@ -214,6 +219,14 @@ def test_a_backend_carries_either_the_map_or_queries_and_keys(backend, attn_drop
     model(images())
     weights, _, q, k, *_ = carries[0]
     assert [weights is not None, q is not None, k is not None] == [carried == "map", *[carried == "q and k"] * 2]
+
+
+@pytest.mark.parametrize(("backend", "rate", "warned"), [("qk", 0.1, 1), ("qk", 0.0, 0), ("map", 0.1, 0)])
+def test_a_backend_that_dropout_overrules_is_warned_of(backend, rate, warned):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        CASES["reuse"].build(reuse_backend=backend, attn_drop_rate=rate)
+    assert [str(w.message)[:53] for w in caught] == ["reuse_backend='qk' has no effect while training with "] * warned
 
 
 def test_a_reuse_layer_without_a_map_says_so():
@@ -278,6 +291,7 @@ def test_patch_dropout_is_refused_at_the_first_training_forward(plan):
         model.train()(images())
 
 
+@overruled_by_dropout
 @every_small_case
 def test_dropout_on_the_map_is_drawn_afresh_from_a_map_before_dropout(name, backend, monkeypatch):
     """In training the map itself is carried, whatever the backend; in evaluation nothing changes."""

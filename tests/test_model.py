@@ -77,6 +77,13 @@ def test_timm_extracts_features_by_symbolic_trace(name, backend):
     assert_close(traced["head"], head)
 
 
+@pytest.mark.parametrize(("name", "backend"), REPRESENTATIVE)
+def test_a_dynamic_model_is_traced_too(name, backend):
+    model = CASES[name].build(reuse_backend=backend, dynamic_img_size=True).eval()
+    x = images(OTHER_GRIDS[CASES[name].grid])
+    assert_close(create_feature_extractor(model, {"head": "head"})(x)["head"], model.head(model.forward_features(x)[:, 0]))
+
+
 @every_case
 def test_a_dynamic_model_at_its_own_size_is_the_static_one(name, backend):
     case, x = CASES[name], images(CASES[name].grid)
@@ -275,3 +282,20 @@ def test_a_pruned_model_has_the_plan_of_its_layers(sharing):
     assert count_params(model) == sum(parameter.numel() for parameter in model.parameters())
     model.set_input_size(img_size=image_size((4, 6)))
     assert model(images((4, 6))).isfinite().all()
+
+
+def test_the_last_layer_left_by_pruning_hands_nothing_on():
+    model = Case("exact reuse exact reuse*2").build()
+    model.prune_intermediate_layers([2])
+    tokens, _ = model.embed(images())
+    state = model.blocks[1](*model.blocks[0](tokens))
+    assert state[1] is None
+    assert all(field is None for field in model.blocks[2](*state)[1:])
+
+
+def test_layers_of_one_projection_run_alone_when_they_are_given_it():
+    model = Case("lowrank:3*2").build(lowrank_sharing="layerwise")
+    tokens, _ = model.embed(images())
+    with pytest.raises(ValueError, match=r"or model.blocks\(x, layerwise_proj=model.key_proj\)"):
+        model.blocks(tokens)
+    assert_close(model.norm(model.blocks(tokens, layerwise_proj=model.key_proj)), model.forward_features(images()))

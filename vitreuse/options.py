@@ -57,6 +57,16 @@ _ALLOWED = {
 }
 
 
+def warn_if_map_is_carried(options: PlanOptions, attn_drop_rate: float) -> None:
+    """Warns of a (q, k) backend that dropout on the map overrules while training."""
+    if options.reuse_backend == "qk" and attn_drop_rate > 0.0:
+        warn(
+            f"reuse_backend='qk' has no effect while training with attn_drop_rate={attn_drop_rate}, since dropout must "
+            "fall on one map: set attn_drop_rate=0, or reuse_backend='auto'.",
+            stacklevel=4,
+        )
+
+
 def layerwise_shape(plan: Plan, options: PlanOptions, num_tokens: int) -> Optional[Tuple[int, ...]]:
     """Shape of the model's one token projection, None where layers have their own.
 

@@ -7,6 +7,7 @@ from typing import Any, Dict, List, Optional, Tuple, Union
 
 import torch
 from timm.layers import Attention as TimmAttention
+from timm.layers import resample_abs_pos_embed
 from timm.models import deit
 from timm.models import vision_transformer as timm_vit
 from timm.models._features import feature_take_indices
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from vitreuse.attention import AttentionConfig
 from vitreuse.attention.lowrank import at_grid, init_projection, resampled_parameter
 from vitreuse.block import PlanBlock, PlanBlocks
-from vitreuse.options import PlanOptions, layerwise_k, layerwise_shape, warn_if_idle
+from vitreuse.options import PlanOptions, layerwise_k, layerwise_shape, warn_if_idle, warn_if_map_is_carried
 from vitreuse.plan import Plan, parse_plan
 
 
@@ -56,6 +57,7 @@ class PlanVisionTransformer(timm_vit.VisionTransformer):
         """
         plan = parse_plan(str(plan), depth=depth, num_heads=num_heads)
         options = PlanOptions(reuse_backend, lowrank_sharing, lowrank_projection, lowrank_init).settled(plan)
+        warn_if_map_is_carried(options, kwargs.get("attn_drop_rate", 0.0))
         if "block_fn" in kwargs:
             raise ValueError("block_fn cannot be given: the plan decides what the layers are.")
         layer: Any = partial(self._make_layer, plan, options)
@@ -162,6 +164,35 @@ class PlanVisionTransformer(timm_vit.VisionTransformer):
             grid = (x.shape[1], x.shape[2])
         return self.norm_pre(self.patch_drop(self._pos_embed(x))), grid
 
+    def _pos_embed(self, x: Tensor) -> Tensor:
+        """timm's method: prefix tokens and position embedding added to patches (B, N, C) or (B, rows, columns, C).
+
+        Written out, since a symbolic trace leaves whole only the functions that the file of the root's forward names.
+        """
+        pos_embed = self.pos_embed
+        if self.dynamic_img_size and pos_embed is not None:
+            num_prefix_tokens = 0 if self.no_embed_class else self.num_prefix_tokens
+            size, old_size = [x.shape[1], x.shape[2]], self.patch_embed.grid_size
+            pos_embed = resample_abs_pos_embed(pos_embed, size, old_size, num_prefix_tokens)
+        x = x.flatten(1, -2)
+        prefix = self.prefix_tokens(x.shape[0])
+        if pos_embed is None:
+            return torch.cat(prefix + [x], dim=1)
+        if self.no_embed_class:
+            x = torch.cat(prefix + [x + pos_embed], dim=1)
+        else:
+            x = torch.cat(prefix + [x], dim=1) + pos_embed
+        return self.pos_drop(x)
+
+    def prefix_tokens(self, batch_size: int) -> List[Tensor]:
+        """The class token and the registers, where the model has them, for every image: (B, 1, C) and (B, R, C)."""
+        prefix: List[Tensor] = []
+        if self.cls_token is not None:
+            prefix.append(self.cls_token.expand(batch_size, -1, -1))
+        if self.reg_token is not None:
+            prefix.append(self.reg_token.expand(batch_size, -1, -1))
+        return prefix
+
     def forward_intermediates(
         self,
         x: Tensor,
@@ -220,6 +251,16 @@ class PlanVisionTransformer(timm_vit.VisionTransformer):
             resampled = at_grid(self.key_proj, kind, old_grid, grid, self.num_prefix_tokens, self.layerwise_dim)
             self.key_proj = resampled_parameter(self.key_proj, resampled)
 
+    def prune_intermediate_layers(
+        self, indices: Union[int, List[int]] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> List[int]:
+        """Removes the layers after the last of ``indices``, as timm does; the last one left hands nothing on."""
+        taken = super().prune_intermediate_layers(indices, prune_norm, prune_head)
+        blocks: Any = self.blocks
+        for block, hands_on in zip(blocks, self.plan.hands_on, strict=True):
+            block.attn.hands_on = hands_on
+        return taken
+
     def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
         """timm's groups for layer decay; the layerwise projection is part of the stem."""
         groups = super().group_matcher(coarse)
@@ -230,3 +271,7 @@ class PlanVisionTransformerDistilled(PlanVisionTransformer, deit.VisionTransform
     """timm's distilled DeiT with a plan: a second class token and a second head."""
 
     num_class_rows = 2
+
+    def prefix_tokens(self, batch_size: int) -> List[Tensor]:
+        """The class token and the distillation token for every image, (B, 1, C) each."""
+        return [self.cls_token.expand(batch_size, -1, -1), self.dist_token.expand(batch_size, -1, -1)]

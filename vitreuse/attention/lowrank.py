@@ -240,7 +240,10 @@ class LowRankAttention(ExactAttention):
         """E for keys and F for values on this grid; the same tensor twice where the layer has one."""
         own = layerwise_proj if self.sharing == "layerwise" else self.key_proj
         if self.sharing == "layerwise" and self.kind in ("linear", "conv") and own is None:
-            raise ValueError("a layerwise low-rank layer was run without the model's key_proj: call the whole model.")
+            raise ValueError(
+                "a layerwise low-rank layer was run without the model's key_proj: call the whole model, or "
+                "model.blocks(x, layerwise_proj=model.key_proj)."
+            )
         key_proj = at_grid(own, self.kind, self.grid, grid, self.num_prefix_tokens, self.projected_dim)
         if self.value_proj is None:
             return key_proj, key_proj
