@@ -15,10 +15,9 @@ help:
 	@echo "make proof   timm's own tests on our models, beside timm's ViT"
 	@echo "make clean   remove the environment and what was built; runs/ and data/ stay"
 
-# Two runs at a time, one thread each (configs/digits). Two bars would overwrite each other: rich prints lines instead.
+# Two runs at a time, one thread each (configs/digits).
 demo: $(READY)
-	@printf '%s\n' $(DEMO) | TTY_COMPATIBLE=0 xargs -P 2 -I NAME \
-		$(RUN) -m train configs/digits/NAME.yaml run_dir=runs/demo/NAME
+	@$(RUN) -m train.sweep $(DEMO:%=configs/digits/%.yaml) runs=runs/demo jobs=2
 	@$(RUN) -m eval compare $(DEMO:%=runs/demo/%) -o runs/demo
 
 test: $(READY)

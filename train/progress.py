@@ -7,9 +7,21 @@ from datetime import timedelta
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 SECONDS_BETWEEN_LINES = 30.0
+
+
+def bars(console: Console, disable: bool) -> Progress:
+    """A bar per run, with its text, steps and time left; on what is no terminal it should be disabled."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("steps"),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, console=console, disable=disable)
 
 
 class TrainingProgress:
@@ -26,13 +38,7 @@ class TrainingProgress:
         self.label, self.first_step, self.num_steps, self.enabled = label, step, num_steps, enabled
         self._console = Console(stderr=True, soft_wrap=True, highlight=False)
         self._start = self._last_line = time.monotonic()
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.completed}/{task.total} steps"),
-            TimeRemainingColumn(),
-        )
-        self._bar = Progress(*columns, console=self._console, disable=not (enabled and self._console.is_terminal))
+        self._bar = bars(self._console, disable=not (enabled and self._console.is_terminal))
         self._task = self._bar.add_task(label, total=num_steps, completed=step)
 
     def __enter__(self) -> TrainingProgress:

@@ -274,4 +274,5 @@ class PlanVisionTransformerDistilled(PlanVisionTransformer, deit.VisionTransform
 
     def prefix_tokens(self, batch_size: int) -> List[Tensor]:
         """The class token and the distillation token for every image, (B, 1, C) each."""
+        assert self.cls_token is not None
         return [self.cls_token.expand(batch_size, -1, -1), self.dist_token.expand(batch_size, -1, -1)]

@@ -1,0 +1,117 @@
+"""Several runs side by side: bars on a terminal, lines elsewhere, failures and signals passed on."""
+
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from train.sweep import main
+
+CHECKOUT = Path(__file__).parent.parent
+CONFIG = """\
+model:
+  name: vit_reuse_tiny_patch16_224
+  plan: exact reuse
+  keywords: {{img_size: 8, patch_size: 4, in_chans: 1, num_classes: 2, embed_dim: 16, depth: 2, num_heads: 2}}
+data: {{root: {root}, num_workers: 0}}
+train:
+  {{epochs: {epochs}, global_batch_size: 4, device: cpu, num_threads: 1, optimizer: {{lr: {lr}}}, log_every_steps: 1}}
+"""
+
+
+@pytest.fixture
+def write_config(tmp_path):
+    """Writes NAME.yaml over two classes of a few images; its path."""
+    for split in ("train", "val"):
+        for label, shade in (("dark", 40), ("light", 200)):
+            folder = tmp_path / "data" / split / label
+            folder.mkdir(parents=True)
+            for i in range(4):
+                Image.new("L", (8, 8), shade + i).save(folder / f"{i}.png")
+
+    def write(name, epochs=3, lr="1e-3"):
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(CONFIG.format(root=tmp_path / "data", epochs=epochs, lr=lr))
+        return path
+
+    return write
+
+
+def start(*arguments, **where):
+    command = [sys.executable, "-m", "train.sweep", *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
+    return subprocess.Popen(command, cwd=CHECKOUT, env=environment, **where)
+
+
+def on_a_terminal(*arguments):
+    """What a terminal receives, and the exit code."""
+    ours, theirs = pty.openpty()
+    process = start(*arguments, stderr=theirs)
+    os.close(theirs)
+    received = b""
+    while True:
+        try:
+            received += os.read(ours, 1 << 16)
+        except OSError:  # the other end is closed
+            return received.decode(), process.wait(timeout=60)
+
+
+def status(run_dir):
+    return json.loads((run_dir / "run.json").read_text())["status"]
+
+
+def test_a_terminal_shows_a_bar_for_each_run(write_config, tmp_path):
+    configs = [write_config("one", epochs=300), write_config("two", epochs=300)]
+    shown, code = on_a_terminal(*configs, f"runs={tmp_path / 'runs'}", "jobs=2")
+    assert code == 0
+    assert "\x1b[" in shown
+    for name in ("one", "two"):
+        assert f"{name} loss " in shown and " images/s" in shown
+        assert f"{name} step 600/600, epoch 300/300, loss " in shown
+        assert status(tmp_path / "runs" / name) == "completed"
+    assert re.search(r"600/600\S* steps \S*0:00:00", shown)
+
+
+def test_elsewhere_the_runs_lines_are_passed_on_and_a_failure_does_not_stop_the_others(write_config, tmp_path):
+    configs = [write_config("wrong", lr="fast"), write_config("right")]
+    process = start(*configs, f"runs={tmp_path / 'runs'}", stderr=subprocess.PIPE)
+    said = process.communicate(timeout=100)[1].decode()
+    assert process.returncode == 2
+    assert "\x1b[" not in said
+    assert "wrong.yaml:7: train.optimizer.lr must be a number" in said and "wrong ended with exit code 2." in said
+    assert "right step 6/6, epoch 3/3" in said
+    assert status(tmp_path / "runs" / "right") == "completed"
+
+
+def test_a_signal_stops_the_running_ones_and_starts_no_more(write_config, tmp_path):
+    configs = [write_config("long", epochs=100_000), write_config("waiting")]
+    process = start(*configs, f"runs={tmp_path / 'runs'}", stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "runs/long/metrics.jsonl").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 75
+    assert status(tmp_path / "runs/long") == "stopped"
+    assert not (tmp_path / "runs/waiting").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ([], "give one or more configs"),
+        (["a/x.yaml", "b/x.yaml"], "each of another name"),
+        (["x.yaml", "jobs=none"], "jobs=none is not a whole number above 0"),
+    ],
+)
+def test_wrong_arguments_are_refused(arguments, sentence, capsys):
+    assert main(arguments) == 2
+    assert sentence in capsys.readouterr().err

@@ -1,0 +1,173 @@
+"""`python -m train.sweep CONFIG... [section.key=value ...] [runs=DIR] [jobs=N]`: several runs, N at a time.
+
+Each is a `python -m train` of its own, in DIR and its config's name. A terminal shows a bar per run, read from its run
+folder; elsewhere the runs' own lines are passed on.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import IO, Any
+
+from rich.console import Console
+from rich.progress import Progress
+
+from train.distributed import StopSignal
+from train.progress import bars
+from vitreuse.config import ConfigError
+from vitreuse.console import DONE, WRONG_INPUT, print_error
+
+USAGE = "usage: python -m train.sweep CONFIG... [section.key=value ...] [runs=DIR] [jobs=N]"
+STOPPED = 75
+SECONDS_BETWEEN_LOOKS = 0.5
+
+
+@dataclass
+class Run:
+    """One `python -m train`: its command, its run folder, and its process once it is started."""
+
+    command: list[str]
+    folder: Path
+    process: subprocess.Popen[bytes] | None = None
+    output: IO[bytes] | None = None  # on a terminal: what it says, until it is shown above the bars
+
+    @property
+    def label(self) -> str:
+        """The last part of its folder."""
+        return self.folder.name
+
+    @property
+    def exit_code(self) -> int | None:
+        """How it ended, None before."""
+        return None if self.process is None else self.process.poll()
+
+    def start(self, keeps_output: bool) -> None:
+        """Starts the process; what it says is kept, or goes where this process's own errors go."""
+        self.output = TemporaryFile() if keeps_output else None  # noqa: SIM115 (closed once shown)
+        self.process = subprocess.Popen(self.command, stderr=self.output)
+
+    def progress(self) -> dict[str, Any]:
+        """Steps done and to do, loss and images/s, as far as the run folder knows them."""
+        try:
+            total = json.loads((self.folder / "run.json").read_text(encoding="utf-8"))["num_steps"]
+            last = json.loads((self.folder / "metrics.jsonl").read_bytes().splitlines()[-1])
+        except (OSError, ValueError, LookupError):  # not yet written, or half a line
+            return {}
+        shown = {"completed": last["step"], "total": total}
+        if last["kind"] == "step":
+            loss = "not finite" if last["loss"] is None else f"{last['loss']:.3f}"
+            shown["description"] = f"{self.label} loss {loss}, {last['images_per_second']:.0f} images/s"
+        return shown
+
+
+class Sweep:
+    """Runs, so many of them at a time, and what a terminal shows of them.
+
+    Args:
+        runs: What to run, in this order.
+        jobs: Processes at a time.
+    """
+
+    def __init__(self, runs: Sequence[Run], jobs: int):
+        self.runs, self.jobs = runs, jobs
+        self.console = Console(stderr=True, soft_wrap=True, highlight=False)
+        self.bars: Progress = bars(self.console, disable=not self.console.is_terminal)
+        self.tasks = [self.bars.add_task(run.label, total=None, start=False) for run in runs]
+
+    def run(self, stop: StopSignal) -> int:
+        """Runs them all, or until a signal; the exit code: 0, the first failure's, or 75."""
+        with self.bars:
+            while not self._is_over(stop.received):
+                self._start_next(stop.received)
+                time.sleep(SECONDS_BETWEEN_LOOKS)
+                self._show()
+        if stop.received:
+            return STOPPED
+        failed = [run for run in self.runs if run.exit_code != DONE]
+        for run in failed:
+            print(f"{run.label} ended with exit code {run.exit_code}.", file=sys.stderr)
+        return next((run.exit_code for run in failed if run.exit_code), DONE)
+
+    def _is_over(self, stopping: bool) -> bool:
+        started = [run for run in self.runs if run.process is not None]
+        return all(run.exit_code is not None for run in (started if stopping else self.runs))
+
+    def _start_next(self, stopping: bool) -> None:
+        """Fills the free places; a signal is passed on instead."""
+        running = [run for run in self.runs if run.process is not None and run.exit_code is None]
+        if stopping:
+            for run in running:
+                assert run.process is not None
+                run.process.terminate()
+            return
+        waiting = [i for i, run in enumerate(self.runs) if run.process is None]
+        for i in waiting[: self.jobs - len(running)]:
+            self.runs[i].start(keeps_output=self.console.is_terminal)
+            self.bars.start_task(self.tasks[i])
+
+    def _show(self) -> None:
+        for run, task in zip(self.runs, self.tasks, strict=True):
+            if run.output is None:
+                continue
+            if run.exit_code is None:
+                self.bars.update(task, **run.progress())
+                continue
+            ended = "" if run.exit_code == DONE else f" ended with exit code {run.exit_code}"
+            self.bars.update(task, **{**run.progress(), "description": run.label + ended})
+            self.bars.stop_task(task)
+            run.output.seek(0)
+            lines = run.output.read().decode().splitlines()
+            said = lines[-1:] if run.exit_code == DONE else lines  # its result, or why it failed
+            self.console.print("\n".join(said), markup=False)
+            run.output.close()
+            run.output = None
+
+
+def main(arguments: list[str]) -> int:
+    """Runs what the command line names; the exit code."""
+    if {"-h", "--help"} & set(arguments):
+        print(USAGE)
+        return DONE
+    try:
+        runs, jobs = _parse(arguments)
+    except ConfigError as error:
+        print_error("train.sweep", error)
+        return WRONG_INPUT
+    with StopSignal().listening() as stop:
+        return Sweep(runs, jobs).run(stop)
+
+
+def _parse(arguments: Sequence[str]) -> tuple[list[Run], int]:
+    """The runs of a command line, and how many at a time."""
+    configs = [Path(argument) for argument in arguments if "=" not in argument]
+    settings = [argument for argument in arguments if "=" in argument]
+    folder, jobs, overrides = Path("runs"), "1", []
+    for setting in settings:
+        key, _, value = setting.partition("=")
+        if key == "runs":
+            folder = Path(value)
+        elif key == "jobs":
+            jobs = value
+        else:
+            overrides.append(setting)
+    if not jobs.isdecimal() or int(jobs) < 1:
+        raise ConfigError(f"jobs={jobs} is not a whole number above 0.")
+    stems = [config.stem for config in configs]
+    if not stems or len(set(stems)) < len(stems):
+        raise ConfigError(f"give one or more configs, each of another name; {USAGE}.")
+    start = [sys.executable, "-m", "train"]
+    return [
+        Run([*start, str(config), *overrides, f"run_dir={folder / config.stem}"], folder / config.stem)
+        for config in configs
+    ], int(jobs)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
