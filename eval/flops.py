@@ -53,7 +53,8 @@ def count(target: Target, image_size_px: int | None = None) -> dict[str, Any]:
     model: Any = config.create().eval()
     images = example(model, 1)
     counted = {"fvcore_macs": fvcore_macs(model, images), "torch_macs": _halved(torch_flops(model, images))}
-    result: dict[str, Any] = {"name": target.label, "image_size_px": images.shape[-1], "params": _num_params(model)}
+    result: dict[str, Any] = {"name": target.label, "image_size_px": list(images.shape[-2:])}
+    result["params"] = _num_params(model)
     if hasattr(model, "plan"):
         closed, theoretical = _by_part(count_macs(model)), _by_part(count_macs(model, theoretical=True))
         exact = _exact(config, len(model.plan))

@@ -21,8 +21,10 @@ class Column:
     spec: str = ""
 
     def text(self, row: Row) -> str:
-        """The value as shown; a dash where nothing was measured."""
+        """The value as shown: a dash where nothing was measured, a size as rows x columns."""
         value = row[self.key]
+        if isinstance(value, list):
+            return " x ".join(format(part, self.spec) for part in value)
         return "-" if value is None else format(value, self.spec)
 
 

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from vitreuse.config import Config, ModelConfig, load_config
+from vitreuse.config import Config, ConfigError, ModelConfig, load_config
 from vitreuse.models import default_cfgs, plain_name
 from vitreuse.options import PlanOptions
 
@@ -133,11 +133,15 @@ def positive(text: str) -> int:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of --device; auto takes cuda where there is one."""
+    """The device of a name: auto takes cuda where there is one.
+
+    Raises:
+        ConfigError: cuda is asked for and there is none.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("no CUDA device is available: leave --device out, or give cpu.")
+        raise ConfigError("there is no CUDA device for the device cuda: use cpu or auto.")
     return torch.device(name)
 
 

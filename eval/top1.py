@@ -1,24 +1,22 @@
 """Top-1 and top-5 accuracy, every image counted exactly once under any number of ranks."""
 
 import argparse
-import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from rich.console import Console, RenderableType
 from rich.progress import track
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from eval.distributed import Ranks, joined
 from eval.inputs import Transform, evaluation_transform, image_settings
 from eval.table import Column, to_rich
-from eval.targets import Target, choose_device, positive, resolve_targets
+from eval.targets import Target, positive, resolve_targets
 from vitreuse.data import FolderDataset, Sample, open_split, prepare_source
 from vitreuse.measure import count_topk
 
@@ -30,6 +28,7 @@ COLUMNS = (
     Column("top1", "top-1 (%)", ".2f"),
     Column("top5", "top-5 (%)", ".2f"),
 )
+ALONE = Ranks()
 
 
 class Labelled(Protocol):
@@ -54,41 +53,34 @@ def evaluate(
     dataset: Labelled,
     *,
     transform: Transform,
-    device: torch.device | str = "cpu",
+    ranks: Ranks = ALONE,
     batch_size: int = 256,
-    rank: int = 0,
-    world_size: int = 1,
     num_workers: int = 0,
     worker_init_fn: Callable[[int], None] | None = None,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> Top1:
     """Accuracy of a model on a data set: rank r takes images r, r + world_size, ... and nothing is padded.
 
-    Under world_size > 1 every rank calls this, in an initialised torch.distributed; the counts are summed once, at the
-    end, and every rank returns the same result. A rank may hold no image. The model's mode is restored.
+    Several ranks call this together, with their models on their devices; the counts are summed once, at the end, and
+    every rank returns the same result. A rank may hold no image. The model's mode is restored.
 
     Raises:
         ValueError: the ranks together did not count each image once, or a label is none of the model's classes.
     """
-    if world_size > 1 and not dist.is_initialized():
-        raise ValueError(f"{world_size} ranks need torch.distributed: start with torchrun, or give world_size=1.")
-    share = _Share(dataset, range(rank, len(dataset), world_size), transform)
+    share = _Share(dataset, range(ranks.rank, len(dataset), ranks.world_size), transform)
     loader = DataLoader(share, batch_size=batch_size, num_workers=num_workers, worker_init_fn=worker_init_fn)
     counts = torch.zeros(3, dtype=torch.int64)  # images, top-1, top-5
     was_training = model.training
     model.eval()
-    with torch.inference_mode():
+    with ranks.together(), torch.inference_mode():
         for images, labels in progress(loader):
-            logits = model(images.to(device))
-            counts += torch.tensor([len(labels), *count_topk(logits, labels.to(device))])
+            logits = model(images.to(ranks.device))
+            counts += torch.tensor([len(labels), *count_topk(logits, labels.to(ranks.device))])
     model.train(was_training)
-    if world_size > 1:
-        counts = counts.to(device)
-        dist.all_reduce(counts)
-    num_images, top1, top5 = counts.tolist()
+    num_images, top1, top5 = ranks.sum(counts).tolist()
     if num_images != len(dataset) or not num_images:
         raise ValueError(
-            f"{world_size} ranks counted {num_images} of {len(dataset)} images: each must be counted once."
+            f"{ranks.world_size} ranks counted {num_images} of {len(dataset)} images: each must be counted once."
         )
     return Top1(num_images, 100 * top1 / num_images, 100 * top5 / num_images)
 
@@ -120,27 +112,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Accuracy of every target; under torchrun each rank evaluates its share."""
-    targets = resolve_targets(args.targets)
-    rows = []
-    with _process_group(choose_device(args.device)) as (device, rank, world_size):
-        for target in targets:
-            dataset, folder = open_data(target, args.data, args.split)
-            model = target.load(args.checkpoint).to(device)
-            _check_class_folders(dataset, model)
-            result = evaluate(
-                model,
-                dataset,
-                transform=evaluation_transform(model, target.config and target.config.eval.crop_pct),
-                device=device,
-                batch_size=args.batch_size,
-                rank=rank,
-                world_size=world_size,
-                num_workers=args.num_workers,
-                progress=partial(track, description=target.label, console=Console(stderr=True), disable=rank > 0),
-            )
-            rows.append({"name": target.label, "data": str(folder), **asdict(result)})
-    return {"command": "top1", "rows": rows}
+    """Accuracy of every target; under torchrun each rank evaluates its share.
+
+    Raises:
+        ValueError: a target, its data or its weights cannot be used; under several ranks see Ranks.together.
+    """
+    with joined(args.device) as ranks:
+        with ranks.together():
+            targets = resolve_targets(args.targets)
+        return {"command": "top1", "rows": [_row(target, args, ranks) for target in targets]}
+
+
+def _row(target: Target, args: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
+    with ranks.together():
+        dataset, folder = open_data(target, args.data, args.split)
+        model = target.load(args.checkpoint).to(ranks.device)
+        _check_class_folders(dataset, model)
+    bar = partial(track, description=target.label, console=Console(stderr=True), disable=not ranks.is_main)
+    result = evaluate(
+        model,
+        dataset,
+        transform=evaluation_transform(model, target.config and target.config.eval.crop_pct),
+        ranks=ranks,
+        batch_size=args.batch_size,
+        num_workers=args.num_workers,
+        progress=bar,
+    )
+    return {"name": target.label, "data": str(folder), **asdict(result)}
 
 
 def render(result: dict[str, Any]) -> RenderableType:
@@ -174,19 +172,3 @@ def _check_class_folders(dataset: Labelled, model: Any) -> None:
             f"{dataset.folder} has {len(dataset.class_names)} class folders and the model {model.num_classes} classes: "
             "folders are numbered in order, so each class needs one."
         )
-
-
-@contextmanager
-def _process_group(device: torch.device) -> Iterator[tuple[torch.device, int, int]]:
-    """This rank's device, its number and how many there are; a process group where torchrun started several."""
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world_size == 1:
-        yield device, 0, 1
-        return
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield device, rank, world_size
-    finally:
-        dist.destroy_process_group()

@@ -1,6 +1,10 @@
 """The ``vitreuse`` command: what it prints, as JSON and as text, and how it refuses."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -95,6 +99,31 @@ def test_wrong_input_is_one_sentence_and_exit_code_2(capsys, argv, sentence):
     captured = capsys.readouterr()
     assert captured.err.startswith(sentence) and captured.err.count("\n") == 1
     assert captured.out == ""
+
+
+@pytest.mark.parametrize("more", [[], ["--json"]], ids=["table", "json"])
+def test_output_that_cannot_be_written_is_one_sentence(more):
+    with open("/dev/full", "w") as full:
+        result = run_process(["plan", "exact*12", *more], stdout=full)
+    assert (result.returncode, result.stderr) == (
+        2,
+        "vitreuse plan: standard output cannot be written (No space left on device): send it somewhere else.\n",
+    )
+
+
+@pytest.mark.parametrize("more", [[], ["--json"]], ids=["table", "json"])
+def test_a_reader_that_has_seen_enough_ends_it_quietly(more):
+    reader, writer = os.pipe()
+    os.close(reader)
+    result = run_process(["plan", "exact*12", *more], stdout=writer)
+    os.close(writer)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+def run_process(arguments: list[str], **where) -> subprocess.CompletedProcess[str]:
+    """The command as a process of its own, whose standard output goes somewhere."""
+    command = [sys.executable, "-m", "vitreuse", *arguments]
+    return subprocess.run(command, cwd=Path(__file__).parent.parent, stderr=subprocess.PIPE, text=True, **where)
 
 
 def test_wrong_arguments_are_one_sentence(capsys):

@@ -98,6 +98,10 @@ def test_values_are_read_by_declared_type(write):
         ("trian.epochs=3", "command line: trian is not a key, did you mean 'train'?"),
         ("train.mixup={zzz: 1}", "train.mixup.zzz is not a key; train.mixup knows mixup, cutmix, prob, switch_prob."),
         ("train.schedule={warmup_epochs: 3}", "x.yaml: train.schedule.warmup_epochs 3 leaves nothing of 3 epochs"),
+        (
+            "train.schedule={name: constant, min_lr: 1e-5}",
+            "x.yaml: train.schedule.min_lr 1e-05 is never reached by the schedule 'constant': set it to 0",
+        ),
         ("train.mixup={mixup: 0, cutmix: 0}", "x.yaml: train.mixup.mixup and cutmix are both 0;"),
         ("data.root=a", "x.yaml: data.root and source: give exactly one of the two"),
         ("data.source=null", "x.yaml: data.root and source: give exactly one of the two"),

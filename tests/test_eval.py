@@ -4,14 +4,14 @@ import io
 import itertools
 import json
 import os
+import shutil
 import socket
-from contextlib import redirect_stdout
-from dataclasses import asdict
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
 from matplotlib.text import Text
 from PIL import Image
@@ -21,6 +21,7 @@ from torch import nn
 
 from eval import throughput
 from eval.__main__ import main
+from eval.distributed import Ranks, joined
 from eval.inputs import evaluation_transform, image_settings
 from eval.scatter import Point, scatter_figure
 from eval.table import Column, to_csv, to_markdown
@@ -85,8 +86,8 @@ def test_one_rank_counts_every_image_once(num_images, batch_size, num_workers):
 
 
 def test_several_ranks_need_a_process_group():
-    with pytest.raises(ValueError, match="2 ranks need torch"):
-        evaluate(Reader(), Numbers(3), transform=to_number, world_size=2)
+    with pytest.raises(ValueError, match="process group has not been initialized"):
+        evaluate(Reader(), Numbers(3), transform=to_number, ranks=Ranks(0, 2))
 
 
 def test_an_empty_data_set_has_no_accuracy():
@@ -179,20 +180,19 @@ def _rank(rank: int, folder: str, run: str, ports: dict[int, int]) -> None:
             os.environ.update(
                 MASTER_ADDR="localhost", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world_size)
             )
-            dist.init_process_group("gloo")
-            found[world_size] = _count_as(rank, world_size)
-            dist.destroy_process_group()
+            with joined("cpu") as ranks:
+                found[world_size] = _count_as(ranks)
     with redirect_stdout(io.StringIO()) as output:
         main(["top1", run, "--json", "--device", "cpu"])
     Path(folder, f"{rank}.json").write_text(json.dumps({"found": found, "output": output.getvalue()}))
 
 
-def _count_as(rank: int, world_size: int) -> list:
+def _count_as(ranks: Ranks) -> list:
     """What evaluate returns for sets of several sizes, then what it says where every rank takes the share of rank 0."""
-    share = {"transform": to_number, "batch_size": 2, "world_size": world_size}
-    results = [asdict(evaluate(Reader(), Numbers(size), rank=rank, **share)) for size in RANK_SIZES]
+    share = {"transform": to_number, "batch_size": 2}
+    results = [asdict(evaluate(Reader(), Numbers(size), ranks=ranks, **share)) for size in RANK_SIZES]
     with pytest.raises(ValueError) as error:
-        evaluate(Reader(), Numbers(7), rank=0, **share)
+        evaluate(Reader(), Numbers(7), ranks=replace(ranks, rank=0), **share)
     return [*results, str(error.value)]
 
 
@@ -213,6 +213,45 @@ def test_any_number_of_ranks_counts_every_image_once(tmp_path, experiment, capsy
         assert refusal == f"{world_size} ranks counted {num_counted} of 7 images: each must be counted once."
     assert json.loads(ranks[0]["output"])["rows"] == run_json(capsys, "top1", run)["rows"]
     assert [ranks[1]["output"], ranks[2]["output"]] == ["", ""]
+
+
+def _refused_rank(rank: int, folder: str, run: str, port: int) -> None:
+    """One of two processes with wrong input: wrong for both, twice; for the second alone; in the second's images."""
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank))
+    os.environ["WORLD_SIZE"] = "2"
+    by_rank = run, "nowhere/run"
+    told = []
+    for arguments in (["run", "--splt"], ["nowhere/run"], [by_rank[rank]], [run, "--data", f"{folder}/broken"]):
+        with redirect_stderr(io.StringIO()) as errors:
+            code = exit_code(["top1", *arguments, "--device", "cpu"])
+        told.append((code, [line for line in errors.getvalue().splitlines() if line.startswith("python -m eval")]))
+    Path(folder, f"{rank}.json").write_text(json.dumps(told))
+
+
+def exit_code(arguments: list[str]) -> int:
+    """How the command ends."""
+    try:
+        return main(arguments)
+    except SystemExit as exit_:
+        assert isinstance(exit_.code, int)
+        return exit_.code
+
+
+def test_what_a_rank_refuses_ends_all_and_is_told_once(tmp_path, experiment):
+    run = str(make_run(tmp_path / "run", experiment))
+    shutil.copytree(tmp_path / "data", tmp_path / "broken")
+    (tmp_path / "broken" / "val" / "class0" / "1.png").write_bytes(b"no image")
+    mp.spawn(_refused_rank, (str(tmp_path), run, free_port()), nprocs=2)
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert [code for code, _ in [*first, *second]] == [2] * 8
+    for lines, others, part in (
+        (first[0], second[0], "unrecognized arguments: --splt"),
+        (first[1], second[1], "nowhere/run is neither a run folder nor a config"),
+        (second[2], first[2], "nowhere/run is neither a run folder nor a config"),
+        (second[3], first[3], "1.png has no known image format"),
+    ):
+        assert others[1] == [] and len(lines[1]) == 1 and part in lines[1][0]
 
 
 def test_flops_agree_part_by_part(experiment, capsys):
@@ -250,7 +289,14 @@ def test_flops_of_a_plain_model(capsys):
     model = run_json(capsys, "flops", "deit_tiny_patch16_224", "--image-size", "32")["models"][0]
     tokens, dim = 5, 192
     assert model["macs"] == 4 * 768 * dim + 12 * (12 * tokens * dim**2 + 2 * tokens**2 * dim) + 1000 * dim
-    assert (model["image_size_px"], model["macs_ratio"]) == (32, None)
+    assert (model["image_size_px"], model["macs_ratio"]) == ([32, 32], None)
+
+
+def test_flops_name_both_sides_of_an_image(experiment, capsys):
+    experiment.write_text(experiment.read_text().replace("img_size: 12", "img_size: [8, 12]"))
+    assert run_json(capsys, "flops", str(experiment))["models"][0]["image_size_px"] == [8, 12]
+    assert main(["flops", str(experiment)]) == 0
+    assert " 8 x 12 " in capsys.readouterr().out
 
 
 TIMES_MS = {"tiny": 5.0, "deit_tiny_patch16_224, fused": 8.0, "deit_tiny_patch16_224, unfused": 6.0}
@@ -407,10 +453,7 @@ def test_wrong_input_is_one_sentence(arguments, sentence, tmp_path, experiment, 
         Image.new("L", (8, 8)).save(tmp_path / "few" / "val" / name / "0.png")
     (tmp_path / "seven.yaml").write_text(CONFIG.format(root=tmp_path / "data", num_classes=7))
     make_run(tmp_path / "other", tmp_path / "seven.yaml")
-    try:
-        code = main([argument.format(tmp=tmp_path) for argument in arguments])
-    except SystemExit as exit_:
-        code = exit_.code
+    code = exit_code([argument.format(tmp=tmp_path) for argument in arguments])
     output = capsys.readouterr()
     assert code == 2
     assert output.out == ""

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import vitreuse
+
 ROOT = Path(__file__).resolve().parents[1]
 MAY_IMPORT = {"vitreuse": set(), "eval": {"vitreuse"}, "train": {"vitreuse", "eval"}}  # of our packages, beside itself
 DEPENDENCIES = {"torch", "torchvision", "timm", "fvcore", "webdataset", "yaml", "rich", "safetensors", "numpy", "PIL"}
@@ -77,6 +79,7 @@ def test_the_wheel_holds_the_library_alone(tmp_path):
     build = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
     subprocess.run([sys.executable, "-c", build, tmp_path], cwd=checkout, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.startswith(f"vitreuse-{vitreuse.__version__}-")
     held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert held == {path.relative_to(ROOT).as_posix() for path in (ROOT / "vitreuse").rglob("*.py")}
 

@@ -5,7 +5,9 @@ import io
 import json
 import os
 import random
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,18 +19,21 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
+from timm.models import VisionTransformer
 
 import vitreuse  # noqa: F401  (registers the models)
+from eval.distributed import Ranks
 from eval.inputs import image_settings
+from eval.targets import resolve_targets
 from train.__main__ import main
 from train.checkpoint import Checkpoints
-from train.distributed import Ranks, StopSignal
+from train.distributed import StopSignal
 from train.loop import _Loop
 from train.order import Draw
 from train.pipeline import TrainingImages, train_transform
 from train.run import RunFolder
 from train.trainer import DivergedError, Trainer
-from vitreuse.config import Config, load_config
+from vitreuse.config import Config, ConfigError, load_config
 from vitreuse.data import EncodedSample, Sample, open_split, write_shards
 
 CHECKOUT = Path(__file__).parent.parent
@@ -179,6 +184,24 @@ def test_a_run_leaves_a_whole_folder(whole, config_path):
     config.model.create().load_state_dict(load_file(whole / "model.safetensors"))
 
 
+def test_a_plain_model_leaves_no_plan(config_path, tmp_path):
+    """What `python -m eval` reads back as timm's own model."""
+    overrides = ["model.name=vit_tiny_patch16_224", "model.plan=null"]
+    folder = RunFolder(tmp_path / "run", load_config(config_path, overrides))
+    model = folder.config.model.create()
+    folder.path.mkdir()
+    folder.begin(0, {})
+    folder.finish(model)
+    with safe_open(folder.path / "model.safetensors", "pt") as file:
+        metadata = file.metadata()
+    keywords = json.loads(metadata.pop("keywords"))
+    assert metadata == {"name": "vit_tiny_patch16_224", "plan": "", "format": "pt"}
+    assert keywords == folder.config.model.keywords
+    (target,) = resolve_targets([str(folder.path)])
+    assert type(target.load()) is VisionTransformer
+    torch.testing.assert_close(target.load().state_dict(), model.state_dict(), rtol=0, atol=0)
+
+
 def test_every_epoch_uses_every_sample_once(whole):
     ledger = _records(whole, "ledger")
     for epoch in range(60):
@@ -296,6 +319,63 @@ def test_every_shape_of_schedule_ends_near_the_smallest_rate(name, config_path):
     trainer = _trainer(load_config(config_path, [f"train.schedule.name={name}"]))
     trainer.scheduler.step_update(trainer.num_steps - 1)
     assert trainer.optimizer.param_groups[0]["lr"] < 0.1 * trainer.config.train.optimizer.lr
+
+
+def _train_apart(config_path: Path, *run_dirs: Path) -> list[tuple[int, str]]:
+    """Exit code and errors of ranks with a run folder each, as on machines that share no file system."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        shared = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(probe.getsockname()[1]), "WORLD_SIZE": "2"}
+    processes = [
+        subprocess.Popen(
+            _command(str(config_path), *EVERYTHING, f"run_dir={run_dir}"),
+            env={**_environment(), **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            cwd=CHECKOUT,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank, run_dir in enumerate(run_dirs)
+    ]
+    errors = [process.communicate(timeout=120)[1] for process in processes]
+    return [(process.returncode, text) for process, text in zip(processes, errors, strict=True)]
+
+
+def test_ranks_that_find_different_checkpoints_are_refused(whole, config_path, tmp_path):
+    (one, told), (other, silence) = _train_apart(config_path, shutil.copytree(whole, tmp_path / "a"), tmp_path / "b")
+    assert (one, other, silence) == (2, 2, "")
+    assert "different checkpoints (rank 0 after step 180, rank 1 after step 0; 0 is none): give all the same" in told
+    assert told.count("\n") == 1 and _status(tmp_path / "a") == "completed"
+
+
+def test_what_only_a_later_rank_refuses_is_told_by_it(config_path, tmp_path):
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "notes").touch()
+    (one, silence), (other, told) = _train_apart(config_path, tmp_path / "a", tmp_path / "b")
+    assert (one, other, silence) == (2, 2, "")
+    assert told == f"train: {tmp_path / 'b'} is not a run folder: choose another with run_dir=PATH.\n"
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("damage", ['{"status": "comp', "[]", "\ud800"])
+def test_a_damaged_run_json_does_not_keep_a_run_from_its_checkpoints(whole, config_path, tmp_path, capsys, damage):
+    run_dir = shutil.copytree(whole, tmp_path / "run")
+    (run_dir / "run.json").write_text(damage, errors="surrogatepass")
+    assert main([str(config_path), *EVERYTHING, f"run_dir={run_dir}"]) == 0
+    told = capsys.readouterr().err
+    assert told.count("run.json is damaged; the run goes on from its checkpoints") == 1
+    assert "goes on after step 180 of 180" in told
+    assert json.loads((run_dir / "run.json").read_text())["plan"] == "exact reuse" and _status(run_dir) == "completed"
+    _assert_equal_runs(run_dir, whole)
+
+
+def test_a_run_that_ended_before_it_wrote_anything_starts_again(config_path, tmp_path):
+    folder = RunFolder(tmp_path / "run", load_config(config_path))
+    with folder.claimed():
+        pass
+    folder.refuse_other_run()
+    (tmp_path / "run" / "notes").touch()
+    with pytest.raises(ConfigError, match="is not a run folder"):
+        folder.refuse_other_run()
 
 
 def test_another_experiment_is_refused_in_the_same_folder(whole, config_path, capsys):

@@ -11,7 +11,7 @@ import vitreuse  # noqa: F401  (registers the models)
 from train.loop import train
 from train.trainer import DivergedError
 from vitreuse.config import ConfigError, load_config
-from vitreuse.console import DONE, WRONG_INPUT, is_first_rank, print_error
+from vitreuse.console import DONE, WRONG_INPUT, OtherRankError, is_first_of_machine, print_error
 from vitreuse.data import DataError
 
 USAGE = "usage: python -m train CONFIG [section.key=value ...] [run_dir=PATH]"
@@ -19,18 +19,26 @@ FAILED, STOPPED = 1, 75
 
 
 def main(arguments: list[str]) -> int:
-    """Trains the experiment that the command line names; the exit code."""
+    """Trains the experiment that the command line names; the exit code.
+
+    What is wrong with the command line or the config, the ranks of a machine all see before they have met: the first of
+    them prints it. After that every error is printed by the rank that raises it, see eval.distributed.Ranks.together.
+    """
     if {"-h", "--help"} & set(arguments):
         print(f"{USAGE}\nkeys and their meaning: vitreuse/config.py; experiments: configs/")
         return DONE
     try:
         path, overrides, run_dir = _parse(arguments)
-        command = shlex.join([*_launcher(), *arguments])
-        return DONE if train(load_config(path, overrides), run_dir, command) else STOPPED
-    except (ConfigError, DataError) as error:
-        return _end(error, WRONG_INPUT)
-    except (DivergedError, OSError) as error:
-        return _end(error, FAILED)
+        config = load_config(path, overrides)
+    except ConfigError as error:
+        if is_first_of_machine():
+            print_error("train", error)
+        return WRONG_INPUT
+    try:
+        return DONE if train(config, run_dir, shlex.join([*_launcher(), *arguments])) else STOPPED
+    except (ConfigError, DataError, OtherRankError, DivergedError, OSError) as error:
+        print_error("train", error)
+        return FAILED if isinstance(error, (DivergedError, OSError)) else WRONG_INPUT
 
 
 def _parse(arguments: list[str]) -> tuple[Path, list[str], Path]:
@@ -53,12 +61,6 @@ def _launcher() -> list[str]:
     if world_size == "1":
         return ["python", "-m", "train"]
     return ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", world_size), "-m", "train"]
-
-
-def _end(error: Exception, code: int) -> int:
-    if is_first_rank() or code == FAILED:
-        print_error("train", error)
-    return code
 
 
 if __name__ == "__main__":

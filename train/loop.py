@@ -6,16 +6,17 @@ import math
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from eval.distributed import Ranks, joined
 from eval.inputs import evaluation_transform, image_settings
 from eval.top1 import Top1, evaluate
-from train.distributed import Ranks, StopSignal, joined
+from train.distributed import StopSignal
 from train.pipeline import ignore_stop_signals
 from train.progress import TrainingProgress
 from train.run import RunFolder, run_facts
@@ -34,20 +35,25 @@ def train(config: Config, run_dir: Path, command: str) -> bool:
         ConfigError: The experiment cannot be run as it stands; nothing was written.
         DataError: The data cannot be used.
         DivergedError: The loss stayed infinite or NaN.
+        OtherRankError: Another rank raised one of these at the start or in an evaluation.
     """
-    with joined(config.train.device) as ranks, StopSignal().listening() as stop:
+    with joined(config.train.device) as ranks, StopSignal().listening() as stop, ExitStack() as held:
         folder = RunFolder(run_dir, config)
-        folder.refuse_other_run()
-        if folder.is_completed:
+        with ranks.together():
+            folder.refuse_other_run()
+        if all(ranks.gather(folder.is_completed)):
             _say(ranks, f"{run_dir} is completed already: nothing to do.")
             return True
-        trainer, val_set = _set_up(config, ranks)
-        with folder.claimed() if ranks.is_main else nullcontext():
-            try:
-                return _Loop(trainer, val_set, folder, stop).run(command)
-            except Exception as error:
-                folder.fail(str(error) or repr(error))
-                raise
+        loop = _Loop(*_set_up(config, ranks), folder, stop)
+        with ranks.together():
+            if ranks.is_main:
+                held.enter_context(folder.claimed())
+        loop.resume()
+        try:
+            return loop.run(command)
+        except Exception as error:
+            folder.fail(str(error) or repr(error))
+            raise
 
 
 def _say(ranks: Ranks, text: str) -> None:
@@ -60,15 +66,16 @@ def _set_up(config: Config, ranks: Ranks) -> tuple[Trainer, Any]:
     if config.train.num_threads is not None:
         torch.set_num_threads(config.train.num_threads)
     torch.manual_seed(config.train.seed)
-    model = config.model.create().to(ranks.device)  # made on the CPU: the same weights on every device
-    if config.data.source is not None and ranks.local_rank == 0:
-        prepare_source(config.data.source, config.data.folder)
-    ranks.gather(None)  # the others open what the first has written
-    settings = image_settings(model)
-    mode = "L" if settings["input_size"][0] == 1 else "RGB"
-    train_set, val_set = (open_split(config.data.folder, split, mode) for split in ("train", "val"))
-    _check_same_classes(config.data.folder, train_set.class_names, val_set.class_names)
-    return Trainer(config, model, train_set, settings, ranks), val_set
+    with ranks.together():  # all leave it when the data are written
+        model = config.model.create().to(ranks.device)  # made on the CPU: the same weights on every device
+        if config.data.source is not None and ranks.local_rank == 0:
+            prepare_source(config.data.source, config.data.folder)
+    with ranks.together():
+        settings = image_settings(model)
+        mode = "L" if settings["input_size"][0] == 1 else "RGB"
+        train_set, val_set = (open_split(config.data.folder, split, mode) for split in ("train", "val"))
+        _check_same_classes(config.data.folder, train_set.class_names, val_set.class_names)
+        return Trainer(config, model, train_set, settings, ranks), val_set
 
 
 def _check_same_classes(folder: str, trained: Sequence[str], measured: Sequence[str]) -> None:
@@ -81,6 +88,15 @@ def _check_same_classes(folder: str, trained: Sequence[str], measured: Sequence[
     else:
         difference = f"label {label} is class {trained[label]!r} in train and {measured[label]!r} in val"
     raise ConfigError(f"{folder}: {difference}: give both the same classes in the same order.")
+
+
+def _check_same_step(steps: list[int]) -> None:
+    if len(set(steps)) > 1:
+        found = ", ".join(f"rank {rank} after step {step}" for rank, step in enumerate(steps))
+        raise ConfigError(
+            f"the ranks would go on from different checkpoints ({found}; 0 is none): "
+            "give all the same run_dir, on a file system that their machines share."
+        )
 
 
 @dataclass
@@ -108,9 +124,25 @@ class _Loop:
         self.measured: dict[str, float] | None = None  # the newest evaluation
         self.pace = _Pace()
 
+    def resume(self) -> None:
+        """Goes to where the newest checkpoint was saved, if there is one.
+
+        Raises:
+            ConfigError: The ranks find different ones, as on machines that do not share the run folder.
+        """
+        state = self.folder.checkpoints.load_newest()
+        steps = self.ranks.gather(0 if state is None else state["counters"]["step"])
+        with self.ranks.together():
+            _check_same_step(steps)
+        if state is not None:
+            self.trainer.load_state_dict(state)
+            step = self.trainer.counters.step
+            _say(self.ranks, f"{self.folder.path} goes on after step {step} of {self.trainer.num_steps}.")
+
     def run(self, command: str) -> bool:
-        """Resumes, trains to the end or to a signal, and leaves the weights; whether the end was reached."""
-        self._resume(command)
+        """Trains to the end or to a signal, and leaves the weights; whether the end was reached."""
+        if self.ranks.is_main:
+            self._begin(command)
         trainer = self.trainer
         with TrainingProgress(
             self.folder.path.name, trainer.counters.step, trainer.num_steps, self.ranks.is_main
@@ -127,18 +159,11 @@ class _Loop:
         self._finish()
         return True
 
-    def _resume(self, command: str) -> None:
-        state = self.folder.checkpoints.load_newest()
-        if state is not None:
-            self.trainer.load_state_dict(state)
-            step = self.trainer.counters.step
-            _say(self.ranks, f"{self.folder.path} goes on after step {step} of {self.trainer.num_steps}.")
-        if not self.ranks.is_main:
-            return
+    def _begin(self, command: str) -> None:
         if self.config.train.mixup is not None:
             self._say_what_mixup_drops()
         facts = run_facts(self.config, self.trainer.model, self.ranks, command)
-        self.folder.begin(self.trainer.counters.step, facts)
+        self.folder.begin(self.trainer.counters.step, {**facts, "num_steps": self.trainer.num_steps})
 
     def _say_what_mixup_drops(self) -> None:
         batches = self.trainer.batches
@@ -212,10 +237,8 @@ class _Loop:
             model,
             self.val_set,
             transform=evaluation_transform(model, self.config.eval.crop_pct),
-            device=self.ranks.device,
+            ranks=self.ranks,
             batch_size=self.config.eval.batch_size,
-            rank=self.ranks.rank,
-            world_size=self.ranks.world_size,
             num_workers=self.config.data.num_workers,
             worker_init_fn=ignore_stop_signals,
         )

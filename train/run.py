@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -24,11 +25,13 @@ from typing import Any
 import safetensors.torch
 from torch import nn
 
+from eval.distributed import Ranks
 from eval.machine import describe_machine
 from train.checkpoint import Checkpoints, sync, write_durably
-from train.distributed import Ranks
 from vitreuse.config import Config, ConfigError, changed_settings, load_config, to_yaml
+from vitreuse.console import is_first_rank
 
+LOCK_FILE = ".lock"
 PACKAGES = ("vitreuse", "torch", "torchvision", "timm", "numpy", "webdataset")
 
 
@@ -57,10 +60,10 @@ class RunFolder:
         """
         if not self.path.exists():
             return
-        if not self.path.is_dir() or (any(self.path.iterdir()) and not (self.path / "config.yaml").exists()):
-            raise ConfigError(f"{self.path} is not a run folder: choose another with run_dir=PATH.")
         if not (self.path / "config.yaml").exists():
-            return
+            if self.path.is_dir() and {path.name for path in self.path.iterdir()} <= {LOCK_FILE}:
+                return  # empty, or a run ended before it wrote anything
+            raise ConfigError(f"{self.path} is not a run folder: choose another with run_dir=PATH.")
         changes = changed_settings(load_config(self.path / "config.yaml"), self.config)
         if changes:
             raise ConfigError(
@@ -85,7 +88,7 @@ class RunFolder:
         """A POSIX lock's descriptor: forked DataLoader workers do not share it, a dead process does not keep it."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT)
+            lock = os.open(self.path / LOCK_FILE, os.O_RDWR | os.O_CREAT)
         except OSError as error:
             reason = error.strerror
             raise ConfigError(f"{self.path} cannot be written ({reason}): choose another run_dir=PATH.") from None
@@ -104,12 +107,23 @@ class RunFolder:
         write_durably(self.path / "run.json", (json.dumps(record, indent=2) + "\n").encode())
 
     def _record(self) -> dict[str, Any]:
+        """What run.json holds; nothing where it is damaged, which is said and keeps no run from its checkpoints."""
         path = self.path / "run.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        if not path.exists():
+            return {}
+        try:
+            record = json.loads(path.read_bytes())
+            if isinstance(record, dict):
+                return record
+        except ValueError:  # neither JSON nor text
+            pass
+        if is_first_rank():
+            print(f"{path} is damaged; the run goes on from its checkpoints and writes it anew.", file=sys.stderr)
+        return {}
 
     def fail(self, reason: str) -> None:
         """Notes why a run ended; the first rank to fail is the one that knows."""
-        if self._record().get("status") != "failed":
+        if self.path.exists() and self._record().get("status") != "failed":  # a rank elsewhere may not see the folder
             self.describe(status="failed", error=reason)
 
     def begin(self, step: int, facts: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,8 @@ from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3, dispatch_clip_grad
 from torch import Tensor, nn
 
-from train.distributed import Ranks
+from eval.distributed import Ranks
+from train.distributed import replicated
 from train.order import RankBatches, Stream, seed_sequence
 from train.pipeline import Batch, TrainingImages, create_loader, create_mixup, seed_generators, train_transform
 from vitreuse.config import Config, ConfigError
@@ -90,7 +92,6 @@ class Trainer:
             model.set_grad_checkpointing(True)
         if recipe.compile:
             model.compile()
-        self.replica: Any = ranks.replicate(model)
         self._empty_images = torch.zeros(1, *settings["input_size"], device=ranks.device)
 
     @property
@@ -112,6 +113,11 @@ class Trainer:
     def final_model(self) -> nn.Module:
         """The model a run leaves: the moving average where there is one."""
         return self.model if self.ema is None else self.ema.module
+
+    @cached_property
+    def replica(self) -> Any:
+        """The model that exchanges gradients; making it takes all ranks, so that it waits for the first step."""
+        return replicated(self.model, self.ranks)
 
     def remaining_batches(self) -> Iterator[Batch]:
         """This rank's batches from the next step to the end of its epoch."""

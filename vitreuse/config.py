@@ -119,6 +119,12 @@ class ScheduleConfig:
     warmup_lr: float = setting("learning rate of the first step when there is a warm-up", 1e-6, minimum=0)
     min_lr: float = setting("learning rate at the end", 0.0, minimum=0)
 
+    def __post_init__(self):
+        if self.name == "constant" and self.min_lr:
+            raise ConfigError(
+                f"min_lr {self.min_lr:g} is never reached by the schedule 'constant': set it to 0, or choose another."
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:

@@ -21,17 +21,24 @@ from rich.measure import Measurement
 DONE, WRONG_INPUT = 0, 2
 
 
+class OtherRankError(ValueError):
+    """What another rank met and prints: this one ends with it, and in silence."""
+
+
 class Parser(argparse.ArgumentParser):
     """One sentence for wrong arguments, without the usage text."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(WRONG_INPUT, f"{self.prog}: {message}; see {self.prog} --help.\n")
+        self.exit(WRONG_INPUT, f"{self.prog}: {message}; see {self.prog} --help.\n" if is_first_of_machine() else None)
 
 
 def run_command(
     prog: str, description: str, commands: Mapping[str, ModuleType], shared: Parser, argv: Sequence[str] | None
 ) -> int:
     """Runs one of the commands: its result on standard output, progress and errors on standard error; the exit code.
+
+    Under torchrun the first rank prints the result and the first of each machine what is wrong with the arguments; any
+    other error is printed by the rank that raises it.
 
     Args:
         prog: how the program is called.
@@ -50,26 +57,51 @@ def run_command(
     try:
         with redirect_stdout(sys.stderr):  # whatever a library prints must not end up inside the JSON
             result = command.run(args)
+        if is_first_rank():
+            _print_whole(json.dumps(result) + "\n" if args.json else command.render(result))
     except (ValueError, OSError) as error:
         print_error(f"{prog} {args.command}", error)
         return WRONG_INPUT
-    if is_first_rank():
-        print(json.dumps(result)) if args.json else print_whole(command.render(result))
     return DONE
 
 
 def is_first_rank() -> bool:
-    """Whether this process is the one that speaks, under torchrun or alone."""
+    """Whether this process is the one that speaks for all, under torchrun or alone."""
     return os.environ.get("RANK", "0") == "0"
 
 
+def is_first_of_machine() -> bool:
+    """Whether this process speaks for those of its machine, which were all started with the same arguments."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
 def print_error(prog: str, error: Exception) -> None:
-    """Prints an error as one line on standard error."""
-    print(f"{prog}: {' '.join(str(error).split())}", file=sys.stderr)
+    """Prints an error as one line on standard error; nothing where another rank prints it."""
+    if not isinstance(error, OtherRankError):
+        print(f"{prog}: {' '.join(str(error).split())}", file=sys.stderr)
 
 
-def print_whole(renderable: RenderableType) -> None:
-    """Prints on standard output as wide as it needs: a narrow terminal wraps lines, a file gets them whole."""
+def _print_whole(result: RenderableType) -> None:
+    """Prints to the last byte, or until a reader such as head has seen enough.
+
+    Raises:
+        OSError: standard output takes no more.
+    """
+    try:
+        print(result if isinstance(result, str) else _as_text(result), end="", flush=True)
+    except OSError as error:
+        # Python writes the rest when it ends, and would print a traceback then.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            reason = error.strerror
+            raise OSError(f"standard output cannot be written ({reason}): send it somewhere else.") from error
+
+
+def _as_text(renderable: RenderableType) -> str:
+    """What standard output shows, as wide as it needs: a narrow terminal wraps lines, a file gets them whole."""
     console = Console()
     width = Measurement.get(console, console.options.update(width=1000), renderable).maximum
-    Console(width=max(width, console.width)).print(renderable)
+    console = Console(width=max(width, console.width))
+    with console.capture() as capture:
+        console.print(renderable)
+    return capture.get()

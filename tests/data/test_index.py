@@ -73,6 +73,14 @@ def test_interrupted_writing_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("number", [0, -1])
+def test_a_shard_holds_at_least_one_sample(tmp_path, number):
+    with pytest.raises(DataError) as error:
+        write_shards(make_samples(2), tmp_path / "new" / "train", CLASS_NAMES, samples_per_shard=number)
+    assert_one_sentence(error, f"samples_per_shard is {number}, it must be at least 1")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_writing_spares_a_folder_in_use(split):
     before = sorted((path.name, path.read_bytes()) for path in split.iterdir())
     with pytest.raises(DataError) as error:

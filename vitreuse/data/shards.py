@@ -45,8 +45,11 @@ def write_shards(
     The folder appears under its name only when it is whole, so an interrupted run leaves nothing that looks usable.
 
     Raises:
-        DataError: the folder exists and is not empty, there are no samples, or build_index refuses them.
+        DataError: the folder exists and is not empty, there are no samples or to be none in a shard, or build_index
+            refuses them.
     """
+    if samples_per_shard < 1:
+        raise DataError(f"samples_per_shard is {samples_per_shard}, it must be at least 1: a thousand is usual.")
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     remaining = iter(samples)

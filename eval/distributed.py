@@ -1,0 +1,118 @@
+"""The processes that torchrun started: who this one is, what they add up and hand each other, and how all end alike."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from eval.targets import choose_device
+from vitreuse.config import ConfigError
+from vitreuse.console import OtherRankError
+
+# A rank may wait for one that compiles, reads a cold disk or has the larger images, for longer than torch's 10 minutes.
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those that work together; alone by default.
+
+    Attributes:
+        rank: Its number.
+        world_size: How many there are.
+        local_rank: Its number on this machine.
+        device: Where it computes.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    device: torch.device = CPU
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the rank that writes and speaks for all."""
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The elementwise sum over all ranks, on every rank."""
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, by rank, on every rank."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Ends every rank if one meets an error inside the block, which must hold no sum and no gather.
+
+        The first rank that met an error raises it, and so prints it; the others raise OtherRankError, which is not
+        printed. So a sentence is printed once however many ranks meet it, and none waits for a rank that is gone. An
+        error outside such a block is printed by every rank that meets it: none is ever lost.
+
+        Raises:
+            ValueError, OSError: What this rank met, as the first.
+            OtherRankError: What another met.
+        """
+        own: Exception | None = None
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            own = error
+        met = self.gather(None if own is None else str(own))
+        first = next((rank for rank, text in enumerate(met) if text is not None), None)
+        if own is not None and first == self.rank:
+            raise own
+        if first is not None:
+            raise OtherRankError(met[first])
+
+
+@contextmanager
+def joined(device_name: str) -> Iterator[Ranks]:
+    """The ranks that torchrun started, or this process alone.
+
+    Args:
+        device_name: auto, cpu or cuda.
+
+    Raises:
+        ConfigError: cuda is asked for and there is none, or more ranks than devices.
+    """
+    rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
+    ranks = Ranks(rank, int(os.environ.get("WORLD_SIZE", "1")), local_rank)
+    if ranks.world_size > 1:
+        has_cuda = device_name != "cpu" and torch.cuda.is_available()
+        dist.init_process_group("cpu:gloo,cuda:nccl" if has_cuda else "gloo", timeout=COLLECTIVE_TIMEOUT)
+    try:
+        with ranks.together():
+            device = _own_device(device_name, ranks.local_rank)
+        yield replace(ranks, device=device)
+    finally:
+        if ranks.world_size > 1:
+            dist.destroy_process_group()
+
+
+def _own_device(name: str, local_rank: int) -> torch.device:
+    device = choose_device(name)
+    if device.type != "cuda":
+        return device
+    num_devices = torch.cuda.device_count()
+    if num_devices <= local_rank:
+        raise ConfigError(
+            f"this machine has {num_devices} CUDA devices, none for its rank {local_rank}: "
+            "start no more ranks than devices, or use the device cpu."
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
