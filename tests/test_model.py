@@ -1,6 +1,7 @@
 """Models with a plan under everything that is done to a model: capture, other image sizes, intermediates, counting."""
 
 import pytest
+import timm
 import torch
 from cases import CASES, SMALL_CASES, Case, image_size, images, with_backends
 from reference import bilinear
@@ -300,3 +301,15 @@ def test_layers_of_one_projection_run_alone_when_they_are_given_it():
     with pytest.raises(ValueError, match=r"or model.blocks\(x, layerwise_proj=model.key_proj\)"):
         model.blocks(tokens)
     assert_close(model.norm(model.blocks(tokens, layerwise_proj=model.key_proj)), model.forward_features(images()))
+
+
+def test_an_exact_plan_rounds_as_timm_does_without_prefix_tokens():
+    """A copy on the way would lay tokens out differently, and so train to other weights."""
+    keywords = {"img_size": 64, "global_pool": "avg", "class_token": False}
+    x = torch.randn(2, 3, 64, 64)
+    ours, plain = (
+        timm.create_model(name, **keywords, **plan).eval()
+        for name, plan in (("vit_reuse_tiny_patch16_224", {"plan": "exact*12"}), ("vit_tiny_patch16_224", {}))
+    )
+    ours.load_state_dict(plain.state_dict())
+    assert torch.equal(ours(x), plain(x))

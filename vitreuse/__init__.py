@@ -3,6 +3,7 @@
 Importing registers the models: ``timm.create_model("vit_reuse_small_patch16_224", plan="exact reuse*6 exact*5")``.
 """
 from vitreuse import models
+from vitreuse.fold import fold
 from vitreuse.macs import count_macs, count_params
 from vitreuse.plan import PRESETS, Plan, Spec, parse_plan, preset_plan
 from vitreuse.vit import PlanVisionTransformer, PlanVisionTransformerDistilled
@@ -19,6 +20,7 @@ __all__ = [
     "Spec",
     "count_macs",
     "count_params",
+    "fold",
     "load_checkpoint",
     "models",
     "parse_plan",

@@ -175,14 +175,16 @@ class PlanVisionTransformer(timm_vit.VisionTransformer):
             size, old_size = [x.shape[1], x.shape[2]], self.patch_embed.grid_size
             pos_embed = resample_abs_pos_embed(pos_embed, size, old_size, num_prefix_tokens)
         x = x.flatten(1, -2)
-        prefix = self.prefix_tokens(x.shape[0])
         if pos_embed is None:
-            return torch.cat(prefix + [x], dim=1)
+            return self._with_prefix_tokens(x)
         if self.no_embed_class:
-            x = torch.cat(prefix + [x + pos_embed], dim=1)
-        else:
-            x = torch.cat(prefix + [x], dim=1) + pos_embed
-        return self.pos_drop(x)
+            return self.pos_drop(self._with_prefix_tokens(x + pos_embed))
+        return self.pos_drop(self._with_prefix_tokens(x) + pos_embed)
+
+    def _with_prefix_tokens(self, x: Tensor) -> Tensor:
+        """Prefix tokens before the patches; without any the patches as they are, since a copy changes the rounding."""
+        prefix = self.prefix_tokens(x.shape[0])
+        return torch.cat(prefix + [x], dim=1) if len(prefix) > 0 else x
 
     def prefix_tokens(self, batch_size: int) -> List[Tensor]:
         """The class token and the registers, where the model has them, for every image: (B, 1, C) and (B, R, C)."""

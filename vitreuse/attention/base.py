@@ -129,6 +129,7 @@ class Attention(nn.Module):
         self.dim = config.dim
         self.num_heads = config.num_heads
         self.head_dim = config.dim // config.num_heads
+        self.scale = self.head_dim**-0.5  # of the logits
         self.grid = config.grid
         self.num_prefix_tokens = config.num_prefix_tokens
         self.hands_on = config.hands_on

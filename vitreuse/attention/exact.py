@@ -54,6 +54,7 @@ class ExactAttention(Attention):
             self.q_norm(q),
             self.k_norm(k),
             v,
+            self.scale,
             grid,
             self.width if rows is None else 0,
             self.num_prefix_tokens,

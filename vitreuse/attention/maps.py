@@ -46,26 +46,27 @@ def first_rows(attn_mask: Optional[Tensor], num_rows: int) -> Optional[Tensor]:
     return attn_mask[..., :num_rows, :]
 
 
-def softmax_map(q: Tensor, k: Tensor, attn_mask: Optional[Tensor], is_causal: bool) -> Tensor:
+def softmax_map(q: Tensor, k: Tensor, scale: float, attn_mask: Optional[Tensor], is_causal: bool) -> Tensor:
     """Softmax map (..., N, M) of queries (..., N, D) and keys (..., M, D), in the queries' dtype."""
-    logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+    logits = (q * scale) @ k.transpose(-2, -1)
     bias = resolve_self_attn_mask(k.shape[-2], logits, attn_mask, is_causal)
     if bias is not None:
         bias = first_rows(bias, q.shape[-2])
     return maybe_add_mask(logits, bias).softmax(dim=-1).to(q.dtype)
 
 
-def windowed_map(q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
+def windowed_map(q: Tensor, k: Tensor, scale: float, visible: Tensor) -> Tensor:
     """Softmax map of keys that ``visible`` allows. A padded query, which is cut off later, may see no key at all: it is
     shown all of them, since the gradient of a row of -inf is NaN."""
     visible = visible | ~visible.any(dim=-1, keepdim=True)
-    logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+    logits = (q * scale) @ k.transpose(-2, -1)
     return logits.masked_fill(~visible, float("-inf")).softmax(dim=-1).to(q.dtype)
 
 
 def make_map(
     q: Tensor,
     k: Tensor,
+    scale: float,
     grid: Tuple[int, int],
     width: int,
     num_prefix_tokens: int,
@@ -74,13 +75,13 @@ def make_map(
 ) -> Tuple[Tensor, Optional[Tensor]]:
     """The map (B, H, N, M) and None, or a tiled map (B, H, T, Q, P + K) and the prefix tokens' rows (B, H, P, N)."""
     if width == 0:
-        return softmax_map(q, k, attn_mask, is_causal), None
+        return softmax_map(q, k, scale, attn_mask, is_causal), None
     if not is_tiled(grid, width):
-        return windowed_map(q, k, tiles.neighbourhood(grid, width, num_prefix_tokens, q.device)), None
+        return windowed_map(q, k, scale, tiles.neighbourhood(grid, width, num_prefix_tokens, q.device)), None
     queries = tiles.to_tiles(q[:, :, num_prefix_tokens:], grid, width)
     halos = tiles.to_halos(k, grid, width, num_prefix_tokens)
-    weights = windowed_map(queries, halos, tiles.tile_mask(grid, width, num_prefix_tokens, q.device))
-    return weights, softmax_map(q[:, :, :num_prefix_tokens], k, None, False)
+    weights = windowed_map(queries, halos, scale, tiles.tile_mask(grid, width, num_prefix_tokens, q.device))
+    return weights, softmax_map(q[:, :, :num_prefix_tokens], k, scale, None, False)
 
 
 def apply_map(
@@ -106,6 +107,7 @@ def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    scale: float,
     grid: Tuple[int, int],
     width: int,
     num_prefix_tokens: int,
@@ -122,9 +124,11 @@ def attend(
     handed_q, handed_k = (q, k) if hands_on and not carry_map else (None, None)
     if fused and width == 0 and not carry_map:
         mask = first_rows(attn_mask, q.shape[-2])
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p, is_causal=is_causal)
+        mixed = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale
+        )
         return mixed, None, None, handed_q, handed_k
-    weights, prefix_weights = make_map(q, k, grid, width, num_prefix_tokens, attn_mask, is_causal)
+    weights, prefix_weights = make_map(q, k, scale, grid, width, num_prefix_tokens, attn_mask, is_causal)
     mixed = apply_map(weights, prefix_weights, v, grid, width, num_prefix_tokens, dropout_p)
     if carry_map:
         return mixed, weights, prefix_weights, None, None
@@ -141,6 +145,7 @@ def reattend(
     own_q: Optional[Tensor],
     own_k: Optional[Tensor],
     v: Tensor,
+    scale: float,
     num_reused_heads: int,
     num_queries: Optional[int],
     grid: Tuple[int, int],
@@ -167,7 +172,7 @@ def reattend(
         if num_queries is not None:
             weights, prefix_weights = (weights if prefix_weights is None else prefix_weights)[:, :, :num_queries], None
         if own_q is not None and own_k is not None:
-            own, own_prefix = make_map(own_q, own_k, grid, width, num_prefix_tokens, attn_mask, is_causal)
+            own, own_prefix = make_map(own_q, own_k, scale, grid, width, num_prefix_tokens, attn_mask, is_causal)
             weights, handed_weights = join_heads(weights, own, num_reused_heads)
             if prefix_weights is not None and own_prefix is not None:
                 prefix_weights, handed_prefix = join_heads(prefix_weights, own_prefix, num_reused_heads)
@@ -179,7 +184,7 @@ def reattend(
             q, handed_q = join_heads(q, own_q, num_reused_heads)
             k, handed_k = join_heads(k, own_k, num_reused_heads)
         mixed = attend(
-            q, k, v, grid, width, num_prefix_tokens, attn_mask, is_causal, dropout_p, fused, False, "qk"
+            q, k, v, scale, grid, width, num_prefix_tokens, attn_mask, is_causal, dropout_p, fused, False, "qk"
         )[0]
     else:
         raise ValueError(

@@ -86,6 +86,7 @@ class ReuseAttention(Attention):
             own_q,
             own_k,
             v,
+            self.scale,
             self.num_reused_heads,
             rows,
             grid,
