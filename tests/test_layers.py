@@ -320,7 +320,7 @@ def test_dropout_on_the_map_is_drawn_afresh_from_a_map_before_dropout(name, back
 def unfused_with_dropout(dropout, maps):
     """Stands in for fused attention so that its dropout counts as one map's."""
 
-    def attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False):
+    def attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None):
         assert dropout_p == 0.4
         weights = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1)
         dropped = dropout(weights, dropout_p)

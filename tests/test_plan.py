@@ -324,39 +324,38 @@ def test_a_plan_checks_its_specs(specs, message):
 
 
 @pytest.mark.parametrize(
-    "text, anchors, hands_on",
+    "text, anchors, num_readers, num_maps",
     [
-        ("exact reuse*2 exact", [None, 0, 0, None], [True, True, False, False]),
-        ("exact none reuse", [None, None, 0], [True, True, False]),
-        ("none exact reuse none reuse none", [None, None, 1, None, 1, None], [False, True, True, True, False, False]),
-        ("exact lowrank:8 reuse:2 reuse", [None, None, 1, 1], [False, True, True, False]),
-        (
-            "span:3 reuse exact none span:5 reuse:0",
-            [None, 0, None, None, None, 4],
-            [True, False, False, False, True, False],
-        ),
-        ("none", [None], [False]),
+        ("exact reuse*2 exact", [None, 0, 0, None], [2, 1, 0, 0], 1),
+        ("exact none reuse", [None, None, 0], [1, 1, 0], 1),
+        ("none exact reuse none reuse none", [None, None, 1, None, 1, None], [0, 2, 1, 1, 0, 0], 1),
+        ("exact lowrank:8 reuse:2 reuse", [None, None, 1, 1], [0, 2, 1, 0], 1),
+        ("span:3 reuse exact none span:5 reuse:0", [None, 0, None, None, None, 4], [1, 0, 0, 0, 1, 0], 2),
+        ("none", [None], [0], 0),
     ],
 )
-def test_anchors_and_hands_on(text, anchors, hands_on):
+def test_anchors_and_readers(text, anchors, num_readers, num_maps):
     plan = parse_plan(text)
     assert plan.anchors == tuple(anchors)
-    assert plan.hands_on == tuple(hands_on)
+    assert plan.num_readers == tuple(num_readers)
+    assert plan.num_maps == num_maps
 
 
 @settings(deadline=None, derandomize=True)
 @given(plans)
-def test_anchors_and_hands_on_follow_from_running_the_carry(plan):
+def test_anchors_and_readers_follow_from_running_the_carry(plan):
     came_through: list[int] = []  # layers that the carry came through, the one that computed it first
     anchors: list[int | None] = []
-    was_read: set[int] = set()
+    num_readers = [0] * len(plan)
     for layer, spec in enumerate(plan):
         anchors.append(came_through[0] if spec.word == "reuse" else None)
         if spec.word == "reuse":
-            was_read |= set(came_through)
+            for earlier in came_through:
+                num_readers[earlier] += 1
         came_through = [*came_through, layer] if spec.word in ("reuse", "none") else [layer]
     assert plan.anchors == tuple(anchors)
-    assert plan.hands_on == tuple(layer in was_read for layer in range(len(plan)))
+    assert plan.num_readers == tuple(num_readers)
+    assert plan.num_maps == len({anchor for anchor in anchors if anchor is not None})
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,7 @@ def fvcore_macs(model: nn.Module, example: Tensor) -> dict[str, int]:
             "aten::addmm": jit_handles.addmm_flop_jit,
             "aten::mm": _matmul_macs,
             "aten::bmm": _matmul_macs,
+            "aten::baddbmm": _baddbmm_macs,
             "aten::matmul": _matmul_macs,
             "aten::scaled_dot_product_attention": _attention_macs,
         }
@@ -93,6 +94,11 @@ def _shape(value: torch._C.Value) -> list[int]:
 def _matmul_macs(inputs: list[torch._C.Value], outputs: list[torch._C.Value]) -> int:
     """Rows x columns x inner dimension. fvcore's own rule misses a batch that only the second factor has."""
     return math.prod(_shape(outputs[0])) * _shape(inputs[0])[-1]
+
+
+def _baddbmm_macs(inputs: list[torch._C.Value], outputs: list[torch._C.Value]) -> int:
+    """A batched product that is added to something."""
+    return _matmul_macs(inputs[1:], outputs)
 
 
 def _attention_macs(inputs: list[torch._C.Value], outputs: list[torch._C.Value]) -> int:

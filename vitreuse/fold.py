@@ -16,8 +16,9 @@ from timm.models.vision_transformer import Block as TimmBlock
 from torch import Tensor, nn
 
 from vitreuse.attention import AttentionConfig, Carry, ExactAttention, SpanAttention
+from vitreuse.attention.choice import load_costs
 from vitreuse.block import PlanBlock, PlanBlocks
-from vitreuse.plan import Spec
+from vitreuse.plan import Plan, Spec
 
 Rows = Tuple[Any, slice]  # output rows of a linear layer
 EMBEDDINGS = ("cls_token", "dist_token", "reg_token", "pos_embed")
@@ -80,9 +81,8 @@ def with_plan_block(block: Any, model: Any) -> PlanBlock:
     if attn.gate is not None or attn.attn_dim != attn.qkv.in_features:
         raise ValueError("attention that is gated, or not as wide as its tokens, has no plan: use a standard ViT.")
     config = AttentionConfig(
-        spec=Spec("exact"),
-        anchor=None,
-        hands_on=False,
+        plan=Plan((Spec("exact"),)),
+        layer=0,
         dim=attn.qkv.in_features,
         num_heads=attn.num_heads,
         grid=model.patch_embed.grid_size,
@@ -100,6 +100,7 @@ def with_plan_block(block: Any, model: Any) -> PlanBlock:
         norm_layer=nn.LayerNorm,
         device=torch.device("meta"),  # every submodule is replaced
         dtype=None,
+        costs=load_costs(),
     )
     adopted = PlanBlock(config)
     for name, module in attn.named_children():

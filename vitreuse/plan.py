@@ -78,15 +78,20 @@ class Plan:
         return tuple(anchors)
 
     @property
-    def hands_on(self) -> tuple[bool, ...]:
-        """For each layer whether a later layer reads the carry it returns; reuse and none return the one they got."""
-        hands_on: list[bool] = []
-        is_read = False
+    def num_readers(self) -> tuple[int, ...]:
+        """For each layer how many reuse layers read the carry it returns; a none layer returns the one it got."""
+        num_readers: list[int] = []
+        following = 0  # reuse layers until the next anchor
         for spec in reversed(self.specs):
-            hands_on.append(is_read)
+            num_readers.append(following)
             if spec.word != "none":
-                is_read = spec.word == "reuse"
-        return tuple(reversed(hands_on))
+                following = following + 1 if spec.word == "reuse" else 0
+        return tuple(reversed(num_readers))
+
+    @property
+    def num_maps(self) -> int:
+        """How many layers compute a map that a later layer reads."""
+        return sum(n > 0 for spec, n in zip(self.specs, self.num_readers, strict=True) if _computes_map(spec))
 
 
 def parse_plan(text: str, depth: int | None = None, num_heads: int | None = None) -> Plan:

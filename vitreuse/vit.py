@@ -14,6 +14,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from vitreuse.attention import AttentionConfig
+from vitreuse.attention.choice import Costs, load_costs
 from vitreuse.attention.lowrank import at_grid, init_projection, resampled_parameter
 from vitreuse.block import PlanBlock, PlanBlocks
 from vitreuse.options import PlanOptions, layerwise_k, layerwise_shape, warn_if_idle, warn_if_map_is_carried
@@ -60,7 +61,7 @@ class PlanVisionTransformer(timm_vit.VisionTransformer):
         warn_if_map_is_carried(options, kwargs.get("attn_drop_rate", 0.0))
         if "block_fn" in kwargs:
             raise ValueError("block_fn cannot be given: the plan decides what the layers are.")
-        layer: Any = partial(self._make_layer, plan, options)
+        layer: Any = partial(self._make_layer, plan, options, load_costs())
         super().__init__(*args, depth=depth, num_heads=num_heads, block_fn=layer, **kwargs)
         if not self.patch_embed.num_patches:
             size, patch = self.patch_embed.img_size, self.patch_embed.patch_size
@@ -81,6 +82,7 @@ class PlanVisionTransformer(timm_vit.VisionTransformer):
         self,
         plan: Plan,
         options: PlanOptions,
+        costs: Costs,
         *,
         dim: int,
         num_heads: int,
@@ -100,11 +102,9 @@ class PlanVisionTransformer(timm_vit.VisionTransformer):
         """timm's block_fn for layer ``depth``; the patch embedding is already built."""
         if attn_layer not in (TimmAttention, "", "attn"):
             raise ValueError(f"attn_layer={attn_layer!r} cannot be given: the plan decides what the layers are.")
-        anchor = plan.anchors[depth]
         config = AttentionConfig(
-            spec=plan[depth],
-            anchor=None if anchor is None else plan[anchor],
-            hands_on=plan.hands_on[depth],
+            plan=plan,
+            layer=depth,
             dim=dim,
             num_heads=num_heads,
             grid=self.patch_embed.grid_size,
@@ -118,6 +118,7 @@ class PlanVisionTransformer(timm_vit.VisionTransformer):
             norm_layer=norm_layer,
             device=device,
             dtype=dtype,
+            costs=costs,
             **options.__dict__,
         )
         return PlanBlock(config, **rest)
@@ -259,8 +260,8 @@ class PlanVisionTransformer(timm_vit.VisionTransformer):
         """Removes the layers after the last of ``indices``, as timm does; the last one left hands nothing on."""
         taken = super().prune_intermediate_layers(indices, prune_norm, prune_head)
         blocks: Any = self.blocks
-        for block, hands_on in zip(blocks, self.plan.hands_on, strict=True):
-            block.attn.hands_on = hands_on
+        for layer, block in enumerate(blocks):
+            block.attn.place(self.plan, layer)
         return taken
 
     def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:

@@ -15,8 +15,9 @@ import torch
 from timm.layers import register_notrace_function, use_fused_attn
 from torch import Tensor, nn
 
+from vitreuse.attention.choice import Costs
 from vitreuse.attention.tiles import span_pairs
-from vitreuse.plan import Spec
+from vitreuse.plan import Plan, Spec
 
 
 class Carry(NamedTuple):
@@ -38,13 +39,13 @@ EMPTY_CARRY = Carry(None, None, None, None, None, None, None)
 class AttentionConfig:
     """Everything that the attention of one layer is built from."""
 
-    spec: Spec
-    anchor: Optional[Spec]  # of a reuse layer: the spec that made the map
-    hands_on: bool  # whether a later layer reads this layer's carry
+    plan: Plan
+    layer: int  # the place of this layer in the plan
     dim: int
     num_heads: int
     grid: Tuple[int, int]
     num_prefix_tokens: int
+    costs: Costs
     reuse_backend: str  # this and the next three as in options.PlanOptions
     lowrank_sharing: str
     lowrank_projection: str
@@ -58,6 +59,17 @@ class AttentionConfig:
     norm_layer: Callable[..., nn.Module]
     device: Optional[torch.device]
     dtype: Optional[torch.dtype]
+
+    @property
+    def spec(self) -> Spec:
+        """This layer's own."""
+        return self.plan[self.layer]
+
+    @property
+    def anchor(self) -> Optional[Spec]:
+        """Of a reuse layer: the spec of the layer that made the map."""
+        anchor = self.plan.anchors[self.layer]
+        return None if anchor is None else self.plan[anchor]
 
     @property
     def num_tokens(self) -> int:
@@ -122,6 +134,8 @@ def norm_params(norm: nn.Module) -> int:
 class Attention(nn.Module):
     """Head geometry, qk-norm and output projection; a subclass per kind of layer adds its inputs and ``forward``."""
 
+    costs: Costs
+
     def __init__(self, config: AttentionConfig) -> None:
         super().__init__()
         if config.dim % config.num_heads:
@@ -132,7 +146,8 @@ class Attention(nn.Module):
         self.scale = self.head_dim**-0.5  # of the logits
         self.grid = config.grid
         self.num_prefix_tokens = config.num_prefix_tokens
-        self.hands_on = config.hands_on
+        self.costs = config.costs
+        self.place(config.plan, config.layer)
         self.reuse_backend = config.reuse_backend
         self.fused_attn = use_fused_attn()
         self.width = 0  # of the span, 0 for all keys
@@ -147,6 +162,13 @@ class Attention(nn.Module):
         self.norm = config.norm_layer(self.dim, **factory) if config.scale_norm else nn.Identity()
         self.proj = nn.Linear(self.dim, self.dim, bias=config.proj_bias, **factory)
         self.proj_drop = nn.Dropout(config.proj_drop)
+
+    def place(self, plan: Plan, layer: int) -> None:
+        """Takes from a plan what the layers after this one will want of it."""
+        anchor = plan.anchors[layer]
+        self.num_readers = plan.num_readers[layer]  # reuse layers that read what this layer hands on
+        self.anchor_readers = 0 if anchor is None else plan.num_readers[anchor]
+        self.num_maps = plan.num_maps  # that are alive at the same time in training
 
     def dropout_p(self) -> float:
         """Dropout rate of the map in the current mode."""

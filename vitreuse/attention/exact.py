@@ -62,8 +62,10 @@ class ExactAttention(Attention):
             is_causal,
             self.dropout_p(),
             self.fused_attn,
-            self.hands_on,
+            self.num_readers,
+            self.num_maps,
             self.reuse_backend,
+            self.costs,
         )
         handed = Carry(weights, prefix_weights, handed_q, handed_k, key_proj, value_proj, carry.layerwise_proj)
         return self.output(mixed, num_queries), handed

@@ -223,7 +223,7 @@ class LowRankAttention(ExactAttention):
         else:
             k = self.project_keys(x, key_proj, self.dim, 2 * self.dim)
             v = self.project_keys(x, value_proj, 2 * self.dim, 3 * self.dim)
-        if not self.hands_on:
+        if self.num_readers == 0:
             return q, k, v, None, None
         return q, k, v, alias(key_proj), alias(value_proj)
 

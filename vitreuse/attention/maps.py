@@ -6,6 +6,7 @@ forward, where a symbolic trace would see only proxies.
 
 Shapes: B images, H heads, N queries, M keys, D head dim, P prefix tokens.
 """
+import os
 from typing import Optional, Tuple
 
 import torch
@@ -14,6 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vitreuse.attention import tiles
+from vitreuse.attention.blocked import blocked_attention
+from vitreuse.attention.choice import Costs, is_fused_faster, is_map_faster
 
 REUSE_BACKENDS = ("auto", "map", "qk")
 
@@ -23,20 +26,52 @@ def is_tiled(grid: Tuple[int, int], width: int) -> bool:
     return width > 0 and not tiles.covers_grid(grid, width)
 
 
-def carries_map(backend: str, device_type: str, num_keys: int, dropout_p: float) -> bool:
-    """Whether an anchor hands on its map rather than (q, k).
+def carries_map(
+    backend: str,
+    costs: Costs,
+    device_type: str,
+    dtype: torch.dtype,
+    training: bool,
+    num_keys: int,
+    width: int,
+    num_readers: int,
+    dropout_p: float,
+) -> bool:
+    """Whether an anchor hands on its map rather than (q, k), as far as time decides.
 
-    ``auto`` carries the map on the CPU: a whole ViT-S ran 1.02 to 1.49 times faster so than with (q, k), at 224 and
-    384 px in float32 and bfloat16 (experiments.md). Elsewhere it carries only a small map: on paper, reading a longer
-    row on a GPU costs more than recomputing it, which is not yet measured. Dropout on the map cannot be applied to one
-    that a fused kernel recomputes, so with dropout the map is always carried.
+    ``auto`` goes by measured costs, see choice.py. No fused kernel recomputes a window, so that its map is carried on
+    the CPU, and elsewhere where it is small. Dropout on the map cannot be applied to one that a fused kernel
+    recomputes, so with dropout the map is always carried.
     """
-    small_map_keys = 128  # local, since TorchScript reads no module-level numbers
+    short_row = 128  # local, since TorchScript reads no module-level numbers
     if dropout_p > 0.0 or backend == "map":
         return True
     if backend == "qk":
         return False
-    return device_type in ("cpu", "meta") or num_keys <= small_map_keys
+    if width > 0:
+        return device_type in ("cpu", "meta") or width * width <= short_row
+    return is_map_faster(costs, device_type, dtype, training, num_keys, num_readers)
+
+
+def fits_in_memory(q: Tensor, num_keys: int, num_maps: int) -> bool:
+    """Whether the maps that are alive together take at most a quarter of the device's memory.
+
+    A rule of the device and not of what is free at the moment, so that a run that is resumed rounds as it did.
+    """
+    if not torch.jit.is_scripting():
+        alive = num_maps if q.requires_grad else 1
+        return 4 * alive * q.shape[:-1].numel() * num_keys * q.element_size() <= memory_bytes(q.device.type)
+    return True
+
+
+@torch.compiler.assume_constant_result
+def memory_bytes(device_type: str) -> int:
+    """Memory of the current device of a type; what is not known is taken for 16 GiB."""
+    if device_type == "cpu" and hasattr(os, "sysconf"):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if device_type == "cuda":
+        return torch.cuda.get_device_properties("cuda").total_memory
+    return 16 << 30
 
 
 def first_rows(attn_mask: Optional[Tensor], num_rows: int) -> Optional[Tensor]:
@@ -48,19 +83,46 @@ def first_rows(attn_mask: Optional[Tensor], num_rows: int) -> Optional[Tensor]:
 
 def softmax_map(q: Tensor, k: Tensor, scale: float, attn_mask: Optional[Tensor], is_causal: bool) -> Tensor:
     """Softmax map (..., N, M) of queries (..., N, D) and keys (..., M, D), in the queries' dtype."""
-    logits = (q * scale) @ k.transpose(-2, -1)
+    logits = scaled_logits(q, k, scale)
     bias = resolve_self_attn_mask(k.shape[-2], logits, attn_mask, is_causal)
     if bias is not None:
         bias = first_rows(bias, q.shape[-2])
-    return maybe_add_mask(logits, bias).softmax(dim=-1).to(q.dtype)
+    return softmax_rows(maybe_add_mask(logits, bias)).to(q.dtype)
 
 
-def windowed_map(q: Tensor, k: Tensor, scale: float, visible: Tensor) -> Tensor:
-    """Softmax map of keys that ``visible`` allows. A padded query, which is cut off later, may see no key at all: it is
+def scaled_logits(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """q k^T * scale, (..., N, M): one product over flat heads, without copies of transposed keys or scaled queries."""
+    keys = k.flatten(0, -3).transpose(1, 2)
+    logits = torch.baddbmm(q.new_empty((1, 1, 1)), q.flatten(0, -3), keys, beta=0, alpha=scale)
+    return logits.view(q.shape[:-1] + (k.shape[-2],))
+
+
+def windowed_map(q: Tensor, k: Tensor, scale: float, bias: Tensor) -> Tensor:
+    """Softmax map of the keys that a window's bias of 0 and -inf leaves."""
+    logits = scaled_logits(q, k, scale)
+    return softmax_rows(logits.add_(bias) if overwrites(logits) else logits + bias).to(q.dtype)
+
+
+def window_bias(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where ``visible`` and -inf elsewhere. A padded query, which is cut off later, may see no key at all: it is
     shown all of them, since the gradient of a row of -inf is NaN."""
-    visible = visible | ~visible.any(dim=-1, keepdim=True)
-    logits = (q * scale) @ k.transpose(-2, -1)
-    return logits.masked_fill(~visible, float("-inf")).softmax(dim=-1).to(q.dtype)
+    hidden = visible.any(dim=-1, keepdim=True) & ~visible
+    return torch.zeros_like(hidden, dtype=dtype).masked_fill(hidden, float("-inf"))
+
+
+def softmax_rows(logits: Tensor) -> Tensor:
+    """Softmax over the last dimension, in the logits' own memory where nobody else needs them: a map is large, and
+    fresh memory costs more than the softmax."""
+    if overwrites(logits):
+        return torch.softmax(logits, dim=-1, out=logits)
+    return logits.softmax(dim=-1)
+
+
+def overwrites(x: Tensor) -> bool:
+    """Whether operations may write into their inputs: in eager inference, where no gradient or trace needs them."""
+    if not torch.jit.is_scripting():
+        return not (x.requires_grad or torch.compiler.is_compiling() or torch.jit.is_tracing())
+    return False
 
 
 def make_map(
@@ -77,10 +139,12 @@ def make_map(
     if width == 0:
         return softmax_map(q, k, scale, attn_mask, is_causal), None
     if not is_tiled(grid, width):
-        return windowed_map(q, k, scale, tiles.neighbourhood(grid, width, num_prefix_tokens, q.device)), None
+        visible = tiles.neighbourhood(grid, width, num_prefix_tokens, q.device)
+        return windowed_map(q, k, scale, window_bias(visible, q.dtype)), None
     queries = tiles.to_tiles(q[:, :, num_prefix_tokens:], grid, width)
     halos = tiles.to_halos(k, grid, width, num_prefix_tokens)
-    weights = windowed_map(queries, halos, scale, tiles.tile_mask(grid, width, num_prefix_tokens, q.device))
+    visible = tiles.tile_mask(grid, width, num_prefix_tokens, q.device)
+    weights = windowed_map(queries, halos, scale, window_bias(visible, q.dtype))
     return weights, softmax_map(q[:, :, :num_prefix_tokens], k, scale, None, False)
 
 
@@ -115,24 +179,43 @@ def attend(
     is_causal: bool,
     dropout_p: float,
     fused: bool,
-    hands_on: bool,
+    num_readers: int,
+    num_maps: int,
     backend: str,
+    costs: Costs,
 ) -> Tuple[Tensor, Optional[Tensor], Optional[Tensor], Optional[Tensor], Optional[Tensor]]:
-    """Mixed values (B, H, N, D) of fresh queries and keys, then what is handed on."""
-    num_keys = width * width if width > 0 else k.shape[-2]
-    carry_map = hands_on and carries_map(backend, q.device.type, num_keys, dropout_p)
-    handed_q, handed_k = (q, k) if hands_on and not carry_map else (None, None)
-    if fused and width == 0 and not carry_map:
-        mask = first_rows(attn_mask, q.shape[-2])
-        mixed = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale
-        )
-        return mixed, None, None, handed_q, handed_k
+    """Mixed values (B, H, N, D) of fresh queries and keys, then what is handed on to ``num_readers`` layers."""
+    training = q.requires_grad
+    num_keys = k.shape[-2]
+    carry_map = num_readers > 0 and carries_map(
+        backend, costs, q.device.type, q.dtype, training, num_keys, width, num_readers, dropout_p
+    )
+    if carry_map and backend == "auto" and width == 0 and dropout_p == 0.0:
+        carry_map = fits_in_memory(q, num_keys, num_maps)
+    handed_q, handed_k = (q, k) if num_readers > 0 and not carry_map else (None, None)
+    if not carry_map:
+        if fused and width == 0 and is_fused_faster(costs, q.device.type, q.dtype, training, num_keys):
+            mask = first_rows(attn_mask, q.shape[-2])
+            mixed = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale
+            )
+            return mixed, None, None, handed_q, handed_k
+        if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript leaves out what it need not read only so)
+            if is_blockable(q, v, grid, width) and attn_mask is None and not is_causal and dropout_p == 0.0:
+                bias = None
+                if width > 0:
+                    bias = window_bias(tiles.neighbourhood(grid, width, num_prefix_tokens, q.device), q.dtype)
+                return blocked_attention(q, k, v, scale, bias), None, None, handed_q, handed_k
     weights, prefix_weights = make_map(q, k, scale, grid, width, num_prefix_tokens, attn_mask, is_causal)
     mixed = apply_map(weights, prefix_weights, v, grid, width, num_prefix_tokens, dropout_p)
     if carry_map:
         return mixed, weights, prefix_weights, None, None
     return mixed, None, None, handed_q, handed_k
+
+
+def is_blockable(q: Tensor, v: Tensor, grid: Tuple[int, int], width: int) -> bool:
+    """Whether the map need not exist as a whole: in eager inference on a CPU, where blocks of it stay in the cache."""
+    return q.device.type == "cpu" and overwrites(q) and overwrites(v) and not is_tiled(grid, width)
 
 
 @torch.fx.wrap
@@ -155,6 +238,7 @@ def reattend(
     is_causal: bool,
     dropout_p: float,
     fused: bool,
+    costs: Costs,
     hands_on: bool,
 ) -> Tuple[Tensor, Optional[Tensor], Optional[Tensor], Optional[Tensor], Optional[Tensor]]:
     """Mixed values (B, H, N, D) of a handed-on map or (q, k) pair, then what is handed on.
@@ -184,7 +268,7 @@ def reattend(
             q, handed_q = join_heads(q, own_q, num_reused_heads)
             k, handed_k = join_heads(k, own_k, num_reused_heads)
         mixed = attend(
-            q, k, v, scale, grid, width, num_prefix_tokens, attn_mask, is_causal, dropout_p, fused, False, "qk"
+            q, k, v, scale, grid, width, num_prefix_tokens, attn_mask, is_causal, dropout_p, fused, 0, 0, "qk", costs
         )[0]
     else:
         raise ValueError(

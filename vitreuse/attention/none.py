@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from vitreuse.attention.base import AttentionConfig, Carry
+from vitreuse.plan import Plan
 
 
 class NoAttention(nn.Module):
@@ -29,6 +30,9 @@ class NoAttention(nn.Module):
     ) -> Tuple[Tensor, Carry]:
         y = x if num_queries is None else x[:, :num_queries]
         return torch.zeros_like(y), carry
+
+    def place(self, plan: Plan, layer: int) -> None:
+        """Nothing is handed on."""
 
     def set_grid(self, grid: Tuple[int, int]) -> None:
         """Makes ``grid`` the one built for."""

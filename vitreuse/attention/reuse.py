@@ -96,7 +96,8 @@ class ReuseAttention(Attention):
             is_causal,
             self.dropout_p(),
             self.fused_attn,
-            self.hands_on,
+            self.costs,
+            self.num_readers > 0,
         )
         key_proj, value_proj = self.handed_projections(carry.key_proj, carry.value_proj)
         handed = Carry(weights, prefix_weights, q, k, key_proj, value_proj, carry.layerwise_proj)
@@ -128,7 +129,7 @@ class ReuseAttention(Attention):
         self, key_proj: Optional[Tensor], value_proj: Optional[Tensor]
     ) -> Tuple[Optional[Tensor], Optional[Tensor]]:
         """E and F as a later layer needs them: unshared ones follow the heads of the map, new heads first."""
-        if not self.hands_on:
+        if self.num_readers == 0:
             return None, None
         if self.per_head and self.qk is not None:
             reused = self.num_reused_heads
@@ -155,9 +156,19 @@ class ReuseAttention(Attention):
         return parts
 
     def recomputes_map(self, num_keys: int, theoretical: bool) -> bool:
-        """Whether (q, k) is carried on this device, so that the reused heads' maps are computed again."""
-        keys = self.width * self.width if self.width else num_keys
-        return not theoretical and not carries_map(self.reuse_backend, self.proj.weight.device.type, keys, 0.0)
+        """Whether (q, k) is carried on this device in inference, so that the reused heads' maps are computed again."""
+        weight = self.proj.weight
+        return not theoretical and not carries_map(
+            self.reuse_backend,
+            self.costs,
+            weight.device.type,
+            weight.dtype,
+            False,
+            num_keys,
+            self.width,
+            self.anchor_readers,
+            0.0,
+        )
 
     def num_params(self) -> int:
         own = 0 if self.qk is None else linear_params(self.qk)

@@ -1,0 +1,89 @@
+"""Which way of computing attention is faster: a cost model of four measured times per device, dtype and mode.
+
+Costs are nanoseconds per head, query and key, at 64 channels a head:
+    fused    attention by torch's fused kernel
+    unfused  attention by two products and a softmax, without keeping the map
+    make     the map
+    apply    a map times values
+costs.json beside this file has those measured for the project; ``vitreuse tune`` measures a device of yours.
+"""
+import json
+import os
+from pathlib import Path
+from typing import Dict, List, Tuple
+
+import torch
+
+COST_NAMES = ("fused", "unfused", "make", "apply")
+Point = Tuple[int, float, float, float, float]  # keys of a query, then the four costs
+Costs = Dict[str, List[Point]]  # by device type, dtype and mode, such as "cpu bfloat16 inference"
+
+SHIPPED_COSTS = Path(__file__).with_name("costs.json")
+
+
+def tuned_costs_path() -> Path:
+    """Where ``vitreuse tune`` leaves what it measured."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "vitreuse" / "costs.json"
+
+
+def load_costs() -> Costs:
+    """The shipped costs, and over them the ones measured on this machine."""
+    costs: Costs = {}
+    for path in (SHIPPED_COSTS, tuned_costs_path()):
+        if path.exists():
+            for key, points in json.loads(path.read_text(encoding="utf-8"))["costs"].items():
+                costs[key] = [(int(keys), fused, unfused, make, apply) for keys, fused, unfused, make, apply in points]
+    return costs
+
+
+def cost_key(device_type: str, dtype: torch.dtype, training: bool) -> str:
+    """The name under which costs are kept; the meta device stands for the CPU, and other dtypes for float32."""
+    device = "cpu" if device_type == "meta" else device_type
+    name = "float32"
+    if dtype == torch.bfloat16:
+        name = "bfloat16"
+    if dtype == torch.float16:
+        name = "float16"
+    return f"{device} {name} {'train' if training else 'inference'}"
+
+
+def cost_at(points: List[Point], num_keys: int) -> Tuple[float, float, float, float]:
+    """Costs at a number of keys: linear between the measured ones, those of the nearest beyond them."""
+    below = points[0]
+    for above in points:
+        if above[0] >= num_keys:
+            share = 1.0 if above[0] <= below[0] else max(0.0, (num_keys - below[0]) / (above[0] - below[0]))
+            return (
+                below[1] + share * (above[1] - below[1]),
+                below[2] + share * (above[2] - below[2]),
+                below[3] + share * (above[3] - below[3]),
+                below[4] + share * (above[4] - below[4]),
+            )
+        below = above
+    return below[1], below[2], below[3], below[4]
+
+
+def is_fused_faster(costs: Costs, device_type: str, dtype: torch.dtype, training: bool, num_keys: int) -> bool:
+    """Whether one layer's attention should use the fused kernel; where nothing was measured it should."""
+    key = cost_key(device_type, dtype, training)
+    if key not in costs:
+        return True
+    fused, unfused, _, _ = cost_at(costs[key], num_keys)
+    return fused <= unfused
+
+
+def is_map_faster(
+    costs: Costs, device_type: str, dtype: torch.dtype, training: bool, num_keys: int, num_readers: int
+) -> bool:
+    """Whether an anchor should hand its map, rather than (q, k), to so many reuse layers.
+
+    Where nothing was measured only a short row is carried: on paper, reading a longer one on a GPU costs more than
+    recomputing it.
+    """
+    short_row = 128  # local, since TorchScript reads no module-level numbers
+    key = cost_key(device_type, dtype, training)
+    if key not in costs:
+        return num_keys <= short_row
+    fused, unfused, make, apply = cost_at(costs[key], num_keys)
+    return make + (1 + num_readers) * apply <= (1 + num_readers) * min(fused, unfused)
