@@ -10,7 +10,7 @@ import vitreuse
 from vitreuse.flops import fvcore_macs, torch_flops
 
 NAMES = timm.list_models(module="models")
-SIZES = ((112, 320), (160, 160))  # px; a span of 7 cuts the first, 7 x 20 patches, into tiles and not the second
+SIZES = ((112, 512), (160, 160))  # px; a span of 7 cuts the first, 7 x 32 patches, into tiles and not the second
 
 
 def build(name, **keywords):

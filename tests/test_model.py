@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from vitreuse import count_macs, count_params
 from vitreuse.flops import fvcore_macs, torch_flops
 
-OTHER_GRIDS = {(3, 5): (5, 7), (11, 13): (13, 11), (14, 14): (11, 13), (13, 17): (14, 14), (2, 29): (3, 31)}
+OTHER_GRIDS = {(3, 5): (5, 7), (13, 17): (17, 13), (14, 14): (13, 17), (17, 19): (14, 14), (2, 29): (3, 31)}
 REPRESENTATIVE = [
     ("mixture", "qk"),
     ("span tiled reused", "map"),

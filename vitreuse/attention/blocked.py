@@ -10,16 +10,21 @@ from torch import Tensor
 BLOCK_BYTES = 2 << 20
 
 
+def block_length(item_bytes: int) -> int:
+    """How many items of a map, heads or images, make a block: as many as fit into BLOCK_BYTES, or one."""
+    return max(1, BLOCK_BYTES // item_bytes)
+
+
 def blocked_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Optional[Tensor]) -> Tensor:
     """Mixed values (B, H, N, D) of queries (B, H, N, D), keys and values (B, H, M, D); the bias is (N, M).
 
     The same function as softmax(q k^T * scale + bias) v at once, whose logits of all heads and images are written to
-    fresh memory and read again. A block holds as many heads as fit into BLOCK_BYTES, or one.
+    fresh memory and read again.
     """
     batch, heads, num_queries, head_dim = q.shape
     num_keys = k.shape[2]
     q, k, v = q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2), v.flatten(0, 1)
-    step = min(len(q), max(1, BLOCK_BYTES // (num_queries * num_keys * q.element_size())))
+    step = min(len(q), block_length(num_queries * num_keys * q.element_size()))
     block = q.new_empty(step, num_queries, num_keys)
     mixed = q.new_empty(len(q), num_queries, head_dim)
     for first in range(0, len(q), step):

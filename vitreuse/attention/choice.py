@@ -10,7 +10,7 @@ costs.json beside this file has those measured for the project; ``vitreuse tune`
 import json
 import os
 from pathlib import Path
-from typing import Dict, List, Tuple
+from typing import Dict, List, Mapping, Sequence, Tuple
 
 import torch
 
@@ -32,9 +32,28 @@ def load_costs() -> Costs:
     costs: Costs = {}
     for path in (SHIPPED_COSTS, tuned_costs_path()):
         if path.exists():
-            for key, points in json.loads(path.read_text(encoding="utf-8"))["costs"].items():
-                costs[key] = [(int(keys), fused, unfused, make, apply) for keys, fused, unfused, make, apply in points]
+            costs.update(read_costs(path))
     return costs
+
+
+def read_costs(path: Path) -> Costs:
+    """The costs in a file.
+
+    Raises:
+        ValueError: it holds none.
+    """
+    try:
+        return as_costs(json.loads(path.read_text(encoding="utf-8"))["costs"])
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} holds no costs: delete it, or write it anew with vitreuse tune.") from error
+
+
+def as_costs(found: Mapping[str, Sequence[Sequence[float]]]) -> Costs:
+    """Costs as the functions below take them, which TorchScript reads too."""
+    return {
+        key: [(int(keys), fused, unfused, make, apply) for keys, fused, unfused, make, apply in points]
+        for key, points in found.items()
+    }
 
 
 def cost_key(device_type: str, dtype: torch.dtype, training: bool) -> str:

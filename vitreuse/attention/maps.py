@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vitreuse.attention import tiles
-from vitreuse.attention.blocked import blocked_attention
+from vitreuse.attention.blocked import block_length, blocked_attention
 from vitreuse.attention.choice import Costs, is_fused_faster, is_map_faster
 
 REUSE_BACKENDS = ("auto", "map", "qk")
@@ -103,13 +103,6 @@ def windowed_map(q: Tensor, k: Tensor, scale: float, bias: Tensor) -> Tensor:
     return softmax_rows(logits.add_(bias) if overwrites(logits) else logits + bias).to(q.dtype)
 
 
-def window_bias(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    """0 where ``visible`` and -inf elsewhere. A padded query, which is cut off later, may see no key at all: it is
-    shown all of them, since the gradient of a row of -inf is NaN."""
-    hidden = visible.any(dim=-1, keepdim=True) & ~visible
-    return torch.zeros_like(hidden, dtype=dtype).masked_fill(hidden, float("-inf"))
-
-
 def softmax_rows(logits: Tensor) -> Tensor:
     """Softmax over the last dimension, in the logits' own memory where nobody else needs them: a map is large, and
     fresh memory costs more than the softmax."""
@@ -139,12 +132,19 @@ def make_map(
     if width == 0:
         return softmax_map(q, k, scale, attn_mask, is_causal), None
     if not is_tiled(grid, width):
-        visible = tiles.neighbourhood(grid, width, num_prefix_tokens, q.device)
-        return windowed_map(q, k, scale, window_bias(visible, q.dtype)), None
-    queries = tiles.to_tiles(q[:, :, num_prefix_tokens:], grid, width)
+        bias = tiles.neighbourhood_bias(grid, width, num_prefix_tokens, q.dtype, q.device)
+        return windowed_map(q, k, scale, bias), None
+    bias = tiles.tile_bias(grid, width, num_prefix_tokens, q.dtype, q.device)
+    return make_tiled_map(q, k, scale, grid, width, num_prefix_tokens, bias)
+
+
+def make_tiled_map(
+    q: Tensor, k: Tensor, scale: float, grid: Tuple[int, int], width: int, num_prefix_tokens: int, bias: Tensor
+) -> Tuple[Tensor, Tensor]:
+    """A tiled map (B, H, T, Q, P + K) and the prefix tokens' rows (B, H, P, N)."""
+    queries = tiles.to_tiles(q, grid, width, num_prefix_tokens)
     halos = tiles.to_halos(k, grid, width, num_prefix_tokens)
-    visible = tiles.tile_mask(grid, width, num_prefix_tokens, q.device)
-    weights = windowed_map(queries, halos, scale, window_bias(visible, q.dtype))
+    weights = windowed_map(queries, halos, scale, bias)
     return weights, softmax_map(q[:, :, :num_prefix_tokens], k, scale, None, False)
 
 
@@ -201,11 +201,9 @@ def attend(
             )
             return mixed, None, None, handed_q, handed_k
         if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript leaves out what it need not read only so)
-            if is_blockable(q, v, grid, width) and attn_mask is None and not is_causal and dropout_p == 0.0:
-                bias = None
-                if width > 0:
-                    bias = window_bias(tiles.neighbourhood(grid, width, num_prefix_tokens, q.device), q.dtype)
-                return blocked_attention(q, k, v, scale, bias), None, None, handed_q, handed_k
+            if is_blockable(q, v) and attn_mask is None and not is_causal and dropout_p == 0.0:
+                mixed = blocked(q, k, v, scale, grid, width, num_prefix_tokens)
+                return mixed, None, None, handed_q, handed_k
     weights, prefix_weights = make_map(q, k, scale, grid, width, num_prefix_tokens, attn_mask, is_causal)
     mixed = apply_map(weights, prefix_weights, v, grid, width, num_prefix_tokens, dropout_p)
     if carry_map:
@@ -213,9 +211,43 @@ def attend(
     return mixed, None, None, handed_q, handed_k
 
 
-def is_blockable(q: Tensor, v: Tensor, grid: Tuple[int, int], width: int) -> bool:
+def is_blockable(q: Tensor, v: Tensor) -> bool:
     """Whether the map need not exist as a whole: in eager inference on a CPU, where blocks of it stay in the cache."""
-    return q.device.type == "cpu" and overwrites(q) and overwrites(v) and not is_tiled(grid, width)
+    return q.device.type == "cpu" and overwrites(q) and overwrites(v)
+
+
+def blocked(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, grid: Tuple[int, int], width: int, num_prefix_tokens: int
+) -> Tensor:
+    """Mixed values (B, H, N, D), a block of the map at a time."""
+    if width == 0:
+        return blocked_attention(q, k, v, scale, None)
+    if not is_tiled(grid, width):
+        bias = tiles.neighbourhood_bias(grid, width, num_prefix_tokens, q.dtype, q.device)
+        return blocked_attention(q, k, v, scale, bias)
+    bias = tiles.tile_bias(grid, width, num_prefix_tokens, q.dtype, q.device)
+    step = block_length(q.shape[1] * bias.numel() * q.element_size())
+    return torch.cat(
+        [
+            tiled_attention(*images, scale, grid, width, num_prefix_tokens, bias)
+            for images in zip(q.split(step), k.split(step), v.split(step), strict=True)
+        ]
+    )
+
+
+def tiled_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    grid: Tuple[int, int],
+    width: int,
+    num_prefix_tokens: int,
+    bias: Tensor,
+) -> Tensor:
+    """Mixed values (B, H, N, D) of windows."""
+    weights, prefix_weights = make_tiled_map(q, k, scale, grid, width, num_prefix_tokens, bias)
+    return apply_map(weights, prefix_weights, v, grid, width, num_prefix_tokens, 0.0)
 
 
 @torch.fx.wrap

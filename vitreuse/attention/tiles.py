@@ -24,12 +24,11 @@ def _fit(length: int, side: int) -> int:
 
 
 def covers_grid(grid: Tuple[int, int], width: int) -> bool:
-    """Whether one tile with its halo nearly covers the grid, so that a dense masked map is used instead of tiles.
+    """Whether one tile with its halo covers so much of the grid that a dense masked map is faster than tiles.
 
-    The dense map measured 1.3 to 2.3 times faster at shares of 0.77 and 0.86 (16 x 16 and 14 x 14 patches, width 7) and
-    slower from 0.44 down (experiments.md).
+    On a CPU it is from a share of 0.44 up: 21 x 21 patches and width 7 (experiments.md).
     """
-    dense_share = 0.7  # local, since TorchScript reads no module-level numbers
+    dense_share = 0.44  # local, since TorchScript reads no module-level numbers
     rows, columns = tile_size(grid, width)
     halo = min(rows + width - 1, grid[0]) * min(columns + width - 1, grid[1])
     return halo >= dense_share * grid[0] * grid[1]
@@ -40,63 +39,96 @@ def tiles_along(length: int, size: int) -> int:
     return (length + size - 1) // size
 
 
-def neighbourhood(grid: Tuple[int, int], width: int, num_prefix_tokens: int, device: torch.device) -> Tensor:
-    """Dense mask (N, N), True where a query sees a key: prefix rows and columns, and the patches within the span."""
-    rows = torch.arange(grid[0], device=device)
-    columns = torch.arange(grid[1], device=device)
-    near_rows = (rows[:, None] - rows).abs() <= width // 2
-    near_columns = (columns[:, None] - columns).abs() <= width // 2
-    near = (near_rows[:, None, :, None] & near_columns[None, :, None, :]).flatten(2).flatten(0, 1)
-    return F.pad(near, (num_prefix_tokens, 0, num_prefix_tokens, 0), value=True)
+def neighbourhood_bias(
+    grid: Tuple[int, int], width: int, num_prefix_tokens: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Dense bias (N, N): 0 where a query sees a key, prefix tokens and patches within the span, and -inf elsewhere."""
+    rows = _bias(torch.arange(grid[0], device=device), torch.arange(grid[0], device=device), width, dtype)
+    columns = _bias(torch.arange(grid[1], device=device), torch.arange(grid[1], device=device), width, dtype)
+    return F.pad(_over_both_axes(rows, columns), (num_prefix_tokens, 0, num_prefix_tokens, 0))
 
 
-def tile_mask(grid: Tuple[int, int], width: int, num_prefix_tokens: int, device: torch.device) -> Tensor:
-    """Mask (T, Q, P + K), True where a query of a tile sees a prefix token or a patch of the halo."""
-    near_rows, inside_rows = _axis_masks(grid[0], tile_size(grid, width)[0], width, device)
-    near_columns, inside_columns = _axis_masks(grid[1], tile_size(grid, width)[1], width, device)
-    near = (near_rows[:, None, :, None] & near_columns[None, :, None, :]).flatten(2).flatten(0, 1)
-    inside = (inside_rows[:, None, :, None] & inside_columns[None, :, None, :]).flatten(2).flatten(0, 1)
-    return F.pad(near & inside[:, None], (num_prefix_tokens, 0), value=True)
+def tile_bias(
+    grid: Tuple[int, int], width: int, num_prefix_tokens: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Bias (T, Q, P + K): 0 where a query of a tile sees a prefix token or a patch of the halo, and -inf elsewhere.
+
+    Without prefix tokens a padded query, which is cut off later, sees no key at all: it is shown all of them, since the
+    gradient of a row of -inf is NaN.
+    """
+    near_rows, inside_rows = _axis_biases(grid[0], tile_size(grid, width)[0], width, dtype, device)
+    near_columns, inside_columns = _axis_biases(grid[1], tile_size(grid, width)[1], width, dtype, device)
+    near = F.pad(_over_both_axes(near_rows, near_columns), (num_prefix_tokens, 0))
+    inside = F.pad(_over_both_axes(inside_rows, inside_columns), (num_prefix_tokens, 0))
+    bias = near + inside[:, None]
+    if num_prefix_tokens > 0:
+        return bias
+    return bias.masked_fill(bias.isinf().all(dim=-1, keepdim=True), 0.0)
 
 
-def _axis_masks(length: int, size: int, width: int, device: torch.device) -> Tuple[Tensor, Tensor]:
-    """Along one axis: (queries, halo) within the span, the same in every tile, and (tiles, halo) inside the grid."""
-    queries = torch.arange(size, device=device)
+def _axis_biases(
+    length: int, size: int, width: int, dtype: torch.dtype, device: torch.device
+) -> Tuple[Tensor, Tensor]:
+    """Along one axis: (queries, halo) of the span, the same in every tile, and (tiles, halo) of the grid's border."""
     halo = torch.arange(-(width // 2), size + width // 2, device=device)
-    near = (queries[:, None] - halo).abs() <= width // 2
-    starts = torch.arange(tiles_along(length, size), device=device) * size
-    position = starts[:, None] + halo
-    return near, (position >= 0) & (position < length)
+    near = _bias(torch.arange(size, device=device), halo, width, dtype)
+    position = torch.arange(tiles_along(length, size), device=device)[:, None] * size + halo
+    outside = (position < 0) | (position >= length)
+    return near, torch.zeros_like(outside, dtype=dtype).masked_fill(outside, float("-inf"))
 
 
-def to_tiles(patches: Tensor, grid: Tuple[int, int], width: int) -> Tensor:
-    """Queries (B, H, rows * columns, D) cut into tiles (B, H, T, Q, D); the last tiles are padded with zeros."""
+def _bias(queries: Tensor, keys: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    """(queries, keys): 0 where two positions of an axis are within the span, -inf elsewhere."""
+    far = (queries[:, None] - keys).abs() > width // 2
+    return torch.zeros_like(far, dtype=dtype).masked_fill(far, float("-inf"))
+
+
+def _over_both_axes(rows: Tensor, columns: Tensor) -> Tensor:
+    """Biases (a, b) and (c, d) of two axes as the one (a * c, b * d) of the plane."""
+    return (rows[:, None, :, None] + columns[None, :, None, :]).flatten(2).flatten(0, 1)
+
+
+def to_tiles(tokens: Tensor, grid: Tuple[int, int], width: int, num_prefix_tokens: int) -> Tensor:
+    """Queries (B, H, N, D) of the patches cut into tiles (B, H, T, Q, D); beyond the border any patch stands in."""
     rows, columns = tile_size(grid, width)
-    padded = F.pad(patches.unflatten(2, grid), (0, 0, 0, -grid[1] % columns, 0, -grid[0] % rows))
-    tiles = padded.unflatten(3, (-1, columns)).unflatten(2, (-1, rows))  # (B, H, tiles, rows, tiles, columns, D)
-    return tiles.transpose(3, 4).flatten(4, 5).flatten(2, 3)
-
-
-def from_tiles(tiles: Tensor, grid: Tuple[int, int], width: int) -> Tensor:
-    """Inverse of ``to_tiles``: (B, H, T, Q, D) back to (B, H, rows * columns, D) without the padding."""
-    rows, columns = tile_size(grid, width)
-    num_rows, num_columns = tiles_along(grid[0], rows), tiles_along(grid[1], columns)
-    split = tiles.unflatten(3, (rows, columns)).unflatten(2, (num_rows, num_columns)).transpose(3, 4)
-    return split.flatten(4, 5).flatten(2, 3)[:, :, : grid[0], : grid[1]].flatten(2, 3)
+    index = _tile_index(grid, (rows, columns), 0, tokens.device)
+    return _gather(tokens, index + num_prefix_tokens)
 
 
 def to_halos(tokens: Tensor, grid: Tuple[int, int], width: int, num_prefix_tokens: int) -> Tensor:
-    """Keys or values (B, H, N, D) as each tile sees them: (B, H, T, P + K, D), prefix tokens first."""
+    """Keys or values (B, H, N, D) as each tile sees them: (B, H, T, P + K, D), prefix tokens first; beyond the border
+    any patch stands in, which the bias hides."""
+    index = _tile_index(grid, tile_size(grid, width), width // 2, tokens.device)
+    prefix = torch.arange(num_prefix_tokens, device=tokens.device).expand(index.shape[0], -1)
+    return _gather(tokens, torch.cat([prefix, index + num_prefix_tokens], dim=1))
+
+
+def from_tiles(tiles: Tensor, grid: Tuple[int, int], width: int) -> Tensor:
+    """Inverse of ``to_tiles``: (B, H, T, Q, D) back to the patches (B, H, rows * columns, D)."""
     rows, columns = tile_size(grid, width)
-    half = width // 2
-    patches = tokens[:, :, num_prefix_tokens:].unflatten(2, grid)
-    padding = (0, 0, half, half + -grid[1] % columns, half, half + -grid[0] % rows)
-    windows = F.pad(patches, padding).unfold(2, rows + 2 * half, rows).unfold(3, columns + 2 * half, columns)
-    halos = windows.permute(0, 1, 2, 3, 5, 6, 4).flatten(4, 5).flatten(2, 3)  # (B, H, T, K, D)
-    if num_prefix_tokens == 0:
-        return halos
-    prefix = tokens[:, :, None, :num_prefix_tokens].expand(-1, -1, halos.shape[2], -1, -1)
-    return torch.cat([prefix, halos], dim=3)
+    row = torch.arange(grid[0], device=tiles.device)[:, None]
+    column = torch.arange(grid[1], device=tiles.device)
+    tile = row // rows * tiles_along(grid[1], columns) + column // columns
+    inside = row % rows * columns + column % columns
+    return tiles.flatten(2, 3).index_select(2, (tile * (rows * columns) + inside).flatten())
+
+
+def _tile_index(grid: Tuple[int, int], size: Tuple[int, int], halo: int, device: torch.device) -> Tensor:
+    """Numbers (T, rows * columns) of the patches of each tile with a halo around it, clamped to the grid."""
+    rows = _positions(grid[0], size[0], halo, device)
+    columns = _positions(grid[1], size[1], halo, device)
+    return (rows[:, None, :, None] * grid[1] + columns[None, :, None, :]).flatten(2).flatten(0, 1)
+
+
+def _positions(length: int, size: int, halo: int, device: torch.device) -> Tensor:
+    """(tiles, positions) along one axis."""
+    starts = torch.arange(tiles_along(length, size), device=device) * size
+    return (starts[:, None] + torch.arange(-halo, size + halo, device=device)).clamp(0, length - 1)
+
+
+def _gather(tokens: Tensor, index: Tensor) -> Tensor:
+    """Tokens (B, H, N, D) in the order of (T, L) numbers: (B, H, T, L, D)."""
+    return tokens.index_select(2, index.flatten()).unflatten(2, (index.shape[0], index.shape[1]))
 
 
 def span_pairs(grid: Tuple[int, int], width: int, num_prefix_tokens: int, theoretical: bool) -> int:
