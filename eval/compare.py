@@ -13,8 +13,9 @@ from eval.flops import model_macs
 from eval.inputs import example
 from eval.machine import describe_machine
 from eval.table import Column, to_csv, to_markdown, to_rich
-from eval.targets import Target, choose_device, final_record, positive, resolve_targets
+from eval.targets import Target, final_record, resolve_targets
 from eval.throughput import inference_call
+from vitreuse.console import choose_device, positive
 from vitreuse.measure import peak_memory_mib, time_interleaved
 
 HELP = "run folders in one table, as Markdown, CSV and a scatter plot with -o"

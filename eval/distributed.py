@@ -11,9 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from eval.targets import choose_device
 from vitreuse.config import ConfigError
-from vitreuse.console import OtherRankError
+from vitreuse.console import OtherRankError, choose_device
 
 # A rank may wait for one that compiles, reads a cold disk or has the larger images, for longer than torch's 10 minutes.
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)

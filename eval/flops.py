@@ -12,8 +12,9 @@ from torch import nn
 
 from eval.inputs import example
 from eval.table import Column, to_rich
-from eval.targets import PLAN_KEYWORDS, Target, positive, resized, resolve_targets
+from eval.targets import PLAN_KEYWORDS, Target, resized, resolve_targets
 from vitreuse.config import ModelConfig
+from vitreuse.console import positive
 from vitreuse.flops import fvcore_macs, torch_flops
 from vitreuse.macs import count_macs
 

@@ -2,30 +2,21 @@
 
 import platform
 from datetime import date
-from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 
+from vitreuse.measure import device_name
+
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
     """Device, threads, versions and date, for the caption of every table of measurements."""
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "device": device_name(device),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "timm": timm.__version__,
         "date": date.today().isoformat(),
     }
-
-
-def _cpu_name() -> str:
-    """The processor's model name, which only Linux and macOS tell in different places."""
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

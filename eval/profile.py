@@ -1,12 +1,13 @@
 """Where the time of a model goes: per layer, part and kind of operation, beside the multiply-adds of that part."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from eval.table import Column
@@ -32,11 +33,13 @@ KINDS = {
 }
 
 
-def profile_parts(model: nn.Module, call: Callable[[], object], batch_size: int, num_repeats: int) -> list[dict]:
+def profile_parts(
+    model: nn.Module, call: Callable[[], object], batch_size: int, num_repeats: int
+) -> list[dict[str, Any]]:
     """Milliseconds per call by part (a layer's norm1, attn, norm2, mlp, or a top-level module) and kind of operation.
 
     Time is that of the operations themselves, on the device where they run, without what Python spends between them.
-    MACs, where the model has a closed form, are those of its part, beside the part's products.
+    MACs, where the model has a closed form, stand beside the kind that they run as.
     """
     call()
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
@@ -44,12 +47,14 @@ def profile_parts(model: nn.Module, call: Callable[[], object], batch_size: int,
         for _ in range(num_repeats):
             call()
     times_ms: dict[tuple[str, str], float] = defaultdict(float)
+    is_cuda = next(model.parameters()).is_cuda
     for event in profiler.events() or ():
-        part = _part_of(event)
-        own_us = event.self_device_time_total or event.self_cpu_time_total
-        if part is not None and own_us and not event.name.startswith(PREFIX):
+        if event.device_type != DeviceType.CPU or event.name.startswith(PREFIX):
+            continue  # a kernel's time is that of the operation that started it, too
+        part, own_us = _part_of(event), event.self_device_time_total if is_cuda else event.self_cpu_time_total
+        if own_us:
             times_ms[part, _kind_of(event.name)] += own_us / 1000 / num_repeats
-    return _rows(times_ms, _macs_by_part(model), batch_size)
+    return _rows(times_ms, _macs_by_part(model, times_ms.keys()), batch_size)
 
 
 @contextmanager
@@ -70,8 +75,8 @@ def _labelled(model: Any) -> Iterator[None]:
             hook.remove()
 
 
-def _part_of(event: Any) -> str | None:
-    """The part that an operation ran in; the model where it ran in none, None for a part's label itself."""
+def _part_of(event: Any) -> str:
+    """The part that an operation ran in."""
     while event is not None:
         if event.name.startswith(PREFIX):
             return event.name.removeprefix(PREFIX)
@@ -80,35 +85,39 @@ def _part_of(event: Any) -> str | None:
 
 
 def _kind_of(operation: str) -> str:
-    return next((kind for kind, words in KINDS.items() if any(word in operation for word in words)), "element-wise")
+    return next((kind for kind, words in KINDS.items() if any(word in operation for word in words)), "other")
 
 
-def _macs_by_part(model: Any) -> dict[str, int]:
-    """MACs of one image by part; none for a model without a plan."""
+def _macs_by_part(model: Any, kinds: Collection[tuple[str, str]]) -> dict[tuple[str, str], int]:
+    """MACs of one image by part and kind, a map's in the fused kernel where there is one; none without a plan."""
     if not hasattr(model, "plan"):
         return {}
-    parts: dict[str, int] = defaultdict(int)
+    found: dict[tuple[str, str], int] = defaultdict(int)
     for name, macs in count_macs(model).items():
-        parts[".".join(name.split(".")[:3])] += macs
-    return parts
+        part = ".".join(name.split(".")[:3])
+        is_fused = name.endswith((".logits", ".values")) and (part, "attention") in kinds
+        found[part, "attention" if is_fused else "products"] += macs
+    return found
 
 
-def _rows(times_ms: dict[tuple[str, str], float], macs: dict[str, int], batch_size: int) -> list[dict[str, Any]]:
+def _rows(
+    times_ms: dict[tuple[str, str], float], macs: dict[tuple[str, str], int], batch_size: int
+) -> list[dict[str, Any]]:
     """One row per part and kind, in the order of the model, and their total."""
     total_ms, total_macs = sum(times_ms.values()), sum(macs.values())
-    rows = []
-    for (part, kind), ms in times_ms.items():
-        has_macs = kind in ("products", "attention") and part in macs
-        rows.append(
-            {
-                "part": part,
-                "kind": kind,
-                "ms": ms,
-                "time_percent": 100 * ms / total_ms,
-                "macs_percent": 100 * macs[part] / total_macs if has_macs else None,
-                "gmacs_per_second": batch_size * macs[part] / ms / 1e6 if has_macs else None,
-            }
-        )
-    total = {"part": "total", "kind": "", "ms": total_ms, "time_percent": 100.0, "macs_percent": None}
-    rate = batch_size * total_macs / total_ms / 1e6 if total_macs else None
-    return [*rows, {**total, "gmacs_per_second": rate}]
+    rows = [
+        {
+            "part": part,
+            "kind": kind,
+            "ms": ms,
+            "time_percent": 100 * ms / total_ms,
+            "macs_percent": 100 * macs[part, kind] / total_macs if (part, kind) in macs else None,
+            "gmacs_per_second": batch_size * macs[part, kind] / ms / 1e6 if (part, kind) in macs else None,
+        }
+        for (part, kind), ms in times_ms.items()
+    ]
+    total = {"part": "total", "kind": "", "ms": total_ms, "time_percent": 100.0}
+    has_macs = total_macs > 0
+    total["macs_percent"] = 100.0 if has_macs else None
+    total["gmacs_per_second"] = batch_size * total_macs / total_ms / 1e6 if has_macs else None
+    return [*rows, total]

@@ -49,9 +49,11 @@ def to_markdown(rows: Sequence[Row], columns: Sequence[Column], caption: str) ->
 
 
 def to_csv(rows: Sequence[Row], keys: Sequence[str]) -> str:
-    """The values unrounded, one line a row; the keys carry the units."""
+    """The values unrounded, one line a row, a size as rows x columns; the keys carry the units."""
     stream = io.StringIO()
     writer = csv.DictWriter(stream, keys, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    for row in rows:
+        sizes = {key: " x ".join(map(str, value)) for key, value in row.items() if isinstance(value, list)}
+        writer.writerow({**row, **sizes})
     return stream.getvalue()

@@ -1,6 +1,5 @@
 """What a command is pointed at: a model name, a config or a run folder, each a network that can be built."""
 
-import argparse
 import json
 import pickle
 from collections import Counter
@@ -14,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from vitreuse.config import Config, ConfigError, ModelConfig, load_config
+from vitreuse.config import Config, ModelConfig, load_config
 from vitreuse.models import default_cfgs, plain_name
 from vitreuse.options import PlanOptions
 
@@ -123,26 +122,6 @@ def final_record(target: Target) -> dict[str, Any]:
     if status != "completed" or last["kind"] != "final":
         raise ValueError(f"{target.run_dir} is not completed but {status}: go on with python -m train.")
     return last
-
-
-def positive(text: str) -> int:
-    """A whole number above 0, from the command line."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
-    return int(text)
-
-
-def choose_device(name: str) -> torch.device:
-    """The device of a name: auto takes cuda where there is one.
-
-    Raises:
-        ConfigError: cuda is asked for and there is none.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("there is no CUDA device for the device cuda: use cpu or auto.")
-    return torch.device(name)
 
 
 def _read_weights(path: Path) -> dict[str, torch.Tensor]:

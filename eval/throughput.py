@@ -1,15 +1,17 @@
 """Speed against the best plain ViT: images/s, latency and memory, all candidates measured in turns in one run."""
 
 import argparse
+import os
+import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import RenderableType
+from rich.console import Group, RenderableType
 from timm.layers.config import set_fused_attn, use_fused_attn
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -17,10 +19,14 @@ from torch.nn import functional as F
 from eval.flops import model_macs
 from eval.inputs import example, image_settings
 from eval.machine import describe_machine
+from eval.profile import COLUMNS as PROFILE_COLUMNS
+from eval.profile import profile_parts
 from eval.table import Column, to_csv, to_rich
-from eval.targets import Target, choose_device, plain_model, positive, resized, resolve_targets
+from eval.targets import Target, plain_model, resized, resolve_targets
+from vitreuse.backends import Conditions, summary
 from vitreuse.config import ModelConfig
-from vitreuse.measure import Call, peak_memory_mib, time_interleaved
+from vitreuse.console import choose_device, positive
+from vitreuse.measure import Call, Timing, peak_memory_mib, time_interleaved
 
 HELP = "speed and memory, against timm's plain model with fused and with unfused attention"
 DTYPES = ("float32", "bfloat16")
@@ -31,6 +37,7 @@ COLUMNS = (
     Column("dtype", "dtype"),
     Column("mode", "mode"),
     Column("batch_size", "batch", "d"),
+    Column("backend", "attention"),
     Column("images_per_second", "images/s", ",.1f"),
     Column("spread_percent", "spread (%)", ".1f"),
     Column("median_ms", "median (ms)", ",.1f"),
@@ -56,73 +63,112 @@ class Condition:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model on the device; its family is the plain model that it and others are measured against."""
+    """A model on the device, as it is called: eager or compiled."""
 
     label: str
-    family: str
     model: nn.Module
+    forward: Callable[[Tensor], Tensor]
     macs: int  # per image, theoretical
+    backend: str  # which way of computing attention its layers take
     is_baseline: bool
+    is_compiled: bool = False
 
 
-def measure(targets: Sequence[Target], condition: Condition, num_repeats: int) -> list[dict[str, Any]]:
-    """One row per target and per baseline: every number of this condition, speed-ups to the best baseline.
+def measure(
+    targets: Sequence[Target], condition: Condition, num_repeats: int, with_compiled: bool = False
+) -> list[dict[str, Any]]:
+    """Rows of every target, each followed by those of its plain models: every number of this condition.
 
-    The speed-up is a ratio of minimum times, the least disturbed by whatever else the machine does; images/s is at the
-    median time. Predicted is the ratio of MACs, the plain model's over those of the method (theoretical).
+    A target and its plain models take turns in a run of their own, so that its rows do not depend on what else is
+    listed. The speed-up is a ratio of minimum times, the least disturbed by whatever else the machine does, to the best
+    of the plain models; images/s is at the median time. Predicted is the ratio of MACs, the plain model's over those of
+    the method (theoretical). A target that is a plain model itself has no speed-up.
     """
-    candidates = list(_candidates(targets, condition))
-    calls = {item.label: _make_call(item.model, condition) for item in candidates}
-    timings = time_interleaved({label: call for label, (call, _) in calls.items()}, condition.device, num_repeats)
-    latencies = _latencies(candidates, condition, num_repeats)
+    plain_models = {target.label: plain_model(resized(target.model, condition.image_size_px)) for target in targets}
     rows = []
-    for item in candidates:
-        rivals = [other for other in candidates if other.is_baseline and other.family == item.family]
-        best = min(rivals, key=lambda rival: timings[rival.label].minimum_ms)
-        speedup = timings[best.label].minimum_ms / timings[item.label].minimum_ms
-        rows.append(
-            {
-                "name": item.label,
-                "image_size_px": image_settings(item.model)["input_size"][-1],
-                "dtype": condition.dtype,
-                "mode": condition.mode,
-                "batch_size": condition.batch_size,
-                "images_per_second": timings[item.label].images_per_second(condition.batch_size),
-                **asdict(timings[item.label]),
-                "latency_ms": latencies.get(item.label),
-                "peak_memory_mib": peak_memory_mib(*calls[item.label], condition.device),
-                "theoretical_macs": item.macs,
-                "baseline": best.label,
-                "speedup": speedup,
-                "predicted": best.macs / item.macs,
-                "realised_over_predicted": speedup * item.macs / best.macs,
-            }
-        )
+    for target in targets:
+        candidates = list(_candidates(target, plain_models, condition))
+        if with_compiled:
+            candidates += [_compiled(candidate, condition) for candidate in candidates]
+        rows += [{**row, "measured_with": target.label} for row in _rows(candidates, condition, num_repeats)]
+        if with_compiled:
+            torch.compiler.reset()  # what was compiled for one run would keep its models alive in the next
     return rows
 
 
-def _candidates(targets: Sequence[Target], condition: Condition) -> Iterator[Candidate]:
-    """Every target that is not a plain model itself, then each of their plain models, fused and unfused."""
-    plain_models: dict[str, ModelConfig] = {}
-    for target in targets:
-        config = resized(target.model, condition.image_size_px)
-        plain = plain_model(config)
-        family = plain.name + str(sorted(plain.keywords.items()))
-        plain_models[family] = plain
-        if config != plain:
-            model = _place(config, condition)
-            yield Candidate(target.label, family, model, model_macs(model, theoretical=True), False)
-    for family, plain in plain_models.items():
-        label = _baseline_label(plain, plain_models)
-        for attention in ("fused", "unfused"):
-            with fused_attention(attention == "fused"):
-                model = _place(plain, condition)
-            yield Candidate(f"{label}, {attention}", family, model, model_macs(model), True)
+def _rows(candidates: Sequence[Candidate], condition: Condition, num_repeats: int) -> list[dict[str, Any]]:
+    """The rows of one run, in which the candidates take turns."""
+    calls = {item.label: _make_call(item, condition) for item in candidates}
+    timings = time_interleaved({label: call for label, (call, _) in calls.items()}, condition.device, num_repeats)
+    latencies = _latencies(candidates, condition, num_repeats)
+    baselines = [item for item in candidates if item.is_baseline]
+    is_compared = len(baselines) < len(candidates)
+    best = min(baselines, key=lambda item: timings[item.label].minimum_ms) if is_compared else None
+    return [
+        {
+            "name": item.label,
+            "image_size_px": list(image_settings(item.model)["input_size"][-2:]),
+            "dtype": condition.dtype,
+            "mode": condition.mode,
+            "batch_size": condition.batch_size,
+            "backend": item.backend,
+            "images_per_second": timings[item.label].images_per_second(condition.batch_size),
+            **asdict(timings[item.label]),
+            "latency_ms": latencies.get(item.label),
+            "peak_memory_mib": _peak_memory_mib(item, calls[item.label], condition),
+            "theoretical_macs": item.macs,
+            **_speedup(item, best, timings),
+        }
+        for item in candidates
+    ]
 
 
-def _baseline_label(plain: ModelConfig, plain_models: dict[str, ModelConfig]) -> str:
+def _speedup(item: Candidate, best: Candidate | None, timings: Mapping[str, Timing]) -> dict[str, Any]:
+    """Against the best plain model; nothing where there is nothing to compare."""
+    if best is None:
+        return dict.fromkeys(("baseline", "speedup", "predicted", "realised_over_predicted"))
+    speedup, predicted = timings[best.label].minimum_ms / timings[item.label].minimum_ms, best.macs / item.macs
+    return {
+        "baseline": best.label,
+        "speedup": speedup,
+        "predicted": predicted,
+        "realised_over_predicted": speedup / predicted,
+    }
+
+
+def _candidates(
+    target: Target, plain_models: Mapping[str, ModelConfig], condition: Condition
+) -> Iterator[Candidate]:
+    """The target, unless it is a plain model itself, then its plain model, fused and unfused."""
+    config, plain = resized(target.model, condition.image_size_px), plain_models[target.label]
+    if config != plain:
+        model = _place(config, condition)
+        backend = summary(model, _conditions(condition)) if hasattr(model, "plan") else "fused"
+        yield Candidate(target.label, model, model, model_macs(model, theoretical=True), backend, False)
+    label = _baseline_label(plain, plain_models.values())
+    for attention in ("fused", "unfused"):
+        with fused_attention(attention == "fused"):
+            model = _place(plain, condition)
+        yield Candidate(f"{label}, {attention}", model, model, model_macs(model), attention, True)
+
+
+def _conditions(condition: Condition, compiled: bool = False) -> Conditions:
+    """What the choice of attention goes by."""
+    dtype, is_training = getattr(torch, condition.dtype), condition.mode == "train"
+    return Conditions(condition.device, dtype, is_training, condition.batch_size, compiled)
+
+
+def _compiled(item: Candidate, condition: Condition) -> Candidate:
+    """The same model compiled for each batch size alone, with the same weights."""
+    forward: Any = torch.compile(item.model, dynamic=False)
+    conditions = _conditions(condition, compiled=True)
+    backend = summary(item.model, conditions) if hasattr(item.model, "plan") else item.backend
+    return replace(item, label=f"{item.label}, compiled", forward=forward, backend=backend, is_compiled=True)
+
+
+def _baseline_label(plain: ModelConfig, plain_models: Iterable[ModelConfig]) -> str:
     """The plain model's name, with its keywords where another of the same name is measured too."""
-    alone = [other.name for other in plain_models.values()].count(plain.name) == 1
+    alone = all(other == plain for other in plain_models if other.name == plain.name)
     return plain.name if alone else f"{plain.name}({', '.join(f'{k}={v}' for k, v in plain.keywords.items())})"
 
 
@@ -145,17 +191,17 @@ def fused_attention(enabled: bool) -> Iterator[None]:
         set_fused_attn(*before)
 
 
-def _make_call(model: nn.Module, condition: Condition) -> tuple[Call, list[Tensor]]:
+def _make_call(item: Candidate, condition: Condition) -> tuple[Call, list[Tensor]]:
     """The call to time, and the tensors that are there before it."""
-    images = example(model, condition.batch_size)
+    model, images = item.model, example(item.model, condition.batch_size)
     if condition.mode == "inference":
-        return inference_call(model, images), [*model.parameters(), *model.buffers(), images]
+        return inference_call(item.forward, images), [*model.parameters(), *model.buffers(), images]
     labels = torch.zeros(condition.batch_size, dtype=torch.int64, device=condition.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
 
     def step() -> None:
         with torch.autocast(condition.device.type, torch.bfloat16, enabled=condition.dtype == "bfloat16"):
-            loss = F.cross_entropy(model(images), labels)
+            loss = F.cross_entropy(item.forward(images), labels)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -165,23 +211,44 @@ def _make_call(model: nn.Module, condition: Condition) -> tuple[Call, list[Tenso
     return step, [*model.parameters(), *model.buffers(), images, *state]
 
 
-def inference_call(model: nn.Module, images: Tensor) -> Call:
+def inference_call(forward: Callable[[Tensor], Tensor], images: Tensor) -> Call:
     """One forward pass without gradients."""
 
     @torch.inference_mode()
-    def forward() -> None:
-        model(images)
+    def call() -> None:
+        forward(images)
 
-    return forward
+    return call
 
 
 def _latencies(candidates: Sequence[Candidate], condition: Condition, num_repeats: int) -> dict[str, float]:
     """Median inference time of one image by label; none in training."""
     if condition.mode == "train":
         return {}
-    calls = {item.label: inference_call(item.model, example(item.model, 1)) for item in candidates}
+    calls = {item.label: inference_call(item.forward, example(item.model, 1)) for item in candidates}
     timings = time_interleaved(calls, condition.device, num_repeats)
     return {label: timing.median_ms for label, timing in timings.items()}
+
+
+def _peak_memory_mib(item: Candidate, call: tuple[Call, list[Tensor]], condition: Condition) -> float | None:
+    """Peak memory of a call; None of compiled code on a CPU, whose tensors nobody can follow."""
+    if item.is_compiled and condition.device.type == "cpu":
+        return None
+    return peak_memory_mib(*call, condition.device)
+
+
+def profiles(targets: Sequence[Target], condition: Condition, num_repeats: int) -> list[dict[str, Any]]:
+    """Where the time of each target goes, eager and in inference; of a plain one fused and unfused."""
+    found = []
+    for target in targets:
+        plain = plain_model(resized(target.model, condition.image_size_px))
+        candidates = list(_candidates(target, {target.label: plain}, condition))
+        for item in [item for item in candidates if not item.is_baseline] or candidates:
+            call, _ = _make_call(item, condition)
+            parts = profile_parts(item.model, call, condition.batch_size, num_repeats)
+            size = list(image_settings(item.model)["input_size"][-2:])
+            found.append({"name": item.label, "image_size_px": size, "dtype": condition.dtype, "parts": parts})
+    return found
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -190,19 +257,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image-size", type=positive, nargs="+", metavar="PX", help="default: the model's own")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32"], help="default: float32")
     parser.add_argument("--mode", nargs="+", choices=MODES, default=["inference"], help="default: inference")
-    parser.add_argument("--batch-size", type=positive, default=32, help="images per call; default: %(default)s")
+    parser.add_argument("--batch-size", type=positive, default=8, help="images per call; default: %(default)s")
     parser.add_argument("--repeats", type=positive, default=10, help="timed calls per candidate; default: %(default)s")
     parser.add_argument("--threads", type=positive, help="CPU threads; default: torch's own number")
+    parser.add_argument("--compile", action="store_true", help="measure every model compiled by torch.compile too")
+    parser.add_argument("--profile", action="store_true", help="show where the time of each target goes, too")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write the rows there too")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Rows for every combination of image size, dtype and mode."""
+    if args.profile and "inference" not in args.mode:
+        raise ValueError("--profile shows where the time of inference goes: add inference to --mode, or leave it out.")
+    if args.compile:
+        _check_compiler()
     if args.threads:
         torch.set_num_threads(args.threads)
     targets = resolve_targets(args.targets)
     device = choose_device(args.device)
-    rows: list[dict[str, Any]] = []
+    result: dict[str, Any] = {"command": "throughput", "machine": describe_machine(device), "rows": [], "profiles": []}
     for condition in (
         Condition(size, dtype, mode, args.batch_size, device)
         for size in args.image_size or [None]
@@ -211,13 +284,37 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     ):
         size = "their own size" if condition.image_size_px is None else f"{condition.image_size_px} px"
         print(f"measuring {condition.mode} in {condition.dtype} at {size}", file=sys.stderr)
-        rows += measure(targets, condition, args.repeats)
+        result["rows"] += measure(targets, condition, args.repeats, args.compile)
+        if args.profile and condition.mode == "inference":
+            result["profiles"] += profiles(targets, condition, args.repeats)
     if args.csv:
-        args.csv.write_text(to_csv(rows, list(rows[0])), encoding="utf-8")
-    return {"command": "throughput", "machine": describe_machine(device), "rows": rows}
+        args.csv.write_text(to_csv(result["rows"], list(result["rows"][0])), encoding="utf-8")
+    return result
+
+
+def _check_compiler() -> None:
+    """Refuses to compile where torch would fail with a long traceback."""
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if shutil.which(compiler) is None:
+        raise ValueError(
+            f"--compile needs a C++ compiler and there is no {compiler!r}: install it, name another in CXX, or leave "
+            "--compile out."
+        )
 
 
 def render(result: dict[str, Any]) -> RenderableType:
     """The result as tables for the terminal."""
     caption = "speed-up: minimum time of the best plain model over its own; predicted: by MACs. "
-    return to_rich(result["rows"], COLUMNS, caption + ", ".join(f"{k} {v}" for k, v in result["machine"].items()))
+    alone = sorted({row["measured_with"] for row in result["rows"] if row["speedup"] is None})
+    if alone:
+        caption = f"no speed-up: {', '.join(alone)} is what others are measured against. " + caption * (
+            any(row["speedup"] is not None for row in result["rows"])
+        )
+    caption += ", ".join(f"{key} {value}" for key, value in result["machine"].items())
+    profile_tables = [to_rich(found["parts"], PROFILE_COLUMNS, _profile_caption(found)) for found in result["profiles"]]
+    return Group(to_rich(result["rows"], COLUMNS, caption), *profile_tables)
+
+
+def _profile_caption(found: dict[str, Any]) -> str:
+    rows, columns = found["image_size_px"]
+    return f"{found['name']} at {rows} x {columns} px in {found['dtype']}, time of the operations alone"

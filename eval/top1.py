@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader, Dataset
 from eval.distributed import Ranks, joined
 from eval.inputs import Transform, evaluation_transform, image_settings
 from eval.table import Column, to_rich
-from eval.targets import Target, positive, resolve_targets
+from eval.targets import Target, resolve_targets
+from vitreuse.console import positive
 from vitreuse.data import FolderDataset, Sample, open_split, prepare_source
 from vitreuse.measure import count_topk
 

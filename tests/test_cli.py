@@ -7,8 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from timm.models import VisionTransformer
 
 from vitreuse.__main__ import main
+from vitreuse.fold import STEPS
+from vitreuse.measure import Timing
 
 
 def run_json(capsys: pytest.CaptureFixture[str], *argv: str) -> dict:
@@ -62,6 +66,56 @@ def test_models_lists_what_matches(capsys):
     }
 
 
+FOLD = ["--device", "cpu", "--image-size", "32", "--repeats", "1", "--batch-size", "2"]
+
+
+@pytest.mark.parametrize("plan", [[], ["--plan", "lowrank:3 reuse exact*10"]], ids=["plain", "plan"])
+def test_fold_measures_each_step_alone_and_all_together(capsys, monkeypatch, plan):
+    times_ms = iter(range(1, 99))
+
+    def time_interleaved(calls, device, num_repeats):
+        for call in calls.values():
+            call()
+        return {label: Timing(0.5, float(next(times_ms)), 1.0, num_repeats) for label in calls}
+
+    monkeypatch.setattr("vitreuse.cli.fold.time_interleaved", time_interleaved)
+    result = run_json(capsys, "fold", "vit_tiny_patch16_224", *plan, *FOLD)
+    assert (result["plan"], result["image_size_px"], result["batch_size"]) == (plan[1] if plan else None, [32, 32], 2)
+    labels = ["norm_affine + centring" if step == "centring" else step for step in STEPS]
+    assert [row["step"] for row in result["steps"]] == ["unfolded", "no step", *labels, "all steps"]
+    assert [row["speedup"] for row in result["steps"]] == [1 / row["minimum_ms"] for row in result["steps"]]
+    differences = {row["step"]: row["relative_difference"] for row in result["steps"]}
+    assert differences["unfolded"] is None and differences["no step"] == 0
+    assert 0 < differences["norm_affine + centring"] < 1e-4 and 0 < differences["all steps"] < 1e-4
+
+
+def test_fold_shows_a_step_that_changes_the_logits(capsys, monkeypatch):
+    def broken(model):
+        model.head.bias += 1
+
+    same = Timing(1.0, 1.0, 1.0, 1)
+    monkeypatch.setitem(STEPS, "key_bias", broken)
+    monkeypatch.setattr("vitreuse.cli.fold.time_interleaved", lambda calls, *_: dict.fromkeys(calls, same))
+    result = run_json(capsys, "fold", "vit_tiny_patch16_224", *FOLD)
+    wrong = {row["step"] for row in result["steps"] if (row["relative_difference"] or 0) > 1e-4}
+    assert wrong == {"key_bias", "all steps"}
+
+
+def test_fold_times_in_the_dtype_that_is_asked_for(capsys, monkeypatch):
+    dtypes = []
+    forward = VisionTransformer.forward
+
+    def record(model, x):
+        dtypes.append(x.dtype)
+        return forward(model, x)
+
+    monkeypatch.setattr(VisionTransformer, "forward", record)
+    assert main(["fold", "vit_tiny_patch16_224", *FOLD, "--dtype", "bfloat16"]) == 0
+    assert "vit_tiny_patch16_224 at 32 x 32 px in bfloat16, batch 2" in capsys.readouterr().out
+    num_models = 1 + len(STEPS) + 2
+    assert dtypes == [torch.float32] * num_models + [torch.bfloat16] * 3 * num_models
+
+
 def test_shards_are_written_described_and_verified(capsys, tmp_path):
     root = str(tmp_path / "digits")
     written = run_json(capsys, "shards", "digits", root)
@@ -92,6 +146,9 @@ def test_shards_are_written_described_and_verified(capsys, tmp_path):
         ),
         (["models", "zzz"], "vitreuse models: no model matches 'zzz': try '*reuse*'"),
         (["shards", "info", "no/such/folder"], "vitreuse shards: no/such/folder "),
+        (["fold", "resnet18"], "vitreuse fold: ResNet cannot be folded: fold takes timm's VisionTransformer and ours."),
+        (["fold", "vit_tny_patch16_224"], "vitreuse fold: model.name 'vit_tny_patch16_224' is not a model of timm"),
+        (["fold", "vit_tiny_patch16_224", "--plan", "exact"], "vitreuse fold: model 'vit_"),
     ],
 )
 def test_wrong_input_is_one_sentence_and_exit_code_2(capsys, argv, sentence):

@@ -25,7 +25,7 @@ from eval.distributed import Ranks, joined
 from eval.inputs import evaluation_transform, image_settings
 from eval.scatter import Point, scatter_figure
 from eval.table import Column, to_csv, to_markdown
-from eval.targets import resolve_targets
+from eval.targets import plain_model, resolve_targets
 from eval.throughput import Condition, fused_attention, measure
 from eval.top1 import Top1, evaluate
 from vitreuse.config import load_config, to_yaml
@@ -329,14 +329,95 @@ def test_speedup_is_to_the_best_plain_model(mode, experiment, set_times):
     assert ours["images_per_second"] == pytest.approx(4 * 1000 / (100 / 5))
     assert (ours["latency_ms"] is None) == (mode == "train")
     assert ours["peak_memory_mib"] > 0
+    assert ours["backend"] in ("map", "map + blocked", "qk + fused", "qk + blocked", "qk + unfused")
+
+
+@pytest.fixture
+def two_targets(experiment):
+    """The tiny experiment, and another of the same plain model."""
+    other = experiment.with_name("other.yaml")
+    other.write_text(experiment.read_text().replace("exact reuse*2", "exact*2 reuse"))
+    return resolve_targets([str(experiment), str(other)])
+
+
+def test_every_target_takes_turns_with_its_own_plain_models_alone(two_targets, monkeypatch):
+    runs = []
+
+    def time_interleaved(calls, device, num_repeats):
+        runs.append(list(calls))
+        return {label: Timing(1.0, len(runs) * len(label), 1.0, num_repeats) for label in calls}
+
+    monkeypatch.setattr(throughput, "time_interleaved", time_interleaved)
+    rows = measure(two_targets, Condition(None, "float32", "train", 2, torch.device("cpu")), num_repeats=3)
+    plain = list(TIMES_MS)[1:]
+    assert runs == [["tiny", *plain], ["other", *plain]]
+    assert [(row["name"], row["measured_with"]) for row in rows] == [(name, run[0]) for run in runs for name in run]
+    assert rows[4]["minimum_ms"] == 2 * rows[1]["minimum_ms"]
+    assert rows[3]["speedup"] == rows[4]["minimum_ms"] / rows[3]["minimum_ms"]
+
+
+def test_a_plain_model_has_no_speedup_and_that_is_said(experiment, set_times, monkeypatch, capsys):
+    monkeypatch.setitem(TIMES_MS, "vit_tiny_patch16_224, fused", 3.0)
+    monkeypatch.setitem(TIMES_MS, "vit_tiny_patch16_224, unfused", 4.0)
+    rows = run_json(capsys, "throughput", "vit_tiny_patch16_224", "--image-size", "16")["rows"]
+    assert [(row["name"], row["backend"]) for row in rows] == [
+        ("vit_tiny_patch16_224, fused", "fused"),
+        ("vit_tiny_patch16_224, unfused", "unfused"),
+    ]
+    for key in ("baseline", "speedup", "predicted", "realised_over_predicted"):
+        assert [row[key] for row in rows] == [None, None]
+    for targets, claims in (([], False), ([str(experiment)], True)):
+        size = ["--image-size", "16"] if not targets else ["--image-size", "32"]
+        assert main(["throughput", "vit_tiny_patch16_224", *targets, *size]) == 0
+        shown = capsys.readouterr().out
+        assert "no speed-up: vit_tiny_patch16_224 is what others are measured against" in shown
+        assert ("predicted: by MACs" in shown) == claims
+
+
+def test_compiled_models_are_candidates_and_baselines(experiment, set_times, monkeypatch):
+    compiled = []
+
+    def fake_compile(model, dynamic):
+        compiled.append(model)
+        return lambda images: model(images)
+
+    monkeypatch.setattr(torch, "compile", fake_compile)
+    for label, time_ms in zip(list(TIMES_MS), (4.0, 3.0, 7.0), strict=True):
+        monkeypatch.setitem(TIMES_MS, f"{label}, compiled", time_ms)
+    condition = Condition(None, "float32", "inference", 2, torch.device("cpu"))
+    rows = measure(resolve_targets([str(experiment)]), condition, num_repeats=2, with_compiled=True)
+    names = ["tiny", "deit_tiny_patch16_224, fused", "deit_tiny_patch16_224, unfused"]
+    assert [row["name"] for row in rows] == [*names, *(f"{name}, compiled" for name in names)]
+    assert {row["baseline"] for row in rows} == {"deit_tiny_patch16_224, fused, compiled"}
+    assert [row["speedup"] for row in rows] == pytest.approx([3 / time for time in (5, 8, 6, 4, 3, 7)])
+    assert [row["peak_memory_mib"] is None for row in rows] == [False] * 3 + [True] * 3
+    assert len(compiled) == 3
+
+
+def test_compiling_without_a_compiler_is_refused_in_one_sentence(experiment, monkeypatch, capsys):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert main(["throughput", str(experiment), "--compile"]) == 2
+    told = capsys.readouterr().err
+    assert "--compile needs a C++ compiler and there is no 'no-such-compiler': install it" in told
+    assert told.count("\n") == 1
+
+
+def test_profiles_stand_beside_the_rows(experiment, set_times, capsys):
+    options = ["--profile", "--mode", "train", "inference", "--repeats", "2", "--batch-size", "2"]
+    (profile,) = run_json(capsys, "throughput", str(experiment), *options)["profiles"]
+    assert (profile["name"], profile["image_size_px"], profile["dtype"]) == ("tiny", [12, 12], "float32")
+    parts = {row["part"] for row in profile["parts"]}
+    assert {"patch_embed", "blocks.0.attn", "blocks.2.mlp", "head", "total"} <= parts
+    assert main(["throughput", str(experiment), *options]) == 0
+    assert "tiny at 12 x 12 px in float32" in capsys.readouterr().out
 
 
 def test_baselines_are_fused_and_unfused_and_the_switch_is_put_back(experiment):
     before = use_fused_attn()
-    candidates = throughput._candidates(
-        resolve_targets([str(experiment)]), Condition(None, "bfloat16", "inference", 1, torch.device("cpu"))
-    )
-    _, fused, unfused = list(candidates)
+    (target,) = resolve_targets([str(experiment)])
+    condition = Condition(None, "bfloat16", "inference", 1, torch.device("cpu"))
+    _, fused, unfused = throughput._candidates(target, {target.label: plain_model(target.model)}, condition)
+    assert (fused.backend, unfused.backend) == ("fused", "unfused")
     assert fused.model.blocks[0].attn.fused_attn
     assert not unfused.model.blocks[0].attn.fused_attn
     assert next(unfused.model.parameters()).dtype == torch.bfloat16
@@ -352,11 +433,14 @@ def test_throughput_covers_every_condition(experiment, tmp_path, capsys):
         capsys, "throughput", str(experiment), *options, "--mode", "inference", "train", "--csv", str(table)
     )
     rows = result["rows"]
-    conditions = {(row["image_size_px"], row["dtype"], row["mode"]) for row in rows}
-    assert conditions == set(itertools.product((8, 12), ("float32", "bfloat16"), ("inference", "train")))
+    conditions = {(*row["image_size_px"], row["dtype"], row["mode"]) for row in rows}
+    sizes, dtypes, modes = (8, 12), ("float32", "bfloat16"), ("inference", "train")
+    assert conditions == {(size, size, dtype, mode) for size in sizes for dtype in dtypes for mode in modes}
     assert len(rows) == 3 * len(conditions)
     assert {"device", "threads", "torch", "timm", "date"} <= result["machine"].keys()
-    assert len(table.read_text().splitlines()) == 1 + len(rows)
+    assert {row["measured_with"] for row in rows} == {"tiny"} and result["profiles"] == []
+    lines = table.read_text().splitlines()
+    assert len(lines) == 1 + len(rows) and lines[1].startswith("tiny,8 x 8,float32,inference,2,")
 
 
 def test_compare_writes_table_and_plot(tmp_path, experiment, capsys):
@@ -439,6 +523,7 @@ def test_tables_show_rounded_values_and_store_exact_ones():
         (["throughput", "{tmp}/tiny.yaml", "--batch-size", "0"], "argument --batch-size: 0 is not a whole number"),
         (["flops", "{tmp}/tiny.yaml", "--image-size", "3"], "images of (3, 3) px are smaller than a patch of (4, 4)"),
         (["flops", "{tmp}/run", "{tmp}/run"], "{tmp}/run is given 2 times: name each target once."),
+        (["throughput", "{tmp}/tiny.yaml", "--profile", "--mode", "train"], "--profile shows where the time"),
         (["throughput", "{tmp}/tiny.yaml", "--dtype", "float8"], "argument --dtype: invalid choice: 'float8'"),
         (["speed"], "invalid choice: 'speed'"),
         (["flops"], "the following arguments are required: TARGET"),

@@ -364,6 +364,7 @@ def test_a_damaged_run_json_does_not_keep_a_run_from_its_checkpoints(whole, conf
     told = capsys.readouterr().err
     assert told.count("run.json is damaged; the run goes on from its checkpoints") == 1
     assert "goes on after step 180 of 180" in told
+    assert told.count("attention on cpu in float32, training: ") == 1
     assert json.loads((run_dir / "run.json").read_text())["plan"] == "exact reuse" and _status(run_dir) == "completed"
     _assert_equal_runs(run_dir, whole)
 

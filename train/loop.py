@@ -21,6 +21,7 @@ from train.pipeline import ignore_stop_signals
 from train.progress import TrainingProgress
 from train.run import RunFolder, run_facts
 from train.trainer import StepResult, Trainer
+from vitreuse.backends import Conditions, sentence
 from vitreuse.config import Config, ConfigError
 from vitreuse.data import open_split, prepare_source
 
@@ -160,10 +161,19 @@ class _Loop:
         return True
 
     def _begin(self, command: str) -> None:
+        self._say_how_attention_runs()
         if self.config.train.mixup is not None:
             self._say_what_mixup_drops()
         facts = run_facts(self.config, self.trainer.model, self.ranks, command)
         self.folder.begin(self.trainer.counters.step, {**facts, "num_steps": self.trainer.num_steps})
+
+    def _say_how_attention_runs(self) -> None:
+        recipe, model = self.config.train, self.trainer.model
+        if hasattr(model, "plan"):  # timm's own model has one way
+            share = -(-recipe.global_batch_size // (self.ranks.world_size * recipe.accumulation_steps))
+            dtype = getattr(torch, recipe.precision)
+            conditions = Conditions(self.ranks.device, dtype, True, share, recipe.compile)
+            _say(self.ranks, sentence(model, conditions))
 
     def _say_what_mixup_drops(self) -> None:
         batches = self.trainer.batches

@@ -1,14 +1,14 @@
-"""The ``vitreuse`` command: what a name or a plan means, and shards."""
+"""The ``vitreuse`` command: what a name or a plan means, what this device makes of it, and shards."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
 
-from vitreuse.cli import models, plan, shards
+from vitreuse.cli import fold, models, plan, shards, tune
 from vitreuse.console import Parser, run_command
 
-COMMANDS = {"models": models, "plan": plan, "shards": shards}
+COMMANDS = {"models": models, "plan": plan, "fold": fold, "tune": tune, "shards": shards}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

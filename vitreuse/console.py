@@ -15,8 +15,11 @@ from contextlib import redirect_stdout
 from types import ModuleType
 from typing import NoReturn
 
+import torch
 from rich.console import Console, RenderableType
 from rich.measure import Measurement
+
+from vitreuse.strict_yaml import ConfigError
 
 DONE, WRONG_INPUT = 0, 2
 
@@ -63,6 +66,26 @@ def run_command(
         print_error(f"{prog} {args.command}", error)
         return WRONG_INPUT
     return DONE
+
+
+def positive(text: str) -> int:
+    """A whole number above 0, from the command line."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
+    return int(text)
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of a name: auto takes cuda where there is one.
+
+    Raises:
+        ConfigError: cuda is asked for and there is none.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("there is no CUDA device for the device cuda: use cpu or auto.")
+    return torch.device(name)
 
 
 def is_first_rank() -> bool:

@@ -1,10 +1,12 @@
-"""Instruments shared by eval and the `vitreuse` command: interleaved timing, peak memory, top-k counts."""
+"""Instruments shared by eval and the `vitreuse` command: interleaved timing, peak memory, top-k counts, the device."""
 
+import platform
 import statistics
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -143,3 +145,18 @@ def count_topk(logits: Tensor, labels: Tensor, ks: tuple[int, ...] = (1, 5)) -> 
     tied_before = (logits == own) & (torch.arange(num_classes, device=labels.device) < labels[:, None])
     rank = (~(logits <= own) | tied_before).sum(1)  # classes ahead of the label; NaN <= NaN is false
     return tuple(int(((rank < k) & ~own.squeeze(1).isnan()).sum()) for k in ks)
+
+
+def device_name(device: torch.device) -> str:
+    """What the maker calls it."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+
+
+def _cpu_name() -> str:
+    """The processor's model name, which only Linux and macOS tell in different places."""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -4,8 +4,7 @@ Shapes: B images, H heads, N queries, M keys, D = 64 channels a head.
 """
 import json
 import os
-import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from torch.nn import functional as F
 from vitreuse.attention.blocked import blocked_attention
 from vitreuse.attention.choice import COST_NAMES, cost_key
 from vitreuse.attention.maps import apply_map, softmax_map
-from vitreuse.measure import Call, time_interleaved
+from vitreuse.measure import Call, device_name, time_interleaved
 
 HEADS, HEAD_DIM = 6, 64
 MIN_QUERIES = 197  # fewer keys than these are those of a low-rank layer, not of a smaller image
@@ -53,22 +52,26 @@ def measure_costs(
                 calls = _calls(device, dtype, num_images, num_keys, mode == "train")
                 timings = time_interleaved(calls, device, num_repeats)
                 scale = 1e6 / (num_images * HEADS * pairs)
-                costs[key].append([num_keys, *(round(timings[name].minimum_ms * scale, 4) for name in COST_NAMES)])
+                costs[key].append([num_keys, *(_rounded(timings[name].minimum_ms * scale) for name in COST_NAMES)])
     return costs
+
+
+def _rounded(cost: float) -> float:
+    """To four digits, of which a fast device's small numbers have as many."""
+    return float(f"{cost:.4g}")
 
 
 def describe_device(device: torch.device) -> dict[str, Any]:
     """What the costs are of: device, threads, version and date."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {
-        "device": name,
+        "device": device_name(device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "date": date.today().isoformat(),
     }
 
 
-def write_costs(path: Path, machine: dict[str, Any], costs: dict[str, list[list[float]]]) -> None:
+def write_costs(path: Path, machine: dict[str, Any], costs: Mapping[str, Sequence[Sequence[float]]]) -> None:
     """Writes costs as JSON, a line per point, so that a crash leaves the old file or the new one."""
     keys = ",\n".join(
         f"    {json.dumps(key)}: [\n" + ",\n".join(f"      {json.dumps(point)}" for point in points) + "\n    ]"

@@ -1,0 +1,109 @@
+"""Tuning: what it measures, writes and prints, and that models read it."""
+
+import json
+
+import pytest
+import timm
+import torch
+
+from vitreuse import tune
+from vitreuse.__main__ import main
+from vitreuse.attention import choice
+from vitreuse.attention.choice import COST_NAMES, load_costs
+from vitreuse.measure import Timing
+from vitreuse.tune import measure_costs, write_costs
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def small(tmp_path, monkeypatch):
+    monkeypatch.setattr(tune, "PAIRS_PER_CALL", 1)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+
+def test_costs_are_times_per_head_query_and_key(monkeypatch):
+    times_ms = dict(zip(COST_NAMES, (1.0, 2.0, 3.0, 4.0), strict=True))
+
+    def time_interleaved(calls, device, num_repeats):
+        for call in calls.values():
+            call()
+        return {name: Timing(99.0, times_ms[name], 1.0, num_repeats) for name in calls}
+
+    monkeypatch.setattr(tune, "time_interleaved", time_interleaved)
+    told = []
+    costs = measure_costs(CPU, [torch.float32], [5, 211], 1, told.append)
+    assert list(costs) == ["cpu float32 inference", "cpu float32 train"]
+    for points in costs.values():
+        assert points == [
+            [num_keys, *(float(f"{1e6 * ms / (6 * num_queries * num_keys):.4g}") for ms in times_ms.values())]
+            for num_keys, num_queries in ((5, 197), (211, 211))  # a low-rank layer has as many queries as ever
+        ]
+    assert told[0] == "cpu float32 inference, 5 keys" and len(told) == 4
+
+
+def test_what_is_written_is_what_models_read():
+    measured = {"cpu float32 train": [[7, 1.0, 2.0, 3.0, 4.0], [11, 0.5, 0.25, 3e-5, 4.0]]}
+    write_costs(choice.tuned_costs_path(), {"device": "a"}, measured)
+    assert load_costs()["cpu float32 train"] == [(7, 1.0, 2.0, 3.0, 4.0), (11, 0.5, 0.25, 3e-5, 4.0)]
+    assert [path.name for path in choice.tuned_costs_path().parent.iterdir()] == ["costs.json"]
+    model = timm.create_model("vit_reuse_tiny_patch16_224", device="meta")
+    assert model.blocks[0].attn.costs == load_costs()
+
+
+def tune_json(capsys, *more):
+    assert main(["tune", "--device", "cpu", "--repeats", "1", "--json", *more]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_the_command_measures_writes_and_says_what_auto_chooses(capsys):
+    result = tune_json(capsys, "--dtype", "float32", "bfloat16", "--keys", "11", "5", "11")
+    assert (result["file"], result["is_default"]) == (str(choice.tuned_costs_path()), True)
+    assert [(point["dtype"], point["mode"], point["num_keys"]) for point in result["points"]] == [
+        (dtype, mode, keys) for dtype in ("float32", "bfloat16") for mode in ("inference", "train") for keys in (5, 11)
+    ]
+    written = load_costs()
+    for point in result["points"]:
+        costs = point["costs_ns"]
+        points = written[f"cpu {point['dtype']} {point['mode']}"]
+        assert (point["num_keys"], *costs.values()) in points and min(costs.values()) > 0
+        assert point["attention"] == ("fused" if costs["fused"] <= costs["unfused"] else "unfused")
+        for readers, way in point["carried_by_readers"].items():
+            uses = int(readers) + 1
+            repays = costs["make"] + uses * costs["apply"] <= uses * min(costs["fused"], costs["unfused"])
+            assert way == ("map" if repays else "qk")
+
+
+def test_another_dtype_is_added_to_the_file(capsys, tmp_path):
+    path = tmp_path / "folder" / "mine.json"
+    for dtype in ("float32", "bfloat16"):
+        result = tune_json(capsys, "--dtype", dtype, "--keys", "5", "--output", str(path))
+        assert (result["file"], result["is_default"], len(result["points"])) == (str(path), False, 2)
+    assert json.loads(path.read_text())["costs"].keys() == {
+        f"cpu {dtype} {mode}" for dtype in ("float32", "bfloat16") for mode in ("inference", "train")
+    }
+    assert not choice.tuned_costs_path().exists()
+
+
+def test_the_table_says_where_the_costs_went_and_progress_is_apart(capsys, tmp_path):
+    path = tmp_path / "mine.json"
+    options = ["--device", "cpu", "--repeats", "1", "--dtype", "float32", "--keys", "5", "--output", str(path)]
+    assert main(["tune", *options]) == 0
+    shown = capsys.readouterr()
+    assert shown.err.splitlines() == ["measuring cpu float32 inference, 5 keys", "measuring cpu float32 train, 5 keys"]
+    assert "mine.json" in "".join(shown.out.split()) and "models read" in shown.out
+    assert "carried to 5" in shown.out
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (["--output", "{tmp}/broken.json"], "vitreuse tune: {tmp}/broken.json holds no costs: delete it, or write"),
+        (["--output", "{tmp}"], "vitreuse tune: [Errno 21] Is a directory"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_refused_before_anything_is_measured(argv, sentence, capsys, tmp_path):
+    (tmp_path / "broken.json").write_text("{")
+    assert main(["tune", "--device", "cpu", "--keys", "5", *(word.format(tmp=tmp_path) for word in argv)]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith(sentence.format(tmp=tmp_path)) and told.count("\n") == 1

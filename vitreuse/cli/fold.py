@@ -1,0 +1,123 @@
+"""``vitreuse fold NAME``: what each step of folding a model gains on this device, and what it changes."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from torch import Tensor, nn
+
+from vitreuse.config import ModelConfig
+from vitreuse.console import choose_device, positive
+from vitreuse.fold import DEFAULT_STEPS, STEPS, fold
+from vitreuse.measure import Call, time_interleaved
+from vitreuse.models import variant_of
+
+HELP = "measure each step of vitreuse.fold, alone and all together"
+DTYPES = ("float32", "bfloat16", "float16")
+NEEDS = {"centring": ("norm_affine",)}  # steps that do nothing without others
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's own arguments."""
+    parser.add_argument("name", metavar="NAME", help="a model name, ours or timm's")
+    parser.add_argument("--plan", metavar="TEXT", help="such as 'exact reuse*6 exact*5' (default: the model's)")
+    parser.add_argument("--image-size", type=positive, metavar="PX", help="side of the image (default: the model's)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the times; default: %(default)s")
+    parser.add_argument("--batch-size", type=positive, default=8, help="images per call; default: %(default)s")
+    parser.add_argument("--repeats", type=positive, default=10, help="timed calls of each; default: %(default)s")
+
+
+@torch.no_grad()
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Times of the model and of its folded copies, from turns that all took in one run.
+
+    Raises:
+        ValueError: an unknown model, a wrong plan, or a model that cannot be folded.
+    """
+    device, dtype = choose_device(args.device), getattr(torch, args.dtype)
+    model = _model(args).to(device).eval()
+    images = torch.randn(args.batch_size, *_image_shape(model), device=device)
+    logits = model(images)
+    folded = {label: fold(model, steps) for label, steps in _step_sets().items()}
+    errors = {label: _relative_difference(copy(images), logits) for label, copy in folded.items()}
+    calls = {label: _call(copy.to(dtype), images.to(dtype)) for label, copy in {"unfolded": model, **folded}.items()}
+    timings = time_interleaved(calls, device, args.repeats)
+    unfolded_ms = timings["unfolded"].minimum_ms
+    return {
+        "name": args.name,
+        "plan": str(model.plan) if hasattr(model, "plan") else None,
+        "image_size_px": list(images.shape[-2:]),
+        "device": device.type,
+        "threads": torch.get_num_threads(),
+        "dtype": args.dtype,
+        "batch_size": args.batch_size,
+        "steps": [
+            {
+                "step": label,
+                "minimum_ms": timing.minimum_ms,
+                "speedup": unfolded_ms / timing.minimum_ms,
+                "relative_difference": errors.get(label),
+            }
+            for label, timing in timings.items()
+        ],
+    }
+
+
+def _model(args: argparse.Namespace) -> Any:
+    """The model in float32, with no bias, norm or scale that an identity would leave out of the proof."""
+    keywords = {} if args.image_size is None else {"img_size": args.image_size}
+    name = args.name if args.plan is None else variant_of(args.name)
+    model: Any = ModelConfig(name=name, plan=args.plan, keywords=keywords).create()
+    fold(model, ())  # refuses a model that cannot be folded, before anything else is asked of it
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            parameter += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+def _image_shape(model: Any) -> tuple[int, int, int]:
+    return (model.patch_embed.proj.in_channels, *model.patch_embed.img_size)
+
+
+def _step_sets() -> dict[str, tuple[str, ...]]:
+    """The steps to apply by label: none, which leaves a plain model's layers in a plan's form, each, and all."""
+    alone = [(*NEEDS.get(step, ()), step) for step in STEPS]
+    found = {"no step": (), **{" + ".join(steps): steps for steps in alone}, "all steps": tuple(STEPS)}
+    return found if tuple(STEPS) == DEFAULT_STEPS else {**found, "default steps": DEFAULT_STEPS}
+
+
+def _relative_difference(actual: Tensor, wanted: Tensor) -> float:
+    """Largest absolute difference of logits, in standard deviations of them."""
+    return float((actual - wanted).abs().max() / wanted.std())
+
+
+def _call(model: nn.Module, images: Tensor) -> Call:
+    @torch.inference_mode()
+    def call() -> None:
+        model(images)
+
+    return call
+
+
+def render(result: dict[str, Any]) -> Table:
+    """The table for a terminal."""
+    rows, columns = result["image_size_px"]
+    title = f"{result['name']} at {rows} x {columns} px in {result['dtype']}, batch {result['batch_size']}"
+    caption = (
+        f"speed-up: minimum time of the unfolded model over its own, on {result['device']}, CPU threads: "
+        f"{result['threads']}\ndifference: largest of the logits over their standard deviation, float32, random weights"
+    )
+    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left", box=SIMPLE_HEAD)
+    table.add_column("step", no_wrap=True)
+    for heading in ("minimum (ms)", "speed-up", "difference"):
+        table.add_column(heading, justify="right")
+    for step in result["steps"]:
+        difference = step["relative_difference"]
+        shown = "-" if difference is None else f"{difference:.1e}"
+        table.add_row(step["step"], f"{step['minimum_ms']:.2f}", f"{step['speedup']:.3f}", shown)
+    return table

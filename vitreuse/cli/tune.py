@@ -1,0 +1,101 @@
+"""``vitreuse tune``: measures this device, so that models choose by its own times."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from vitreuse.attention.choice import (
+    COST_NAMES,
+    as_costs,
+    cost_key,
+    is_fused_faster,
+    is_map_faster,
+    read_costs,
+    tuned_costs_path,
+)
+from vitreuse.console import choose_device, positive
+from vitreuse.tune import MODES, describe_device, measure_costs, write_costs
+
+HELP = "measure which way of computing attention is faster on this device, and keep the result for its models"
+DTYPES = ("float32", "bfloat16", "float16")
+KEYS = (64, 197, 577, 1025)
+READERS = (1, 5)  # reuse layers of an anchor, for which the table shows the choice
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's own arguments."""
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
+    parser.add_argument(
+        "--dtype", nargs="+", choices=DTYPES, default=["float32", "bfloat16"], help="default: float32 bfloat16"
+    )
+    keys = " ".join(map(str, KEYS))
+    parser.add_argument(
+        "--keys", type=positive, nargs="+", default=KEYS, metavar="M", help=f"keys of a query; default: {keys}"
+    )
+    parser.add_argument("--repeats", type=positive, default=10, help="timed calls, of which the fastest counts (10)")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="default: where models look for it")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Measures, and writes the costs over those of the same device type, dtype and mode in the file."""
+    device, path = choose_device(args.device), args.output or tuned_costs_path()
+    kept = read_costs(path) if path.exists() else {}  # before the measurements, which take a while
+    dtypes = [getattr(torch, name) for name in dict.fromkeys(args.dtype)]
+    costs = measure_costs(device, dtypes, sorted(set(args.keys)), args.repeats, _say)
+    machine = describe_device(device)
+    write_costs(path, machine, {**kept, **costs})
+    points = [point for dtype in dtypes for mode in MODES for point in _points(costs, device, dtype, mode)]
+    return {"file": str(path), "is_default": path == tuned_costs_path(), "machine": machine, "points": points}
+
+
+def _say(text: str) -> None:
+    print(f"measuring {text}", file=sys.stderr)
+
+
+def _points(
+    measured: dict[str, list[list[float]]], device: torch.device, dtype: torch.dtype, mode: str
+) -> list[dict[str, Any]]:
+    """The costs of one dtype and mode, and what a model chooses by them."""
+    key = cost_key(device.type, dtype, mode == "train")
+    costs = as_costs({key: measured[key]})
+    found = []
+    for num_keys, *values in costs[key]:
+        condition = costs, device.type, dtype, mode == "train", num_keys
+        carried = {str(readers): "map" if is_map_faster(*condition, readers) else "qk" for readers in READERS}
+        found.append(
+            {
+                "dtype": str(dtype).removeprefix("torch."),
+                "mode": mode,
+                "num_keys": num_keys,
+                "costs_ns": dict(zip(COST_NAMES, values, strict=True)),
+                "attention": "fused" if is_fused_faster(*condition) else "unfused",
+                "carried_by_readers": carried,
+            }
+        )
+    return found
+
+
+def render(result: dict[str, Any]) -> Table:
+    """The table for a terminal."""
+    caption = f"nanoseconds per head, query and key; written to {result['file']}"
+    if not result["is_default"]:
+        caption += f"; models read {tuned_costs_path()}"
+    table = Table(caption=caption, caption_justify="left", box=SIMPLE_HEAD)
+    for heading in ("dtype", "mode"):
+        table.add_column(heading)
+    for heading in ("keys", *COST_NAMES):
+        table.add_column(heading, justify="right")
+    for heading in ("auto", *(f"carried to {readers}" for readers in READERS)):
+        table.add_column(heading)
+    for point in result["points"]:
+        costs = (f"{cost:.4g}" for cost in point["costs_ns"].values())
+        carried = ({"map": "map", "qk": "(q, k)"}[way] for way in point["carried_by_readers"].values())
+        table.add_row(point["dtype"], point["mode"], str(point["num_keys"]), *costs, point["attention"], *carried)
+    return table
