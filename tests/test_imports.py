@@ -81,7 +81,8 @@ def test_the_wheel_holds_the_library_alone(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     assert wheel.name.startswith(f"vitreuse-{vitreuse.__version__}-")
     held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    assert held == {path.relative_to(ROOT).as_posix() for path in (ROOT / "vitreuse").rglob("*.py")}
+    library = [path for kind in ("*.py", "*.json") for path in (ROOT / "vitreuse").rglob(kind)]
+    assert held == {path.relative_to(ROOT).as_posix() for path in library}
 
 
 def test_importing_vitreuse_is_cheap_and_builds_no_model():
