@@ -257,7 +257,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image-size", type=positive, nargs="+", metavar="PX", help="default: the model's own")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32"], help="default: float32")
     parser.add_argument("--mode", nargs="+", choices=MODES, default=["inference"], help="default: inference")
-    parser.add_argument("--batch-size", type=positive, default=8, help="images per call; default: %(default)s")
+    parser.add_argument("--batch-size", type=positive, default=32, help="images per call; default: %(default)s")
     parser.add_argument("--repeats", type=positive, default=10, help="timed calls per candidate; default: %(default)s")
     parser.add_argument("--threads", type=positive, help="CPU threads; default: torch's own number")
     parser.add_argument("--compile", action="store_true", help="measure every model compiled by torch.compile too")

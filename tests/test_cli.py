@@ -82,7 +82,7 @@ def test_fold_measures_each_step_alone_and_all_together(capsys, monkeypatch, pla
     result = run_json(capsys, "fold", "vit_tiny_patch16_224", *plan, *FOLD)
     assert (result["plan"], result["image_size_px"], result["batch_size"]) == (plan[1] if plan else None, [32, 32], 2)
     labels = ["norm_affine + centring" if step == "centring" else step for step in STEPS]
-    assert [row["step"] for row in result["steps"]] == ["unfolded", "no step", *labels, "all steps"]
+    assert [row["step"] for row in result["steps"]] == ["unfolded", "no step", *labels, "all steps", "default steps"]
     assert [row["speedup"] for row in result["steps"]] == [1 / row["minimum_ms"] for row in result["steps"]]
     differences = {row["step"]: row["relative_difference"] for row in result["steps"]}
     assert differences["unfolded"] is None and differences["no step"] == 0
@@ -112,7 +112,7 @@ def test_fold_times_in_the_dtype_that_is_asked_for(capsys, monkeypatch):
     monkeypatch.setattr(VisionTransformer, "forward", record)
     assert main(["fold", "vit_tiny_patch16_224", *FOLD, "--dtype", "bfloat16"]) == 0
     assert "vit_tiny_patch16_224 at 32 x 32 px in bfloat16, batch 2" in capsys.readouterr().out
-    num_models = 1 + len(STEPS) + 2
+    num_models = 1 + len(STEPS) + 3
     assert dtypes == [torch.float32] * num_models + [torch.bfloat16] * 3 * num_models
 
 

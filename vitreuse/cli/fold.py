@@ -85,10 +85,10 @@ def _image_shape(model: Any) -> tuple[int, int, int]:
 
 
 def _step_sets() -> dict[str, tuple[str, ...]]:
-    """The steps to apply by label: none, which leaves a plain model's layers in a plan's form, each, and all."""
+    """The steps to apply by label: none, which leaves a plain model's layers in a plan's form, each, all, the default."""
     alone = [(*NEEDS.get(step, ()), step) for step in STEPS]
-    found = {"no step": (), **{" + ".join(steps): steps for steps in alone}, "all steps": tuple(STEPS)}
-    return found if tuple(STEPS) == DEFAULT_STEPS else {**found, "default steps": DEFAULT_STEPS}
+    together = {"all steps": tuple(STEPS), "default steps": DEFAULT_STEPS}
+    return {"no step": (), **{" + ".join(steps): steps for steps in alone}, **together}
 
 
 def _relative_difference(actual: Tensor, wanted: Tensor) -> float:
