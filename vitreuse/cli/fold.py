@@ -85,7 +85,7 @@ def _image_shape(model: Any) -> tuple[int, int, int]:
 
 
 def _step_sets() -> dict[str, tuple[str, ...]]:
-    """The steps to apply by label: none, which leaves a plain model's layers in a plan's form, each, all, the default."""
+    """The steps to apply by label: none (a plain model's layers in a plan's form), each, all, the default."""
     alone = [(*NEEDS.get(step, ()), step) for step in STEPS]
     together = {"all steps": tuple(STEPS), "default steps": DEFAULT_STEPS}
     return {"no step": (), **{" + ".join(steps): steps for steps in alone}, **together}
