@@ -221,6 +221,21 @@ def test_a_backend_carries_either_the_map_or_queries_and_keys(backend, attn_drop
     assert [weights is not None, q is not None, k is not None] == [carried == "map", *[carried == "q and k"] * 2]
 
 
+UNFUSED = {"cpu float32 inference": [(1, 9.0, 1.0, 1.0, 1.0)]}  # costs under which no layer fuses
+
+
+@every_case
+@pytest.mark.parametrize("block_bytes", [1, 5000])
+def test_inference_by_blocks_of_the_map_is_the_same_function(name, backend, block_bytes, monkeypatch):
+    monkeypatch.setattr("vitreuse.attention.blocked.BLOCK_BYTES", block_bytes)
+    model, x = build(name, backend).eval(), images(CASES[name].grid, num_images=3)
+    for block in model.blocks:
+        block.attn.costs = UNFUSED
+    wanted = model(x)
+    with torch.inference_mode():
+        assert_close(model(x), wanted.detach())
+
+
 @pytest.mark.parametrize(("backend", "rate", "warned"), [("qk", 0.1, 1), ("qk", 0.0, 0), ("map", 0.1, 0)])
 def test_a_backend_that_dropout_overrules_is_warned_of(backend, rate, warned):
     with warnings.catch_warnings(record=True) as caught:
