@@ -67,6 +67,14 @@ def test_scripted_models_agree(name, backend):
     assert_close(torch.jit.script(model)(x), model(x))
 
 
+@pytest.mark.parametrize(("name", "backend"), [*REPRESENTATIVE, ("exact", "auto"), ("span dense", "auto")])
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+def test_a_vmapped_model_agrees_in_inference(name, backend):
+    model, x = CASES[name].build(reuse_backend=backend).eval(), images(CASES[name].grid)
+    with torch.no_grad():
+        assert_close(torch.func.vmap(lambda image: model(image[None])[0])(x), model(x))
+
+
 @pytest.mark.parametrize(("name", "backend"), REPRESENTATIVE)
 def test_timm_extracts_features_by_symbolic_trace(name, backend):
     model, x = CASES[name].build(reuse_backend=backend).eval(), images(CASES[name].grid)

@@ -112,9 +112,10 @@ def softmax_rows(logits: Tensor) -> Tensor:
 
 
 def overwrites(x: Tensor) -> bool:
-    """Whether operations may write into their inputs: in eager inference, where no gradient or trace needs them."""
+    """Whether operations may write into their inputs: in eager inference, without a gradient, trace or vmap."""
     if not torch.jit.is_scripting():
-        return not (x.requires_grad or torch.compiler.is_compiling() or torch.jit.is_tracing())
+        is_captured = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        return not (x.requires_grad or is_captured or torch._C._are_functorch_transforms_active())
     return False
 
 
