@@ -238,6 +238,7 @@ def test_two_ranks_follow_the_curve_of_one(config_path, tmp_path):
     for ranks in (1, 2):
         result = _train(config_path, *recipe, f"run_dir={tmp_path / str(ranks)}", ranks=ranks)
         assert result.returncode == 0, result.stderr
+        assert "FutureWarning" not in result.stderr
     one, two = _curve(tmp_path / "1"), _curve(tmp_path / "2")
     for key in ("loss", "grad_norm", "lr", "train_loss", "top1", "n"):
         expected = [record[key] for record in one if key in record]
