@@ -418,7 +418,9 @@ def test_accumulation_changes_nothing_but_rounding(config_path):
     for pieces in (1, 3):
         trainer = _trainer(load_config(config_path, [f"train.accumulation_steps={pieces}"]))
         losses = [trainer.train_step(batch, stop=False).loss for batch in trainer.remaining_batches()]
-        results.append((losses, _weights(trainer)))
+        weights = _weights(trainer)
+        weights["blocks.0.attn.qkv.bias"][16:32] = 0  # of the keys: softmax does not see it, so Adam steps by rounding
+        results.append((losses, weights))
     torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-5)
 
 
