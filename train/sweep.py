@@ -13,8 +13,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryFile
-from typing import IO, Any
+from tempfile import TemporaryDirectory
+from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
@@ -36,7 +36,7 @@ class Run:
     command: list[str]
     folder: Path
     process: subprocess.Popen[bytes] | None = None
-    output: IO[bytes] | None = None  # on a terminal: what it says, until it is shown above the bars
+    output: Path | None = None  # on a terminal: what it says, until it is shown above the bars
 
     @property
     def label(self) -> str:
@@ -48,10 +48,14 @@ class Run:
         """How it ended, None before."""
         return None if self.process is None else self.process.poll()
 
-    def start(self, keeps_output: bool) -> None:
-        """Starts the process; what it says is kept, or goes where this process's own errors go."""
-        self.output = TemporaryFile() if keeps_output else None  # noqa: SIM115 (closed once shown)
-        self.process = subprocess.Popen(self.command, stderr=self.output)
+    def start(self, output: Path | None) -> None:
+        """Starts the process; what it says goes into a file, or where this process's own errors go."""
+        self.output = output
+        if output is None:
+            self.process = subprocess.Popen(self.command)
+            return
+        with output.open("wb") as stderr:
+            self.process = subprocess.Popen(self.command, stderr=stderr)
 
     def progress(self) -> dict[str, Any]:
         """Steps done and to do, loss and images/s, as far as the run folder knows them."""
@@ -83,9 +87,9 @@ class Sweep:
 
     def run(self, stop: StopSignal) -> int:
         """Runs them all, or until a signal; the exit code: 0, the first failure's, or 75."""
-        with self.bars:
+        with self.bars, TemporaryDirectory() as outputs:
             while not self._is_over(stop.received):
-                self._start_next(stop.received)
+                self._start_next(stop.received, Path(outputs))
                 time.sleep(SECONDS_BETWEEN_LOOKS)
                 self._show()
         if stop.received:
@@ -99,7 +103,7 @@ class Sweep:
         started = [run for run in self.runs if run.process is not None]
         return all(run.exit_code is not None for run in (started if stopping else self.runs))
 
-    def _start_next(self, stopping: bool) -> None:
+    def _start_next(self, stopping: bool, outputs: Path) -> None:
         """Fills the free places; a signal is passed on instead."""
         running = [run for run in self.runs if run.process is not None and run.exit_code is None]
         if stopping:
@@ -109,7 +113,7 @@ class Sweep:
             return
         waiting = [i for i, run in enumerate(self.runs) if run.process is None]
         for i in waiting[: self.jobs - len(running)]:
-            self.runs[i].start(keeps_output=self.console.is_terminal)
+            self.runs[i].start(outputs / str(i) if self.console.is_terminal else None)
             self.bars.start_task(self.tasks[i])
 
     def _show(self) -> None:
@@ -122,11 +126,9 @@ class Sweep:
             ended = "" if run.exit_code == DONE else f" ended with exit code {run.exit_code}"
             self.bars.update(task, **{**run.progress(), "description": run.label + ended})
             self.bars.stop_task(task)
-            run.output.seek(0)
-            lines = run.output.read().decode().splitlines()
+            lines = run.output.read_text(encoding="utf-8", errors="replace").splitlines()
             said = lines[-1:] if run.exit_code == DONE else lines  # its result, or why it failed
             self.console.print("\n".join(said), markup=False)
-            run.output.close()
             run.output = None
 
 

@@ -16,12 +16,11 @@ from timm.models.vision_transformer import Block as TimmBlock
 from torch import Tensor, nn
 
 from vitreuse.attention import AttentionConfig, Carry, ExactAttention, SpanAttention
-from vitreuse.attention.choice import load_costs
+from vitreuse.attention.choice import Costs, load_costs
 from vitreuse.block import PlanBlock, PlanBlocks
 from vitreuse.plan import Plan, Spec
 
 Rows = Tuple[Any, slice]  # output rows of a linear layer
-EMBEDDINGS = ("cls_token", "dist_token", "reg_token", "pos_embed")
 
 
 def fold(
@@ -56,7 +55,8 @@ def fold(
     dtype = folded.patch_embed.proj.weight.dtype
     folded.to(torch.promote_types(dtype, torch.float32))
     if not isinstance(folded.blocks, PlanBlocks):
-        folded.blocks = PlanBlocks(*(with_plan_block(block, folded) for block in folded.blocks))
+        costs = load_costs()
+        folded.blocks = PlanBlocks(*(with_plan_block(block, folded, costs) for block in folded.blocks))
     with torch.no_grad():
         if normalisation is not None:
             fold_normalisation(folded, *normalisation)
@@ -66,7 +66,7 @@ def fold(
     return folded.to(dtype)
 
 
-def with_plan_block(block: Any, model: Any) -> PlanBlock:
+def with_plan_block(block: Any, model: Any, costs: Costs) -> PlanBlock:
     """A layer of timm's as a layer of a plan, around the same submodules.
 
     Raises:
@@ -100,7 +100,7 @@ def with_plan_block(block: Any, model: Any) -> PlanBlock:
         norm_layer=nn.LayerNorm,
         device=torch.device("meta"),  # every submodule is replaced
         dtype=None,
-        costs=load_costs(),
+        costs=costs,
     )
     adopted = PlanBlock(config)
     for name, module in attn.named_children():
@@ -223,8 +223,7 @@ def fold_centring(model: Any) -> None:
         return
     if not all(isinstance(norm, nn.Identity) for norm in (model.norm_pre, model.patch_embed.norm)):
         return
-    for name in EMBEDDINGS:
-        table = getattr(model, name, None)
+    for table in (*_prefix_tokens(model), model.pos_embed):
         if table is not None:
             table -= table.mean(-1, keepdim=True)
     for linear in (model.patch_embed.proj, *(linear for found in writers for linear in found.values())):
@@ -259,13 +258,11 @@ class ClassRowsBlocks(PlanBlocks):
         x: Tensor,
         grid: Optional[Tuple[int, int]] = None,
         num_queries: Optional[int] = None,
-        layerwise_proj: Optional[Tensor] = None,
-        attn_mask: Optional[Tensor] = None,
-        is_causal: bool = False,
-        checkpointing: bool = False,
+        *args: Any,
+        **kwargs: Any,
     ) -> Tensor:
-        """The class rows (B, R, C) after the last layer."""
-        return super().forward(x, grid, self.num_rows, layerwise_proj, attn_mask, is_causal, checkpointing)
+        """The class rows (B, R, C) after the last layer, however many are asked for."""
+        return super().forward(x, grid, self.num_rows, *args, **kwargs)
 
 
 class ClassAttention(nn.Module):

@@ -201,10 +201,9 @@ def attend(
                 q, k, v, attn_mask=mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale
             )
             return mixed, None, None, handed_q, handed_k
-        if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript leaves out what it need not read only so)
-            if is_blockable(q, v) and attn_mask is None and not is_causal and dropout_p == 0.0:
-                mixed = blocked(q, k, v, scale, grid, width, num_prefix_tokens)
-                return mixed, None, None, handed_q, handed_k
+        if is_blockable(q, v) and attn_mask is None and not is_causal and dropout_p == 0.0:
+            mixed = blocked(q, k, v, scale, grid, width, num_prefix_tokens)
+            return mixed, None, None, handed_q, handed_k
     weights, prefix_weights = make_map(q, k, scale, grid, width, num_prefix_tokens, attn_mask, is_causal)
     mixed = apply_map(weights, prefix_weights, v, grid, width, num_prefix_tokens, dropout_p)
     if carry_map:
@@ -217,6 +216,7 @@ def is_blockable(q: Tensor, v: Tensor) -> bool:
     return q.device.type == "cpu" and overwrites(q) and overwrites(v)
 
 
+@torch.jit.unused  # a scripted model overwrites nothing, and so never comes here
 def blocked(
     q: Tensor, k: Tensor, v: Tensor, scale: float, grid: Tuple[int, int], width: int, num_prefix_tokens: int
 ) -> Tensor:
@@ -228,27 +228,11 @@ def blocked(
         return blocked_attention(q, k, v, scale, bias)
     bias = tiles.tile_bias(grid, width, num_prefix_tokens, q.dtype, q.device)
     step = block_length(q.shape[1] * bias.numel() * q.element_size())
-    return torch.cat(
-        [
-            tiled_attention(*images, scale, grid, width, num_prefix_tokens, bias)
-            for images in zip(q.split(step), k.split(step), v.split(step), strict=True)
-        ]
-    )
-
-
-def tiled_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    grid: Tuple[int, int],
-    width: int,
-    num_prefix_tokens: int,
-    bias: Tensor,
-) -> Tensor:
-    """Mixed values (B, H, N, D) of windows."""
-    weights, prefix_weights = make_tiled_map(q, k, scale, grid, width, num_prefix_tokens, bias)
-    return apply_map(weights, prefix_weights, v, grid, width, num_prefix_tokens, 0.0)
+    mixed = []
+    for queries, keys, values in zip(q.split(step), k.split(step), v.split(step), strict=True):
+        weights, prefix_weights = make_tiled_map(queries, keys, scale, grid, width, num_prefix_tokens, bias)
+        mixed.append(apply_map(weights, prefix_weights, values, grid, width, num_prefix_tokens, 0.0))
+    return torch.cat(mixed)
 
 
 @torch.fx.wrap
