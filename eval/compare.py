@@ -11,12 +11,10 @@ from rich.console import RenderableType
 
 from eval.flops import model_macs
 from eval.inputs import example
-from eval.machine import describe_machine
 from eval.table import Column, to_csv, to_markdown, to_rich
 from eval.targets import Target, final_record, resolve_targets
-from eval.throughput import inference_call
 from vitreuse.console import choose_device, positive
-from vitreuse.measure import peak_memory_mib, time_interleaved
+from vitreuse.measure import describe_machine, inference_call, peak_memory_mib, time_interleaved
 
 HELP = "run folders in one table, as Markdown, CSV and a scatter plot with -o"
 COLUMNS = (

@@ -116,12 +116,13 @@ def _num_params(model: nn.Module) -> int:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command line."""
     parser.add_argument("targets", nargs="+", metavar="TARGET", help="model name, config or run folder")
+    parser.add_argument("--plan", nargs="+", default=[], metavar="TEXT", help="count each target under these plans")
     parser.add_argument("--image-size", type=positive, nargs="+", metavar="PX", help="default: the model's own")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Counts of every target at every image size."""
-    targets = resolve_targets(args.targets)
+    targets = resolve_targets(args.targets, args.plan)
     models = [count(target, size) for target in targets for size in args.image_size or [None]]
     return {"command": "flops", "models": models}
 

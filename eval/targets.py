@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from vitreuse.config import Config, ModelConfig, load_config
-from vitreuse.models import default_cfgs, plain_name
+from vitreuse.models import default_cfgs, plain_name, variant_of
 from vitreuse.options import PlanOptions
 
 # Keywords that timm's own models do not have.
@@ -56,21 +56,31 @@ class Target:
         raise ValueError(f"{self.run_dir} has no weights yet: go on with python -m train.")
 
 
-def resolve_targets(texts: Sequence[str]) -> list[Target]:
+def resolve_targets(texts: Sequence[str], plans: Sequence[str] = ()) -> list[Target]:
     """One target per text, labelled by its last part, or in full where that is taken twice.
 
+    With plans, one per text and plan instead of its own, labelled by the plan too.
+
     Raises:
-        ValueError: a text is no target, or stands twice.
+        ValueError: a text is no target, a plan is none of the target's depth, or one of them stands twice.
     """
-    for text, count in Counter(texts).items():
+    for text, count in Counter((*texts, *plans)).items():
         if count > 1:
-            raise ValueError(f"{text} is given {count} times: name each target once.")
+            raise ValueError(f"{text} is given {count} times: name it once.")
     targets = [_resolve(text) for text in texts]
     counts = Counter(target.label for target in targets)
-    return [
+    labelled = [
         target if counts[target.label] == 1 else replace(target, label=text)
         for target, text in zip(targets, texts, strict=True)
     ]
+    return [_planned(target, plan) for target in labelled for plan in plans] if plans else labelled
+
+
+def _planned(target: Target, plan: str) -> Target:
+    """The same network under another plan; of a plain model's name, ours."""
+    model = replace(target.model, name=variant_of(target.model.name), plan=plan)
+    model.create("meta")  # refuses a wrong plan before any work is done
+    return Target(f"{target.label}, {plan}", model)
 
 
 def _resolve(text: str) -> Target:

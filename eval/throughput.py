@@ -18,7 +18,6 @@ from torch.nn import functional as F
 
 from eval.flops import model_macs
 from eval.inputs import example, image_settings
-from eval.machine import describe_machine
 from eval.profile import COLUMNS as PROFILE_COLUMNS
 from eval.profile import profile_parts
 from eval.table import Column, to_csv, to_rich
@@ -26,7 +25,7 @@ from eval.targets import Target, plain_model, resized, resolve_targets
 from vitreuse.backends import Conditions, summary
 from vitreuse.config import ModelConfig
 from vitreuse.console import choose_device, positive
-from vitreuse.measure import Call, Timing, peak_memory_mib, time_interleaved
+from vitreuse.measure import Call, Timing, describe_machine, inference_call, peak_memory_mib, time_interleaved
 
 HELP = "speed and memory, against timm's plain model with fused and with unfused attention"
 DTYPES = ("float32", "bfloat16")
@@ -211,16 +210,6 @@ def _make_call(item: Candidate, condition: Condition) -> tuple[Call, list[Tensor
     return step, [*model.parameters(), *model.buffers(), images, *state]
 
 
-def inference_call(forward: Callable[[Tensor], Tensor], images: Tensor) -> Call:
-    """One forward pass without gradients."""
-
-    @torch.inference_mode()
-    def call() -> None:
-        forward(images)
-
-    return call
-
-
 def _latencies(candidates: Sequence[Candidate], condition: Condition, num_repeats: int) -> dict[str, float]:
     """Median inference time of one image by label; none in training."""
     if condition.mode == "train":
@@ -254,6 +243,7 @@ def profiles(targets: Sequence[Target], condition: Condition, num_repeats: int) 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command line."""
     parser.add_argument("targets", nargs="+", metavar="TARGET", help="model name, config or run folder")
+    parser.add_argument("--plan", nargs="+", default=[], metavar="TEXT", help="measure each target under these plans")
     parser.add_argument("--image-size", type=positive, nargs="+", metavar="PX", help="default: the model's own")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32"], help="default: float32")
     parser.add_argument("--mode", nargs="+", choices=MODES, default=["inference"], help="default: inference")
@@ -273,7 +263,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         _check_compiler()
     if args.threads:
         torch.set_num_threads(args.threads)
-    targets = resolve_targets(args.targets)
+    targets = resolve_targets(args.targets, args.plan)
     device = choose_device(args.device)
     result: dict[str, Any] = {"command": "throughput", "machine": describe_machine(device), "rows": [], "profiles": []}
     for condition in (

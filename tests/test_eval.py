@@ -340,6 +340,14 @@ def two_targets(experiment):
     return resolve_targets([str(experiment), str(other)])
 
 
+def test_plans_take_the_place_of_a_targets_own(experiment):
+    plans = ["exact*12", "(exact reuse*5)*2"]
+    targets = resolve_targets(["vit_tiny_patch16_224"], plans)
+    assert [target.label for target in targets] == [f"vit_tiny_patch16_224, {plan}" for plan in plans]
+    assert [target.model.plan for target in targets] == plans
+    assert all(plain_model(target.model).name == "vit_tiny_patch16_224" for target in targets)
+
+
 def test_every_target_takes_turns_with_its_own_plain_models_alone(two_targets, monkeypatch):
     runs = []
 
@@ -522,7 +530,9 @@ def test_tables_show_rounded_values_and_store_exact_ones():
         (["compare", "{tmp}/run", "-o", "{tmp}/tiny.yaml"], "File exists"),
         (["throughput", "{tmp}/tiny.yaml", "--batch-size", "0"], "argument --batch-size: 0 is not a whole number"),
         (["flops", "{tmp}/tiny.yaml", "--image-size", "3"], "images of (3, 3) px are smaller than a patch of (4, 4)"),
-        (["flops", "{tmp}/run", "{tmp}/run"], "{tmp}/run is given 2 times: name each target once."),
+        (["flops", "{tmp}/run", "{tmp}/run"], "{tmp}/run is given 2 times: name it once."),
+            (["flops", "vit_tiny_patch16_224", "--plan", "exact*6"], "exact*6"),
+            (["flops", "resnet18", "--plan", "exact*12"], "no model 'resnet18' that takes a plan"),
         (["throughput", "{tmp}/tiny.yaml", "--profile", "--mode", "train"], "--profile shows where the time"),
         (["throughput", "{tmp}/tiny.yaml", "--dtype", "float8"], "argument --dtype: invalid choice: 'float8'"),
         (["speed"], "invalid choice: 'speed'"),

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from eval.profile import profile_parts
-from eval.throughput import inference_call
 from vitreuse import count_macs
+from vitreuse.measure import inference_call
 
 SIZES = {"img_size": 42, "patch_size": 6, "embed_dim": 33, "depth": 3, "num_heads": 3, "num_classes": 7}
 PARTS = {"patch_embed", "norm", "head", *(f"blocks.{i}.{part}" for i in range(3) for part in ("norm1", "attn", "mlp"))}

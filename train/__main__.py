@@ -11,11 +11,18 @@ import vitreuse  # noqa: F401  (registers the models)
 from train.loop import train
 from train.trainer import DivergedError
 from vitreuse.config import ConfigError, load_config
-from vitreuse.console import DONE, WRONG_INPUT, OtherRankError, is_first_of_machine, print_error
+from vitreuse.console import (
+    DONE,
+    FAILED,
+    STOPPED,
+    WRONG_INPUT,
+    OtherRankError,
+    is_first_of_machine,
+    print_error,
+)
 from vitreuse.data import DataError
 
 USAGE = "usage: python -m train CONFIG [section.key=value ...] [run_dir=PATH]"
-FAILED, STOPPED = 1, 75
 
 
 def main(arguments: list[str]) -> int:

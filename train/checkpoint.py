@@ -8,7 +8,6 @@ checkpoints/step-000000450/
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sys
 import zlib
@@ -17,28 +16,10 @@ from typing import Any
 
 import torch
 
+from vitreuse.durable import durable_file, sync, write_durably
+
 STATE_FILE = "state.pt"
 MARKER_FILE = "complete.json"
-
-
-def write_durably(path: Path, content: bytes) -> None:
-    """Writes a file that a crash leaves either as it was or whole: temporary name, fsync, rename."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync(path.parent)
-
-
-def sync(path: Path) -> None:
-    """Waits until a file's content, or a folder's list of names, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class Checkpoints:
@@ -60,14 +41,8 @@ class Checkpoints:
         """
         folder = self.folder / f"step-{step:09d}"
         folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / f".{STATE_FILE}.tmp"
-        with open(temporary, "wb") as file:
+        with durable_file(folder / STATE_FILE) as file:
             torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        (folder / MARKER_FILE).unlink(missing_ok=True)
-        os.replace(temporary, folder / STATE_FILE)
-        sync(folder)
         marker = {"step": step, "bytes": (folder / STATE_FILE).stat().st_size, "crc32": _crc32(folder / STATE_FILE)}
         write_durably(folder / MARKER_FILE, json.dumps({**marker, "top1": top1}).encode())
         sync(self.folder)

@@ -26,10 +26,11 @@ import safetensors.torch
 from torch import nn
 
 from eval.distributed import Ranks
-from eval.machine import describe_machine
-from train.checkpoint import Checkpoints, sync, write_durably
+from train.checkpoint import Checkpoints
 from vitreuse.config import Config, ConfigError, changed_settings, load_config, to_yaml
 from vitreuse.console import is_first_rank
+from vitreuse.durable import sync, write_durably
+from vitreuse.measure import describe_machine
 
 LOCK_FILE = ".lock"
 PACKAGES = ("vitreuse", "torch", "torchvision", "timm", "numpy", "webdataset")

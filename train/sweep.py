@@ -22,10 +22,9 @@ from rich.progress import Progress
 from train.distributed import StopSignal
 from train.progress import bars
 from vitreuse.config import ConfigError
-from vitreuse.console import DONE, WRONG_INPUT, print_error
+from vitreuse.console import DONE, STOPPED, WRONG_INPUT, print_error
 
 USAGE = "usage: python -m train.sweep CONFIG... [section.key=value ...] [runs=DIR] [jobs=N]"
-STOPPED = 75
 SECONDS_BETWEEN_LOOKS = 0.5
 
 

@@ -21,7 +21,7 @@ from rich.measure import Measurement
 
 from vitreuse.strict_yaml import ConfigError
 
-DONE, WRONG_INPUT = 0, 2
+DONE, FAILED, WRONG_INPUT, STOPPED = 0, 1, 2, 75  # exit codes; 75 asks to be started again
 
 
 class OtherRankError(ValueError):

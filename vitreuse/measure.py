@@ -6,9 +6,11 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -61,6 +63,16 @@ def _summary(times_ms: list[float]) -> Timing:
     median = statistics.median(times_ms)
     low, _, high = statistics.quantiles(times_ms, n=4, method="inclusive") if len(times_ms) > 1 else times_ms * 3
     return Timing(median, min(times_ms), 100 * (high - low) / median, len(times_ms))
+
+
+def inference_call(function: Callable[..., object], *inputs: Tensor) -> Call:
+    """One forward pass without gradients, to time."""
+
+    @torch.inference_mode()
+    def call() -> None:
+        function(*inputs)
+
+    return call
 
 
 def peak_memory_mib(call: Call, resident: Iterable[Tensor], device: torch.device) -> float:
@@ -145,6 +157,18 @@ def count_topk(logits: Tensor, labels: Tensor, ks: tuple[int, ...] = (1, 5)) -> 
     tied_before = (logits == own) & (torch.arange(num_classes, device=labels.device) < labels[:, None])
     rank = (~(logits <= own) | tied_before).sum(1)  # classes ahead of the label; NaN <= NaN is false
     return tuple(int(((rank < k) & ~own.squeeze(1).isnan()).sum()) for k in ks)
+
+
+def describe_machine(device: torch.device) -> dict[str, Any]:
+    """Device, threads, versions and date, which every measurement is written down with."""
+    return {
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "date": date.today().isoformat(),
+    }
 
 
 def device_name(device: torch.device) -> str:

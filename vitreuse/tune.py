@@ -3,9 +3,7 @@
 Shapes: B images, H heads, N queries, M keys, D = 64 channels a head.
 """
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,8 @@ from torch.nn import functional as F
 from vitreuse.attention.blocked import blocked_attention
 from vitreuse.attention.choice import COST_NAMES, cost_key
 from vitreuse.attention.maps import apply_map, softmax_map
-from vitreuse.measure import Call, device_name, time_interleaved
+from vitreuse.durable import write_durably
+from vitreuse.measure import Call, inference_call, time_interleaved
 
 HEADS, HEAD_DIM = 6, 64
 MIN_QUERIES = 197  # fewer keys than these are those of a low-rank layer, not of a smaller image
@@ -61,16 +60,6 @@ def _rounded(cost: float) -> float:
     return float(f"{cost:.4g}")
 
 
-def describe_device(device: torch.device) -> dict[str, Any]:
-    """What the costs are of: device, threads, version and date."""
-    return {
-        "device": device_name(device),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "date": date.today().isoformat(),
-    }
-
-
 def write_costs(path: Path, machine: dict[str, Any], costs: Mapping[str, Sequence[Sequence[float]]]) -> None:
     """Writes costs as JSON, a line per point, so that a crash leaves the old file or the new one."""
     keys = ",\n".join(
@@ -80,9 +69,7 @@ def write_costs(path: Path, machine: dict[str, Any], costs: Mapping[str, Sequenc
     unit = "nanoseconds per head, query and key; each line: keys, " + ", ".join(COST_NAMES)
     head = f'{{\n  "unit": {json.dumps(unit)},\n  "machine": {json.dumps(machine)},\n  "costs": {{\n'
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(f"{head}{keys}\n  }}\n}}\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_durably(path, f"{head}{keys}\n  }}\n}}\n".encode())
 
 
 def _calls(
@@ -105,12 +92,7 @@ def _calls(
 
 def _call(function: Callable[..., Tensor], inputs: tuple[Tensor, ...], training: bool) -> Call:
     if not training:
-
-        @torch.inference_mode()
-        def forward() -> None:
-            function(*inputs)
-
-        return forward
+        return inference_call(function, *inputs)
     leaves = [tensor.detach().requires_grad_() for tensor in inputs]
     gradient = torch.randn_like(function(*leaves))
 

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
 
 from vitreuse.config import ModelConfig
 from vitreuse.console import choose_device, positive
 from vitreuse.fold import DEFAULT_STEPS, STEPS, fold
-from vitreuse.measure import Call, time_interleaved
+from vitreuse.measure import inference_call, time_interleaved
 from vitreuse.models import variant_of
 
 HELP = "measure each step of vitreuse.fold, alone and all together"
@@ -45,7 +45,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     logits = model(images)
     folded = {label: fold(model, steps) for label, steps in _step_sets().items()}
     errors = {label: _relative_difference(copy(images), logits) for label, copy in folded.items()}
-    calls = {label: _call(copy.to(dtype), images.to(dtype)) for label, copy in {"unfolded": model, **folded}.items()}
+    candidates = {"unfolded": model, **folded}
+    calls = {label: inference_call(copy.to(dtype), images.to(dtype)) for label, copy in candidates.items()}
     timings = time_interleaved(calls, device, args.repeats)
     unfolded_ms = timings["unfolded"].minimum_ms
     return {
@@ -94,14 +95,6 @@ def _step_sets() -> dict[str, tuple[str, ...]]:
 def _relative_difference(actual: Tensor, wanted: Tensor) -> float:
     """Largest absolute difference of logits, in standard deviations of them."""
     return float((actual - wanted).abs().max() / wanted.std())
-
-
-def _call(model: nn.Module, images: Tensor) -> Call:
-    @torch.inference_mode()
-    def call() -> None:
-        model(images)
-
-    return call
 
 
 def render(result: dict[str, Any]) -> Table:

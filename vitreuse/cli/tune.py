@@ -21,7 +21,8 @@ from vitreuse.attention.choice import (
     tuned_costs_path,
 )
 from vitreuse.console import choose_device, positive
-from vitreuse.tune import MODES, describe_device, measure_costs, write_costs
+from vitreuse.measure import describe_machine
+from vitreuse.tune import MODES, measure_costs, write_costs
 
 HELP = "measure which way of computing attention is faster on this device, and keep the result for its models"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -49,7 +50,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     kept = read_costs(path) if path.exists() else {}  # before the measurements, which take a while
     dtypes = [getattr(torch, name) for name in dict.fromkeys(args.dtype)]
     costs = measure_costs(device, dtypes, sorted(set(args.keys)), args.repeats, _say)
-    machine = describe_device(device)
+    machine = describe_machine(device)
     write_costs(path, machine, {**kept, **costs})
     points = [point for dtype in dtypes for mode in MODES for point in _points(costs, device, dtype, mode)]
     return {"file": str(path), "is_default": path == tuned_costs_path(), "machine": machine, "points": points}

@@ -23,6 +23,7 @@ import numpy as np
 
 from vitreuse.data.errors import DataError
 from vitreuse.data.scan import Shard, record_dtype, scan_shard
+from vitreuse.durable import durable_file, write_durably
 
 HEADER_FILE = "index.json"
 RECORDS_FILE = "index.npy"
@@ -174,20 +175,16 @@ def _check_keys(index: Index) -> None:
 
 
 def write_index(index: Index) -> None:
-    """Writes both files under temporary names first; the header, which vouches for the records, comes last."""
+    """Writes both files durably; the header, which vouches for the records, comes last."""
     header = {
         "format": FORMAT,
         "class_names": index.class_names,
         "records_crc32": zlib.crc32(index.records.data),
         "shards": [asdict(shard) for shard in index.shards],
     }
-    part = index.folder / f"{RECORDS_FILE}.part"
-    with open(part, "wb") as file:
+    with durable_file(index.folder / RECORDS_FILE) as file:
         np.save(file, index.records, allow_pickle=False)
-    os.replace(part, index.folder / RECORDS_FILE)
-    part = index.folder / f"{HEADER_FILE}.part"
-    part.write_text(json.dumps(header, indent=1) + "\n", encoding="utf-8")
-    os.replace(part, index.folder / HEADER_FILE)
+    write_durably(index.folder / HEADER_FILE, (json.dumps(header, indent=1) + "\n").encode())
 
 
 def _read_header(folder: Path) -> tuple[tuple[str, ...], tuple[Shard, ...], int]:
