@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from vitreuse.attention import ATTENTION, AttentionConfig, Carry
 from vitreuse.attention.base import linear_params, norm_params
+from vitreuse.mlp import InplaceMlp
 
 # tokens, then the fields of the carry: flat, since re-entrant checkpointing loses gradients inside a tuple
 LayerOutput = Tuple[
@@ -56,7 +57,7 @@ class PlanBlock(nn.Module):
         self.drop_path1 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
 
         self.norm2 = attention.norm_layer(dim, **factory)
-        self.mlp = mlp_layer(
+        self.mlp = (InplaceMlp if mlp_layer is Mlp else mlp_layer)(
             in_features=dim,
             hidden_features=int(dim * mlp_ratio),
             act_layer=act_layer,
@@ -116,7 +117,7 @@ class PlanBlock(nn.Module):
         return attention + mlp + norm_params(self.mlp.get_submodule("norm"))
 
     def _mlp(self) -> Tuple[nn.Linear, nn.Linear]:
-        if type(self.mlp) is not Mlp:
+        if type(self.mlp) is not InplaceMlp:
             raise ValueError(f"mlp_layer={type(self.mlp).__name__} has no closed form: use timm's Mlp.")
         fc1: Any = self.mlp.fc1
         fc2: Any = self.mlp.fc2

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from vitreuse.attention import AttentionConfig, Carry, ExactAttention, SpanAttention
 from vitreuse.attention.choice import Costs, load_costs
 from vitreuse.block import PlanBlock, PlanBlocks
+from vitreuse.mlp import InplaceMlp
 from vitreuse.plan import Plan, Spec
 
 Rows = Tuple[Any, slice]  # output rows of a linear layer
@@ -106,7 +107,10 @@ def with_plan_block(block: Any, model: Any, costs: Costs) -> PlanBlock:
     for name, module in attn.named_children():
         setattr(adopted.attn, name, module)
     for name, module in block.named_children():
-        if name != "attn":
+        if name == "mlp" and type(module) is Mlp:
+            for part, submodule in module.named_children():
+                setattr(adopted.mlp, part, submodule)
+        elif name != "attn":
             setattr(adopted, name, module)
     return adopted.train(block.training)
 
@@ -359,7 +363,7 @@ def _projections(attn: Any) -> Dict[str, Rows]:
 def _writers(block: Any) -> Dict[str, Any]:
     """The linear layers whose outputs are added to the residual stream."""
     found: Dict[str, Any] = {"proj": block.attn.proj} if block.has_attention else {}
-    return {**found, "fc2": block.mlp.fc2} if type(block.mlp) is Mlp else found
+    return {**found, "fc2": block.mlp.fc2} if type(block.mlp) is InplaceMlp else found
 
 
 def _norms(model: Any, needs_affine: bool = True) -> Iterator[Tuple[Any, str, List[Any]]]:
@@ -369,7 +373,7 @@ def _norms(model: Any, needs_affine: bool = True) -> Iterator[Tuple[Any, str, Li
         if block.has_attention:
             linears = {id(linear): linear for linear, _ in _projections(block.attn).values()}
             found.append((block, "norm1", list(linears.values())))
-        if type(block.mlp) is Mlp:
+        if type(block.mlp) is InplaceMlp:
             found.append((block, "norm2", [block.mlp.fc1]))
     heads = [head for head in (model.head, getattr(model, "head_dist", None)) if isinstance(head, nn.Linear)]
     if model.attn_pool is None:
