@@ -23,17 +23,23 @@ def blocked_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Optio
     """
     batch, heads, num_queries, head_dim = q.shape
     num_keys = k.shape[2]
-    q, k, v = q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2), v.flatten(0, 1)
-    step = min(len(q), block_length(num_queries * num_keys * q.element_size()))
-    block = q.new_empty(step, num_queries, num_keys)
-    mixed = q.new_empty(len(q), num_queries, head_dim)
-    for first in range(0, len(q), step):
-        last = min(first + step, len(q))
-        logits = block[: last - first]
-        if bias is None:
-            torch.baddbmm(logits, q[first:last], k[first:last], beta=0, alpha=scale, out=logits)
-        else:
-            torch.baddbmm(bias, q[first:last], k[first:last], alpha=scale, out=logits)
-        torch.softmax(logits, dim=-1, out=logits)
-        torch.bmm(logits, v[first:last], out=mixed[first:last])
-    return mixed.view(batch, heads, num_queries, head_dim)
+    num_maps = block_length(num_queries * num_keys * q.element_size())
+    num_images, num_heads = min(max(1, num_maps // heads), batch), min(num_maps, heads)
+    memory = q.new_empty(num_images, num_heads, num_queries, num_keys)
+    mixed = q.new_empty(batch, num_queries, heads, head_dim).transpose(1, 2)  # as the next layer reads it
+    for image in range(0, batch, num_images):
+        for head in range(0, heads, num_heads):
+            part = (slice(image, image + num_images), slice(head, head + num_heads))
+            mixed[part] = _attention(q[part], k[part], v[part], scale, bias, memory)
+    return mixed
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Optional[Tensor], memory: Tensor) -> Tensor:
+    """Mixed values of one block, whose logits are written to ``memory``, as large or larger."""
+    shape = q.shape[:2]
+    logits = memory[: shape[0], : shape[1]].flatten(0, 1)
+    queries, keys, values = (x.flatten(0, 1).contiguous() for x in (q, k, v))  # with strides products take 5 % longer
+    beta = 0 if bias is None else 1
+    torch.baddbmm(logits if bias is None else bias, queries, keys.transpose(1, 2), beta=beta, alpha=scale, out=logits)
+    torch.softmax(logits, dim=-1, out=logits)
+    return torch.bmm(logits, values).unflatten(0, shape)
