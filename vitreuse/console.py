@@ -1,4 +1,4 @@
-"""What the project's commands have in common: arguments, --json, one-sentence errors, exit codes.
+"""What the project's commands have in common: arguments, --json, progress, one-sentence errors, exit codes.
 
 A command is a module with ``HELP``, ``add_arguments(parser)``, ``run(args)``, which returns what --json prints, and
 ``render(result)``, which makes of it what a terminal shows.
@@ -10,18 +10,22 @@ import argparse
 import json
 import os
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
-from types import ModuleType
+from datetime import timedelta
+from types import ModuleType, TracebackType
 from typing import NoReturn
 
 import torch
 from rich.console import Console, RenderableType
 from rich.measure import Measurement
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from vitreuse.strict_yaml import ConfigError
 
 DONE, FAILED, WRONG_INPUT, STOPPED = 0, 1, 2, 75  # exit codes; 75 asks to be started again
+SECONDS_BETWEEN_LINES = 30.0
 
 
 class OtherRankError(ValueError):
@@ -33,6 +37,52 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(WRONG_INPUT, f"{self.prog}: {message}; see {self.prog} --help.\n" if is_first_of_machine() else None)
+
+
+class WorkProgress:
+    """How far a piece of work is, on standard error: a bar with rate and time left on a terminal, lines elsewhere.
+
+    The bar is drawn as work advances, by no thread of its own: the work may fork.
+
+    Args:
+        label: what is done.
+        unit: what is counted, such as 'images'.
+        total: units of the whole work.
+        done: units that an earlier start has done.
+    """
+
+    def __init__(self, label: str, unit: str, total: int, done: int = 0):
+        self.label, self.unit, self.total, self.done = label, unit, total, done
+        self._first = done
+        self._start = self._last_line = time.monotonic()
+        self._console = Console(stderr=True, soft_wrap=True, highlight=False)
+        text = TextColumn("{task.description}", markup=False)
+        columns = (text, BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn())
+        hidden = not self._console.is_terminal
+        self._bar = Progress(*columns, console=self._console, auto_refresh=False, disable=hidden)
+        self._task = self._bar.add_task(label, total=total, completed=done)
+
+    def __enter__(self) -> WorkProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def advance(self, count: int) -> None:
+        """Some more units are done."""
+        self.done += count
+        now = time.monotonic()
+        per_second = (self.done - self._first) / max(now - self._start, 1e-9)
+        rate = f"{per_second:.1f} {self.unit}/s"
+        self._bar.update(self._task, completed=self.done, description=f"{self.label}, {rate}", refresh=True)
+        if self._bar.disable and (now - self._last_line > SECONDS_BETWEEN_LINES or self.done == self.total):
+            self._last_line = now
+            left = timedelta(seconds=round((self.total - self.done) / per_second))
+            text = f"{self.label}: {self.done}/{self.total} {self.unit}, {rate}, {left} left"
+            self._console.print(text, markup=False)
 
 
 def run_command(

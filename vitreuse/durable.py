@@ -1,12 +1,15 @@
-"""Files that a crash leaves as they were or whole, never half-written."""
+"""Files that a crash leaves as they were or whole, never half-written, and that one process writes at a time."""
 
 from __future__ import annotations
 
+import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+
+TEMPORARY_FILES = ".*.tmp"  # glob pattern of what durable_file leaves where its process is killed
 
 
 @contextmanager
@@ -40,5 +43,23 @@ def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def exclusive_lock(path: Path) -> Iterator[None]:
+    """Holds a lock file against other processes inside the block.
+
+    A POSIX lock: forked workers do not share it, and a dead process does not keep it.
+
+    Raises:
+        BlockingIOError: Another process holds it.
+        OSError: The file cannot be made.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
     finally:
         os.close(descriptor)

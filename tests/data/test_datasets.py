@@ -11,10 +11,12 @@ from itertools import chain
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tiny_split import CLASS_NAMES, SHARD_SIZES, encode, make_image, make_samples, read_all, write_split
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
+from torchvision.transforms.functional import pil_to_tensor
 
 from vitreuse.data import (
     DataError,
@@ -23,6 +25,8 @@ from vitreuse.data import (
     FolderDataset,
     ShardDataset,
     build_index,
+    decode_image,
+    decode_tensor,
     load_index,
     open_split,
     write_shard,
@@ -270,6 +274,41 @@ def test_modes(tmp_path, content, mode, values):
     build_index(tmp_path)
     image = ShardDataset(tmp_path, mode)[0].image
     assert pixels(image) == values and mode in (None, image.mode)
+
+
+CONTENTS = {
+    "jpeg": encode(make_image(3), "JPEG"),
+    "jpeg-grey": encode(make_image(3, "L"), "JPEG"),
+    "jpeg-cmyk": encode(make_image(3, "CMYK"), "JPEG"),
+    "jpeg-one-pixel": encode(Image.new("RGB", (1, 1), (7, 8, 9)), "JPEG"),
+    "png": encode(make_image(3)),
+    "grey16": encode_grey_16_bit([[0, 257, 65535], [256, 128, 129]]),
+    "palette": PALETTE,
+}
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", None])
+@pytest.mark.parametrize("content", CONTENTS.values(), ids=CONTENTS)
+def test_tensors_hold_the_numbers_of_pil_images(content, mode):
+    wanted = pil_to_tensor(decode_image(content, mode, ""))
+    assert torch.equal(decode_tensor(content, mode, ""), wanted)
+
+
+def test_a_large_photograph_is_the_same_as_a_tensor_and_as_a_pil_image(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8)
+    content = encode(Image.fromarray(noise).resize((501, 375), Image.Resampling.BICUBIC), "JPEG")
+    write_shard([EncodedSample("a", content, "jpg", 0)], tmp_path / "train.tar")
+    build_index(tmp_path)
+    image, tensor = (ShardDataset(tmp_path, "RGB", decode)[0].image for decode in (decode_image, decode_tensor))
+    assert tensor.shape == (3, 375, 501) and torch.equal(tensor, pil_to_tensor(image))
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"no image", encode(make_image(0), "JPEG")[:-60], encode(make_image(0))[:-30]]
+)
+def test_an_undecodable_tensor_is_one_sentence(content):
+    with pytest.raises(DecodeError, match=r"^image x has no known image format|^image x is no whole image \("):
+        decode_tensor(content, "RGB", "image x")
 
 
 def make_empty(root):

@@ -1,4 +1,4 @@
-"""``vitreuse shards {digits|index|verify|info} FOLDER``: write, index and check WebDataset shards."""
+"""``vitreuse shards {build|digits|index|verify|info}``: write, index and check WebDataset shards."""
 
 from __future__ import annotations
 
@@ -9,22 +9,46 @@ from typing import Any
 
 from rich.table import Table
 
-from vitreuse.data import build_index, prepare_source, shards_info, verify_shards
+from vitreuse.console import positive
+from vitreuse.data import (
+    BuildSettings,
+    Workers,
+    build_index,
+    build_shards,
+    prepare_source,
+    shards_info,
+    usable_cpus,
+    verify_shards,
+)
 
-HELP = "write the digits as shards; index, verify or describe a folder of shards"
-VERBS = {
-    "digits": "write scikit-learn's digits as FOLDER/train and FOLDER/val",
-    "index": "index the WebDataset tars of a folder",
-    "verify": "compare every byte of a folder's shards with their index; exit code 2 if they differ",
-    "info": "sum up a folder of indexed shards",
-}
+HELP = "build shards from images or the digits; index, verify or describe a folder of shards"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the command's own arguments."""
-    lines = "; ".join(f"{verb}: {help_text}" for verb, help_text in VERBS.items())
-    parser.add_argument("verb", choices=VERBS, metavar="{" + "|".join(VERBS) + "}", help=lines)
-    parser.add_argument("folder", metavar="FOLDER")
+    """Adds the command's verbs with their own arguments."""
+    verbs = parser.add_subparsers(required=True, metavar="{" + "|".join(VERBS) + "}")
+    for verb, (action, help_text) in VERBS.items():
+        verb_parser = verbs.add_parser(verb, help=help_text, description=help_text)
+        verb_parser.set_defaults(action=action)
+        if verb == "build":
+            _add_build_arguments(verb_parser)
+        verb_parser.add_argument("folder", type=Path, metavar="FOLDER")
+        if verb in PARALLEL_VERBS:
+            text = "processes; default: one a CPU, here %(default)s"
+            verb_parser.add_argument("--workers", type=positive, default=usable_cpus(), metavar="N", help=text)
+        # Known before the verb already: a default here would overrule what was given there.
+        text = "print one JSON object on standard output"
+        verb_parser.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help=text)
+
+
+def _add_build_arguments(parser: argparse.ArgumentParser) -> None:
+    sources = "a folder of images a class, train/ and val/ of these, a tar of these, or a tar of one tar a class"
+    parser.add_argument("source", type=Path, metavar="SOURCE", help=sources)
+    samples, quality, seed = BuildSettings.samples_per_shard, BuildSettings.quality, BuildSettings.seed
+    parser.add_argument("--samples-per-shard", type=positive, default=samples, metavar="N", help="default: %(default)s")
+    parser.add_argument("--resize", type=positive, metavar="PX", help="shrink images whose shorter side is longer")
+    parser.add_argument("--quality", type=positive, metavar="Q", help=f"of the JPEGs they become; default: {quality}")
+    parser.add_argument("--seed", type=int, default=seed, metavar="S", help="of the order; default: %(default)s")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -33,16 +57,50 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         ValueError: the data are not whole, or cannot be read or written.
     """
-    folders = [args.folder]
-    if args.verb == "digits":
-        prepare_source("digits", args.folder)
-        folders = [str(Path(args.folder) / split) for split in ("train", "val")]
-    elif args.verb == "index":
-        build_index(args.folder)
-    elif args.verb == "verify" and (problems := verify_shards(args.folder)):
+    return {"folders": [dataclasses.asdict(shards_info(folder)) for folder in args.action(args)]}
+
+
+def _build(args: argparse.Namespace) -> list[Path]:
+    if args.quality is not None and args.resize is None:
+        raise ValueError(f"--quality {args.quality} has no effect without --resize: leave it out or shrink images.")
+    quality = args.quality or BuildSettings.quality
+    settings = BuildSettings(args.samples_per_shard, args.resize, quality, args.seed)
+    return build_shards(args.source, args.folder, settings, _workers(args))
+
+
+def _digits(args: argparse.Namespace) -> list[Path]:
+    prepare_source("digits", args.folder)
+    return [args.folder / split for split in ("train", "val")]
+
+
+def _index(args: argparse.Namespace) -> list[Path]:
+    build_index(args.folder, workers=_workers(args))
+    return [args.folder]
+
+
+def _verify(args: argparse.Namespace) -> list[Path]:
+    if problems := verify_shards(args.folder, _workers(args)):
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise ValueError(problems[0] + more)
-    return {"folders": [dataclasses.asdict(shards_info(folder)) for folder in folders]}
+    return [args.folder]
+
+
+def _info(args: argparse.Namespace) -> list[Path]:
+    return [args.folder]
+
+
+def _workers(args: argparse.Namespace) -> Workers:
+    return Workers(args.workers, show_progress=True)
+
+
+VERBS = {
+    "build": (_build, "write images as shards; the same command again goes on where it was stopped"),
+    "digits": (_digits, "write scikit-learn's digits as FOLDER/train and FOLDER/val"),
+    "index": (_index, "index the WebDataset tars of a folder"),
+    "verify": (_verify, "compare every byte of a folder's shards with their index; exit code 2 if they differ"),
+    "info": (_info, "sum up a folder of indexed shards"),
+}
+PARALLEL_VERBS = ("build", "index", "verify")
 
 
 def render(result: dict[str, Any]) -> Table:

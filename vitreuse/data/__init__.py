@@ -1,18 +1,22 @@
 """Labelled images from indexed WebDataset shards or from class folders, as map-style data sets."""
 
+from vitreuse.data.build import BuildSettings, build_shards
 from vitreuse.data.datasets import FolderDataset, ShardDataset, open_split
-from vitreuse.data.decode import IMAGE_EXTENSIONS, Sample
+from vitreuse.data.decode import IMAGE_EXTENSIONS, Decoder, Sample, decode_image, decode_tensor
 from vitreuse.data.errors import DataError, DecodeError
 from vitreuse.data.index import Index, Record, build_index, load_index
 from vitreuse.data.scan import Shard
 from vitreuse.data.shards import EncodedSample, SplitInfo, shards_info, verify_shards, write_shard, write_shards
 from vitreuse.data.sources import SOURCES, prepare_source
+from vitreuse.data.workers import Workers, usable_cpus
 
 __all__ = [
     "IMAGE_EXTENSIONS",
     "SOURCES",
+    "BuildSettings",
     "DataError",
     "DecodeError",
+    "Decoder",
     "EncodedSample",
     "FolderDataset",
     "Index",
@@ -21,11 +25,16 @@ __all__ = [
     "Shard",
     "ShardDataset",
     "SplitInfo",
+    "Workers",
     "build_index",
+    "build_shards",
+    "decode_image",
+    "decode_tensor",
     "load_index",
     "open_split",
     "prepare_source",
     "shards_info",
+    "usable_cpus",
     "verify_shards",
     "write_shard",
     "write_shards",

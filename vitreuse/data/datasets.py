@@ -10,8 +10,9 @@ from typing import SupportsIndex
 import numpy as np
 from torch.utils.data import Dataset
 
-from vitreuse.data.decode import IMAGE_EXTENSIONS, Sample, decode_image
+from vitreuse.data.decode import Decoder, Sample, decode_image
 from vitreuse.data.errors import DataError, DecodeError
+from vitreuse.data.folders import list_classes, list_images
 from vitreuse.data.index import HEADER_FILE, load_index
 
 # Shards held open by a data set in each process: ImageNet has a thousand, about as many files as a process may open.
@@ -27,6 +28,7 @@ class ShardDataset(Dataset[Sample]):
     Args:
         folder: holds the tars and their index.
         mode: PIL mode to convert images to; None keeps the mode they were stored in.
+        decode: decode_image for PIL images, decode_tensor for tensors of bytes.
 
     Attributes:
         class_names: name of each label.
@@ -36,9 +38,9 @@ class ShardDataset(Dataset[Sample]):
         DataError: the index is missing or does not fit the shards.
     """
 
-    def __init__(self, folder: str | Path, mode: str | None = None):
+    def __init__(self, folder: str | Path, mode: str | None = None, decode: Decoder = decode_image):
         self.folder = Path(folder)
-        self.mode = mode
+        self.mode, self.decode = mode, decode
         self._index = load_index(self.folder)
         self._open_shard = lru_cache(maxsize=MAX_OPEN_SHARDS)(_OpenShard)
         self.class_names = self._index.class_names
@@ -63,14 +65,14 @@ class ShardDataset(Dataset[Sample]):
         if zlib.crc32(data) != record.crc32:
             check = f"vitreuse shards verify {self.folder}"
             raise DecodeError(f"{place} is not what was indexed: {check} lists all that differ.")
-        return Sample(decode_image(data, self.mode, place), record.label, record.key)
+        return Sample(self.decode(data, self.mode, place), record.label, record.key)
 
     def close(self) -> None:
         """Closes the open shards; a later read opens them again."""
         self._open_shard.cache_clear()
 
     def __reduce__(self):
-        return type(self), (self.folder, self.mode)
+        return type(self), (self.folder, self.mode, self.decode)
 
 
 class _OpenShard:
@@ -93,6 +95,7 @@ class FolderDataset(Dataset[Sample]):
     Args:
         folder: holds the class folders.
         mode: PIL mode to convert images to; None keeps the mode they were stored in.
+        decode: decode_image for PIL images, decode_tensor for tensors of bytes.
 
     Attributes:
         class_names: names of the class folders.
@@ -102,11 +105,11 @@ class FolderDataset(Dataset[Sample]):
         DataError: no class folders, or one without images.
     """
 
-    def __init__(self, folder: str | Path, mode: str | None = None):
+    def __init__(self, folder: str | Path, mode: str | None = None, decode: Decoder = decode_image):
         self.folder = Path(folder)
-        self.mode = mode
-        self.class_names = tuple(_list_classes(self.folder))
-        paths = [_list_images(self.folder, name) for name in self.class_names]
+        self.mode, self.decode = mode, decode
+        self.class_names = tuple(list_classes(self.folder))
+        paths = [list_images(self.folder, name) for name in self.class_names]
         self._labels = np.repeat(np.arange(len(paths)), [len(of_class) for of_class in paths])
         self._paths = np.array([os.fsencode(path) for of_class in paths for path in of_class])
         self.shard_sizes = [len(self._paths)]
@@ -128,48 +131,34 @@ class FolderDataset(Dataset[Sample]):
             data = path.read_bytes()
         except OSError as error:
             raise DataError(f"image {path} cannot be read ({error.strerror}): put it back.") from error
-        return Sample(decode_image(data, self.mode, f"image {path}"), int(self._labels[number]), key)
+        return Sample(self.decode(data, self.mode, f"image {path}"), int(self._labels[number]), key)
 
 
-def open_split(root: str | Path, split: str, mode: str | None = None) -> ShardDataset | FolderDataset:
+def open_split(
+    root: str | Path, split: str, mode: str | None = None, decode: Decoder = decode_image
+) -> ShardDataset | FolderDataset:
     """Opens ROOT/SPLIT, which holds indexed WebDataset shards or one folder of images a class.
 
     Args:
         root: folder of a data set.
         split: 'train', 'val' or any other folder in it.
         mode: PIL mode to convert images to; None keeps the mode they were stored in.
+        decode: decode_image for PIL images, decode_tensor for tensors of bytes.
 
     Raises:
         DataError: there is neither, or what is there is damaged.
     """
     folder = Path(root) / split
     if not folder.is_dir():
-        found = ", ".join(_list_classes(folder.parent)) if folder.parent.is_dir() else ""
+        found = ", ".join(list_classes(folder.parent)) if folder.parent.is_dir() else ""
         needed = f"{split}/ with indexed shards or class folders"
         raise DataError(f"no folder {folder}: {folder.parent} has {found or 'no folders'} and needs {needed}.")
     if (folder / HEADER_FILE).exists():
-        return ShardDataset(folder, mode)
-    if _list_classes(folder):
-        return FolderDataset(folder, mode)
+        return ShardDataset(folder, mode, decode)
+    if list_classes(folder):
+        return FolderDataset(folder, mode, decode)
     num_tars = len(list(folder.glob("*.tar")))
     if num_tars:
         call = f"vitreuse shards index {folder}"
         raise DataError(f"{folder} has {num_tars} tars and no {HEADER_FILE}: write it with {call}.")
     raise DataError(f"{folder} has neither shards (*.tar and {HEADER_FILE}) nor class folders: put either there.")
-
-
-def _list_classes(folder: Path) -> list[str]:
-    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
-
-
-def _list_images(folder: Path, class_name: str) -> list[str]:
-    """Lists a class's images, sub-folders and links included, as paths below the folder."""
-    paths = []
-    for parent, _, names in sorted(os.walk(folder / class_name, followlinks=True)):
-        below = os.path.relpath(parent, folder)
-        images = (name for name in sorted(names) if name.lower().endswith(tuple(f".{end}" for end in IMAGE_EXTENSIONS)))
-        paths += [os.path.join(below, name) for name in images if not name.startswith(".")]
-    if not paths:
-        endings = ", ".join(IMAGE_EXTENSIONS)
-        raise DataError(f"class folder {folder / class_name} has no images ({endings}): fill or remove it.")
-    return paths

@@ -23,6 +23,7 @@ import numpy as np
 
 from vitreuse.data.errors import DataError
 from vitreuse.data.scan import Shard, record_dtype, scan_shard
+from vitreuse.data.workers import THIS_PROCESS, Workers
 from vitreuse.durable import durable_file, write_durably
 
 HEADER_FILE = "index.json"
@@ -69,12 +70,13 @@ class Index:
         return self.records[start : start + self.shards[shard_number].num_samples]
 
 
-def build_index(folder: str | Path, class_names: Sequence[str] | None = None) -> Index:
+def build_index(folder: str | Path, class_names: Sequence[str] | None = None, workers: Workers = THIS_PROCESS) -> Index:
     """Reads every shard of a folder and writes its index.
 
     Args:
         folder: holds WebDataset tars; any writer's will do.
         class_names: name of each label; by default those of the index that is there, else the numbers.
+        workers: the processes that read.
 
     Raises:
         DataError: no shards, a shard that is damaged or empty, a sample without image or label, a label without a
@@ -86,7 +88,7 @@ def build_index(folder: str | Path, class_names: Sequence[str] | None = None) ->
         raise DataError(f"no shards (*.tar) in {folder}: name a folder that holds some.")
     if class_names is None and (folder / HEADER_FILE).exists():
         class_names = _read_header(folder)[0]
-    shards, parts = zip(*map(scan_shard, paths), strict=True)
+    shards, parts = zip(*workers.map(scan_shard, paths, f"indexing {folder.name}"), strict=True)
     dtype = record_dtype(max(part.dtype["key"].itemsize for part in parts))  # the widest key sets the width of all
     records = np.concatenate([part.astype(dtype) for part in parts])
     index = Index(folder, _name_classes(class_names, records), shards, records)
@@ -112,12 +114,14 @@ def read_index(folder: Path) -> Index:
     """Opens the index of a folder without a look at the shards.
 
     Raises:
-        DataError: no index, or one that cannot be read.
+        DataError: no index, one that cannot be read, or one with a label that has no name.
     """
     if not (folder / HEADER_FILE).is_file():
         raise DataError(f"{folder} has no {HEADER_FILE}: write it with {_build_call(folder)}.")
     class_names, shards, records_crc32 = _read_header(folder)
-    return Index(folder, class_names, shards, _map_records(folder, records_crc32))
+    index = Index(folder, class_names, shards, _map_records(folder, records_crc32))
+    _check_labels(index)
+    return index
 
 
 def find_mismatches(index: Index) -> Iterator[str]:
@@ -167,11 +171,16 @@ def _check_labels(index: Index) -> None:
 
 
 def _check_keys(index: Index) -> None:
-    keys = index.records["key"]
-    order = np.argsort(keys, kind="stable")
-    for twin in np.flatnonzero(keys[order[1:]] == keys[order[:-1]]):
-        (path, record), (other, _) = (index.locate(int(order[number])) for number in (twin, twin + 1))
+    for twins in find_twins(index.records["key"]):
+        (path, record), (other, _) = map(index.locate, twins)
         raise DataError(f"key {record.key!r} occurs in shard {path} and again in {other.name}: make keys unique.")
+
+
+def find_twins(keys: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Yields the numbers of each two samples that have the same key."""
+    order = np.argsort(keys, kind="stable")
+    for place in np.flatnonzero(keys[order[1:]] == keys[order[:-1]]):
+        yield int(order[place]), int(order[place + 1])
 
 
 def write_index(index: Index) -> None:

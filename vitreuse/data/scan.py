@@ -1,4 +1,4 @@
-"""Reading one WebDataset tar from end to end: which samples it holds and where their images lie.
+"""Reading tars from end to end: which files one holds, which samples a shard holds, and where in it they lie.
 
 Python's tarfile takes a tar that is cut between two members, or in a header, for a whole one. What follows the last
 member is therefore checked here: a tar ends with a block of zeros.
@@ -9,6 +9,7 @@ import os
 import re
 import tarfile
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -75,20 +76,38 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def tar_files(file: BinaryIO, start: int = 0, size: int | None = None) -> Iterator[tarfile.TarInfo]:
+    """Yields the regular files of an uncompressed tar.
+
+    Args:
+        file: holds the tar, or a tar that has it as a member.
+        start: where in the file the tar begins; offset_data of what is yielded counts from the file's beginning.
+        size: of the tar in bytes; None for all that follows.
+
+    Raises:
+        TarError: it is no tar, or cut short.
+    """
+    stop = os.fstat(file.fileno()).st_size if size is None else start + size
+    end = start
+    file.seek(start)
+    with tarfile.open(fileobj=file, mode="r:") as tar:
+        for info in tar:
+            tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue] tarfile keeps 700 bytes for each
+            end = info.offset_data + -(-info.size // BLOCK_BYTES) * BLOCK_BYTES
+            if info.isreg():
+                yield info
+    if end + BLOCK_BYTES > stop or os.pread(file.fileno(), BLOCK_BYTES, end) != bytes(BLOCK_BYTES):
+        raise tarfile.ReadError(f"no end mark at byte {end - start}")
+
+
 def _list_members(path: Path, file: BinaryIO) -> list[Member]:
     members: list[Member] = []
-    end = 0
     try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
-            for info in tar:
-                end = info.offset_data + -(-info.size // BLOCK_BYTES) * BLOCK_BYTES
-                match = MEMBER_NAME.fullmatch(info.name)
-                if match and info.isreg():
-                    members.append(Member(match[1], match[2].lower(), info.offset_data, info.size))
+        for info in tar_files(file):
+            if match := MEMBER_NAME.fullmatch(info.name):
+                members.append(Member(match[1], match[2].lower(), info.offset_data, info.size))
     except tarfile.TarError as error:
         raise DataError(_describe_damage(path, members, str(error))) from error
-    if os.pread(file.fileno(), BLOCK_BYTES, end) != bytes(BLOCK_BYTES):
-        raise DataError(_describe_damage(path, members, f"no end mark at byte {end}"))
     return members
 
 

@@ -13,6 +13,8 @@ import numpy as np
 from vitreuse.data.errors import DataError
 from vitreuse.data.index import Index, build_index, find_mismatches, load_index, read_index
 from vitreuse.data.scan import file_sha256, scan_shard
+from vitreuse.data.workers import THIS_PROCESS, Workers
+from vitreuse.durable import durable_file
 
 
 class EncodedSample(NamedTuple):
@@ -67,25 +69,27 @@ def write_shards(
 
 
 def write_shard(samples: Iterable[EncodedSample], path: Path) -> None:
-    """Writes one WebDataset tar: KEY.cls and KEY.EXTENSION for each sample."""
+    """Writes one WebDataset tar durably: KEY.cls and KEY.EXTENSION for each sample."""
     from webdataset.writer import TarWriter  # takes a second to import, for which readers need not wait
 
-    with open(path, "wb") as file, TarWriter(file, encoder=False, mtime=0) as writer:
+    with durable_file(path) as file, TarWriter(file, encoder=False, mtime=0) as writer:
         for sample in samples:
             writer.write({"__key__": sample.key, sample.extension: sample.image, "cls": str(sample.label).encode()})
 
 
-def verify_shards(folder: str | Path) -> list[str]:
+def verify_shards(folder: str | Path, workers: Workers = THIS_PROCESS) -> list[str]:
     """Compares every byte of a folder's shards with its index; returns a sentence for each problem, none if whole."""
     try:
         index = read_index(Path(folder))
     except DataError as error:
         return [str(error)]
     problems = list(find_mismatches(index))
-    for number, shard in enumerate(index.shards):
-        path = index.folder / shard.name
-        if path.exists() and file_sha256(path) != shard.sha256:
-            problems += _compare_shard(path, index.shard_records(number))
+    paths = [index.folder / shard.name for shard in index.shards]
+    present = [number for number, path in enumerate(paths) if path.exists()]
+    checksums = workers.map(file_sha256, [paths[number] for number in present], f"verifying {index.folder.name}")
+    for number, sha256 in zip(present, checksums, strict=True):
+        if sha256 != index.shards[number].sha256:
+            problems += _compare_shard(paths[number], index.shard_records(number))
     return problems
 
 

@@ -1,0 +1,95 @@
+"""Processes that share the work on a folder: a function of one file or shard, mapped over all of them."""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from typing import TypeVar
+
+from vitreuse.console import WorkProgress
+from vitreuse.data.errors import DataError
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Workers:
+    """How a folder is worked on.
+
+    Attributes:
+        count: processes that share the work; 1 does it in this process.
+        show_progress: whether to show on standard error how far it is.
+    """
+
+    count: int = 1
+    show_progress: bool = False
+
+    def map(
+        self,
+        function: Callable[[Task], Result],
+        tasks: Sequence[Task],
+        label: str,
+        unit: str = "shards",
+        sizes: Sequence[int] | None = None,
+        done: int = 0,
+    ) -> Iterator[Result]:
+        """Yields function(task) for each task, in their order.
+
+        Args:
+            function: can be pickled, as the tasks can.
+            tasks: what there is to do.
+            label: what is done, for whoever watches.
+            unit: what is counted.
+            sizes: how many of these each task is; 1 by default.
+            done: how many of these an earlier start has done.
+
+        Raises:
+            DataError: a worker was killed.
+        """
+        results = self._run(function, tasks)
+        if not self.show_progress:
+            yield from results
+            return
+        sizes = [1] * len(tasks) if sizes is None else sizes
+        with WorkProgress(label, unit, done + sum(sizes), done) as progress:
+            for result, size in zip(results, sizes, strict=True):
+                progress.advance(size)
+                yield result
+
+    def _run(self, function: Callable[[Task], Result], tasks: Sequence[Task]) -> Iterator[Result]:
+        count = min(self.count, len(tasks))
+        if count <= 1:
+            yield from map(function, tasks)
+            return
+        with ProcessPoolExecutor(count, initializer=_prepare_worker) as pool:
+            try:
+                yield from pool.map(function, tasks)
+            except BrokenProcessPool as error:
+                way_out = "run the same command again, with fewer workers if memory is short"
+                raise DataError(f"one of {count} worker processes was killed: {way_out}.") from error
+
+
+THIS_PROCESS = Workers()
+
+
+def usable_cpus() -> int:
+    """Counts the CPUs that this process may use, fewer than the machine's under Slurm, say."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _prepare_worker() -> None:
+    """Leaves Ctrl-C to the parent, and ends this worker when the parent is killed: it would wait for work for ever."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_after_parent, daemon=True).start()
+
+
+def _end_after_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
