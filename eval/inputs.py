@@ -4,13 +4,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from PIL.Image import Image
 from timm.data.config import resolve_model_data_config
 from timm.data.transforms_factory import create_transform
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
-Transform = Callable[[Image], Tensor]  # to (channels, rows, columns)
+Transform = Callable[[Any], Tensor]  # from a PIL image to (channels, rows, columns)
 
 
 def image_settings(model: Any) -> dict[str, Any]:

@@ -39,7 +39,7 @@ class Target:
         path = checkpoint or self._run_weights()
         model = self.model.create()
         try:
-            model.load_state_dict(_read_weights(path))
+            model.load_state_dict(read_weights(path))
         except RuntimeError as error:
             first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
             raise ValueError(f"{path} does not fit {self.model.name}: {first}") from error
@@ -134,7 +134,7 @@ def final_record(target: Target) -> dict[str, Any]:
     return last
 
 
-def _read_weights(path: Path) -> dict[str, torch.Tensor]:
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
     """The weights in a file of ours, of timm or of DeiT; of a moving average where there is one."""
     try:
         if path.suffix == ".safetensors":

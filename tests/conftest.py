@@ -1,5 +1,9 @@
 import pytest
 import torch
+from hypothesis import settings
+
+settings.register_profile("repeatable", deadline=None, derandomize=True)  # the machine may be busy
+settings.load_profile("repeatable")
 
 
 @pytest.fixture(scope="session", autouse=True)

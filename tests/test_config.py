@@ -58,6 +58,9 @@ def test_values_are_read_by_declared_type(write):
             "data.root='224'",
             "model.keywords.img_size=12",
             "model.keywords.nested={a: [1e-3, true, null, text, '007']}",
+            "train.freeze=[patch_embed, 'blocks.[0-5]']",
+            "train.optimizer.keywords={betas: [0.9, 0.95]}",
+            "train.schedule={warmup_steps: 7, warmup_lr: 0}",
         ],
     )
     assert (config.train.optimizer.lr, config.train.optimizer.weight_decay) == (0.001, 0.1)
@@ -66,6 +69,9 @@ def test_values_are_read_by_declared_type(write):
     assert (config.data.source, config.data.root) == (None, "224")
     assert config.model.keywords == {"img_size": 12, "nested": {"a": [0.001, True, None, "text", "007"]}}
     assert type(config.model.keywords["nested"]["a"][0]) is float
+    assert config.train.freeze == ("patch_embed", "blocks.[0-5]")
+    assert config.train.optimizer.keywords == {"betas": [0.9, 0.95]}
+    assert (config.train.schedule.warmup_steps, config.train.schedule.warmup_lr) == (7, 0)
 
 
 @pytest.mark.parametrize(
@@ -109,7 +115,35 @@ def test_values_are_read_by_declared_type(write):
         ("model.name=12", "command line: model.name must be text, not '12'; if it is meant as text, put it in quotes."),
         ("model.keywords.a=yes", "command line: model.keywords.a is 'yes', which has two readings"),
         ("model.keywords.a=0224", "command line: model.keywords.a is '0224', which has two readings"),
-        ("model.keywords.plan=exact*12", "x.yaml: model.keywords.plan has a key of its own, model.plan."),
+        ("model.keywords.plan=exact*12", "model.keywords.plan has a key of its own, plan beside keywords."),
+        ("model.keywords.pretrained=true", "model.keywords.pretrained has a key of its own, weights beside keywords."),
+        (
+            "train.schedule={warmup_epochs: 1, warmup_steps: 5}",
+            "x.yaml: train.schedule.warmup_epochs and warmup_steps: give at most one of the two, the other 0.",
+        ),
+        ("train.schedule={warmup_lr: 1e-5}", "train.schedule.warmup_lr 1e-05 has no effect without a warm-up: set"),
+        ("train.schedule={warmup_steps: 1.5}", "train.schedule.warmup_steps must be a whole number, not '1.5'."),
+        ("train.precision=float64", "train.precision is 'float64', allowed are float32, bfloat16, float16, did you"),
+        ("train.freeze=head", "command line: train.freeze must be a list, not 'head'."),
+        ("train.freeze=[head, 3]", "command line: train.freeze.1 must be text, not '3'; if it is meant as text"),
+        (
+            "train.resolution={from_px: 160, epochs: 3}",
+            "x.yaml: train.resolution.epochs 3 leaves none of 3 epochs at the model's own size: make it smaller",
+        ),
+        ("train.distill={kind: soft}", "train.distill.teacher.name is missing (a model name"),
+        (
+            "train.distill={teacher: {name: vgg11}, kind: soft}",
+            "train.distill.teacher.weights is missing: an un",
+        ),
+        ("train.distill={teacher: {name: vgg11, weights: a.pth}}", "train.distill.kind is missing (soft: its prob"),
+        (
+            "train.distill={teacher: {name: vgg11, weights: a.pth}, kind: token, temperature: 2}",
+            "x.yaml: train.distill.temperature 2 has no effect under kind 'token': leave it out.",
+        ),
+        (
+            "train.distill={teacher: {name: vgg11, weights: a.pth}, kind: hard, alpha: 0}",
+            "command line: train.distill.alpha is 0.0, it must be greater than 0.",
+        ),
         ("train.epochs", "'train.epochs' is not of the form section.key=value."),
         ("train..epochs=3", "'train..epochs=3' is not of the form section.key=value."),
         ("train.epochs=[", "command line: is not valid YAML"),
@@ -177,7 +211,7 @@ KEYWORDS = st.dictionaries(TEXTS | SPELLINGS, VALUES, max_size=3)
 def test_yaml_round_trips_exactly(tmp_path_factory, name, keywords, lr):
     path = tmp_path_factory.mktemp("round") / "x.yaml"
     path.write_text(MINIMAL)
-    config = load_config(path, ["train.crop={ratio: [0.7, 1.3]}", "train.ema={decay: 0.99}"])
+    config = load_config(path, ["train.crop={ratio: [0.7, 1.3]}", "train.ema={decay: 0.99}", "train.freeze=[a, 'on']"])
     keywords.pop("plan", None)
     optimizer = replace(config.train.optimizer, lr=lr)
     model = ModelConfig(name=name, plan=name, keywords=keywords)
@@ -207,6 +241,27 @@ def test_changed_settings_are_those_that_give_another_run(write):
         "train.optimizer.lr 0.001 -> 1.0",
         "train.ema None -> EmaConfig(decay=0.9, warmup=False)",
     ]
+
+
+def test_every_part_of_a_recipe_gives_another_run(write):
+    config = load_config(write(MINIMAL))
+    teacher = "teacher: {name: vgg11, weights: a.pth}"
+    changes = {
+        "model.weights": "a.pth",
+        "train.optimizer.keywords": "{eps: 1e-8}",
+        "train.schedule.warmup_steps": "3",
+        "train.precision": "float16",
+        "train.freeze": "[head]",
+        "train.resolution": "{from_px: 160, epochs: 2}",
+        "train.distill": f"{{{teacher}, kind: hard}}",
+    }
+    for key, value in changes.items():
+        (change,) = changed_settings(config, load_config(write(MINIMAL), [f"{key}={value}"]))
+        assert change.startswith(f"{key} ")
+    soft, hard = (
+        load_config(write(MINIMAL), [f"train.distill={{{teacher}, kind: {kind}}}"]) for kind in ("soft", "hard")
+    )
+    assert changed_settings(soft, hard) == ["train.distill.kind 'soft' -> 'hard'"]
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,17 @@
 """Exact epochs: every sample once, in an order that only seed and epoch decide."""
 
+import io
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
+from torchvision.transforms import PILToTensor
 
 from train.order import Draw, RankBatches, epoch_permutation
+from train.pipeline import TrainingImages, create_loader
+from vitreuse.data import EncodedSample, ShardDataset, build_index, write_shard
 
 SHARD_SIZES = (5, 1, 13, 4)  # 23 samples
 
@@ -85,3 +91,43 @@ def test_repeats_put_the_copies_of_a_sample_on_different_ranks():
     assert shared[1][0] == [Draw(2, order[0], 1), Draw(2, order[1], 1)]
     uses = Counter((draw.sample, draw.copy) for rank in shared for batch in rank for draw in batch)
     assert uses == Counter([(order[i // 3], i % 3) for i in range(23)])
+
+
+@pytest.fixture(scope="module", params=[SHARD_SIZES, (1, 12), (13,)], ids=str)
+def shards(request, tmp_path_factory) -> Path:
+    """Uneven shards, two of them, and one: fewer than workers."""
+    folder = tmp_path_factory.mktemp("shards")
+    numbers = iter(range(sum(request.param)))
+    for shard, size in enumerate(request.param):
+        write_shard([_sample(next(numbers)) for _ in range(size)], folder / f"{shard}.tar")
+    build_index(folder)
+    return folder
+
+
+def _sample(number: int) -> EncodedSample:
+    content = io.BytesIO()
+    Image.new("L", (1, 1), number).save(content, "PNG")
+    return EncodedSample(str(number), content.getvalue(), "png", number % 3)
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("num_workers", range(5))
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_loaders_of_all_ranks_read_every_image_once_an_epoch(shards, world_size, num_workers):
+    """Real workers, over two epochs and the rest of a third; the last batch of an epoch is smaller than the others."""
+    samples = ShardDataset(shards)
+    alone = RankBatches(3, samples.shard_sizes, 5)
+    images = TrainingImages(samples, [PILToTensor()] * 3, seed=3)
+    ranks = [RankBatches(3, samples.shard_sizes, 5, rank=rank, world_size=world_size) for rank in range(world_size)]
+    loaders = [create_loader(images, batches, num_workers, pin_memory=False) for batches in ranks]
+    for epoch, first_step in ((0, 0), (1, 0), (2, 1)):
+        for batches in (alone, *ranks):
+            batches.start_at(epoch, first_step)
+        expected = [sorted(draw.sample for draw in step) for step in alone]
+        steps = list(zip(*loaders, strict=True))
+        assert [sorted(int(key) for share in step for key in share.keys) for step in steps] == expected
+        if not first_step:
+            assert Counter(number for step in expected for number in step) == Counter(range(len(samples)))
+        for share in (share for step in steps for share in step):
+            assert [int(image) for image in share.images] == [int(key) for key in share.keys]
+            assert share.labels.tolist() == [int(key) % 3 for key in share.keys]

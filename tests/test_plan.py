@@ -121,14 +121,13 @@ def test_no_shorter_spelling_exists(words, max_layers):
         assert len(str(plan)) == length, str(plan)
 
 
-@settings(deadline=None, derandomize=True)
 @given(plans)
 def test_parse_and_str_are_inverse(plan):
     assert parse_plan(str(plan)) == plan
     assert str(parse_plan(str(plan))) == str(plan)
 
 
-@settings(deadline=None, derandomize=True, max_examples=200)
+@settings(max_examples=200)
 @given(spellings)
 def test_any_nesting_expands_and_shortens(spelling):
     text, specs = spelling
@@ -261,7 +260,7 @@ def test_error_names_position_rule_plan_and_way_out(text, model, problem, way_ou
     assert parse_plan(suggested_plan(message, text), **model)
 
 
-@settings(deadline=None, derandomize=True, max_examples=500)
+@settings(max_examples=500)
 @given(garbled_texts, st.none() | st.integers(1, 20), st.none() | st.integers(1, 4))
 def test_every_text_parses_or_gets_a_suggestion_that_does(text, depth, num_heads):
     try:
@@ -341,7 +340,6 @@ def test_anchors_and_readers(text, anchors, num_readers, num_maps):
     assert plan.num_maps == num_maps
 
 
-@settings(deadline=None, derandomize=True)
 @given(plans)
 def test_anchors_and_readers_follow_from_running_the_carry(plan):
     came_through: list[int] = []  # layers that the carry came through, the one that computed it first

@@ -5,12 +5,13 @@ import io
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-import time
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,8 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
+from storms.pictures import write_pictures
+from storms.processes import Run
 from timm.models import VisionTransformer
 
 import vitreuse  # noqa: F401  (registers the models)
@@ -30,13 +33,12 @@ from train.checkpoint import Checkpoints
 from train.distributed import StopSignal
 from train.loop import _Loop
 from train.order import Draw
-from train.pipeline import TrainingImages, train_transform
+from train.pipeline import TrainingImages, train_decoder, train_transform
 from train.run import RunFolder
 from train.trainer import DivergedError, Trainer
 from vitreuse.config import Config, ConfigError, load_config
-from vitreuse.data import EncodedSample, Sample, open_split, write_shards
+from vitreuse.data import Sample, open_split
 
-CHECKOUT = Path(__file__).parent.parent
 NUM_TRAIN, NUM_VAL = 17, 7  # batches of 8, 8 and 1: under two ranks the second holds no sample of the last
 
 CONFIG = """\
@@ -69,20 +71,11 @@ EVERYTHING = [
 ]
 
 
-def _samples(split: str, number: int):
-    rng = np.random.default_rng(len(split))
-    for i in range(number):
-        content = io.BytesIO()
-        Image.fromarray(rng.integers(60 * (i % 3), 255, (8, 8), dtype=np.uint8)).save(content, "PNG")
-        yield EncodedSample(f"{split}-{i}", content.getvalue(), "png", i % 3)
-
-
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
     """A small data set as shards."""
     folder = tmp_path_factory.mktemp("data")
-    write_shards(_samples("train", NUM_TRAIN), folder / "train", ("a", "b", "c"), samples_per_shard=5)
-    write_shards(_samples("val", NUM_VAL), folder / "val", ("a", "b", "c"), samples_per_shard=5)
+    write_pictures(folder, NUM_TRAIN, NUM_VAL, per_shard=5)
     return folder
 
 
@@ -93,95 +86,36 @@ def config_path(root) -> Path:
     return path
 
 
-def _command(*arguments: str, ranks: int = 1) -> list[str]:
-    if ranks == 1:
-        return [sys.executable, "-m", "train", *arguments]
-    launcher = ["torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", "0", "--standalone"]
-    return [sys.executable, "-m", *launcher, "-m", "train", *arguments]
-
-
-def _environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(CHECKOUT), "OMP_NUM_THREADS": "1"}
-
-
-def _train(*arguments: str, ranks: int = 1, cwd: Path = CHECKOUT) -> subprocess.CompletedProcess[str]:
-    command = _command(*map(str, arguments), ranks=ranks)
-    return subprocess.run(command, env=_environment(), cwd=cwd, capture_output=True, text=True, timeout=120)
-
-
-def _train_until(step: int, number: int, run_dir: Path, *arguments: str) -> int:
-    """Starts a run, sends a signal once a step is logged, and waits; its exit code."""
-    command = _command(*map(str, arguments), f"run_dir={run_dir}")
-    process = subprocess.Popen(command, env=_environment(), cwd=CHECKOUT, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 100
-    while f'"step": {step},' not in _text(run_dir / "metrics.jsonl"):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.001)
-    process.send_signal(number)
-    return process.wait(timeout=60)
-
-
-def _text(path: Path) -> str:
-    return path.read_text() if path.exists() else ""
-
-
-def _records(run_dir: Path, name: str = "metrics") -> list[dict]:
-    return [json.loads(line) for line in (run_dir / f"{name}.jsonl").read_text().splitlines()]
-
-
-def _curve(run_dir: Path) -> list[dict]:
-    """The metrics without what a clock decides."""
-    timed = ("images_per_second", "data_wait_percent", "seconds")
-    return [{key: value for key, value in record.items() if key not in timed} for record in _records(run_dir)]
-
-
-def _status(run_dir: Path) -> str:
-    return json.loads((run_dir / "run.json").read_text())["status"]
-
-
 @pytest.fixture(scope="module")
-def whole(config_path, tmp_path_factory) -> Path:
-    """The folder of a run that nothing interrupted."""
-    run_dir = tmp_path_factory.mktemp("runs") / "whole"
-    result = _train(config_path, *EVERYTHING, f"run_dir={run_dir}")
-    assert result.returncode == 0, result.stderr
-    return run_dir
+def whole(config_path, tmp_path_factory) -> Run:
+    """A run that nothing interrupted."""
+    run = _run(tmp_path_factory.mktemp("runs") / "whole", config_path)
+    run.complete()
+    return run
 
 
-def _assert_equal_runs(run_dir: Path, whole: Path) -> None:
-    assert _curve(run_dir) == _curve(whole)
-    assert _text(run_dir / "ledger.jsonl") == _text(whole / "ledger.jsonl")
-    weights, expected = (load_file(folder / "model.safetensors") for folder in (run_dir, whole))
-    torch.testing.assert_close(weights, expected, rtol=0, atol=0)
-    last = "checkpoints/step-000000180/state.pt"
-    state, expected = (torch.load(folder / last, weights_only=True) for folder in (run_dir, whole))
-    for tree in (state, expected):
-        del tree["counters"]["seconds"]
-        tree["groups"] = tree["optimizer"].pop("param_groups")
-    for part in ("counters", "groups"):
-        assert state[part] == expected[part]
-    for part in ("model", "ema", "optimizer"):
-        torch.testing.assert_close(state[part], expected[part], rtol=0, atol=0)
+def _run(folder: Path, config_path: Path) -> Run:
+    return Run(folder, (str(config_path), *EVERYTHING))
 
 
 def test_a_run_leaves_a_whole_folder(whole, config_path):
-    assert {path.name for path in whole.iterdir() if not path.name.startswith(".")} == {
+    assert {path.name for path in whole.folder.iterdir() if not path.name.startswith(".")} == {
         "config.yaml", "run.json", "metrics.jsonl", "ledger.jsonl", "checkpoints", "model.safetensors",
     }  # fmt: skip
-    config = load_config(whole / "config.yaml")
+    config = load_config(whole.folder / "config.yaml")
     assert config == load_config(config_path, EVERYTHING)
-    facts = json.loads((whole / "run.json").read_text())
+    facts = whole.record
     assert (facts["status"], facts["plan"], facts["num_params"]) == ("completed", "exact reuse", 6467)
     assert facts["command"].startswith("python -m train") and "torch" in facts["versions"]
-    records = _records(whole)
+    records = whole.records()
     assert [record["step"] for record in records if record["kind"] == "step"] == list(range(1, 181))
     assert [record["epoch"] for record in records if "top1" in record] == [20, 40, 60, 60]
     assert records[-1]["kind"] == "final" and records[-1]["n"] == NUM_VAL
-    with safe_open(whole / "model.safetensors", "pt") as file:
+    with safe_open(whole.folder / "model.safetensors", "pt") as file:
         metadata = file.metadata()
     assert (metadata["name"], metadata["plan"]) == ("vit_reuse_tiny_patch16_224", "exact reuse")
     assert json.loads(metadata["keywords"])["embed_dim"] == 16
-    config.model.create().load_state_dict(load_file(whole / "model.safetensors"))
+    config.model.create().load_state_dict(load_file(whole.folder / "model.safetensors"))
 
 
 def test_a_plain_model_leaves_no_plan(config_path, tmp_path):
@@ -203,59 +137,58 @@ def test_a_plain_model_leaves_no_plan(config_path, tmp_path):
 
 
 def test_every_epoch_uses_every_sample_once(whole):
-    ledger = _records(whole, "ledger")
+    ledger = whole.records("ledger")
     for epoch in range(60):
         keys = [key for record in ledger[3 * epoch : 3 * epoch + 3] for key in record["keys"]]
         assert sorted(keys) == sorted(f"train-{i}" for i in range(NUM_TRAIN))
 
 
 def test_a_killed_run_resumes_bit_for_bit(whole, config_path, tmp_path):
-    run_dir = tmp_path / "killed"
-    assert _train_until(24, signal.SIGKILL, run_dir, config_path, *EVERYTHING) == -signal.SIGKILL
-    assert _status(run_dir) == "running"
-    assert not (run_dir / "model.safetensors").exists()
-    with open(run_dir / "metrics.jsonl", "a") as file:
+    run = _run(tmp_path / "killed", config_path)
+    start = run.start()
+    start.wait_for_step(24)
+    assert start.kill() == -signal.SIGKILL
+    assert run.record["status"] == "running"
+    assert not (run.folder / "model.safetensors").exists()
+    with open(run.folder / "metrics.jsonl", "a") as file:
         file.write('{"kind": "step", "st')  # a line the kill cut off
-    result = _train(config_path, *EVERYTHING, f"run_dir={run_dir}", "data.num_workers=2")  # free to change
-    assert result.returncode == 0, result.stderr
-    assert "goes on after step 2" in result.stderr
-    _assert_equal_runs(run_dir, whole)
+    said = Run(run.folder, (*run.arguments, "data.num_workers=2")).complete()  # free to change
+    assert "goes on after step 2" in said
+    run.check_equals(whole)
 
 
 def test_a_terminated_run_saves_everything(whole, config_path, tmp_path):
-    run_dir = tmp_path / "terminated"
-    assert _train_until(24, signal.SIGTERM, run_dir, config_path, *EVERYTHING) == 75
-    assert _status(run_dir) == "stopped"
-    stopped_at = _records(run_dir)[-1]["step"]
-    assert (run_dir / f"checkpoints/step-{stopped_at:09d}/complete.json").exists()
-    result = _train(config_path, *EVERYTHING, f"run_dir={run_dir}")
-    assert result.returncode == 0 and f"goes on after step {stopped_at} of 180" in result.stderr
-    _assert_equal_runs(run_dir, whole)
+    run = _run(tmp_path / "terminated", config_path)
+    start = run.start()
+    start.wait_for_step(24)
+    assert start.end(signal.SIGTERM) == 75
+    assert run.record["status"] == "stopped" and run.saved_step == run.last_step
+    stopped_at = run.last_step
+    assert f"goes on after step {stopped_at} of 180" in run.complete()
+    run.check_equals(whole)
 
 
 def test_two_ranks_follow_the_curve_of_one(config_path, tmp_path):
     recipe = ["train.epochs=4", "train.accumulation_steps=2", "eval.every_epochs=1", "train.loss.smoothing=0.1"]
-    for ranks in (1, 2):
-        result = _train(config_path, *recipe, f"run_dir={tmp_path / str(ranks)}", ranks=ranks)
-        assert result.returncode == 0, result.stderr
-        assert "FutureWarning" not in result.stderr
-    one, two = _curve(tmp_path / "1"), _curve(tmp_path / "2")
+    one, two = (Run(tmp_path / ranks, (str(config_path), *recipe)) for ranks in "12")
+    for ranks, run in enumerate((one, two), 1):
+        assert "FutureWarning" not in run.complete(ranks)
     for key in ("loss", "grad_norm", "lr", "train_loss", "top1", "n"):
-        expected = [record[key] for record in one if key in record]
-        assert expected == pytest.approx([record[key] for record in two if key in record], rel=2e-4), key
-    weights, others = (load_file(tmp_path / ranks / "model.safetensors") for ranks in "12")
+        expected = [record[key] for record in one.records() if key in record]
+        assert expected == pytest.approx([record[key] for record in two.records() if key in record], rel=2e-4), key
+    weights, others = (load_file(run.folder / "model.safetensors") for run in (one, two))
     torch.testing.assert_close(weights, others, rtol=1e-3, atol=1e-4)
-    shares = {(r["step"], r["rank"]): r["keys"] for r in _records(tmp_path / "2", "ledger")}
-    for record in _records(tmp_path / "1", "ledger"):
+    shares = {(r["step"], r["rank"]): r["keys"] for r in two.records("ledger")}
+    for record in one.records("ledger"):
         assert [shares[record["step"], rank] for rank in (0, 1)] == [record["keys"][rank::2] for rank in (0, 1)]
     assert shares[3, 1] == []
 
 
-def test_a_completed_run_is_left_alone(whole, config_path, capsys):
-    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
-    assert main([str(config_path), *EVERYTHING, f"run_dir={whole}"]) == 0
+def test_a_completed_run_is_left_alone(whole, capsys):
+    before = {path: path.stat().st_mtime_ns for path in whole.folder.rglob("*")}
+    assert main([*whole.arguments, f"run_dir={whole.folder}"]) == 0
     assert "completed already" in capsys.readouterr().err
-    assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before
+    assert {path: path.stat().st_mtime_ns for path in whole.folder.rglob("*")} == before
 
 
 @pytest.mark.parametrize(
@@ -268,7 +201,7 @@ def test_a_completed_run_is_left_alone(whole, config_path, capsys):
         (["tiny.yaml", "model.keywords.num_classes=4"], "has 3 classes and the model 4"),
         (["tiny.yaml", "model.keywords.global_pool=averaged"], "cannot be built: Only avg"),
         (["tiny.yaml", "model.keywords.weight_init=ones"], "cannot be built: timm refuses one of its keywords"),
-        (["tiny.yaml", "model.keywords.pretrained=true"], "No pretrained weights exist"),
+        (["tiny.yaml", "model.weights=vit_tny"], "weights 'vit_tny' are neither a file nor pretrained weights of timm"),
         (["tiny.yaml", "train.crop={auto_augment: rend-m9}"], "'rend-m9' is no policy of timm's"),
         (["tiny.yaml", "train.affine={scale: [1.1, 0.9]}"], "train.affine.scale: runs from 1.1 to 0.9"),
         (["tiny.yaml", "data.root=nowhere"], "nowhere"),
@@ -295,6 +228,71 @@ def test_splits_that_number_their_classes_differently_are_refused(config_path, t
     assert main([str(config_path), f"data.root={tmp_path}", f"run_dir={run_dir}"]) == 2
     assert "label 1 is class 'b' in train and 'c' in val" in capsys.readouterr().err
     assert not run_dir.exists()
+
+
+def _cut_short(folder: Path) -> None:
+    os.truncate(folder / "shard-000001.tar", 1000)
+
+
+def _lose_a_member(folder: Path) -> None:
+    path = folder / "shard-000001.tar"
+    with tarfile.open(path) as whole:
+        kept = [(info, whole.extractfile(info)) for info in whole if info.name != "train-6.png"]
+        content = io.BytesIO()
+        with tarfile.open(fileobj=content, mode="w") as rest:
+            for info, file in kept:
+                rest.addfile(info, file)
+    path.write_bytes(content.getvalue()[: path.stat().st_size].ljust(path.stat().st_size, b"\0"))
+
+
+def _outdate_the_index(folder: Path) -> None:
+    shutil.copy(folder / "shard-000001.tar", folder / "shard-000009.tar")
+
+
+def _lose_a_class_name(folder: Path) -> None:
+    header = json.loads((folder / "index.json").read_text())
+    (folder / "index.json").write_text(json.dumps({**header, "class_names": ["a", "b"]}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (_cut_short, "shard-000001.tar has 1000 bytes, its index says "),
+        (_outdate_the_index, "shard-000009.tar is not in the index"),
+        (_lose_a_class_name, "'train-2' of shard {}/shard-000000.tar has label 2, but there are 2 class names"),
+    ],
+)
+def test_shards_that_do_not_fit_their_index_end_a_run_before_it_starts(
+    root, config_path, tmp_path, capsys, damage, sentence
+):
+    data, run_dir = shutil.copytree(root, tmp_path / "data"), tmp_path / "run"
+    damage(data / "train")
+    assert main([str(config_path), f"data.root={data}", f"run_dir={run_dir}"]) == 2
+    told = capsys.readouterr().err
+    assert sentence.format(data / "train") in told and told.startswith("train: ") and told.count("\n") == 1
+    assert not run_dir.exists()
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_sample_that_is_gone_from_its_shard_ends_a_run(root, config_path, tmp_path, capsys, num_workers):
+    """A tar of the size that the index knows, without one of its images."""
+    data, run_dir = shutil.copytree(root, tmp_path / "data"), tmp_path / "run"
+    _lose_a_member(data / "train")
+    arguments = [str(config_path), f"data.root={data}", f"data.num_workers={num_workers}", f"run_dir={run_dir}"]
+    assert main(arguments) == 2
+    told = capsys.readouterr().err.splitlines()
+    assert [line for line in told if line.startswith("train: sample 'train-")] == told[-1:]
+    assert "is not what was indexed: vitreuse shards verify " in told[-1]
+    assert json.loads((run_dir / "run.json").read_text())["status"] == "failed"
+
+
+def test_an_error_of_the_code_keeps_its_traceback(config_path, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nsizes do not match")
+
+    monkeypatch.setattr("train.__main__.train", broken)
+    with pytest.raises(RuntimeError, match="sizes do not match"):
+        main([str(config_path)])
 
 
 class _SlowImages:
@@ -327,25 +325,17 @@ def _train_apart(config_path: Path, *run_dirs: Path) -> list[tuple[int, str]]:
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         shared = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(probe.getsockname()[1]), "WORLD_SIZE": "2"}
-    processes = [
-        subprocess.Popen(
-            _command(str(config_path), *EVERYTHING, f"run_dir={run_dir}"),
-            env={**_environment(), **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            cwd=CHECKOUT,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank, run_dir in enumerate(run_dirs)
-    ]
-    errors = [process.communicate(timeout=120)[1] for process in processes]
-    return [(process.returncode, text) for process, text in zip(processes, errors, strict=True)]
+    ranks = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(len(run_dirs))]
+    starts = [_run(folder, config_path).start(environment=rank) for folder, rank in zip(run_dirs, ranks, strict=True)]
+    return [(start.end(), start.said) for start in starts]
 
 
 def test_ranks_that_find_different_checkpoints_are_refused(whole, config_path, tmp_path):
-    (one, told), (other, silence) = _train_apart(config_path, shutil.copytree(whole, tmp_path / "a"), tmp_path / "b")
+    copy_of_whole = _run(shutil.copytree(whole.folder, tmp_path / "a"), config_path)
+    (one, told), (other, silence) = _train_apart(config_path, copy_of_whole.folder, tmp_path / "b")
     assert (one, other, silence) == (2, 2, "")
     assert "different checkpoints (rank 0 after step 180, rank 1 after step 0; 0 is none): give all the same" in told
-    assert told.count("\n") == 1 and _status(tmp_path / "a") == "completed"
+    assert told.count("\n") == 1 and copy_of_whole.record["status"] == "completed"
 
 
 def test_what_only_a_later_rank_refuses_is_told_by_it(config_path, tmp_path):
@@ -359,29 +349,44 @@ def test_what_only_a_later_rank_refuses_is_told_by_it(config_path, tmp_path):
 
 @pytest.mark.parametrize("damage", ['{"status": "comp', "[]", "\ud800"])
 def test_a_damaged_run_json_does_not_keep_a_run_from_its_checkpoints(whole, config_path, tmp_path, capsys, damage):
-    run_dir = shutil.copytree(whole, tmp_path / "run")
-    (run_dir / "run.json").write_text(damage, errors="surrogatepass")
-    assert main([str(config_path), *EVERYTHING, f"run_dir={run_dir}"]) == 0
+    run = _run(shutil.copytree(whole.folder, tmp_path / "run"), config_path)
+    (run.folder / "run.json").write_text(damage, errors="surrogatepass")
+    assert main([*run.arguments, f"run_dir={run.folder}"]) == 0
     told = capsys.readouterr().err
     assert told.count("run.json is damaged; the run goes on from its checkpoints") == 1
     assert "goes on after step 180 of 180" in told
     assert told.count("attention on cpu in float32, training: ") == 1
-    assert json.loads((run_dir / "run.json").read_text())["plan"] == "exact reuse" and _status(run_dir) == "completed"
-    _assert_equal_runs(run_dir, whole)
+    assert run.record["plan"] == "exact reuse" and run.record["status"] == "completed"
+    run.check_equals(whole)
 
 
 def test_a_run_that_ended_before_it_wrote_anything_starts_again(config_path, tmp_path):
     folder = RunFolder(tmp_path / "run", load_config(config_path))
     with folder.claimed():
         pass
+    (tmp_path / "run" / ".config.yaml.7.tmp").touch()  # a kill came while it wrote its first file
     folder.refuse_other_run()
     (tmp_path / "run" / "notes").touch()
     with pytest.raises(ConfigError, match="is not a run folder"):
         folder.refuse_other_run()
 
 
+def test_a_start_clears_up_what_a_kill_left_half_written(config_path, tmp_path):
+    folder = RunFolder(tmp_path / "run", load_config(config_path))
+    kept = ["state.pt", "complete.json", ".run.json.swp"]
+    left = [".state.pt.7.tmp", ".complete.json.7.tmp"]
+    checkpoint = folder.checkpoints.folder / "step-000000007"
+    checkpoint.mkdir(parents=True)
+    for name in (*kept, *left):
+        (checkpoint / name).touch()
+    (folder.path / ".metrics.jsonl.7.tmp").touch()
+    with folder.claimed():
+        assert sorted(path.name for path in checkpoint.iterdir()) == sorted(kept)
+        assert {path.name for path in folder.path.iterdir()} == {".lock", "checkpoints"}
+
+
 def test_another_experiment_is_refused_in_the_same_folder(whole, config_path, capsys):
-    assert main([str(config_path), *EVERYTHING, "train.optimizer.lr=2e-2", f"run_dir={whole}"]) == 2
+    assert main([*whole.arguments, "train.optimizer.lr=2e-2", f"run_dir={whole.folder}"]) == 2
     assert "(train.optimizer.lr 0.01 -> 0.02)" in capsys.readouterr().err
     assert main([str(config_path), f"run_dir={config_path.parent}"]) == 2
     assert "is not a run folder" in capsys.readouterr().err
@@ -454,7 +459,8 @@ def test_warm_up_rises_and_the_cosine_ends_near_zero(config_path):
 def test_augmentation_is_a_function_of_seed_epoch_and_sample(config_path, transform):
     config = load_config(config_path, [f"train.{transform}"])
     settings = image_settings(config.model.create("meta"))
-    images = TrainingImages(open_split(config.data.folder, "train", "L"), train_transform(config, settings), seed=5)
+    transforms = [train_transform(config, settings)] * 3
+    images = TrainingImages(open_split(config.data.folder, "train", "L", train_decoder(config)), transforms, seed=5)
     first = images[Draw(1, 3, 0)][0]
     others = [Draw(2, 3, 0), Draw(1, 4, 0), Draw(1, 3, 1)]
     states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
@@ -507,8 +513,46 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, capsys, dam
     assert checkpoints.load_newest()["step"] == 2
 
 
-def test_a_checkpoint_with_code_in_it_is_not_loaded(tmp_path, capsys):
-    checkpoints = Checkpoints(tmp_path, keep_last=3)
-    checkpoints.save({"step": 1, "code": Path("/")}, 1, None)
-    assert checkpoints.load_newest() is None
-    assert "is damaged" in capsys.readouterr().err
+def test_a_checkpoint_before_one_that_was_passed_over_stays(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep_last=1)
+    checkpoints.save({"step": 7}, 7)
+    (tmp_path / "step-000000007" / "state.pt").write_bytes(b"")
+    checkpoints.save({"step": 3}, 3)  # by a start that found nothing to go on from, and a signal
+    assert _states(checkpoints) == [3]
+    assert checkpoints.load_newest() == {"step": 3}
+
+
+@pytest.mark.parametrize("num_weights", [1_000, 1_000_000])  # what torch makes of a full disk depends on the size
+def test_a_checkpoint_without_room_is_one_error_and_leaves_those_before(tmp_path, num_weights):
+    checkpoints = Checkpoints(tmp_path, keep_last=2)
+    checkpoints.save({"step": 1}, 1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3 * num_weights, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            checkpoints.save({"step": 2, "weights": torch.zeros(num_weights)}, 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list((tmp_path / "step-000000002").iterdir()) == []
+    assert checkpoints.load_newest() == {"step": 1}
+
+
+class _Canary:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_a_checkpoint_with_code_in_it_is_refused_and_the_code_not_run(tmp_path, capsys):
+    checkpoints, canary = Checkpoints(tmp_path / "checkpoints", keep_last=3), tmp_path / "canary"
+    checkpoints.save({"step": 1}, 1)
+    checkpoints.save({"step": 2, "code": _Canary(canary)}, 2)
+    assert checkpoints.load_newest() == {"step": 1}
+    assert "step-000000002/state.pt is damaged (Weights only load failed" in capsys.readouterr().err
+    assert not canary.exists()
+    torch.load(tmp_path / "checkpoints/step-000000002/state.pt", weights_only=False)
+    assert canary.exists()

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import vitreuse  # noqa: F401  (registers the models)
+from train.distributed import lost_process
 from train.loop import train
 from train.trainer import DivergedError
 from vitreuse.config import ConfigError, load_config
@@ -18,6 +19,7 @@ from vitreuse.console import (
     WRONG_INPUT,
     OtherRankError,
     is_first_of_machine,
+    is_first_rank,
     print_error,
 )
 from vitreuse.data import DataError
@@ -29,7 +31,8 @@ def main(arguments: list[str]) -> int:
     """Trains the experiment that the command line names; the exit code.
 
     What is wrong with the command line or the config, the ranks of a machine all see before they have met: the first of
-    them prints it. After that every error is printed by the rank that raises it, see eval.distributed.Ranks.together.
+    them prints it. A loss that diverges, all ranks see together. After that every other error is printed by the rank
+    that raises it, see eval.distributed.Ranks.together.
     """
     if {"-h", "--help"} & set(arguments):
         print(f"{USAGE}\nkeys and their meaning: vitreuse/config.py; experiments: configs/")
@@ -43,9 +46,21 @@ def main(arguments: list[str]) -> int:
         return WRONG_INPUT
     try:
         return DONE if train(config, run_dir, shlex.join([*_launcher(), *arguments])) else STOPPED
-    except (ConfigError, DataError, OtherRankError, DivergedError, OSError) as error:
+    except (ConfigError, DataError, OtherRankError) as error:
         print_error("train", error)
-        return FAILED if isinstance(error, (DivergedError, OSError)) else WRONG_INPUT
+        return WRONG_INPUT
+    except DivergedError as error:
+        if is_first_rank():
+            print_error("train", error)
+    except OSError as error:
+        again = f"what {run_dir} held before is whole, so cure this and run it again to go on."
+        print_error("train", OSError(f"{error}: {again}"))
+    except RuntimeError as error:
+        reason = lost_process(error)
+        if reason is None:
+            raise
+        print_error("train", RuntimeError(reason))
+    return FAILED
 
 
 def _parse(arguments: list[str]) -> tuple[Path, list[str], Path]:

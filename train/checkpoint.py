@@ -12,10 +12,11 @@ import shutil
 import sys
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
+from vitreuse.console import is_first_rank
 from vitreuse.durable import durable_file, sync, write_durably
 
 STATE_FILE = "state.pt"
@@ -42,16 +43,16 @@ class Checkpoints:
         folder = self.folder / f"step-{step:09d}"
         folder.mkdir(parents=True, exist_ok=True)
         with durable_file(folder / STATE_FILE) as file:
-            torch.save(state, file)
+            _write(state, file)
         marker = {"step": step, "bytes": (folder / STATE_FILE).stat().st_size, "crc32": _crc32(folder / STATE_FILE)}
         write_durably(folder / MARKER_FILE, json.dumps({**marker, "top1": top1}).encode())
         sync(self.folder)
-        self._prune()
+        self._prune(step)
 
     def load_newest(self) -> dict[str, Any] | None:
         """The state of the newest whole checkpoint, on the CPU; None if there is none.
 
-        A damaged one is named on standard error, and the one before it is taken.
+        A damaged one, or one with code in it, is named on standard error and passed over.
         """
         for folder, marker in reversed(self._complete()):
             path = folder / STATE_FILE
@@ -61,7 +62,8 @@ class Checkpoints:
                 return torch.load(path, map_location="cpu", weights_only=True)
             except Exception as error:  # torch.load raises whatever a damaged archive leads to
                 reason = str(error).splitlines()[0]
-                print(f"{path} is damaged ({reason}); the checkpoint before it is taken.", file=sys.stderr)
+                if is_first_rank():
+                    print(f"{path} is damaged ({reason}) and passed over.", file=sys.stderr)
         return None
 
     def _complete(self) -> list[tuple[Path, dict[str, Any]]]:
@@ -74,8 +76,9 @@ class Checkpoints:
                 continue
         return found
 
-    def _prune(self) -> None:
-        complete = self._complete()
+    def _prune(self, step: int) -> None:
+        """Keeps what need stay up to a step; a run only comes to lie before a checkpoint by passing over it."""
+        complete = [(folder, marker) for folder, marker in self._complete() if marker["step"] <= step]
         keep = {folder for folder, _ in complete[-self.keep_last :]}
         measured = [(marker["top1"], folder) for folder, marker in complete if marker["top1"] is not None]
         if measured:
@@ -84,6 +87,16 @@ class Checkpoints:
             if folder not in keep:
                 (folder / MARKER_FILE).unlink(missing_ok=True)
                 shutil.rmtree(folder)
+
+
+def _write(state: dict[str, Any], file: BinaryIO) -> None:
+    """torch.save, but a full disk stays an OSError: its writer of archives raises a RuntimeError about positions."""
+    try:
+        torch.save(state, file)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
 
 
 def _crc32(path: Path) -> int:

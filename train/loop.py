@@ -17,10 +17,11 @@ from eval.distributed import Ranks, joined
 from eval.inputs import evaluation_transform, image_settings
 from eval.top1 import Top1, evaluate
 from train.distributed import StopSignal
-from train.pipeline import ignore_stop_signals
+from train.pipeline import ignore_stop_signals, train_decoder
 from train.progress import TrainingProgress
 from train.run import RunFolder, run_facts
 from train.trainer import StepResult, Trainer
+from train.weights import start_from
 from vitreuse.backends import Conditions, sentence
 from vitreuse.config import Config, ConfigError
 from vitreuse.data import open_split, prepare_source
@@ -69,12 +70,15 @@ def _set_up(config: Config, ranks: Ranks) -> tuple[Trainer, Any]:
     torch.manual_seed(config.train.seed)
     with ranks.together():  # all leave it when the data are written
         model = config.model.create().to(ranks.device)  # made on the CPU: the same weights on every device
+        if config.model.weights is not None:
+            _say(ranks, start_from(model, config.model.weights))
         if config.data.source is not None and ranks.local_rank == 0:
             prepare_source(config.data.source, config.data.folder)
     with ranks.together():
         settings = image_settings(model)
         mode = "L" if settings["input_size"][0] == 1 else "RGB"
-        train_set, val_set = (open_split(config.data.folder, split, mode) for split in ("train", "val"))
+        train_set = open_split(config.data.folder, "train", mode, train_decoder(config))
+        val_set = open_split(config.data.folder, "val", mode)
         _check_same_classes(config.data.folder, train_set.class_names, val_set.class_names)
         return Trainer(config, model, train_set, settings, ranks), val_set
 

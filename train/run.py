@@ -17,7 +17,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,10 @@ from torch import nn
 
 from eval.distributed import Ranks
 from train.checkpoint import Checkpoints
+from train.weights import weight_files
 from vitreuse.config import Config, ConfigError, changed_settings, load_config, to_yaml
 from vitreuse.console import is_first_rank
-from vitreuse.durable import sync, write_durably
+from vitreuse.durable import TEMPORARY_FILES, sync, write_durably
 from vitreuse.measure import describe_machine
 
 LOCK_FILE = ".lock"
@@ -62,8 +63,8 @@ class RunFolder:
         if not self.path.exists():
             return
         if not (self.path / "config.yaml").exists():
-            if self.path.is_dir() and {path.name for path in self.path.iterdir()} <= {LOCK_FILE}:
-                return  # empty, or a run ended before it wrote anything
+            if self.path.is_dir() and {*self.path.iterdir()} <= {self.path / LOCK_FILE, *self._temporaries()}:
+                return  # empty, or a run ended before it had written anything
             raise ConfigError(f"{self.path} is not a run folder: choose another with run_dir=PATH.")
         changes = changed_settings(load_config(self.path / "config.yaml"), self.config)
         if changes:
@@ -74,16 +75,23 @@ class RunFolder:
 
     @contextmanager
     def claimed(self) -> Iterator[None]:
-        """Makes the folder and holds it against other processes inside the block.
+        """Makes the folder and holds it against other processes inside the block; clears up after one that was killed.
 
         Raises:
             ConfigError: Another process writes here, or the folder cannot be made.
         """
         lock = self._lock()
+        for path in self._temporaries():
+            path.unlink(missing_ok=True)
         try:
             yield
         finally:
             os.close(lock)
+
+    def _temporaries(self) -> Iterator[Path]:
+        """What a process that was killed in the middle of a write has left."""
+        yield from self.path.glob(TEMPORARY_FILES)
+        yield from self.checkpoints.folder.glob(f"step-*/{TEMPORARY_FILES}")
 
     def _lock(self) -> int:
         """A POSIX lock's descriptor: forked DataLoader workers do not share it, a dead process does not keep it."""
@@ -123,9 +131,10 @@ class RunFolder:
         return {}
 
     def fail(self, reason: str) -> None:
-        """Notes why a run ended; the first rank to fail is the one that knows."""
-        if self.path.exists() and self._record().get("status") != "failed":  # a rank elsewhere may not see the folder
-            self.describe(status="failed", error=reason)
+        """Notes why a run ended, where it can be written; the first rank to fail is the one that knows."""
+        with suppress(OSError):  # the disk is full, say, or a rank elsewhere does not see the folder
+            if self._record().get("status") != "failed":
+                self.describe(status="failed", error=reason)
 
     def begin(self, step: int, facts: dict[str, Any]) -> None:
         """Writes the configuration and the facts of this start, and cuts the logs back to what was known at a step."""
@@ -182,6 +191,7 @@ def run_facts(config: Config, model: nn.Module, ranks: Ranks, command: str) -> d
         "model": config.model.name,
         "plan": _plan_text(model),
         "num_params": sum(parameter.numel() for parameter in model.parameters()),
+        "weight_files": weight_files(config),
         "git_commit": _git_commit(),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         "hardware": {**describe_machine(ranks.device), "num_ranks": ranks.world_size},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -9,19 +10,17 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
-from timm.loss import BinaryCrossEntropy
-from timm.optim import create_optimizer_v2, list_optimizers
-from timm.scheduler import create_scheduler_v2
-from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3, dispatch_clip_grad
 from torch import Tensor, nn
 
 from eval.distributed import Ranks
+from train.distill import create_teacher, distillation_loss
 from train.distributed import replicated
 from train.order import RankBatches, Stream, seed_sequence
-from train.pipeline import Batch, TrainingImages, create_loader, create_mixup, seed_generators, train_transform
+from train.pipeline import Batch, TrainingImages, create_loader, create_mixup, seed_generators
+from train.recipe import create_criterion, create_optimizer, create_scheduler, freeze
+from train.resolution import transforms_by_epoch
 from vitreuse.config import Config, ConfigError
-from vitreuse.strict_yaml import nearest
 
 
 class DivergedError(RuntimeError):
@@ -34,7 +33,7 @@ class Counters:
 
     step: int = 0  # done, skipped ones included
     skipped: int = 0  # without an update, since a loss or gradient was not finite
-    skipped_in_a_row: int = 0
+    skipped_in_a_row: int = 0  # without those by which float16 looks for the scale of its loss
     epoch_loss: float = 0.0  # summed over the images of this epoch's steps that were not skipped
     epoch_images: int = 0
     seconds: float = 0.0  # spent, over all starts of the run
@@ -81,12 +80,16 @@ class Trainer:
         )
         if not self.batches.steps_per_epoch:
             raise ConfigError(f"{len(samples)} training images do not fill one batch of {recipe.global_batch_size}.")
-        images = TrainingImages(samples, train_transform(config, settings), recipe.seed, config.data.cache_images)
+        transforms = transforms_by_epoch(config, model, settings)
+        images = TrainingImages(samples, transforms, recipe.seed, config.data.cache_images)
         self.loader = create_loader(images, self.batches, config.data.num_workers, ranks.device.type == "cuda")
         self.mixup = create_mixup(config, model.num_classes)
-        self.criterion = _create_criterion(config)
-        self.optimizer = _create_optimizer(config, model)
-        self.scheduler = _create_scheduler(config, self.optimizer, self.batches.steps_per_epoch)
+        self.teacher = None if recipe.distill is None else create_teacher(recipe.distill, model, settings)
+        freeze(model, recipe.freeze)
+        self.criterion = create_criterion(config)
+        self.optimizer = create_optimizer(config, model)
+        self.scheduler = create_scheduler(config, self.optimizer, self.batches.steps_per_epoch)
+        self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=recipe.precision == "float16")
         self.ema = ModelEmaV3(model, recipe.ema.decay, use_warmup=recipe.ema.warmup) if recipe.ema else None
         if recipe.grad_checkpointing:
             model.set_grad_checkpointing(True)
@@ -141,6 +144,7 @@ class Trainer:
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
         loss_sum = self._backward(batch, count)
+        self.scaler.unscale_(self.optimizer)
         grads = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
         grad_norm = torch.nn.utils.get_total_norm(grads)
         not_finite = ~(loss_sum + grad_norm).isfinite()
@@ -149,6 +153,7 @@ class Trainer:
         skipped = num_not_finite > 0
         if not skipped:
             self._update()
+        self.scaler.update()
         self._count(total_loss, count, skipped)
         if counters.skipped_in_a_row >= recipe.max_skipped_steps:
             raise self._diverged(batch.keys, bool(loss_sum.isfinite()))
@@ -165,7 +170,7 @@ class Trainer:
         images, targets = batch.images.to(device, non_blocking=True), batch.labels.to(device, non_blocking=True)
         loss_sum = torch.zeros((), device=device)
         if not len(images):
-            (self.replica(self._empty_images).sum() * 0).backward()
+            self.scaler.scale(torch.stack(self._logits(self._empty_images)).sum() * 0).backward()
             return loss_sum
         if self.mixup is not None:
             images, targets = self.mixup(images, targets)
@@ -175,21 +180,36 @@ class Trainer:
             exchange = nullcontext() if i == pieces - 1 or self.replica is self.model else self.replica.no_sync()
             with exchange:
                 loss = self._loss(part, part_targets) * len(part)
-                (loss * scale).backward()
+                self.scaler.scale(loss * scale).backward()
             loss_sum += loss.detach()
         return loss_sum
 
-    def _loss(self, images: Tensor, targets: Tensor) -> Tensor:
-        mixed = self.config.train.precision == "bfloat16"
-        with torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=mixed):
+    def _logits(self, images: Tensor) -> tuple[Tensor, ...]:
+        """What each head of the model says: one, or under token distillation two."""
+        with self._autocast():
             logits = self.replica(images)
-        return self.criterion(logits.float(), targets)
+        return tuple(head.float() for head in (logits if isinstance(logits, tuple) else (logits,)))
+
+    def _loss(self, images: Tensor, targets: Tensor) -> Tensor:
+        """The mean loss of some images; the last head learns from the teacher if there is one."""
+        logits, distill = self._logits(images), self.config.train.distill
+        loss = self.criterion(logits[0], targets)
+        if distill is None or self.teacher is None:
+            return loss
+        with self._autocast():
+            answers = self.teacher(images)
+        taught = distillation_loss(logits[-1], answers.float(), distill)
+        return (1 - distill.alpha) * loss + distill.alpha * taught
+
+    def _autocast(self) -> torch.autocast:
+        dtype = getattr(torch, self.config.train.precision)
+        return torch.autocast(self.ranks.device.type, dtype, enabled=dtype != torch.float32)
 
     def _update(self) -> None:
         clip = self.config.train.clip
         if clip is not None:
             dispatch_clip_grad(self.model.parameters(), clip.limit, clip.mode)
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)
         if self.ema is not None:
             self.ema.update(self.model, self.counters.step + 1)
 
@@ -199,10 +219,14 @@ class Trainer:
             counters.epoch_loss, counters.epoch_images = 0.0, 0
         counters.step += 1
         counters.skipped += skipped
-        counters.skipped_in_a_row = counters.skipped_in_a_row + 1 if skipped else 0
-        if not skipped:
-            counters.epoch_loss += total_loss
-            counters.epoch_images += count
+        if skipped:
+            # gradients that overflow float16 halve the scale of the loss: no divergence while that can help
+            overflow = self.scaler.is_enabled() and math.isfinite(total_loss) and self.scaler.get_scale() >= 1
+            counters.skipped_in_a_row += not overflow
+            return
+        counters.skipped_in_a_row = 0
+        counters.epoch_loss += total_loss
+        counters.epoch_images += count
 
     def _diverged(self, keys: list[str], loss_is_finite: bool) -> DivergedError:
         """The error for this step, with samples of the ranks whose loss is not finite; of all if only gradients are."""
@@ -222,7 +246,11 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "counters": asdict(self.counters),
         }
-        return state if self.ema is None else {**state, "ema": self.ema.module.state_dict()}
+        if self.ema is not None:
+            state["ema"] = self.ema.module.state_dict()
+        if self.scaler.is_enabled():
+            state["scaler"] = self.scaler.state_dict()
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes up a state_dict of the same experiment, written under any number of ranks."""
@@ -231,6 +259,8 @@ class Trainer:
         self.counters = Counters(**state["counters"])
         if self.ema is not None:
             self.ema.module.load_state_dict(state["ema"])
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(state["scaler"])
 
 
 def _check_fit(config: Config, num_dataset_classes: int, num_model_classes: int, world_size: int) -> None:
@@ -245,39 +275,3 @@ def _check_fit(config: Config, num_dataset_classes: int, num_model_classes: int,
             f"train.mixup pairs the images of each rank, so train.global_batch_size {batch_size} must be a multiple of "
             f"{2 * world_size}, twice the number of ranks."
         )
-
-
-def _create_criterion(config: Config) -> nn.Module:
-    """The mean loss of a batch; under mixup the targets come smoothed already."""
-    smoothing = 0.0 if config.train.mixup is not None else config.train.loss.smoothing
-    if config.train.loss.name == "bce":
-        return BinaryCrossEntropy(smoothing)
-    return nn.CrossEntropyLoss(label_smoothing=smoothing)  # equals timm's LabelSmoothing- and SoftTargetCrossEntropy
-
-
-def _create_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
-    settings = config.train.optimizer
-    known = [str(name) for name in list_optimizers()]
-    if settings.name not in known:
-        hint = nearest(settings.name, known) or "; timm.optim.list_optimizers() has the names."
-        raise ConfigError(f"train.optimizer.name {settings.name!r} is not an optimizer of timm{hint}")
-    return create_optimizer_v2(
-        model, settings.name, settings.lr, settings.weight_decay, layer_decay=settings.layer_decay
-    )
-
-
-def _create_scheduler(config: Config, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> Scheduler:
-    settings = config.train.schedule
-    scheduler, _ = create_scheduler_v2(
-        optimizer,
-        settings.name,
-        num_epochs=config.train.epochs,
-        warmup_epochs=settings.warmup_epochs,  # pyright: ignore[reportArgumentType] (any number will do)
-        warmup_lr=settings.warmup_lr,
-        min_lr=settings.min_lr,
-        decay_rate=1.0,  # the power of poly: timm's default of 0.1 ends far above min_lr
-        step_on_epochs=False,
-        updates_per_epoch=steps_per_epoch,
-    )
-    assert scheduler is not None  # only for the name 'none', which the schema does not have
-    return scheduler

@@ -57,7 +57,8 @@ class PlanBlock(nn.Module):
         self.drop_path1 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
 
         self.norm2 = attention.norm_layer(dim, **factory)
-        self.mlp = (InplaceMlp if mlp_layer is Mlp else mlp_layer)(
+        mlp_class: Type[Any] = InplaceMlp if mlp_layer is Mlp else mlp_layer
+        self.mlp = mlp_class(
             in_features=dim,
             hidden_features=int(dim * mlp_ratio),
             act_layer=act_layer,

@@ -27,14 +27,17 @@ __all__ = ["Config", "ConfigError", "load_config", "to_yaml"]
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Which network: a name of timm's registry, its attention plan, and the keywords of its constructor."""
+    """Which network: a name of timm's registry, its attention plan, its constructor's keywords and its weights."""
 
     name: str = setting("a model name that timm.list_models() knows")
     plan: str | None = setting("attention plan, one spec per layer; null for the model's own", None)
     keywords: dict = setting("further keywords of timm.create_model")
+    weights: str | None = setting(
+        "what training starts from: a file of weights or a name of timm.list_pretrained(); null for random ones", None
+    )
 
     def create(self, device: torch.device | str | None = None) -> nn.Module:
-        """The model, randomly initialised from torch's global generator.
+        """The model, randomly initialised from torch's global generator; train/weights.py fills in trained weights.
 
         Args:
             device: Where its parameters are made; 'meta' checks a configuration without memory.
@@ -56,8 +59,9 @@ class ModelConfig:
             ) from error
 
     def __post_init__(self):
-        if "plan" in self.keywords:
-            raise ConfigError("keywords.plan has a key of its own, model.plan.")
+        for word, key in {"plan": "plan", "pretrained": "weights"}.items():
+            if word in self.keywords:
+                raise ConfigError(f"keywords.{word} has a key of its own, {key} beside keywords.")
 
 
 def _unknown_keyword(name: str, error: Exception) -> str | None:
@@ -108,6 +112,7 @@ class OptimizerConfig:
     layer_decay: float | None = setting(
         "factor on the learning rate per layer below the head", None, above=0, maximum=1
     )
+    keywords: dict = setting("further keywords of the optimizer, such as betas, eps or momentum")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,10 +121,18 @@ class ScheduleConfig:
 
     name: str = setting("shape after the warm-up", "cosine", choices=("cosine", "tanh", "poly", "wsd", "constant"))
     warmup_epochs: float = setting("linear warm-up, part of the epochs", 0.0, minimum=0)
+    warmup_steps: int = setting("the same in optimizer steps", 0, minimum=0)
     warmup_lr: float = setting("learning rate of the first step when there is a warm-up", 1e-6, minimum=0)
     min_lr: float = setting("learning rate at the end", 0.0, minimum=0)
 
     def __post_init__(self):
+        if self.warmup_epochs and self.warmup_steps:
+            raise ConfigError("warmup_epochs and warmup_steps: give at most one of the two, the other 0.")
+        if not (self.warmup_epochs or self.warmup_steps) and self.warmup_lr != ScheduleConfig.warmup_lr:
+            raise ConfigError(
+                f"warmup_lr {self.warmup_lr:g} has no effect without a warm-up: set warmup_epochs or warmup_steps, "
+                "or leave it out."
+            )
         if self.name == "constant" and self.min_lr:
             raise ConfigError(
                 f"min_lr {self.min_lr:g} is never reached by the schedule 'constant': set it to 0, or choose another."
@@ -186,6 +199,36 @@ class MixupConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ResolutionConfig:
+    """Smaller images at first: they grow linearly, by whole patches, to the size that the model is built for."""
+
+    from_px: int = setting("shorter side of the first epoch's images, in pixels", above=0)
+    epochs: int = setting("epochs before the first one at the model's own size", above=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig:
+    """A trained model that teaches: it sees the images that the model sees, and the loss holds its answers too."""
+
+    teacher: ModelConfig = setting("which network teaches, weights included; its classes are the model's")
+    kind: str = setting(
+        "soft: its probabilities; hard: its most probable class; token: that class, by the distillation token's head",
+        choices=("soft", "hard", "token"),
+    )
+    alpha: float = setting("share of the teacher's part in the loss", 0.5, above=0, maximum=1)
+    temperature: float = setting("divides the logits of both under kind soft", 3.0, above=0)
+
+    def __post_init__(self):
+        if self.teacher.weights is None:
+            raise ConfigError(
+                "teacher.weights is missing: an untrained teacher has nothing to teach, give a file or a name of "
+                "timm.list_pretrained()."
+            )
+        if self.kind != "soft" and self.temperature != DistillConfig.temperature:
+            raise ConfigError(f"temperature {self.temperature:g} has no effect under kind {self.kind!r}: leave it out.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class EmaConfig:
     """timm.utils.ModelEmaV3: a moving average of the weights, which is the model that a run leaves."""
 
@@ -227,7 +270,11 @@ class TrainConfig:
     num_threads: int | None = setting(
         "CPU threads per rank; null leaves torch's own number", None, above=0, changes_run=False
     )
-    precision: str = setting("bfloat16 is mixed: weights stay float32", "float32", choices=("float32", "bfloat16"))
+    precision: str = setting(
+        "bfloat16 and float16 are mixed: weights stay float32; float16 scales the loss",
+        "float32",
+        choices=("float32", "bfloat16", "float16"),
+    )
     compile: bool = setting("torch.compile the model", False)
     grad_checkpointing: bool = setting("recompute activations in the backward pass to save memory", False)
     optimizer: OptimizerConfig = setting("optimizer")
@@ -235,7 +282,10 @@ class TrainConfig:
     loss: LossConfig = setting("loss")
     crop: CropConfig | None = setting("augmentation of photographs", None)
     affine: AffineConfig | None = setting("augmentation of small centred pictures", None)
+    resolution: ResolutionConfig | None = setting("progressive resolution", None)
     mixup: MixupConfig | None = setting("mixing of image pairs", None)
+    distill: DistillConfig | None = setting("learning from a trained model", None)
+    freeze: tuple[str, ...] = setting("parameters or modules that stay as they are, by name; * stands for any text", ())
     ema: EmaConfig | None = setting("moving average of the weights", None)
     clip: ClipConfig | None = setting("gradient clipping", None)
     checkpoint: CheckpointConfig = setting("checkpoints")
@@ -252,6 +302,11 @@ class TrainConfig:
             raise ConfigError(
                 f"schedule.warmup_epochs {self.schedule.warmup_epochs:g} leaves nothing of {self.epochs} epochs: "
                 "make it smaller, or train for longer."
+            )
+        if self.resolution is not None and self.resolution.epochs >= self.epochs:
+            raise ConfigError(
+                f"resolution.epochs {self.resolution.epochs} leaves none of {self.epochs} epochs at the model's own "
+                "size: make it smaller, or train for longer."
             )
         if self.accumulation_steps > self.global_batch_size:
             raise ConfigError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import timm
@@ -11,13 +12,16 @@ from vitreuse.models import variant_of
 from vitreuse.vit import PlanVisionTransformer
 
 
-def describe(name: str, plan: str | None = None, image_size: int | None = None) -> dict[str, Any]:
+def describe(
+    name: str, plan: str | None = None, image_size: int | None = None, keywords: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Parameters and MACs of a plan in a model, as a whole and per layer and part, beside those of the exact plan.
 
     Args:
         name: a model of ours, or timm's plain model of one.
         plan: a plan, the model's own when None.
         image_size: side in pixels, the model's own when None.
+        keywords: further ones of the model; the exact plan's, which it is compared with, is made without them.
 
     Returns:
         A JSON object: ``theoretical_macs`` counts carried maps and exact neighbourhoods, and ratios quote it; ``macs``
@@ -26,14 +30,15 @@ def describe(name: str, plan: str | None = None, image_size: int | None = None) 
     Raises:
         ValueError: a wrong plan or an unknown model.
     """
-    model = _build(name, plan, image_size)
-    exact = _build(name, f"exact*{len(model.plan)}", image_size)
+    model = model_on_meta(name, plan, image_size, keywords)
+    exact = model_on_meta(name, f"exact*{len(model.plan)}", image_size)
     macs, exact_macs = count_macs(model, theoretical=True), count_macs(exact, theoretical=True)
     total, exact_total = sum(macs.values()), sum(exact_macs.values())
     params, exact_params = count_params(model), count_params(exact)
     return {
         "name": name,
         "plan": str(model.plan),
+        "keywords": dict(keywords or {}),
         "image_size_px": list(model.patch_embed.img_size),
         "params": params,
         "params_ratio": params / exact_params,
@@ -44,10 +49,14 @@ def describe(name: str, plan: str | None = None, image_size: int | None = None) 
     }
 
 
-def _build(name: str, plan: str | None, image_size: int | None) -> Any:
-    """The model on the meta device, where initialising it would only take time."""
-    keywords: dict[str, Any] = {} if image_size is None else {"img_size": image_size}
-    model = timm.create_model(variant_of(name), plan=plan, device="meta", weight_init="skip", **keywords)
+def model_on_meta(
+    name: str, plan: str | None, image_size: int | None, keywords: Mapping[str, Any] | None = None
+) -> PlanVisionTransformer:
+    """The model on the meta device, where initialising it would only take time; arguments as for describe."""
+    size = {} if image_size is None else {"img_size": image_size}
+    model = timm.create_model(
+        variant_of(name), plan=plan, device="meta", weight_init="skip", **size, **(keywords or {})
+    )
     assert isinstance(model, PlanVisionTransformer)
     return model
 

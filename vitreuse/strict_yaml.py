@@ -30,7 +30,14 @@ _AMBIGUOUS = re.compile(
     r"|0[xob][0-9a-f_]+|[+-]?\.[0-9]+(e[+-]?[0-9]+)?|[0-9]{4}-[0-9]{1,2}-[0-9]{1,2}.*|",
     re.IGNORECASE,
 )
-_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "a mapping"}
+_NAMES = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    dict: "a mapping",
+    tuple: "a list",
+}
 
 Tree = dict[str, Any]  # key -> yaml.Node (scalar or sequence) or Tree
 Sources = dict[str, str]  # dotted path -> "file:line" it was read from; "" -> the file as a whole
@@ -214,6 +221,8 @@ def _shown(value: Any) -> str:
 
 
 def _convert_tuple(value: Any, kinds: tuple[Any, ...], sources: Sources, path: str) -> tuple[Any, ...]:
+    if kinds[-1] is Ellipsis:  # tuple[kind, ...], any number of them
+        kinds = kinds[:1] * len(_expect(value, yaml.SequenceNode, tuple, sources, path).value)
     if not isinstance(value, yaml.SequenceNode) or len(value.value) != len(kinds):
         raise ConfigError(f"{_at(sources, path)} must be a list of {len(kinds)} values, not {_shown(value)}.")
     items = zip(value.value, kinds, strict=True)

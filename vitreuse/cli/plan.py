@@ -10,6 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from vitreuse.describe import describe
+from vitreuse.widen import PARTS, equal_macs
 
 # parts of a layer and the heading of their sum
 HEADINGS = {
@@ -30,15 +31,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model", default="vit_small_patch16_224", metavar="NAME", help="a model name, ours or timm's (%(default)s)"
     )
     parser.add_argument("--image-size", type=int, metavar="PX", help="side of the image (default: the model's)")
+    parser.add_argument(
+        "--equal-macs",
+        choices=PARTS,
+        help="make the layers, or their MLPs, as wide as the MACs of the exact plan allow",
+    )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """The plan in that model.
+    """The plan in that model, or in the larger one of equal MACs.
 
     Raises:
         ValueError: a wrong plan or an unknown model.
     """
-    return describe(args.model, args.plan, args.image_size)
+    larger = equal_macs(args.model, args.plan, args.equal_macs, args.image_size) if args.equal_macs else {}
+    return describe(args.model, args.plan, args.image_size, larger)
 
 
 def render(result: dict[str, Any]) -> Table:
@@ -49,7 +56,9 @@ def render(result: dict[str, Any]) -> Table:
         f"{gmacs:.3f} GMACs, {2 * gmacs:.3f} GFLOPs ({result['macs_ratio']:.3f} of exact)\n"
         f"{result['macs'] / 1e9:.3f} GMACs run on a CPU; layers in MMACs of one image"
     )
-    title = f"{result['plan']}  in {result['name']} at {result['image_size_px'][0]} x {result['image_size_px'][1]} px"
+    larger = "".join(f", {keyword} {value:g}" for keyword, value in result["keywords"].items())
+    rows, columns = result["image_size_px"]
+    title = f"{result['plan']}  in {result['name']} at {rows} x {columns} px{larger}"
     table = Table(title=title, caption=caption, title_justify="left", caption_justify="left", box=SIMPLE_HEAD)
     for heading in ("layer", "attention", "map of"):
         table.add_column(heading, no_wrap=True)

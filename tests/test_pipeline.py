@@ -1,0 +1,83 @@
+"""Training images: timm's augmentation of photographs, from tensors of bytes."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from timm.data import create_transform
+from torchvision.transforms.functional import pil_to_tensor
+
+from train.pipeline import train_decoder, train_transform
+from vitreuse.config import ConfigError, load_config
+from vitreuse.data import decode_image, decode_tensor
+
+SETTINGS = {"input_size": (3, 48, 56), "interpolation": "bicubic", "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)}
+EXPERIMENT = """
+model: {name: vit_reuse_tiny_patch16_224}
+data: {root: data}
+train: {epochs: 1, global_batch_size: 8, optimizer: {lr: 1e-3}}
+"""
+
+
+@pytest.fixture
+def experiment(tmp_path):
+    """Loads a config with a setting."""
+    path = tmp_path / "x.yaml"
+    path.write_text(EXPERIMENT)
+    return lambda *overrides: load_config(path, overrides)
+
+
+@pytest.fixture(scope="module")
+def photograph():
+    """Blurred noise of 90 x 120 pixels."""
+    noise = np.random.default_rng(0).integers(0, 256, (9, 12, 3), dtype=np.uint8)
+    return Image.fromarray(noise).resize((120, 90), Image.Resampling.BICUBIC)
+
+
+def drawn(transform, image, seed):
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    return transform(image)
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_crops_and_flips_are_timms(experiment, photograph, interpolation):
+    settings = {**SETTINGS, "interpolation": interpolation}
+    ours = train_transform(experiment("train.crop={scale: [0.1, 1.0]}"), settings)
+    theirs = create_transform(**settings, is_training=True, scale=(0.1, 1.0), color_jitter=None, auto_augment=None)
+    std = torch.tensor(SETTINGS["std"])[:, None, None]
+    for seed in range(20):
+        difference = drawn(ours, pil_to_tensor(photograph), seed) - drawn(theirs, photograph, seed)
+        assert difference.shape == SETTINGS["input_size"]
+        assert (255 * difference * std).abs().max() < 2.5  # levels: the kernels round apart between rows and columns
+
+
+@pytest.mark.parametrize("setting", ["auto_augment: rand-m9-mstd0.5-inc1", "auto_augment: 3a", "color_jitter: 0.4"])
+def test_policies_change_colours_and_follow_the_seed(experiment, photograph, setting):
+    plain = train_transform(experiment("train.crop={hflip: 0}"), SETTINGS)
+    coloured = train_transform(experiment(f"train.crop={{hflip: 0, {setting}}}"), SETTINGS)
+    image = pil_to_tensor(photograph)
+    first, again = (torch.stack([drawn(coloured, image, seed) for seed in range(6)]) for _ in range(2))
+    assert torch.equal(first, again)
+    assert not torch.allclose(first, torch.stack([drawn(plain, image, seed) for seed in range(6)]), atol=0.1)
+
+
+def test_erasing_leaves_noise_in_place_of_pixels(experiment, photograph):
+    plain = train_transform(experiment("train.crop={hflip: 0}"), SETTINGS)
+    erased = train_transform(experiment("train.crop={hflip: 0, erase_prob: 1}"), SETTINGS)
+    image = pil_to_tensor(photograph)
+    changed = drawn(erased, image, 3) != drawn(plain, image, 3)
+    assert 0.02 < changed.float().mean() < 0.34  # timm erases 2 to 33 percent of the area
+
+
+def test_only_photographs_are_decoded_as_tensors(experiment):
+    assert train_decoder(experiment("train.crop={}")) is decode_tensor
+    assert train_decoder(experiment("train.affine={}")) is train_decoder(experiment()) is decode_image
+
+
+def test_an_unknown_policy_is_refused(experiment):
+    with pytest.raises(ConfigError, match=r"train\.crop\.auto_augment 'wild' is no policy of timm's"):
+        train_transform(experiment("train.crop={auto_augment: wild}"), SETTINGS)

@@ -1,0 +1,91 @@
+"""Distillation: a trained model's answers to the images that a model is trained on, and the loss against them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from eval.inputs import image_settings
+from train.weights import load_weights
+from vitreuse.config import ConfigError, DistillConfig
+
+
+def create_teacher(settings: DistillConfig, student: Any, student_images: dict[str, Any]) -> Teacher:
+    """The teacher of a model, on the model's device; under kind token the model is told to return both its heads.
+
+    Args:
+        settings: The experiment's train.distill.
+        student: The model.
+        student_images: eval.inputs.image_settings of the model.
+
+    Raises:
+        ConfigError: The teacher cannot be built, its weights do not fit it, it has other classes, or kind is token and
+            the model has no distillation token.
+    """
+    if settings.kind == "token":
+        if not hasattr(student, "set_distilled_training"):
+            raise ConfigError(
+                "train.distill.kind 'token' needs a model with a distillation token, such as "
+                "deit_reuse_small_distilled_patch16_224: choose one, or kind 'hard'."
+            )
+        student.set_distilled_training(True)
+    fitting = {"num_classes": student.num_classes, "in_chans": student_images["input_size"][0]}
+    model: Any = replace(settings.teacher, keywords={**fitting, **settings.teacher.keywords}).create()
+    if model.num_classes != student.num_classes:
+        raise ConfigError(
+            f"train.distill.teacher has {model.num_classes} classes and the model {student.num_classes}: "
+            "a teacher must tell the same classes apart."
+        )
+    assert settings.teacher.weights is not None  # its schema's rule
+    load_weights(model, settings.teacher.weights)
+    return Teacher(model.to(next(student.parameters()).device), student_images)
+
+
+class Teacher:
+    """A trained model that answers without gradients, for images as another model takes them.
+
+    Args:
+        model: The trained one.
+        images: eval.inputs.image_settings of the other: the statistics by which its images are normalised.
+    """
+
+    def __init__(self, model: nn.Module, images: dict[str, Any]):
+        self.model = model.eval()
+        own, num_channels, device = image_settings(model), images["input_size"][0], next(model.parameters()).device
+        self.size = tuple(own["input_size"][-2:])
+        mean, std, own_mean, own_std = (
+            _per_channel(statistics, num_channels, device)
+            for statistics in (images["mean"], images["std"], own["mean"], own["std"])
+        )
+        self.scale, self.shift = std / own_std, (mean - own_mean) / own_std
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """Logits (B, classes) for normalised images (B, channels, rows, columns) of any size."""
+        if images.shape[-2:] != self.size:
+            images = F.interpolate(images, self.size, mode="bicubic", antialias=True)
+        return self.model(images * self.scale + self.shift)
+
+
+def _per_channel(statistics: Sequence[float], num_channels: int, device: torch.device) -> Tensor:
+    """A mean or deviation as (channels, 1, 1); that of colours becomes their mean for images of other channels."""
+    values = statistics if len(statistics) == num_channels else [fmean(statistics)] * num_channels
+    return torch.tensor(values, device=device).view(-1, 1, 1)
+
+
+def distillation_loss(logits: Tensor, answers: Tensor, settings: DistillConfig) -> Tensor:
+    """A student's mean loss against its teacher, both as logits (B, classes).
+
+    soft is the divergence of the probabilities at a temperature, times its square so that gradients keep their size
+    (arXiv 1503.02531); hard and token are the cross-entropy with the teacher's class (arXiv 2012.12877).
+    """
+    if settings.kind != "soft":
+        return F.cross_entropy(logits, answers.argmax(-1))
+    ours, theirs = (F.log_softmax(side / settings.temperature, dim=-1) for side in (logits, answers))
+    return F.kl_div(ours, theirs, reduction="batchmean", log_target=True) * settings.temperature**2

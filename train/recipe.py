@@ -1,0 +1,102 @@
+"""A recipe's loss, optimizer and learning rates, which timm makes, and the parameters that it leaves as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+import torch
+from timm.loss import BinaryCrossEntropy
+from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
+from torch import nn
+
+from vitreuse.config import Config, ConfigError, OptimizerConfig
+from vitreuse.strict_yaml import nearest
+
+
+def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
+    """Takes parameters out of training: those that a pattern matches, or whose module it matches.
+
+    Raises:
+        ConfigError: A pattern matches nothing, or together they leave nothing to train.
+    """
+    parameters = dict(model.named_parameters())
+    for pattern in patterns:
+        frozen = [name for name in parameters if fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")]
+        if not frozen:
+            known = [name for name, _ in model.named_modules() if name]
+            hint = nearest(pattern, [*known, *parameters]) or "; a name of model.named_parameters() or * in it would."
+            raise ConfigError(f"train.freeze {pattern!r} matches no parameter of the model{hint}")
+        for name in frozen:
+            parameters[name].requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in parameters.values()):
+        raise ConfigError(f"train.freeze {', '.join(patterns)} leaves no parameter to train: freeze fewer.")
+
+
+def create_criterion(config: Config) -> nn.Module:
+    """The mean loss of a batch; under mixup the targets come smoothed already."""
+    smoothing = 0.0 if config.train.mixup is not None else config.train.loss.smoothing
+    if config.train.loss.name == "bce":
+        return BinaryCrossEntropy(smoothing)
+    return nn.CrossEntropyLoss(label_smoothing=smoothing)  # equals timm's LabelSmoothing- and SoftTargetCrossEntropy
+
+
+def create_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
+    """timm's optimizer of the parameters that are not frozen.
+
+    Raises:
+        ConfigError: timm does not know its name, cannot make it here, or would pass a keyword over in silence.
+    """
+    settings = config.train.optimizer
+    _check_optimizer(settings)
+    try:
+        return create_optimizer_v2(
+            model,
+            settings.name,
+            settings.lr,
+            settings.weight_decay,
+            layer_decay=settings.layer_decay,
+            **settings.keywords,
+        )
+    except (TypeError, ValueError, AssertionError, ImportError) as error:
+        raise ConfigError(f"train.optimizer {settings.name!r} cannot be made: {error}.") from error
+
+
+def _check_optimizer(settings: OptimizerConfig) -> None:
+    known = [str(name) for name in list_optimizers()]
+    if settings.name not in known:
+        hint = nearest(settings.name, known) or "; timm.optim.list_optimizers() has the names."
+        raise ConfigError(f"train.optimizer.name {settings.name!r} is not an optimizer of timm{hint}")
+    info = get_optimizer_info(settings.name)
+    for keyword, has_effect in {"eps": info.has_eps, "betas": info.has_betas, "momentum": info.has_momentum}.items():
+        if keyword in settings.keywords and not has_effect:
+            raise ConfigError(f"train.optimizer.keywords.{keyword} has no effect on {settings.name}: leave it out.")
+
+
+def create_scheduler(config: Config, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> Scheduler:
+    """timm's schedule of the learning rate, in optimizer steps.
+
+    Raises:
+        ConfigError: The warm-up is as long as the run.
+    """
+    settings, num_steps = config.train.schedule, config.train.epochs * steps_per_epoch
+    if settings.warmup_steps >= num_steps:
+        raise ConfigError(
+            f"train.schedule.warmup_steps {settings.warmup_steps} leaves nothing of {num_steps} steps: "
+            "make it smaller, or train for longer."
+        )
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        settings.name,
+        num_epochs=num_steps,  # an epoch of one update: every number is one of steps
+        updates_per_epoch=1,
+        step_on_epochs=False,
+        warmup_epochs=settings.warmup_steps or settings.warmup_epochs * steps_per_epoch,  # pyright: ignore[reportArgumentType] (any number will do)
+        warmup_lr=settings.warmup_lr,
+        min_lr=settings.min_lr,
+        decay_rate=1.0,  # the power of poly: timm's default of 0.1 ends far above min_lr
+    )
+    assert scheduler is not None  # only for the name 'none', which the schema does not have
+    return scheduler
