@@ -187,3 +187,12 @@ def test_wrong_arguments_are_one_sentence(capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["plans"])
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_ctrl_c_is_one_sentence(capsys, monkeypatch):
+    def interrupted(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vitreuse.cli.models.run", interrupted)
+    assert main(["models"]) == 130
+    assert capsys.readouterr().err == "vitreuse models: interrupted.\n"

@@ -24,7 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from vitreuse.strict_yaml import ConfigError
 
-DONE, FAILED, WRONG_INPUT, STOPPED = 0, 1, 2, 75  # exit codes; 75 asks to be started again
+DONE, FAILED, WRONG_INPUT, STOPPED, INTERRUPTED = 0, 1, 2, 75, 130  # exit codes; 75 asks to be started again
 SECONDS_BETWEEN_LINES = 30.0
 
 
@@ -115,6 +115,9 @@ def run_command(
     except (ValueError, OSError) as error:
         print_error(f"{prog} {args.command}", error)
         return WRONG_INPUT
+    except KeyboardInterrupt:
+        print(f"{prog} {args.command}: interrupted.", file=sys.stderr)
+        return INTERRUPTED
     return DONE
 
 
