@@ -38,11 +38,11 @@ class Target:
         """
         path = checkpoint or self._run_weights()
         model = self.model.create()
+        state = read_weights(path)
         try:
-            model.load_state_dict(read_weights(path))
-        except RuntimeError as error:
-            first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
-            raise ValueError(f"{path} does not fit {self.model.name}: {first}") from error
+            load_exactly(model, state)
+        except ValueError as error:
+            raise ValueError(f"{path} does not fit {self.model.name}: {error}") from error
         return model
 
     def _run_weights(self) -> Path:
@@ -132,6 +132,18 @@ def final_record(target: Target) -> dict[str, Any]:
     if status != "completed" or last["kind"] != "final":
         raise ValueError(f"{target.run_dir} is not completed but {status}: go on with python -m train.")
     return last
+
+
+def load_exactly(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
+    """Fills a model with weights of its own keys and shapes.
+
+    Raises:
+        ValueError: they are another model's; it says the first key that does not fit.
+    """
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:  # torch's second line has the first key
+        raise ValueError(str(error).splitlines()[1].strip()) from error
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:

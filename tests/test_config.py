@@ -8,7 +8,6 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-import vitreuse  # noqa: F401  (registers the models)
 from vitreuse.config import Config, ConfigError, ModelConfig, changed_settings, load_config, to_yaml
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml"))

@@ -75,7 +75,7 @@ def test_a_terminal_shows_a_bar_for_each_run(write_config, tmp_path):
     assert "\x1b[" in shown
     for name in ("one", "two"):
         assert f"{name} loss " in shown and " images/s" in shown
-        assert f"{name} step 600/600, epoch 300/300, loss " in shown
+        assert f"{name}: 600/600 steps, epoch 300/300, loss " in shown
         assert status(tmp_path / "runs" / name) == "completed"
     assert re.search(r"600/600\S* steps \S*0:00:00", shown)
 
@@ -87,7 +87,7 @@ def test_elsewhere_the_runs_lines_are_passed_on_and_a_failure_does_not_stop_the_
     assert process.returncode == 2
     assert "\x1b[" not in said
     assert "wrong.yaml:7: train.optimizer.lr must be a number" in said and "wrong ended with exit code 2." in said
-    assert "right step 6/6, epoch 3/3" in said
+    assert "right: 6/6 steps, epoch 3/3" in said
     assert status(tmp_path / "runs" / "right") == "completed"
 
 

@@ -24,7 +24,6 @@ from storms.pictures import write_pictures
 from storms.processes import Run
 from timm.models import VisionTransformer
 
-import vitreuse  # noqa: F401  (registers the models)
 from eval.distributed import Ranks
 from eval.inputs import image_settings
 from eval.targets import resolve_targets

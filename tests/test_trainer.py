@@ -26,7 +26,6 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import vitreuse  # noqa: F401  (registers the models)
 from eval.distributed import Ranks
 from eval.inputs import image_settings
 from train.__main__ import main

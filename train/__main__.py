@@ -7,7 +7,6 @@ import shlex
 import sys
 from pathlib import Path
 
-import vitreuse  # noqa: F401  (registers the models)
 from train.distributed import lost_process
 from train.loop import train
 from train.trainer import DivergedError

@@ -18,12 +18,12 @@ from eval.inputs import evaluation_transform, image_settings
 from eval.top1 import Top1, evaluate
 from train.distributed import StopSignal
 from train.pipeline import ignore_stop_signals, train_decoder
-from train.progress import TrainingProgress
 from train.run import RunFolder, run_facts
 from train.trainer import StepResult, Trainer
 from train.weights import start_from
 from vitreuse.backends import Conditions, sentence
 from vitreuse.config import Config, ConfigError
+from vitreuse.console import WorkProgress
 from vitreuse.data import open_split, prepare_source
 
 
@@ -149,9 +149,8 @@ class _Loop:
         if self.ranks.is_main:
             self._begin(command)
         trainer = self.trainer
-        with TrainingProgress(
-            self.folder.path.name, trainer.counters.step, trainer.num_steps, self.ranks.is_main
-        ) as self.progress:
+        name, step, num_steps = self.folder.path.name, trainer.counters.step, trainer.num_steps
+        with WorkProgress(name, "steps", num_steps, step, enabled=self.ranks.is_main) as self.progress:
             while trainer.counters.step < trainer.num_steps:
                 if self._train_epoch():
                     if self.ranks.is_main:
@@ -213,7 +212,7 @@ class _Loop:
                 self.folder.log_keys(step, keys_by_rank)
         if not self.ranks.is_main or (step % recipe.log_every_steps and not result.skipped):
             return
-        self.progress.advance(step, result.loss, self.pace.images_per_second)
+        self.progress.reach(step, f"loss {result.loss:.3f}, {self.pace.images_per_second:.0f} images/s")
         self.folder.log(
             "step",
             step=step,
@@ -236,7 +235,8 @@ class _Loop:
             self.folder.log("epoch", step=counters.step, epoch=epoch, train_loss=loss, **(self.measured or {}))
             top1 = f", top-1 {self.measured['top1']:.2f} %" if self.measured else ""
             shown = "not finite" if loss is None else f"{loss:.4f}"
-            self.progress.line(counters.step, f"epoch {epoch}/{self.config.train.epochs}, loss {shown}{top1}")
+            self.progress.reach(counters.step)
+            self.progress.line(f"epoch {epoch}/{self.config.train.epochs}, loss {shown}{top1}")
 
     def _evaluate(self) -> dict[str, float]:
         """Accuracy of the model that the run would leave now, and with a moving average that of the raw weights too."""

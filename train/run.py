@@ -10,14 +10,12 @@ RUN_DIR/config.yaml         the resolved experiment
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import platform
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -30,7 +28,7 @@ from train.checkpoint import Checkpoints
 from train.weights import weight_files
 from vitreuse.config import Config, ConfigError, changed_settings, load_config, to_yaml
 from vitreuse.console import is_first_rank
-from vitreuse.durable import TEMPORARY_FILES, sync, write_durably
+from vitreuse.durable import TEMPORARY_FILES, exclusive_lock, sync, write_durably
 from vitreuse.measure import describe_machine
 
 LOCK_FILE = ".lock"
@@ -80,33 +78,23 @@ class RunFolder:
         Raises:
             ConfigError: Another process writes here, or the folder cannot be made.
         """
-        lock = self._lock()
-        for path in self._temporaries():
-            path.unlink(missing_ok=True)
-        try:
+        with ExitStack() as held:
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                held.enter_context(exclusive_lock(self.path / LOCK_FILE))
+            except BlockingIOError:
+                raise ConfigError(f"{self.path} is being written by another process: wait for it to end.") from None
+            except OSError as error:
+                reason = error.strerror
+                raise ConfigError(f"{self.path} cannot be written ({reason}): choose another run_dir=PATH.") from None
+            for path in self._temporaries():
+                path.unlink(missing_ok=True)
             yield
-        finally:
-            os.close(lock)
 
     def _temporaries(self) -> Iterator[Path]:
         """What a process that was killed in the middle of a write has left."""
         yield from self.path.glob(TEMPORARY_FILES)
         yield from self.checkpoints.folder.glob(f"step-*/{TEMPORARY_FILES}")
-
-    def _lock(self) -> int:
-        """A POSIX lock's descriptor: forked DataLoader workers do not share it, a dead process does not keep it."""
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            lock = os.open(self.path / LOCK_FILE, os.O_RDWR | os.O_CREAT)
-        except OSError as error:
-            reason = error.strerror
-            raise ConfigError(f"{self.path} cannot be written ({reason}): choose another run_dir=PATH.") from None
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(lock)
-            raise ConfigError(f"{self.path} is being written by another process: wait for it to end.") from None
-        return lock
 
     def describe(self, **facts: Any) -> None:
         """Merges facts, such as the status, into run.json."""

@@ -17,12 +17,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from rich.console import Console
-from rich.progress import Progress
 
 from train.distributed import StopSignal
-from train.progress import bars
 from vitreuse.config import ConfigError
-from vitreuse.console import DONE, STOPPED, WRONG_INPUT, print_error
+from vitreuse.console import DONE, STOPPED, WRONG_INPUT, print_error, progress_bars
 
 USAGE = "usage: python -m train.sweep CONFIG... [section.key=value ...] [runs=DIR] [jobs=N]"
 SECONDS_BETWEEN_LOOKS = 0.5
@@ -81,7 +79,7 @@ class Sweep:
     def __init__(self, runs: Sequence[Run], jobs: int):
         self.runs, self.jobs = runs, jobs
         self.console = Console(stderr=True, soft_wrap=True, highlight=False)
-        self.bars: Progress = bars(self.console, disable=not self.console.is_terminal)
+        self.bars = progress_bars(self.console, "steps", disable=not self.console.is_terminal)
         self.tasks = [self.bars.add_task(run.label, total=None, start=False) for run in runs]
 
     def run(self, stop: StopSignal) -> int:
@@ -129,6 +127,7 @@ class Sweep:
             said = lines[-1:] if run.exit_code == DONE else lines  # its result, or why it failed
             self.console.print("\n".join(said), markup=False)
             run.output = None
+        self.bars.refresh()
 
 
 def main(arguments: list[str]) -> int:

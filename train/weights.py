@@ -12,7 +12,7 @@ from timm.models import VisionTransformer
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor
 
-from eval.targets import read_weights
+from eval.targets import load_exactly, read_weights
 from vitreuse.config import Config, ConfigError
 from vitreuse.strict_yaml import nearest
 from vitreuse.weights import LoadReport, load_checkpoint
@@ -94,11 +94,9 @@ def _load(model: Any, state: State, source: str) -> LoadReport:
             return load_checkpoint(model, state)
         if isinstance(model, VisionTransformer):
             state = checkpoint_filter_fn(state, model, adapt_layer_scale=True)
-        model.load_state_dict(state)
+        load_exactly(model, state)
     except (ValueError, RuntimeError) as error:
-        lines = str(error).splitlines()  # torch's second line has the first key that does not fit
-        reason = lines[min(1, len(lines) - 1)].strip()
-        raise ConfigError(f"{source} does not fit {type(model).__name__}: {reason}") from error
+        raise ConfigError(f"{source} does not fit {type(model).__name__}: {error}") from error
     return LoadReport((), ())
 
 

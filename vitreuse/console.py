@@ -39,27 +39,33 @@ class Parser(argparse.ArgumentParser):
         self.exit(WRONG_INPUT, f"{self.prog}: {message}; see {self.prog} --help.\n" if is_first_of_machine() else None)
 
 
+def progress_bars(console: Console, unit: str, disable: bool) -> Progress:
+    """A bar per piece of work with its text, units done and time left; on what is no terminal it should be disabled.
+
+    They are drawn when they are updated, by no thread of their own: the work may fork.
+    """
+    text = TextColumn("{task.description}", markup=False)
+    columns = (text, BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn())
+    return Progress(*columns, console=console, auto_refresh=False, disable=disable)
+
+
 class WorkProgress:
     """How far a piece of work is, on standard error: a bar with rate and time left on a terminal, lines elsewhere.
-
-    The bar is drawn as work advances, by no thread of its own: the work may fork.
 
     Args:
         label: what is done.
         unit: what is counted, such as 'images'.
         total: units of the whole work.
         done: units that an earlier start has done.
+        enabled: whether this process shows anything.
     """
 
-    def __init__(self, label: str, unit: str, total: int, done: int = 0):
-        self.label, self.unit, self.total, self.done = label, unit, total, done
-        self._first = done
+    def __init__(self, label: str, unit: str, total: int, done: int = 0, enabled: bool = True):
+        self.label, self.unit, self.total, self.done, self.enabled = label, unit, total, done, enabled
+        self._first = self._told = done
         self._start = self._last_line = time.monotonic()
         self._console = Console(stderr=True, soft_wrap=True, highlight=False)
-        text = TextColumn("{task.description}", markup=False)
-        columns = (text, BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn())
-        hidden = not self._console.is_terminal
-        self._bar = Progress(*columns, console=self._console, auto_refresh=False, disable=hidden)
+        self._bar = progress_bars(self._console, unit, disable=not (enabled and self._console.is_terminal))
         self._task = self._bar.add_task(label, total=total, completed=done)
 
     def __enter__(self) -> WorkProgress:
@@ -70,19 +76,33 @@ class WorkProgress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bar.stop()
+        if self._bar.disable and self.done == self.total != self._told:
+            self.line("")
 
-    def advance(self, count: int) -> None:
-        """Some more units are done."""
-        self.done += count
-        now = time.monotonic()
-        per_second = (self.done - self._first) / max(now - self._start, 1e-9)
-        rate = f"{per_second:.1f} {self.unit}/s"
-        self._bar.update(self._task, completed=self.done, description=f"{self.label}, {rate}", refresh=True)
-        if self._bar.disable and (now - self._last_line > SECONDS_BETWEEN_LINES or self.done == self.total):
-            self._last_line = now
-            left = timedelta(seconds=round((self.total - self.done) / per_second))
-            text = f"{self.label}: {self.done}/{self.total} {self.unit}, {rate}, {left} left"
-            self._console.print(text, markup=False)
+    def reach(self, done: int, text: str = "") -> None:
+        """So many units are done; the text, such as a loss, stands beside the rate."""
+        self.done = done
+        shown = ", ".join(part for part in (self.label, text, self._rate()) if part)
+        self._bar.update(self._task, completed=self.done, description=shown, refresh=True)
+        if self._bar.disable and time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES:
+            self.line(text)
+
+    def line(self, text: str) -> None:
+        """A line that stays, such as the result of an epoch."""
+        if not self.enabled:
+            return
+        self._last_line, self._told = time.monotonic(), self.done
+        so_far = f"{self.label}: {self.done}/{self.total} {self.unit}"
+        left = timedelta(seconds=round(self._pace() * (self.total - self.done)))
+        parts = (so_far, text, self._rate(), f"{left} left")
+        self._console.print(", ".join(part for part in parts if part), markup=False)
+
+    def _pace(self) -> float:
+        """Seconds a unit, of this start."""
+        return (time.monotonic() - self._start) / max(self.done - self._first, 1)
+
+    def _rate(self) -> str:
+        return f"{1 / max(self._pace(), 1e-9):.1f} {self.unit}/s"
 
 
 def run_command(

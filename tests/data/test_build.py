@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import webdataset.writer  # noqa: F401  forked workers need not import it again
 from PIL import Image
 from test_index import assert_one_sentence, write_tar
+from tiny_split import encode
 from torchvision.datasets import ImageFolder
 
 from vitreuse.__main__ import main
@@ -29,12 +29,6 @@ CLASS_SIZES = {"n01.cat": 7, "n02": 11, "n03": 5}
 NUM_IMAGES = sum(CLASS_SIZES.values())
 SETTINGS = BuildSettings(samples_per_shard=5)
 SHRINK = BuildSettings(samples_per_shard=2, resize_px=64)
-
-
-def encode(image, file_format="JPEG"):
-    content = io.BytesIO()
-    image.save(content, file_format)
-    return content.getvalue()
 
 
 def make_photo(number, size=(120, 90), mode="RGB"):
@@ -49,7 +43,7 @@ def make_folder(folder, class_sizes, size=(120, 90)):
         (folder / class_name / "deeper").mkdir(parents=True)
         for index in range(count):
             name = {1: f"deeper/{index:03d}.JPEG", 2: f"{index:03d}.v2.jpeg"}.get(index, f"{index:03d}.JPEG")
-            (folder / class_name / name).write_bytes(encode(make_photo(number, size)))
+            (folder / class_name / name).write_bytes(encode(make_photo(number, size), "JPEG"))
             number += 1
         (folder / class_name / "notes.txt").write_text("no image")
         (folder / class_name / "._000.JPEG").write_bytes(b"resource fork")
@@ -155,14 +149,14 @@ def test_larger_images_are_shrunk_and_others_keep_their_bytes(tmp_path):
     (tmp_path / "source" / "a").mkdir(parents=True)
     originals = {name: make_photo(number, size) for number, (name, size) in enumerate(sizes.items())}
     for name, image in originals.items():
-        (tmp_path / "source" / "a" / f"{name}.png").write_bytes(encode(image, "PNG"))
+        (tmp_path / "source" / "a" / f"{name}.png").write_bytes(encode(image))
     build_shards(tmp_path / "source", tmp_path / "train", BuildSettings(resize_px=64, quality=90))
     read = {key: content for key, _, content in read_samples(tmp_path / "train")}
     for name, size in (("tall", (64, 96)), ("wide", (172, 64))):
         expected = io.BytesIO()
         originals[name].resize(size, Image.Resampling.LANCZOS).save(expected, "JPEG", quality=90)
         assert read[f"a/{name}"] == expected.getvalue()
-    assert all(read[f"a/{name}"] == encode(originals[name], "PNG") for name in ("small", "exact"))
+    assert all(read[f"a/{name}"] == encode(originals[name]) for name in ("small", "exact"))
     with tarfile.open(tmp_path / "train" / "shard-000000.tar") as tar:
         endings = {name for name in tar.getnames() if not name.endswith("cls")}
     assert endings == {"a/tall.jpg", "a/wide.jpg", "a/small.png", "a/exact.png"}
@@ -202,7 +196,7 @@ def test_a_class_may_be_called_train(tmp_path):
     assert load_index(tmp_path / "shards").class_names == ("train", "tram")
 
 
-PHOTO = encode(make_photo(0))
+PHOTO = encode(make_photo(0), "JPEG")
 
 
 def make_flat_folder(path):

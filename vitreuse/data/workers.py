@@ -58,7 +58,7 @@ class Workers:
         sizes = [1] * len(tasks) if sizes is None else sizes
         with WorkProgress(label, unit, done + sum(sizes), done) as progress:
             for result, size in zip(results, sizes, strict=True):
-                progress.advance(size)
+                progress.reach(progress.done + size)
                 yield result
 
     def _run(self, function: Callable[[Task], Result], tasks: Sequence[Task]) -> Iterator[Result]:
