@@ -120,6 +120,7 @@ CASES = {
     "span tiled evenly": Case("span:3 reuse", (14, 14), keywords=THREE_HEADS),
     "span tiled wide": Case("span:5 reuse:1", (17, 19), keywords=THREE_HEADS),
     "span tiled along one axis": Case("span:3 reuse:1 span:1", (2, 29)),
+    "span of several widths": Case("span:3 span:5 exact span:5 reuse:1 none span:3 reuse:2 span:3 exact"),
     "mixture": Case("span:3 reuse lowrank:5 reuse:1 none reuse exact reuse:2 span:3 reuse:4"),
     "mixture tiled": Case("span:3 lowrank:5 reuse:1 none exact reuse:2 span:3", TILED, keywords=THREE_HEADS),
     "distilled": Case("span:3 reuse:1 lowrank:3 reuse exact reuse:2", distilled=True),

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitreuse import load_checkpoint, parse_plan
+from vitreuse.attention import tiles
 
 NO_GRADIENT = ("k_norm.bias",)  # it adds the same number to all logits of a query
 
@@ -190,8 +191,8 @@ def test_a_carry_is_made_only_for_a_layer_that_reads_it(name, backend):
     words = [spec.word for spec in parse_plan(CASES[name].plan)]
     handed = {}
     for layer, block in enumerate(model.blocks):
-        block.register_forward_hook(lambda module, args, output, layer=layer: handed.update({layer: output[1:-1]}))
-    model(images())
+        block.register_forward_hook(lambda module, args, output, layer=layer: handed.update({layer: output[1:-2]}))
+    model(images())  # the last two fields of a carry are the model's, passed on by every layer
     for layer, carry in handed.items():
         following = [word for word in words[layer + 1 :] if word != "none"]
         is_read = following[:1] == ["reuse"]
@@ -281,6 +282,14 @@ def test_masks_are_those_of_the_reference(plan, mask, backend, fused):
     assert_close(model(x, **MASKS[mask]), torch.stack([reference.head(image_tokens) for image_tokens in tokens]))
     model.set_grad_checkpointing()
     assert_close(model(x, **MASKS[mask]), torch.stack([reference.head(image_tokens) for image_tokens in tokens]))
+
+
+def test_spans_of_one_width_compute_their_bias_once(monkeypatch):
+    widths = []
+    bias = tiles.neighbourhood_bias
+    monkeypatch.setattr(tiles, "neighbourhood_bias", lambda *args: widths.append(args[1]) or bias(*args))
+    Case("span:3 exact span:3 reuse:1 span:5 none lowrank:3 span:5 reuse:2 span:3 exact").build()(images())
+    assert widths == [3, 5, 3]
 
 
 @pytest.mark.parametrize("plan", ["lowrank:3", "span:3", "exact none lowrank:3 reuse", "exact span:3 reuse:1"])

@@ -340,6 +340,11 @@ def test_anchors_and_readers(text, anchors, num_readers, num_maps):
     assert plan.num_maps == num_maps
 
 
+def test_a_span_repeats_the_width_of_the_newest_span_before_it():
+    plan = parse_plan("span:3 exact span:3 reuse span:5 none span:3 lowrank:8 span:3")
+    assert [layer for layer, repeats in enumerate(plan.repeats_span) if repeats] == [2, 8]
+
+
 @given(plans)
 def test_anchors_and_readers_follow_from_running_the_carry(plan):
     came_through: list[int] = []  # layers that the carry came through, the one that computed it first

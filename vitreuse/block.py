@@ -23,6 +23,7 @@ LayerOutput = Tuple[
     Optional[Tensor],
     Optional[Tensor],
     Optional[Tensor],
+    Optional[Tensor],
 ]
 
 
@@ -80,13 +81,14 @@ class PlanBlock(nn.Module):
         key_proj: Optional[Tensor] = None,
         value_proj: Optional[Tensor] = None,
         layerwise_proj: Optional[Tensor] = None,
+        span_bias: Optional[Tensor] = None,
         grid: Optional[Tuple[int, int]] = None,
         num_queries: Optional[int] = None,
         attn_mask: Optional[Tensor] = None,
         is_causal: bool = False,
     ) -> LayerOutput:
         """Tokens (B, num_queries, C), all when None, and the carry's fields for the next layer."""
-        carry = Carry(weights, prefix_weights, q, k, key_proj, value_proj, layerwise_proj)
+        carry = Carry(weights, prefix_weights, q, k, key_proj, value_proj, layerwise_proj, span_bias)
         rows = x if num_queries is None else x[:, :num_queries]
         if self.has_attention:
             y, carry = self.attn(self.norm1(x), carry, grid, num_queries, attn_mask, is_causal)
@@ -101,6 +103,7 @@ class PlanBlock(nn.Module):
             carry.key_proj,
             carry.value_proj,
             carry.layerwise_proj,
+            carry.span_bias,
         )
 
     def macs(self, grid: Tuple[int, int], num_queries: int, theoretical: bool) -> Dict[str, int]:
@@ -153,7 +156,7 @@ class PlanBlocks(nn.Sequential):
         checkpointing: bool = False,
     ) -> Tuple[Tensor, List[Tensor]]:
         """Tokens after the last layer, and those after each layer of ``indices``."""
-        state: LayerOutput = (x, None, None, None, None, None, None, layerwise_proj)
+        state: LayerOutput = (x, None, None, None, None, None, None, layerwise_proj, None)
         collected: List[Tensor] = []
         last = len([0 for _ in self]) - 1  # TorchScript has no len() of a Sequential
         for i, block in enumerate(self):

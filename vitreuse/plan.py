@@ -93,6 +93,17 @@ class Plan:
         """How many layers compute a map that a later layer reads."""
         return sum(n > 0 for spec, n in zip(self.specs, self.num_readers, strict=True) if _computes_map(spec))
 
+    @property
+    def repeats_span(self) -> tuple[bool, ...]:
+        """For each layer whether it is a span of the width that the newest span before it has."""
+        repeats: list[bool] = []
+        width = None
+        for spec in self.specs:
+            repeats.append(spec.word == "span" and spec.number == width)
+            if spec.word == "span":
+                width = spec.number
+        return tuple(repeats)
+
 
 def parse_plan(text: str, depth: int | None = None, num_heads: int | None = None) -> Plan:
     """Reads a plan from text, and checks it against a model's depth and number of heads where they are given.

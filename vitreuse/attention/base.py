@@ -30,9 +30,10 @@ class Carry(NamedTuple):
     key_proj: Optional[Tensor]  # the anchor's token projections, see lowrank.py
     value_proj: Optional[Tensor]
     layerwise_proj: Optional[Tensor]  # the model's one projection under layerwise sharing, passed on by every layer
+    span_bias: Optional[Tensor]  # of the newest span layer, see maps.span_bias; passed on by every layer
 
 
-EMPTY_CARRY = Carry(None, None, None, None, None, None, None)
+EMPTY_CARRY = Carry(None, None, None, None, None, None, None, None)
 
 
 @dataclass(frozen=True)
@@ -169,6 +170,7 @@ class Attention(nn.Module):
         self.num_readers = plan.num_readers[layer]  # reuse layers that read what this layer hands on
         self.anchor_readers = 0 if anchor is None else plan.num_readers[anchor]
         self.num_maps = plan.num_maps  # that are alive at the same time in training
+        self.takes_span_bias = plan.repeats_span[layer]
 
     def dropout_p(self) -> float:
         """Dropout rate of the map in the current mode."""

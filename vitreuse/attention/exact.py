@@ -50,13 +50,18 @@ class ExactAttention(Attention):
             grid = self.grid
         rows = self.computed_rows(num_queries)
         q, k, v, key_proj, value_proj = self.project(x, rows, grid, carry.layerwise_proj)
+        width = self.width if rows is None else 0
+        bias = carry.span_bias
+        if width > 0:
+            bias = maps.span_bias(bias if self.takes_span_bias else None, q, grid, width, self.num_prefix_tokens)
+            attn_mask = bias
         mixed, weights, prefix_weights, handed_q, handed_k = maps.attend(  # in maps, where a trace wraps it
             self.q_norm(q),
             self.k_norm(k),
             v,
             self.scale,
             grid,
-            self.width if rows is None else 0,
+            width,
             self.num_prefix_tokens,
             attn_mask,
             is_causal,
@@ -67,7 +72,7 @@ class ExactAttention(Attention):
             self.reuse_backend,
             self.costs,
         )
-        handed = Carry(weights, prefix_weights, handed_q, handed_k, key_proj, value_proj, carry.layerwise_proj)
+        handed = Carry(weights, prefix_weights, handed_q, handed_k, key_proj, value_proj, carry.layerwise_proj, bias)
         return self.output(mixed, num_queries), handed
 
     def project(

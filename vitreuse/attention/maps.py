@@ -119,6 +119,20 @@ def overwrites(x: Tensor) -> bool:
     return False
 
 
+@torch.fx.wrap
+@register_notrace_function
+def span_bias(
+    handed: Optional[Tensor], like: Tensor, grid: Tuple[int, int], width: int, num_prefix_tokens: int
+) -> Tensor:
+    """Which keys a window's queries see, 0 or -inf: (N, N), or of tiles (T, Q, P + K); that of an earlier layer if
+    ``handed``, else one of the dtype and on the device of ``like``."""
+    if handed is not None:
+        return handed
+    if is_tiled(grid, width):
+        return tiles.tile_bias(grid, width, num_prefix_tokens, like.dtype, like.device)
+    return tiles.neighbourhood_bias(grid, width, num_prefix_tokens, like.dtype, like.device)
+
+
 def make_map(
     q: Tensor,
     k: Tensor,
@@ -129,14 +143,16 @@ def make_map(
     attn_mask: Optional[Tensor],
     is_causal: bool,
 ) -> Tuple[Tensor, Optional[Tensor]]:
-    """The map (B, H, N, M) and None, or a tiled map (B, H, T, Q, P + K) and the prefix tokens' rows (B, H, P, N)."""
+    """The map (B, H, N, M) and None, or a tiled map (B, H, T, Q, P + K) and the prefix tokens' rows (B, H, P, N).
+
+    The mask of a window is its ``span_bias``.
+    """
     if width == 0:
         return softmax_map(q, k, scale, attn_mask, is_causal), None
+    assert attn_mask is not None
     if not is_tiled(grid, width):
-        bias = tiles.neighbourhood_bias(grid, width, num_prefix_tokens, q.dtype, q.device)
-        return windowed_map(q, k, scale, bias), None
-    bias = tiles.tile_bias(grid, width, num_prefix_tokens, q.dtype, q.device)
-    return make_tiled_map(q, k, scale, grid, width, num_prefix_tokens, bias)
+        return windowed_map(q, k, scale, attn_mask), None
+    return make_tiled_map(q, k, scale, grid, width, num_prefix_tokens, attn_mask)
 
 
 def make_tiled_map(
@@ -185,7 +201,10 @@ def attend(
     backend: str,
     costs: Costs,
 ) -> Tuple[Tensor, Optional[Tensor], Optional[Tensor], Optional[Tensor], Optional[Tensor]]:
-    """Mixed values (B, H, N, D) of fresh queries and keys, then what is handed on to ``num_readers`` layers."""
+    """Mixed values (B, H, N, D) of fresh queries and keys, then what is handed on to ``num_readers`` layers.
+
+    The mask of a window is its ``span_bias``.
+    """
     training = q.requires_grad
     num_keys = k.shape[-2]
     carry_map = num_readers > 0 and carries_map(
@@ -201,8 +220,8 @@ def attend(
                 q, k, v, attn_mask=mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale
             )
             return mixed, None, None, handed_q, handed_k
-        if is_blockable(q, v) and attn_mask is None and not is_causal and dropout_p == 0.0:
-            mixed = blocked(q, k, v, scale, grid, width, num_prefix_tokens)
+        if is_blockable(q, v) and (attn_mask is None or width > 0) and not is_causal and dropout_p == 0.0:
+            mixed = blocked(q, k, v, scale, grid, width, num_prefix_tokens, attn_mask)
             return mixed, None, None, handed_q, handed_k
     weights, prefix_weights = make_map(q, k, scale, grid, width, num_prefix_tokens, attn_mask, is_causal)
     mixed = apply_map(weights, prefix_weights, v, grid, width, num_prefix_tokens, dropout_p)
@@ -218,15 +237,18 @@ def is_blockable(q: Tensor, v: Tensor) -> bool:
 
 @torch.jit.unused  # a scripted model overwrites nothing, and so never comes here
 def blocked(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, grid: Tuple[int, int], width: int, num_prefix_tokens: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    grid: Tuple[int, int],
+    width: int,
+    num_prefix_tokens: int,
+    bias: Optional[Tensor],
 ) -> Tensor:
-    """Mixed values (B, H, N, D), a block of the map at a time."""
-    if width == 0:
-        return blocked_attention(q, k, v, scale, None)
-    if not is_tiled(grid, width):
-        bias = tiles.neighbourhood_bias(grid, width, num_prefix_tokens, q.dtype, q.device)
+    """Mixed values (B, H, N, D), a block of the map at a time; the bias is that of a window."""
+    if bias is None or not is_tiled(grid, width):
         return blocked_attention(q, k, v, scale, bias)
-    bias = tiles.tile_bias(grid, width, num_prefix_tokens, q.dtype, q.device)
     step = block_length(q.shape[1] * bias.numel() * q.element_size())
     mixed = []
     for queries, keys, values in zip(q.split(step), k.split(step), v.split(step), strict=True):

@@ -17,7 +17,7 @@ from vitreuse.attention.base import (
     without_mask,
 )
 from vitreuse.attention.lowrank import projected_heads, projected_length, projection_macs, tokens_first
-from vitreuse.attention.maps import carries_map, reattend
+from vitreuse.attention.maps import carries_map, reattend, span_bias
 
 
 @torch.fx.wrap
@@ -78,6 +78,8 @@ class ReuseAttention(Attention):
         rows = self.computed_rows(num_queries)
         own_q, own_k = self.own_queries_and_keys(x, rows, carry.key_proj)
         v = self.project(x, self.v.weight, self.v.bias, carry.value_proj)
+        if self.width > 0 and rows is None:
+            attn_mask = span_bias(carry.span_bias, v, grid, self.width, self.num_prefix_tokens)
         mixed, weights, prefix_weights, q, k = reattend(
             carry.weights,
             carry.prefix_weights,
@@ -100,7 +102,7 @@ class ReuseAttention(Attention):
             self.num_readers > 0,
         )
         key_proj, value_proj = self.handed_projections(carry.key_proj, carry.value_proj)
-        handed = Carry(weights, prefix_weights, q, k, key_proj, value_proj, carry.layerwise_proj)
+        handed = Carry(weights, prefix_weights, q, k, key_proj, value_proj, carry.layerwise_proj, carry.span_bias)
         return self.output(mixed, num_queries), handed
 
     def own_queries_and_keys(
