@@ -19,6 +19,7 @@ from eval.top1 import Top1, evaluate
 from train.distributed import StopSignal
 from train.pipeline import ignore_stop_signals, train_decoder
 from train.run import RunFolder, run_facts
+from train.sharding import unsharded
 from train.trainer import StepResult, Trainer
 from train.weights import start_from
 from vitreuse.backends import Conditions, sentence
@@ -247,15 +248,16 @@ class _Loop:
         return measured
 
     def _top1(self, model: torch.nn.Module) -> Top1:
-        return evaluate(
-            model,
-            self.val_set,
-            transform=evaluation_transform(model, self.config.eval.crop_pct),
-            ranks=self.ranks,
-            batch_size=self.config.eval.batch_size,
-            num_workers=self.config.data.num_workers,
-            worker_init_fn=ignore_stop_signals,
-        )
+        with unsharded(model):
+            return evaluate(
+                model,
+                self.val_set,
+                transform=evaluation_transform(model, self.config.eval.crop_pct),
+                ranks=self.ranks,
+                batch_size=self.config.eval.batch_size,
+                num_workers=self.config.data.num_workers,
+                worker_init_fn=ignore_stop_signals,
+            )
 
     def _checkpoint_is_due(self) -> bool:
         step, when = self.trainer.counters.step, self.config.train.checkpoint
@@ -265,12 +267,14 @@ class _Loop:
         return self.trainer.at_epoch_end and (is_last or self.trainer.epoch % when.every_epochs == 0)
 
     def _save(self) -> None:
+        state = self.trainer.state_dict()
         if self.ranks.is_main:
             top1 = self.measured["top1"] if self.measured and self.trainer.at_epoch_end else None
-            self.folder.save(self.trainer.state_dict(), self.trainer.counters.step, top1)
+            self.folder.save(state, self.trainer.counters.step, top1)
 
     def _finish(self) -> None:
         measured = self.measured or self._evaluate()  # resumed after the last step, nothing was measured
+        weights = self.trainer.final_weights()
         if not self.ranks.is_main:
             return
         counters = self.trainer.counters
@@ -278,7 +282,7 @@ class _Loop:
         self.folder.log(
             "final", step=counters.step, epoch=self.trainer.epoch, skipped=counters.skipped, seconds=seconds, **measured
         )
-        self.folder.finish(self.trainer.final_model)
+        self.folder.finish(self.trainer.final_model, weights)
 
 
 def _finite(number: float) -> float | None:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-from torch import nn
+from torch import Tensor, nn
 
 from eval.distributed import Ranks
 from train.checkpoint import Checkpoints
@@ -154,12 +154,12 @@ class RunFolder:
             sync(path)
         self.checkpoints.save(state, step, top1)
 
-    def finish(self, model: nn.Module) -> None:
-        """Leaves the weights as model.safetensors, and the status completed."""
+    def finish(self, model: nn.Module, weights: dict[str, Tensor]) -> None:
+        """Leaves the model's weights as model.safetensors, and the status completed."""
         settings = self.config.model
         metadata = {"name": settings.name, "plan": _plan_text(model) or "", "keywords": json.dumps(settings.keywords)}
-        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-        write_durably(self.path / "model.safetensors", safetensors.torch.save(weights, {**metadata, "format": "pt"}))
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+        write_durably(self.path / "model.safetensors", safetensors.torch.save(tensors, {**metadata, "format": "pt"}))
         self.describe(status="completed")
 
 

@@ -20,6 +20,7 @@ from train.order import RankBatches, Stream, seed_sequence
 from train.pipeline import Batch, TrainingImages, create_loader, create_mixup, seed_generators
 from train.recipe import create_criterion, create_optimizer, create_scheduler, freeze
 from train.resolution import transforms_by_epoch
+from train.sharding import check_shardable, gradients_kept, part_like, parts_like, shard, whole, whole_state
 from vitreuse.config import Config, ConfigError
 
 
@@ -68,6 +69,7 @@ class Trainer:
         recipe = config.train
         self.config, self.model, self.ranks, self.counters = config, model, ranks, Counters()
         _check_fit(config, len(samples.class_names), model.num_classes, ranks.world_size)
+        check_shardable(recipe)
         self.batches = RankBatches(
             recipe.seed,
             samples.shard_sizes,
@@ -87,10 +89,14 @@ class Trainer:
         self.teacher = None if recipe.distill is None else create_teacher(recipe.distill, model, settings)
         freeze(model, recipe.freeze)
         self.criterion = create_criterion(config)
+        self.ema = ModelEmaV3(model, recipe.ema.decay, use_warmup=recipe.ema.warmup) if recipe.ema else None
+        self._is_sharded = recipe.strategy == "fsdp2" and ranks.world_size > 1
+        if self._is_sharded:
+            for network in dict.fromkeys((model, self.final_model)):
+                shard(network, ranks)
         self.optimizer = create_optimizer(config, model)
         self.scheduler = create_scheduler(config, self.optimizer, self.batches.steps_per_epoch)
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=recipe.precision == "float16")
-        self.ema = ModelEmaV3(model, recipe.ema.decay, use_warmup=recipe.ema.warmup) if recipe.ema else None
         if recipe.grad_checkpointing:
             model.set_grad_checkpointing(True)
         if recipe.compile:
@@ -120,7 +126,7 @@ class Trainer:
     @cached_property
     def replica(self) -> Any:
         """The model that exchanges gradients; making it takes all ranks, so that it waits for the first step."""
-        return replicated(self.model, self.ranks)
+        return self.model if self._is_sharded else replicated(self.model, self.ranks)
 
     def remaining_batches(self) -> Iterator[Batch]:
         """This rank's batches from the next step to the end of its epoch."""
@@ -146,7 +152,7 @@ class Trainer:
         loss_sum = self._backward(batch, count)
         self.scaler.unscale_(self.optimizer)
         grads = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
-        grad_norm = torch.nn.utils.get_total_norm(grads)
+        grad_norm = whole(torch.nn.utils.get_total_norm(grads))
         not_finite = ~(loss_sum + grad_norm).isfinite()
         sums = torch.stack([loss_sum, not_finite.float(), torch.full_like(loss_sum, stop)]).double()
         total_loss, num_not_finite, num_stopping = ranks.sum(sums).tolist()  # the step's one wait for the device
@@ -177,8 +183,7 @@ class Trainer:
         pieces = min(self.config.train.accumulation_steps, len(images))
         parts = list(zip(images.tensor_split(pieces), targets.tensor_split(pieces), strict=True))
         for i, (part, part_targets) in enumerate(parts):
-            exchange = nullcontext() if i == pieces - 1 or self.replica is self.model else self.replica.no_sync()
-            with exchange:
+            with nullcontext() if i == pieces - 1 else gradients_kept(self.replica):
                 loss = self._loss(part, part_targets) * len(part)
                 self.scaler.scale(loss * scale).backward()
             loss_sum += loss.detach()
@@ -240,7 +245,10 @@ class Trainer:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors, numbers and strings from which load_state_dict goes on as if nothing had happened."""
+        """Tensors, numbers and strings from which load_state_dict goes on as if nothing had happened.
+
+        All ranks call this together; under fsdp2 only the main rank's is complete.
+        """
         state = {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -250,17 +258,30 @@ class Trainer:
             state["ema"] = self.ema.module.state_dict()
         if self.scaler.is_enabled():
             state["scaler"] = self.scaler.state_dict()
-        return state
+        return whole_state(state, self.ranks)
+
+    def final_weights(self) -> dict[str, Tensor]:
+        """The weights of final_model; all ranks call this together, as state_dict."""
+        return whole_state(self.final_model.state_dict(), self.ranks)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes up a state_dict of the same experiment, written under any number of ranks."""
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        """Takes up a state_dict of the same experiment, written under any number of ranks and either strategy."""
+        self.model.load_state_dict(parts_like(state["model"], self.model))
+        self.optimizer.load_state_dict(self._optimizer_parts(state["optimizer"]))
         self.counters = Counters(**state["counters"])
         if self.ema is not None:
-            self.ema.module.load_state_dict(state["ema"])
+            self.ema.module.load_state_dict(parts_like(state["ema"], self.ema.module))
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
+
+    def _optimizer_parts(self, state: dict[str, Any]) -> dict[str, Any]:
+        """The optimizer's state with this rank's parts of what each parameter has: it numbers them by group."""
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        kept = {
+            number: {name: part_like(value, parameters[number]) for name, value in values.items()}
+            for number, values in state["state"].items()
+        }
+        return {**state, "state": kept}
 
 
 def _check_fit(config: Config, num_dataset_classes: int, num_model_classes: int, world_size: int) -> None:

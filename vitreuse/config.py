@@ -267,6 +267,12 @@ class TrainConfig:
     device: str = setting(
         "auto takes cuda where there is one", "auto", choices=("auto", "cpu", "cuda"), changes_run=False
     )
+    strategy: str = setting(
+        "several ranks: ddp keeps the whole model on each; fsdp2 shares out weights, optimizer and moving average",
+        "ddp",
+        choices=("ddp", "fsdp2"),
+        changes_run=False,
+    )
     num_threads: int | None = setting(
         "CPU threads per rank; null leaves torch's own number", None, above=0, changes_run=False
     )

@@ -67,7 +67,15 @@ def stopped_by_sigterm_to_torchrun(stage: Stage) -> str:
 
 def moved_from_one_rank_to_two_and_back(stage: Stage) -> str:
     """Stopped by SIGTERM on one rank, killed after a checkpoint on two, completed on one."""
-    run = stage.run("moved", "plain")
+    return _moved(stage, stage.run("moved", "plain"))
+
+
+def moved_to_two_ranks_of_half_a_model_and_back(stage: Stage) -> str:
+    """The same under FSDP2, whose two ranks share out weights and optimizer."""
+    return _moved(stage, stage.run("sharded", "plain", "train.strategy=fsdp2"))
+
+
+def _moved(stage: Stage, run: Run) -> str:
     alone = run.start()
     alone.wait_for_step(15)
     check(alone.end(signal.SIGTERM) == 75, f"{run.name} was not stopped: {alone.said}")
@@ -100,4 +108,9 @@ def _relative_differences(run: Run, other: Run) -> list[float]:
     return [abs(a - b) / abs(b) for a, b in zip(mine, others, strict=True)]
 
 
-SCENARIOS = (killed_at_random_moments, stopped_by_sigterm_to_torchrun, moved_from_one_rank_to_two_and_back)
+SCENARIOS = (
+    killed_at_random_moments,
+    stopped_by_sigterm_to_torchrun,
+    moved_from_one_rank_to_two_and_back,
+    moved_to_two_ranks_of_half_a_model_and_back,
+)
