@@ -124,7 +124,7 @@ def test_a_plain_model_leaves_no_plan(config_path, tmp_path):
     model = folder.config.model.create()
     folder.path.mkdir()
     folder.begin(0, {})
-    folder.finish(model)
+    folder.finish(model, model.state_dict())
     with safe_open(folder.path / "model.safetensors", "pt") as file:
         metadata = file.metadata()
     keywords = json.loads(metadata.pop("keywords"))
