@@ -4,14 +4,17 @@ from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from timm.layers import build_sincos2d_pos_embed
 
 from vitreuse.config import Config, ConfigError, ModelConfig, changed_settings, load_config, to_yaml
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml"))
 SHIPPED = [path for path in CONFIGS if not path.name.startswith("_")]
+DIGITS = [path for path in SHIPPED if path.parent.name == "digits"]
 
 MINIMAL = """\
 model:
@@ -129,6 +132,23 @@ def test_values_are_read_by_declared_type(write):
             "train.resolution={from_px: 160, epochs: 3}",
             "x.yaml: train.resolution.epochs 3 leaves none of 3 epochs at the model's own size: make it smaller",
         ),
+        (
+            "train.loss={target_threshold: 0.2}",
+            "x.yaml: train.loss.target_threshold 0.2 has no effect on the loss 'ce': leave it out.",
+        ),
+        (
+            "train.loss={name: bce, target_threshold: 0, smoothing: 0.1}",
+            "x.yaml: train.loss.target_threshold undoes smoothing: leave one of the two out.",
+        ),
+        (
+            "train.loss={name: bce, target_threshold: 0}",
+            "x.yaml: train.loss.target_threshold 0 has no effect without train.mixup: leave it out.",
+        ),
+        (
+            "model={pos_embed: sincos2d, weights: a.pth}",
+            "x.yaml: model.pos_embed 'sincos2d' has no effect beside weights, which hold a position embedding: leave",
+        ),
+        ("model.pos_embed=sincos", "model.pos_embed is 'sincos', allowed are learned, sincos2d, did you mean 'sincos2"),
         ("train.distill={kind: soft}", "train.distill.teacher.name is missing (a model name"),
         (
             "train.distill={teacher: {name: vgg11}, kind: soft}",
@@ -247,6 +267,7 @@ def test_every_part_of_a_recipe_gives_another_run(write):
     teacher = "teacher: {name: vgg11, weights: a.pth}"
     changes = {
         "model.weights": "a.pth",
+        "model.pos_embed": "sincos2d",
         "train.optimizer.keywords": "{eps: 1e-8}",
         "train.schedule.warmup_steps": "3",
         "train.precision": "float16",
@@ -273,6 +294,9 @@ def test_every_part_of_a_recipe_gives_another_run(write):
         ),
         ({"keywords": {"reuse_backed": "map"}}, "did you mean 'reuse_backend'?"),
         ({"plan": "exact*11"}, "cannot be built: "),
+        ({"pos_embed": "sincos2d", "keywords": {"pos_embed": "none"}}, "needs a vision transformer with a position em"),
+        ({"pos_embed": "sincos2d", "name": "resnet18"}, "with a position embedding, ResNet has none: leave it out."),
+        ({"pos_embed": "sincos2d", "keywords": {"embed_dim": 6}}, "that is a multiple of 4, not 6: choose another em"),
     ],
 )
 def test_a_model_that_cannot_be_made_is_one_sentence(model, sentence):
@@ -281,14 +305,26 @@ def test_a_model_that_cannot_be_made_is_one_sentence(model, sentence):
     assert sentence in str(caught.value) and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.name}-{path.stem}")
-def test_every_shipped_config_builds(path):
+@pytest.mark.parametrize("distilled", [False, True])
+def test_sincos2d_is_timms_table_under_zeros_for_prefix_tokens(distilled):
+    name = "deit_reuse_tiny_distilled_patch16_224" if distilled else "vit_tiny_patch16_224"
+    model = ModelConfig(
+        name=name, keywords={"img_size": (32, 48), "embed_dim": 24, "num_heads": 2}, pos_embed="sincos2d"
+    ).create()
+    table = build_sincos2d_pos_embed([2, 3], 24)
+    assert torch.equal(model.pos_embed[0, model.num_prefix_tokens :], table)
+    assert not model.pos_embed[0, : model.num_prefix_tokens].any()
+    assert model.pos_embed.requires_grad  # train.freeze says whether it stays
+
+
+@pytest.mark.parametrize("path", DIGITS, ids=lambda path: path.stem)
+def test_every_digits_config_builds(path):
+    """Those of ImageNet are in test_recipes.py."""
     config = load_config(path)
     model = config.model.create("meta")
     assert all(parameter.is_meta for parameter in model.parameters())
-    if config.model.plan is not None:
-        assert str(model.plan) == config.model.plan
-    image = yaml.safe_load(to_yaml(config))["model"]["keywords"].get("img_size", 224)
+    assert str(model.plan) == config.model.plan
+    image = yaml.safe_load(to_yaml(config))["model"]["keywords"]["img_size"]
     assert model.patch_embed.img_size == (image, image)
 
 

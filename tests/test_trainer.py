@@ -143,6 +143,14 @@ def test_losses_are_timms(make, smoothing):
     torch.testing.assert_close(losses, expected)
 
 
+def test_a_threshold_makes_shares_of_a_mixed_image_whole(make):
+    loss = "train.loss={name: bce, target_threshold: 0.3}"
+    logits, shares = torch.randn(2, 3), torch.tensor([[0.7, 0.3, 0.0], [0.0, 0.6, 0.4]])
+    criterion = create_criterion(make(loss, "train.mixup={}").config)
+    whole = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 1.0]])
+    torch.testing.assert_close(criterion(logits, shares), F.binary_cross_entropy_with_logits(logits, whole))
+
+
 def test_distillation_losses_by_hand():
     logits, answers = torch.tensor([[1.0, 0.0], [0.0, 3.0]]), torch.tensor([[0.0, 2.0], [0.0, 1.0]])
     config = ModelConfig(name="any", keywords={}, weights="any")

@@ -37,9 +37,10 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
 
 def create_criterion(config: Config) -> nn.Module:
     """The mean loss of a batch; under mixup the targets come smoothed already."""
-    smoothing = 0.0 if config.train.mixup is not None else config.train.loss.smoothing
-    if config.train.loss.name == "bce":
-        return BinaryCrossEntropy(smoothing)
+    settings = config.train.loss
+    smoothing = 0.0 if config.train.mixup is not None else settings.smoothing
+    if settings.name == "bce":
+        return BinaryCrossEntropy(smoothing, settings.target_threshold)
     return nn.CrossEntropyLoss(label_smoothing=smoothing)  # equals timm's LabelSmoothing- and SoftTargetCrossEntropy
 
 

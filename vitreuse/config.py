@@ -15,6 +15,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.layers import build_sincos2d_pos_embed
 from torch import nn
 
 from vitreuse import strict_yaml
@@ -35,6 +36,11 @@ class ModelConfig:
     weights: str | None = setting(
         "what training starts from: a file of weights or a name of timm.list_pretrained(); null for random ones", None
     )
+    pos_embed: str = setting(
+        "what it starts from: random numbers to learn, or timm's sines and cosines, which train.freeze can keep",
+        "learned",
+        choices=("learned", "sincos2d"),
+    )
 
     def create(self, device: torch.device | str | None = None) -> nn.Module:
         """The model, randomly initialised from torch's global generator; train/weights.py fills in trained weights.
@@ -51,17 +57,45 @@ class ModelConfig:
         keywords = self.keywords if self.plan is None else {**self.keywords, "plan": self.plan}
         try:
             with torch.device(device or "cpu"):
-                return timm.create_model(self.name, **keywords)
+                model = timm.create_model(self.name, **keywords)
         except (ValueError, TypeError, AssertionError, RuntimeError) as error:  # timm's answers to a bad keyword
             reason = str(error) or f"timm refuses one of its keywords, {', '.join(keywords)}."
             raise ConfigError(
                 _unknown_keyword(self.name, error) or f"model {self.name!r} cannot be built: {reason}"
             ) from error
+        if self.pos_embed == "sincos2d":
+            _fill_with_sincos2d(model)
+        return model
 
     def __post_init__(self):
         for word, key in {"plan": "plan", "pretrained": "weights"}.items():
             if word in self.keywords:
                 raise ConfigError(f"keywords.{word} has a key of its own, {key} beside keywords.")
+        if self.pos_embed != "learned" and self.weights is not None:
+            raise ConfigError(
+                f"pos_embed {self.pos_embed!r} has no effect beside weights, which hold a position embedding: "
+                "leave one of the two out."
+            )
+
+
+@torch.no_grad()
+def _fill_with_sincos2d(model: Any) -> None:
+    """Writes timm's sines and cosines over the patch grid into the position embedding; prefix tokens have zeros."""
+    pos_embed = getattr(model, "pos_embed", None)
+    if not isinstance(model, timm.models.VisionTransformer) or pos_embed is None:
+        raise ConfigError(
+            f"model.pos_embed 'sincos2d' needs a vision transformer with a position embedding, {type(model).__name__} "
+            "has none: leave it out."
+        )
+    if model.embed_dim % 4:
+        raise ConfigError(
+            f"model.pos_embed 'sincos2d' needs a width that is a multiple of 4, not {model.embed_dim}: "
+            "choose another embed_dim, or leave it out."
+        )
+    grid = list(model.patch_embed.grid_size)
+    table = build_sincos2d_pos_embed(grid, model.embed_dim, device=pos_embed.device, dtype=pos_embed.dtype)
+    pos_embed.zero_()
+    pos_embed[:, -len(table) :] = table
 
 
 def _unknown_keyword(name: str, error: Exception) -> str | None:
@@ -145,6 +179,22 @@ class LossConfig:
 
     name: str = setting("softmax cross-entropy, or a binary one per class", "ce", choices=("ce", "bce"))
     smoothing: float = setting("label smoothing", 0.0, minimum=0, maximum=0.999)
+    target_threshold: float | None = setting(
+        "under bce, a class with more than this share of a mixed image is its target in full; null for the share",
+        None,
+        minimum=0,
+        maximum=0.999,
+    )
+
+    def __post_init__(self):
+        if self.target_threshold is None:
+            return
+        if self.name != "bce":
+            raise ConfigError(
+                f"target_threshold {self.target_threshold:g} has no effect on the loss {self.name!r}: leave it out."
+            )
+        if self.smoothing:
+            raise ConfigError("target_threshold undoes smoothing: leave one of the two out.")
 
 
 def _check_order(key: str, bounds: tuple[float, float]) -> None:
@@ -313,6 +363,10 @@ class TrainConfig:
             raise ConfigError(
                 f"resolution.epochs {self.resolution.epochs} leaves none of {self.epochs} epochs at the model's own "
                 "size: make it smaller, or train for longer."
+            )
+        if self.loss.target_threshold is not None and self.mixup is None:
+            raise ConfigError(
+                f"loss.target_threshold {self.loss.target_threshold:g} has no effect without train.mixup: leave it out."
             )
         if self.accumulation_steps > self.global_batch_size:
             raise ConfigError(

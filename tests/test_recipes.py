@@ -1,0 +1,179 @@
+"""The recipes of configs/imagenet/: each file is what its name, its header and its source say."""
+
+import math
+import re
+from collections import defaultdict
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import build_sincos2d_pos_embed
+
+from eval.flops import model_macs
+from eval.inputs import image_settings
+from train.pipeline import create_mixup, train_transform
+from train.recipe import create_criterion, create_optimizer, create_scheduler, freeze
+from vitreuse.config import Config, load_config
+from vitreuse.plan import PRESETS, preset_plan
+
+ROOT = Path(__file__).parent.parent
+FOLDER = ROOT / "configs" / "imagenet"
+RECIPES = {path.stem: path for path in sorted(FOLDER.glob("[!_]*.yaml"))}
+NUM_IMAGES = 1_281_167  # of ImageNet-1k for training
+NAME = re.compile(
+    r"(?P<family>plain|deit|deit3|continual)_(?P<epochs>\d+)_(?P<size>tiny|small|base)(?P<distilled>_distilled)?"
+    r"(_(?P<px>\d+))?_(?P<plan>exact|reuse|lazy|lowrank|mixspan)"
+)
+MODELS = {"plain": "vit", "deit": "deit", "deit3": "deit3", "continual": "deit"}  # timm's families
+FINE_TUNED = {"deit_300_base_384": 30, "deit3_800_small_384": 20, "deit3_400_base_224": 20, "deit3_800_base_224": 20}
+
+each_recipe = pytest.mark.parametrize("stem", RECIPES)
+
+
+@cache
+def built(stem: str) -> tuple[Config, Any]:
+    """An experiment and its model on the meta device."""
+    config = load_config(RECIPES[stem])
+    return config, config.model.create("meta")
+
+
+def header(stem: str) -> str:
+    """The comment on top of a recipe as one line."""
+    return RECIPES[stem].read_text().partition("\nbase:")[0].replace("\n#  ", "").replace("\n", " ")
+
+
+def parts(stem: str) -> dict[str, Any]:
+    match = NAME.fullmatch(stem)
+    assert match, f"{stem} is not RECIPE_SIZE[_distilled][_PX]_PLAN"
+    return match.groupdict()
+
+
+def plan_text(name: str) -> str:
+    return "exact*12" if name == "exact" else str(preset_plan(name, 12))
+
+
+@each_recipe
+def test_the_name_says_model_plan_size_and_epochs(stem):
+    config, model = built(stem)
+    named = parts(stem)
+    method = "reuse" if named["plan"] == "exact" else named["plan"]
+    family, tail = MODELS[named["family"]], f"{named['size']}{named['distilled'] or ''}_patch16_"
+    assert config.model.name.startswith(f"{family}_{method}_{tail}")
+    assert str(model.plan) == config.model.plan == plan_text(named["plan"])
+    assert model.patch_embed.img_size == (int(named["px"] or 224),) * 2
+    assert model.num_classes == 1000
+    recipe = stem.removesuffix(f"_{named['plan']}")
+    assert config.train.epochs == FINE_TUNED.get(recipe, int(named["epochs"]))
+    assert (config.model.weights is not None) == (recipe in FINE_TUNED or named["family"] == "continual")
+    assert (config.train.distill is not None) == (named["distilled"] is not None)
+
+
+@each_recipe
+def test_the_header_has_the_commands_and_the_batch(stem):
+    config, _ = built(stem)
+    command = f"-m train configs/imagenet/{stem}.yaml"
+    batch_size = config.train.global_batch_size
+    for text in (
+        f"# Command: torchrun --nproc-per-node 8 {command} #",
+        "# Two nodes: torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 "
+        f"\\ {command} #",
+        f"8 GPUs, {batch_size // 8} images of each step on every one.",
+        "ours: not yet run.",
+    ):
+        assert text in header(stem)
+    assert batch_size % (2 * 16) == 0  # mixup pairs the images of each of 16 ranks
+
+
+@each_recipe
+def test_the_header_has_the_cost(stem):
+    """Training counts as three forward passes; a teacher's forward comes on top."""
+    config, model = built(stem)
+    flops, gmacs = re.search(r"about ([\d.e]+) FLOPs, three forward passes of ([\d.]+) GMACs", header(stem)).groups()
+    macs, taught = model_macs(model), re.search(r"and the teacher's one of ([\d.]+) for", header(stem))
+    assert gmacs == f"{macs / 1e9:.2f}"
+    teacher_macs = 0
+    if config.train.distill is not None:
+        teacher_macs = model_macs(config.train.distill.teacher.create("meta").eval())
+        assert taught[1] == f"{teacher_macs / 1e9:.2f}"
+    total = 2 * (3 * macs + teacher_macs) * NUM_IMAGES * config.train.epochs
+    assert float(flops) == float(f"{total:.1e}")
+    assert (taught is None) == (config.train.distill is None)
+
+
+@each_recipe
+def test_optimizer_schedule_loss_and_images_can_be_made(stem):
+    config, _ = built(stem)
+    model: Any = config.model.create("meta")  # a fresh one, to be frozen
+    freeze(model, config.train.freeze)
+    optimizer = create_optimizer(config, model)
+    steps_per_epoch = NUM_IMAGES // config.train.global_batch_size
+    scheduler = create_scheduler(config, optimizer, steps_per_epoch)
+    settings, schedule = config.train.optimizer, config.train.schedule
+    warmup_steps = schedule.warmup_steps or int(schedule.warmup_epochs * steps_per_epoch)
+
+    def lr_at(step: int) -> float:
+        scheduler.step_update(step)
+        return max(group["lr"] for group in optimizer.param_groups)
+
+    assert lr_at(0) == pytest.approx(schedule.warmup_lr)
+    assert lr_at(warmup_steps) == pytest.approx(settings.lr, rel=0.03)
+    end = settings.lr if schedule.name == "constant" else schedule.min_lr
+    assert lr_at(config.train.epochs * steps_per_epoch - 1) == pytest.approx(end, rel=0.01, abs=1e-10)
+
+    images = image_settings(model)
+    photograph = torch.randint(256, (3, 250, 333), dtype=torch.uint8)
+    image = train_transform(config, images)(photograph)
+    assert image.shape == images["input_size"]
+    mixup = create_mixup(config, model.num_classes)
+    assert mixup is not None
+    _, targets = mixup(torch.stack([image, image]), torch.tensor([3, 5]))
+    loss = create_criterion(config)(torch.zeros(2, 1000), targets)
+    assert loss.item() == pytest.approx(math.log(1000 if config.train.loss.name == "ce" else 2), rel=1e-4)
+
+
+@each_recipe
+def test_images_are_normalised_as_in_the_source(stem):
+    """timm's plain ViTs take 0.5 for mean and deviation, DeiT's ImageNet's: the other costs accuracy in silence."""
+    settings = image_settings(built(stem)[1])
+    if stem.startswith("plain"):
+        assert settings["mean"] == settings["std"] == (0.5, 0.5, 0.5)
+    else:
+        assert (settings["mean"], settings["std"]) == (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+
+
+@each_recipe
+def test_weights_are_timms_or_those_of_another_recipe(stem):
+    config, _ = built(stem)
+    distill = config.train.distill
+    assert distill is None or timm.is_model_pretrained(distill.teacher.weights)
+    weights = config.model.weights
+    if weights is not None and not timm.is_model_pretrained(weights):
+        first_stage = weights.removeprefix("runs/").removesuffix("/model.safetensors")
+        assert first_stage in RECIPES and first_stage != stem
+
+
+def test_every_recipe_has_every_plan_or_says_how_to_get_it():
+    plans = defaultdict(set)
+    for stem in RECIPES:
+        recipe, _, plan = stem.rpartition("_")
+        plans[recipe].add(plan)
+    single = {recipe for recipe, known in plans.items() if known == {"exact"}}
+    assert all(plans[recipe] == {"exact", *PRESETS} for recipe in plans.keys() - single)
+    assert {recipe for recipe in plans if "# Other plans: add model.plan=TEXT" in header(f"{recipe}_exact")} == single
+    for recipe in single:
+        for plan in map(plan_text, PRESETS):
+            model: Any = load_config(RECIPES[f"{recipe}_exact"], [f"model.plan={plan}"]).model.create("meta")
+            assert str(model.plan) == plan
+
+
+def test_plain_90_starts_from_fixed_positions_and_a_head_of_zeros():
+    config, _ = built("plain_90_small_exact")
+    model: Any = config.model.create()
+    freeze(model, config.train.freeze)
+    assert torch.equal(model.pos_embed[0], build_sincos2d_pos_embed([14, 14], 384))
+    assert not model.pos_embed.requires_grad and model.cls_token is None
+    assert not model.head.weight.any() and not model.head.bias.any()
