@@ -6,6 +6,7 @@ import os
 import shlex
 import sys
 from pathlib import Path
+from traceback import clear_frames
 
 from train.distributed import lost_process
 from train.loop import train
@@ -47,6 +48,7 @@ def main(arguments: list[str]) -> int:
         return DONE if train(config, run_dir, shlex.join([*_launcher(), *arguments])) else STOPPED
     except (ConfigError, DataError, OtherRankError) as error:
         print_error("train", error)
+        clear_frames(error.__traceback__)  # they hold loaders, whose workers outlive SIGTERM and so this process
         return WRONG_INPUT
     except DivergedError as error:
         if is_first_rank():
