@@ -3,6 +3,7 @@
 import copy
 import io
 import json
+import multiprocessing
 import os
 import random
 import resource
@@ -36,7 +37,7 @@ from train.pipeline import TrainingImages, train_decoder, train_transform
 from train.run import RunFolder
 from train.trainer import DivergedError, Trainer
 from vitreuse.config import Config, ConfigError, load_config
-from vitreuse.data import Sample, open_split
+from vitreuse.data import Sample, load_index, open_split
 
 NUM_TRAIN, NUM_VAL = 17, 7  # batches of 8, 8 and 1: under two ranks the second holds no sample of the last
 
@@ -283,6 +284,18 @@ def test_a_sample_that_is_gone_from_its_shard_ends_a_run(root, config_path, tmp_
     assert [line for line in told if line.startswith("train: sample 'train-")] == told[-1:]
     assert "is not what was indexed: vitreuse shards verify " in told[-1]
     assert json.loads((run_dir / "run.json").read_text())["status"] == "failed"
+
+
+def test_a_damaged_image_of_an_evaluation_leaves_no_worker_behind(root, config_path, tmp_path, capsys):
+    """One that lived on would keep the process from ending: it waits for its children, and they ignore SIGTERM."""
+    data = shutil.copytree(root, tmp_path / "data")
+    path, record = load_index(data / "val").locate(3)
+    with open(path, "r+b") as file:
+        os.pwrite(file.fileno(), b"?", record.offset)
+    overrides = [f"data.root={data}", "data.num_workers=2", "eval.every_epochs=1", f"run_dir={tmp_path / 'run'}"]
+    assert main([str(config_path), *overrides]) == 2
+    assert f"sample {record.key!r} of shard" in capsys.readouterr().err
+    assert multiprocessing.active_children() == []
 
 
 def test_an_error_of_the_code_keeps_its_traceback(config_path, monkeypatch):

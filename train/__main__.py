@@ -1,4 +1,4 @@
-"""`python -m train CONFIG [section.key=value ...] [run_dir=PATH]`, alone or under torchrun."""
+"""`python -m train CONFIG [section.key=value ...] [run_dir=PATH]`, alone or under torchrun: trains, or checks a run."""
 
 from __future__ import annotations
 
@@ -6,14 +6,18 @@ import os
 import shlex
 import sys
 from pathlib import Path
+from traceback import clear_frames
 
 from train.distributed import lost_process
+from train.doctor import doctor
 from train.loop import train
 from train.trainer import DivergedError
+from train.verify import verify_resume
 from vitreuse.config import ConfigError, load_config
 from vitreuse.console import (
     DONE,
     FAILED,
+    INTERRUPTED,
     STOPPED,
     WRONG_INPUT,
     OtherRankError,
@@ -22,8 +26,14 @@ from vitreuse.console import (
     print_error,
 )
 from vitreuse.data import DataError
+from vitreuse.strict_yaml import nearest
 
-USAGE = "usage: python -m train CONFIG [section.key=value ...] [run_dir=PATH]"
+USAGE = "usage: python -m train CONFIG [section.key=value ...] [run_dir=PATH] [--doctor|--verify-resume]"
+HELP = f"""{USAGE}
+--doctor         train nothing: check data, memory, disk and speed, and predict the hours
+--verify-resume  train a few steps in a temporary folder, and prove that a resumed run is the same to the bit
+keys and their meaning: vitreuse/config.py; experiments: configs/"""
+OPTIONS = {"--doctor": doctor, "--verify-resume": verify_resume}  # instead of training; they leave the run folder alone
 
 
 def main(arguments: list[str]) -> int:
@@ -34,19 +44,26 @@ def main(arguments: list[str]) -> int:
     that raises it, see eval.distributed.Ranks.together.
     """
     if {"-h", "--help"} & set(arguments):
-        print(f"{USAGE}\nkeys and their meaning: vitreuse/config.py; experiments: configs/")
+        print(HELP)
         return DONE
     try:
-        path, overrides, run_dir = _parse(arguments)
+        path, overrides, run_dir, option = _parse(arguments)
         config = load_config(path, overrides)
     except ConfigError as error:
         if is_first_of_machine():
             print_error("train", error)
         return WRONG_INPUT
     try:
+        if option is not None:
+            return OPTIONS[option](config, run_dir)
         return DONE if train(config, run_dir, shlex.join([*_launcher(), *arguments])) else STOPPED
+    except KeyboardInterrupt:  # which training takes for a signal to stop
+        if is_first_rank():
+            print("train: interrupted.", file=sys.stderr)
+        return INTERRUPTED
     except (ConfigError, DataError, OtherRankError) as error:
         print_error("train", error)
+        clear_frames(error.__traceback__)  # they hold loaders, whose workers outlive SIGTERM and so this process
         return WRONG_INPUT
     except DivergedError as error:
         if is_first_rank():
@@ -62,8 +79,14 @@ def main(arguments: list[str]) -> int:
     return FAILED
 
 
-def _parse(arguments: list[str]) -> tuple[Path, list[str], Path]:
-    """The config, the overrides and the run folder of a command line."""
+def _parse(arguments: list[str]) -> tuple[Path, list[str], Path, str | None]:
+    """The config, the overrides, the run folder and the option of a command line."""
+    options = [argument for argument in arguments if argument.startswith("--")]
+    for unknown in (argument for argument in options if argument not in OPTIONS):
+        raise ConfigError(f"{unknown} is not an option{nearest(unknown, list(OPTIONS)) or f'; {USAGE}.'}")
+    if len(options) > 1:
+        raise ConfigError(f"{' and '.join(options)}: give one at a time.")
+    arguments = [argument for argument in arguments if argument not in OPTIONS]
     if not arguments or "=" in arguments[0] or arguments[0].startswith("-"):
         raise ConfigError(f"no config is given; {USAGE}.")
     path = Path(arguments[0])
@@ -74,7 +97,7 @@ def _parse(arguments: list[str]) -> tuple[Path, list[str], Path]:
             run_dir = Path(argument.removeprefix("run_dir="))
         else:
             overrides.append(argument)
-    return path, overrides, run_dir
+    return path, overrides, run_dir, options[0] if options else None
 
 
 def _launcher() -> list[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,18 +13,14 @@ from typing import Any
 import torch
 
 from eval.distributed import Ranks, joined
-from eval.inputs import evaluation_transform, image_settings
-from eval.top1 import Top1, evaluate
+from eval.top1 import Top1
 from train.distributed import StopSignal
-from train.pipeline import ignore_stop_signals, train_decoder
+from train.experiment import checkpoint_is_due, evaluation_is_due, measure_top1, set_up
 from train.run import RunFolder, run_facts
-from train.sharding import unsharded
 from train.trainer import StepResult, Trainer
-from train.weights import start_from
 from vitreuse.backends import Conditions, sentence
 from vitreuse.config import Config, ConfigError
 from vitreuse.console import WorkProgress
-from vitreuse.data import open_split, prepare_source
 
 
 def train(config: Config, run_dir: Path, command: str) -> bool:
@@ -47,7 +42,8 @@ def train(config: Config, run_dir: Path, command: str) -> bool:
         if all(ranks.gather(folder.is_completed)):
             _say(ranks, f"{run_dir} is completed already: nothing to do.")
             return True
-        loop = _Loop(*_set_up(config, ranks), folder, stop)
+        experiment = set_up(config, ranks)
+        loop = _Loop(experiment.trainer, experiment.val_set, folder, stop)
         with ranks.together():
             if ranks.is_main:
                 held.enter_context(folder.claimed())
@@ -62,38 +58,6 @@ def train(config: Config, run_dir: Path, command: str) -> bool:
 def _say(ranks: Ranks, text: str) -> None:
     if ranks.is_main:
         print(text, file=sys.stderr)
-
-
-def _set_up(config: Config, ranks: Ranks) -> tuple[Trainer, Any]:
-    """The trainer at step 0 and the validation set; whatever is wrong with an experiment shows here."""
-    if config.train.num_threads is not None:
-        torch.set_num_threads(config.train.num_threads)
-    torch.manual_seed(config.train.seed)
-    with ranks.together():  # all leave it when the data are written
-        model = config.model.create().to(ranks.device)  # made on the CPU: the same weights on every device
-        if config.model.weights is not None:
-            _say(ranks, start_from(model, config.model.weights))
-        if config.data.source is not None and ranks.local_rank == 0:
-            prepare_source(config.data.source, config.data.folder)
-    with ranks.together():
-        settings = image_settings(model)
-        mode = "L" if settings["input_size"][0] == 1 else "RGB"
-        train_set = open_split(config.data.folder, "train", mode, train_decoder(config))
-        val_set = open_split(config.data.folder, "val", mode)
-        _check_same_classes(config.data.folder, train_set.class_names, val_set.class_names)
-        return Trainer(config, model, train_set, settings, ranks), val_set
-
-
-def _check_same_classes(folder: str, trained: Sequence[str], measured: Sequence[str]) -> None:
-    """Refuses splits that number their classes differently, as class folders do when val lacks a class of train."""
-    if tuple(trained[: len(measured)]) == tuple(measured):
-        return
-    label = next((n for n, names in enumerate(zip(trained, measured, strict=False)) if len(set(names)) == 2), None)
-    if label is None:
-        difference = f"train has {len(trained)} classes and val {len(measured)}"
-    else:
-        difference = f"label {label} is class {trained[label]!r} in train and {measured[label]!r} in val"
-    raise ConfigError(f"{folder}: {difference}: give both the same classes in the same order.")
 
 
 def _check_same_step(steps: list[int]) -> None:
@@ -198,7 +162,7 @@ class _Loop:
             if trainer.at_epoch_end:
                 self._end_epoch()
             stop = result.stop and trainer.counters.step < trainer.num_steps
-            if stop or self._checkpoint_is_due():
+            if stop or checkpoint_is_due(self.config, trainer.counters.step, trainer.batches.steps_per_epoch):
                 self._save()
             if stop:
                 return True
@@ -230,8 +194,8 @@ class _Loop:
     def _end_epoch(self) -> None:
         counters, epoch = self.trainer.counters, self.trainer.epoch
         loss = counters.epoch_loss / counters.epoch_images if counters.epoch_images else None
-        is_last = counters.step == self.trainer.num_steps
-        self.measured = self._evaluate() if is_last or epoch % self.config.eval.every_epochs == 0 else None
+        is_due = evaluation_is_due(self.config, counters.step, self.trainer.batches.steps_per_epoch)
+        self.measured = self._evaluate() if is_due else None
         if self.ranks.is_main:
             self.folder.log("epoch", step=counters.step, epoch=epoch, train_loss=loss, **(self.measured or {}))
             top1 = f", top-1 {self.measured['top1']:.2f} %" if self.measured else ""
@@ -248,23 +212,7 @@ class _Loop:
         return measured
 
     def _top1(self, model: torch.nn.Module) -> Top1:
-        with unsharded(model):
-            return evaluate(
-                model,
-                self.val_set,
-                transform=evaluation_transform(model, self.config.eval.crop_pct),
-                ranks=self.ranks,
-                batch_size=self.config.eval.batch_size,
-                num_workers=self.config.data.num_workers,
-                worker_init_fn=ignore_stop_signals,
-            )
-
-    def _checkpoint_is_due(self) -> bool:
-        step, when = self.trainer.counters.step, self.config.train.checkpoint
-        if when.every_steps is not None and step % when.every_steps == 0:
-            return True
-        is_last = step == self.trainer.num_steps
-        return self.trainer.at_epoch_end and (is_last or self.trainer.epoch % when.every_epochs == 0)
+        return measure_top1(self.config, model, self.val_set, self.ranks)
 
     def _save(self) -> None:
         state = self.trainer.state_dict()

@@ -63,3 +63,9 @@ def exclusive_lock(path: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def nearest_folder(path: Path) -> Path:
+    """The path itself if it is a folder, else the nearest one above it: where it would be made."""
+    path = path.absolute()
+    return next(folder for folder in (path, *path.parents) if folder.is_dir())

@@ -8,7 +8,7 @@ from vitreuse.data.index import Index, Record, build_index, load_index
 from vitreuse.data.scan import Shard
 from vitreuse.data.shards import EncodedSample, SplitInfo, shards_info, verify_shards, write_shard, write_shards
 from vitreuse.data.sources import SOURCES, prepare_source
-from vitreuse.data.workers import Workers, usable_cpus
+from vitreuse.data.workers import Workers, end_with_parent, usable_cpus
 
 __all__ = [
     "IMAGE_EXTENSIONS",
@@ -30,6 +30,7 @@ __all__ = [
     "build_shards",
     "decode_image",
     "decode_tensor",
+    "end_with_parent",
     "load_index",
     "open_split",
     "prepare_source",

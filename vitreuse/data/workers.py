@@ -83,8 +83,13 @@ def usable_cpus() -> int:
 
 
 def _prepare_worker() -> None:
-    """Leaves Ctrl-C to the parent, and ends this worker when the parent is killed: it would wait for work for ever."""
+    """Leaves Ctrl-C to the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_with_parent()
+
+
+def end_with_parent() -> None:
+    """Lets this worker end when its parent is killed: it would wait for work for ever."""
     threading.Thread(target=_end_after_parent, daemon=True).start()
 
 

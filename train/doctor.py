@@ -1,0 +1,405 @@
+"""`--doctor`: what would end a run, slow it down or fill its disk, found in minutes and before it is started.
+
+The experiment is made ready as for training, then its data are sampled, its loader and its steps are timed, and the
+rest is computed. Nothing is trained that stays, and nothing is written into the run folder.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import resource
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from traceback import clear_frames
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.filesize import decimal
+from rich.table import Table
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import Subset
+
+from eval.distributed import Ranks, joined
+from train.checkpoint import Checkpoints
+from train.experiment import Experiment, checkpoint_is_due, evaluation_is_due, measure_top1, set_up
+from train.pipeline import Batch
+from train.run import RunFolder
+from train.trainer import Trainer
+from vitreuse.config import Config, ConfigError
+from vitreuse.console import DONE, WRONG_INPUT, OtherRankError
+from vitreuse.data import DataError, ShardDataset, usable_cpus
+from vitreuse.durable import nearest_folder
+from vitreuse.measure import device_name, time_interleaved
+
+OK, WARNING, WRONG = "ok", "warning", "wrong"
+STYLES = {OK: "green", WARNING: "yellow", WRONG: "bold red"}
+NUM_SAMPLED = 256  # images of each split that are decoded: less than a second's work of one core
+NUM_ROUNDS = 5  # of timed batches, each one batch a worker: workers deliver at about the same time
+NUM_WARMUPS, NUM_REPEATS = 2, 5  # steps before those timed, and those
+NUM_EVALUATED = 2  # batches of an evaluation for each worker
+WAITING = 0.1  # share of a step's time spent waiting for data above which it is worth a warning
+FULL = 0.9  # share of memory above which an allocator may fail where it did not in the first steps
+
+
+class Check(NamedTuple):
+    """What one look found: a sentence with the value, the limit and, where not all is well, the way out."""
+
+    subject: str
+    state: str
+    finding: str
+
+
+class Pace(NamedTuple):
+    """Seconds by which the length of a run is predicted."""
+
+    data: float  # for the loaders of all ranks to yield a global batch
+    step: float  # for all ranks to train on it
+    evaluation: float
+    num_workers: int  # of each rank; without any, a rank decodes and trains in turns
+
+    @property
+    def waiting(self) -> float:
+        """Of each step, spent waiting for data."""
+        return max(self.data - self.step, 0.0) if self.num_workers else self.data
+
+
+def doctor(config: Config, run_dir: Path) -> int:
+    """Examines an experiment and prints a table of what it found.
+
+    Returns:
+        The exit code: WRONG_INPUT if something is wrong, DONE if at most there are warnings.
+
+    Raises:
+        ConfigError, DataError, OtherRankError: As training does at the start; there is nothing to examine then.
+        DivergedError: The loss is not finite from the first steps on.
+    """
+    with joined(config.train.device) as ranks:
+        checks = list(_examine(set_up(config, ranks), RunFolder(run_dir, config), ranks))
+    if ranks.is_main:
+        _print(checks)
+    return WRONG_INPUT if any(check.state == WRONG for check in checks) else DONE
+
+
+def _print(checks: Sequence[Check]) -> None:
+    table = Table(box=SIMPLE_HEAD)
+    for heading in ("what", "state", "found"):
+        table.add_column(heading)
+    for subject, state, finding in checks:
+        table.add_row(subject, f"[{STYLES[state]}]{state}[/]", finding.replace("[", r"\["))
+    console = Console()
+    if not console.is_terminal:
+        console.width = 1000  # a line a check, for programs to read
+    console.print(table)
+
+
+def _examine(experiment: Experiment, folder: RunFolder, ranks: Ranks) -> Iterator[Check]:
+    """All checks, up to one that leaves the others nothing to look at."""
+    trainer, config = experiment.trainer, experiment.trainer.config
+    check, done = _run_folder(folder, trainer, ranks)
+    yield check
+    yield _data(experiment)
+    if config.data.shuffle_window is not None and isinstance(experiment.train_set, ShardDataset):
+        yield judge_shards(len(experiment.train_set.shard_sizes), ranks.world_size * max(config.data.num_workers, 1))
+    yield judge_batches(trainer.batches.num_draws, sum(trainer.batches.shard_sizes), config, ranks.world_size)
+    check = _images(experiment, ranks)
+    yield check
+    if check.state == WRONG:
+        return
+    trainer.counters.step = _first_of_last_epoch(trainer)
+    try:
+        with ranks.together():
+            batch, rate = _loader_rate(trainer)
+        rate = sum(ranks.gather(rate))
+        check = _parameters(trainer, batch)
+        yield check
+        if check.state == WRONG:
+            return
+        step = max(ranks.gather(_step_seconds(trainer, batch)))
+        yield _memory(ranks)
+        evaluation = max(ranks.gather(_evaluation_seconds(experiment, ranks)))
+    except (DataError, OtherRankError) as error:
+        clear_frames(error.__traceback__)  # they keep a loader, whose workers outlive SIGTERM
+        yield Check("images", WRONG, str(error))
+        return
+    except torch.OutOfMemoryError:
+        yield judge_memory(math.inf, *_memory_limit(ranks.device))
+        return
+    pace = Pace(config.train.global_batch_size / rate, step, evaluation, config.data.num_workers)
+    yield judge_pace(pace, config.train.global_batch_size, ranks)
+    check, saving = _disk(folder, trainer, ranks)
+    yield check
+    yield _duration(config, trainer, done, pace, saving)
+
+
+def _run_folder(folder: RunFolder, trainer: Trainer, ranks: Ranks) -> tuple[Check, int]:
+    """What a run would do about the folder, and the step that it would go on from."""
+    subject = "run folder"
+    try:
+        with ranks.together():
+            folder.refuse_other_run()
+    except (ConfigError, OtherRankError) as error:
+        return Check(subject, WRONG, str(error)), 0
+    if folder.is_completed:
+        return Check(subject, OK, f"{folder.path} holds this run completed: there is nothing left to train."), (
+            trainer.num_steps
+        )
+    state = folder.checkpoints.load_newest()
+    if state is None:
+        return Check(subject, OK, f"{folder.path} holds no checkpoint: a run starts from step 0."), 0
+    step = state["counters"]["step"]
+    return Check(subject, OK, f"{folder.path}: a run goes on after step {step} of {trainer.num_steps}."), step
+
+
+def _data(experiment: Experiment) -> Check:
+    train_set, val_set = experiment.train_set, experiment.val_set
+    numbers = (
+        f"{len(train_set):,} images of {len(train_set.class_names):,} classes to train on, {len(val_set):,} to "
+        "validate with"
+    )
+    if not isinstance(train_set, ShardDataset):
+        return Check("data", OK, f"{numbers}, in class folders.")
+    num_shards = len(train_set.shard_sizes)
+    return Check(
+        "data", OK, f"{numbers}; the index of {num_shards} shards is whole, and their names and sizes agree with it."
+    )
+
+
+def judge_shards(num_shards: int, num_readers: int) -> Check:
+    """Whether there are shards enough for the processes that read, where all read from a few shards at a time."""
+    numbers = f"{num_shards} shards for {num_readers} reading processes"
+    if num_shards >= num_readers:
+        return Check("shards", OK, f"{numbers}.")
+    return Check(
+        "shards",
+        WARNING,
+        f"{numbers}, which data.shuffle_window sends to the same files: build more shards, set it to null, or lower "
+        "data.num_workers.",
+    )
+
+
+def judge_batches(num_draws: int, num_images: int, config: Config, num_ranks: int) -> Check:
+    """How an epoch divides into batches, and these among the ranks."""
+    batch_size = config.train.global_batch_size
+    rest = num_draws % batch_size
+    parts = [f"{-(-num_draws // batch_size):,} steps an epoch of {batch_size:,} images"]
+    if rest:
+        parts.append(f"{rest:,} in the last")
+    if num_draws < num_images:
+        parts.append(f"train.mixup leaves out the {num_images - num_draws:,} that fill no batch")
+    state = OK
+    if batch_size % num_ranks:
+        state = WARNING
+        share = -(-batch_size // num_ranks)
+        parts.append(
+            f"which {num_ranks} ranks do not share evenly, so that some wait for those with {share}: make "
+            f"train.global_batch_size a multiple of {num_ranks}"
+        )
+    return Check("batches", state, ", ".join(parts) + ".")
+
+
+def _images(experiment: Experiment, ranks: Ranks) -> Check:
+    """Reads images spread evenly over both splits, each rank its share."""
+    sampled = [
+        (split, number)
+        for split in (experiment.train_set, experiment.val_set)
+        for number in np.unique(np.linspace(0, len(split) - 1, NUM_SAMPLED, dtype=int)).tolist()
+    ]
+    share = [_read_error(split, number) for split, number in sampled[ranks.rank :: ranks.world_size]]
+    errors = [error for errors in ranks.gather(share) for error in errors if error is not None]
+    if errors:
+        return Check("images", WRONG, f"{len(errors)} of {len(sampled)} sampled ones cannot be used: {errors[0]}")
+    return Check("images", OK, f"{len(sampled):,} of them, spread evenly over both splits, are whole.")
+
+
+def _read_error(split: Any, number: int) -> str | None:
+    try:
+        split[number]
+    except DataError as error:
+        return str(error)
+    return None
+
+
+def _first_of_last_epoch(trainer: Trainer) -> int:
+    """The step before a full batch of images of the model's own size: the first epochs' may be smaller."""
+    return trainer.num_steps - trainer.batches.steps_per_epoch
+
+
+def _loader_rate(trainer: Trainer) -> tuple[Batch, float]:
+    """A full batch, and the images a second that this rank's loader yields after it to one who does nothing else."""
+    data, batches = trainer.config.data, _endless(trainer)
+    a_round = max(data.num_workers, 1)
+    warmup = trainer.batches.steps_per_epoch if data.cache_images else a_round
+    first = next(batches)
+    _take(batches, warmup - 1)
+    rates = []
+    for _ in range(NUM_ROUNDS):
+        start = time.perf_counter()
+        num_images = _take(batches, a_round)
+        rates.append(num_images / (time.perf_counter() - start))
+    return first, statistics.median(rates)
+
+
+def _endless(trainer: Trainer) -> Iterator[Batch]:
+    while True:
+        yield from trainer.remaining_batches()
+
+
+def _take(batches: Iterator[Batch], number: int) -> int:
+    """Passes over some batches; the number of their images."""
+    return sum(len(next(batches).keys) for _ in range(number))
+
+
+def _one_step(trainer: Trainer, batch: Batch) -> Callable[[], object]:
+    """A whole training step on a batch, again and again at the same step of the run."""
+
+    def step() -> None:
+        trainer.counters.step = _first_of_last_epoch(trainer)
+        trainer.train_step(batch, stop=False)
+
+    return step
+
+
+def _parameters(trainer: Trainer, batch: Batch) -> Check:
+    """Takes a step and looks at what has a gradient; with several ranks a second step would fail without one."""
+    _one_step(trainer, batch)()
+    trained = [(name, parameter) for name, parameter in trainer.model.named_parameters() if parameter.requires_grad]
+    unused = [name for name, parameter in trained if parameter.grad is None]
+    if not unused:
+        num_weights = sum(parameter.numel() for _, parameter in trained)
+        return Check("parameters", OK, f"all {len(trained)}, {num_weights:,} numbers, get a gradient.")
+    named = ", ".join(unused[:3]) + (f" and {len(unused) - 3} more" if unused[3:] else "")
+    consequence = "ends a run of several ranks" if trainer.ranks.world_size > 1 else "would end a run of several ranks"
+    return Check(
+        "parameters",
+        WRONG if trainer.ranks.world_size > 1 else WARNING,
+        f"no gradient reaches {named}, which {consequence}: choose a model or plan that reads them, or name them in "
+        "train.freeze.",
+    )
+
+
+def _step_seconds(trainer: Trainer, batch: Batch) -> float:
+    calls = {"step": _one_step(trainer, batch)}
+    return time_interleaved(calls, trainer.ranks.device, NUM_REPEATS, NUM_WARMUPS)["step"].median_ms / 1000
+
+
+def _memory(ranks: Ranks) -> Check:
+    """The most that a rank has held at any time up to here, and so during a step."""
+    if ranks.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(ranks.device)
+    else:
+        unit = 1 if sys.platform == "darwin" else 1024
+        num_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit * num_ranks
+    return judge_memory(max(ranks.gather(peak)), *_memory_limit(ranks.device))
+
+
+def _memory_limit(device: torch.device) -> tuple[int, str]:
+    """Bytes of memory, and what they belong to."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory, device_name(device)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "this machine, for its ranks without their workers"
+
+
+def judge_memory(peak: float, total: int, owner: str) -> Check:
+    """Whether a step's peak fits into memory; infinite if it did not."""
+    limit = f"{decimal(total)} of {owner}"
+    way_out = "raise train.accumulation_steps or set train.grad_checkpointing"
+    if peak > total:
+        return Check("memory", WRONG, f"a step does not fit into the {limit}: {way_out}.")
+    taken = f"a step takes {decimal(int(peak))} of the {limit}"
+    if peak > FULL * total:
+        return Check("memory", WARNING, f"{taken}, which leaves too little for what varies: {way_out}.")
+    return Check("memory", OK, f"{taken}.")
+
+
+def judge_pace(pace: Pace, batch_size: int, ranks: Ranks) -> Check:
+    """Whether the loaders keep up with the steps, and how many workers would."""
+    rates = (
+        f"{ranks.world_size} x {pace.num_workers} workers yield {batch_size / pace.data:,.0f} images/s and steps on "
+        f"{device_name(ranks.device)} use {batch_size / pace.step:,.0f}"
+    )
+    share = pace.waiting / (pace.step + pace.waiting)
+    measured = f"medians of {NUM_ROUNDS} rounds and {NUM_REPEATS} steps"
+    if share <= WAITING:
+        return Check("speed", OK, f"{rates} ({measured}).")
+    needed = math.ceil(max(pace.num_workers, 1) * pace.data / pace.step)
+    return Check(
+        "speed",
+        WARNING,
+        f"{rates}, so that {share:.0%} of the time goes into waiting for data: data.num_workers={needed} would do, "
+        f"where each rank has as many of the machine's {usable_cpus()} CPUs ({measured}).",
+    )
+
+
+def _evaluation_seconds(experiment: Experiment, ranks: Ranks) -> float:
+    """How long an evaluation takes, from one of the first images."""
+    trainer, val_set = experiment.trainer, experiment.val_set
+    config = trainer.config
+    batch_size = config.eval.batch_size * ranks.world_size
+    num_images = min(len(val_set), NUM_EVALUATED * max(config.data.num_workers, 1) * batch_size)
+    start = time.perf_counter()
+    measure_top1(config, trainer.final_model, Subset(val_set, range(num_images)), ranks)
+    num_models = 1 if trainer.ema is None else 2  # the raw weights too
+    return (time.perf_counter() - start) * num_models * len(val_set) / num_images
+
+
+def _disk(folder: RunFolder, trainer: Trainer, ranks: Ranks) -> tuple[Check, float]:
+    """Whether the checkpoints will fit on the disk, and the seconds that one takes."""
+    state = trainer.state_dict()  # by all ranks
+    size = sum(leaf.numel() * leaf.element_size() for leaf in tree_leaves(state) if isinstance(leaf, Tensor))
+    num_more = _num_checkpoints(folder)
+    where = nearest_folder(folder.path)
+    free = shutil.disk_usage(where).free
+    sizes = f"{num_more} more of {decimal(size)} each"
+    if num_more * size > free:
+        less = "free some, lower train.checkpoint.keep_last, or choose another run_dir"
+        return Check("disk", WRONG, f"{where} has {decimal(free)} free, checkpoints need {sizes}: {less}."), 0.0
+    if not os.access(where, os.W_OK):
+        return Check("disk", WRONG, f"{where} cannot be written: choose another run_dir=PATH."), 0.0
+    seconds = _saving_seconds(state, folder.path) if ranks.is_main else 0.0
+    sizes += f", written in {seconds:.2g} s"
+    return Check("disk", OK, f"{where} has {decimal(free)} free, checkpoints need {sizes}."), seconds
+
+
+def _num_checkpoints(folder: RunFolder) -> int:
+    """How many more there will be at a time: the newest, the best and the one being written, without those there."""
+    num_there = len(list(folder.checkpoints.folder.glob("step-*")))
+    return max(folder.config.train.checkpoint.keep_last + 2 - num_there, 1)
+
+
+def _saving_seconds(state: dict[str, Any], run_dir: Path) -> float:
+    """How long a checkpoint takes beside the run folder."""
+    with TemporaryDirectory(dir=nearest_folder(run_dir.absolute().parent), prefix=".doctor-") as beside:
+        start = time.perf_counter()
+        Checkpoints(Path(beside), keep_last=1).save(state, 0)
+        return time.perf_counter() - start
+
+
+def _duration(config: Config, trainer: Trainer, done: int, pace: Pace, saving: float) -> Check:
+    """How long the run has still to go."""
+    steps, steps_per_epoch = range(done + 1, trainer.num_steps + 1), trainer.batches.steps_per_epoch
+    num_evaluations = sum(evaluation_is_due(config, step, steps_per_epoch) for step in steps)
+    num_saves = sum(checkpoint_is_due(config, step, steps_per_epoch) for step in steps)
+    parts = {
+        f"{len(steps):,} steps": len(steps) * (pace.step + pace.waiting),
+        f"{num_evaluations:,} evaluations": num_evaluations * pace.evaluation,
+        f"{num_saves:,} checkpoints": num_saves * saving,
+    }
+    listed = ", ".join(f"{_shown(seconds)} for {part}" for part, seconds in parts.items())
+    smaller = "" if config.train.resolution is None else "; less, since its first epochs have smaller images"
+    return Check("duration", OK, f"{sum(parts.values()) / 3600:.2f} hours: {listed}{smaller}.")
+
+
+def _shown(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))

@@ -1,0 +1,100 @@
+"""An experiment made ready: its trainer and its data; and after which of its steps it is evaluated and saved."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from eval.distributed import Ranks
+from eval.inputs import evaluation_transform, image_settings
+from eval.top1 import Labelled, Top1, evaluate
+from train.pipeline import ignore_stop_signals, train_decoder
+from train.sharding import unsharded
+from train.trainer import Trainer
+from train.weights import start_from
+from vitreuse.config import Config, ConfigError
+from vitreuse.data import open_split, prepare_source
+
+
+class Experiment(NamedTuple):
+    """What a configuration describes, on one rank: the trainer at step 0, the training and the validation set."""
+
+    trainer: Trainer
+    train_set: Any
+    val_set: Any
+
+
+def set_up(config: Config, ranks: Ranks) -> Experiment:
+    """Makes an experiment ready; whatever is wrong with it shows here.
+
+    Raises:
+        ConfigError: It cannot be run as it stands.
+        DataError: The data cannot be used.
+        OtherRankError: Another rank raised one of these.
+    """
+    if config.train.num_threads is not None:
+        torch.set_num_threads(config.train.num_threads)
+    torch.manual_seed(config.train.seed)
+    with ranks.together():  # all leave it when the data are written
+        model = config.model.create().to(ranks.device)  # made on the CPU: the same weights on every device
+        if config.model.weights is not None:
+            report = start_from(model, config.model.weights)
+            if ranks.is_main:
+                print(report, file=sys.stderr)
+        if config.data.source is not None and ranks.local_rank == 0:
+            prepare_source(config.data.source, config.data.folder)
+    with ranks.together():
+        settings = image_settings(model)
+        mode = "L" if settings["input_size"][0] == 1 else "RGB"
+        train_set = open_split(config.data.folder, "train", mode, train_decoder(config))
+        val_set = open_split(config.data.folder, "val", mode)
+        _check_same_classes(config.data.folder, train_set.class_names, val_set.class_names)
+        return Experiment(Trainer(config, model, train_set, settings, ranks), train_set, val_set)
+
+
+def _check_same_classes(folder: str, trained: Sequence[str], measured: Sequence[str]) -> None:
+    """Refuses splits that number their classes differently, as class folders do when val lacks a class of train."""
+    if tuple(trained[: len(measured)]) == tuple(measured):
+        return
+    label = next((n for n, names in enumerate(zip(trained, measured, strict=False)) if len(set(names)) == 2), None)
+    if label is None:
+        difference = f"train has {len(trained)} classes and val {len(measured)}"
+    else:
+        difference = f"label {label} is class {trained[label]!r} in train and {measured[label]!r} in val"
+    raise ConfigError(f"{folder}: {difference}: give both the same classes in the same order.")
+
+
+def measure_top1(config: Config, model: torch.nn.Module, val_set: Labelled, ranks: Ranks) -> Top1:
+    """Accuracy as an experiment measures it, by all ranks together."""
+    with unsharded(model):
+        return evaluate(
+            model,
+            val_set,
+            transform=evaluation_transform(model, config.eval.crop_pct),
+            ranks=ranks,
+            batch_size=config.eval.batch_size,
+            num_workers=config.data.num_workers,
+            worker_init_fn=ignore_stop_signals,
+        )
+
+
+def evaluation_is_due(config: Config, step: int, steps_per_epoch: int) -> bool:
+    """Whether an experiment is evaluated after a step."""
+    return _ends_epoch(config, step, steps_per_epoch, config.eval.every_epochs)
+
+
+def checkpoint_is_due(config: Config, step: int, steps_per_epoch: int) -> bool:
+    """Whether an experiment is saved after a step."""
+    when = config.train.checkpoint
+    if when.every_steps is not None and step % when.every_steps == 0:
+        return True
+    return _ends_epoch(config, step, steps_per_epoch, when.every_epochs)
+
+
+def _ends_epoch(config: Config, step: int, steps_per_epoch: int, every_epochs: int) -> bool:
+    """Whether a step is the last of an epoch that counts: one in so many, and the last of all."""
+    epoch, rest = divmod(step, steps_per_epoch)
+    return not rest and (epoch == config.train.epochs or epoch % every_epochs == 0)
