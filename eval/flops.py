@@ -74,11 +74,22 @@ def count(target: Target, image_size_px: int | None = None) -> dict[str, Any]:
     return {**result, **totals, **ratios, "parts": parts}
 
 
-def model_macs(model: nn.Module, theoretical: bool = False) -> int:
-    """MACs per image of a model: in closed form, or by torch's counter where it has no plan."""
+def model_macs(model: nn.Module, theoretical: bool = False, image_size: tuple[int, int] | None = None) -> int:
+    """MACs per image of a model: in closed form, or by torch's counter where it has no plan.
+
+    Args:
+        theoretical: see count_macs.
+        image_size: rows and columns in pixels; the size the model is built for when None.
+
+    Raises:
+        ValueError: the model has a plan and a part without a closed form.
+    """
     if hasattr(model, "plan"):
-        return sum(count_macs(model, theoretical=theoretical).values())
-    return torch_flops(model, example(model, 1))[""] // 2
+        return sum(count_macs(model, image_size, theoretical).values())
+    images = example(model, 1)
+    if image_size is not None:
+        images = images.new_zeros(*images.shape[:2], *image_size)
+    return torch_flops(model, images)[""] // 2
 
 
 def _halved(flops: Mapping[str, int]) -> dict[str, int]:

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import math
 import os
-import resource
 import shutil
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
@@ -40,7 +38,7 @@ from vitreuse.config import Config, ConfigError
 from vitreuse.console import DONE, WRONG_INPUT, OtherRankError
 from vitreuse.data import DataError, ShardDataset, usable_cpus
 from vitreuse.durable import nearest_folder
-from vitreuse.measure import device_name, time_interleaved
+from vitreuse.measure import device_name, peak_process_memory_mib, time_interleaved
 
 OK, WARNING, WRONG = "ok", "warning", "wrong"
 STYLES = {OK: "green", WARNING: "yellow", WRONG: "bold red"}
@@ -295,12 +293,8 @@ def _step_seconds(trainer: Trainer, batch: Batch) -> float:
 
 def _memory(ranks: Ranks) -> Check:
     """The most that a rank has held at any time up to here, and so during a step."""
-    if ranks.device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(ranks.device)
-    else:
-        unit = 1 if sys.platform == "darwin" else 1024
-        num_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit * num_ranks
+    num_sharing = 1 if ranks.device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    peak = peak_process_memory_mib(ranks.device) * 2**20 * num_sharing
     return judge_memory(max(ranks.gather(peak)), *_memory_limit(ranks.device))
 
 

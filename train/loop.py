@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import sys
 import time
+from collections import Counter
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,14 @@ from eval.distributed import Ranks, joined
 from eval.top1 import Top1
 from train.distributed import StopSignal
 from train.experiment import checkpoint_is_due, evaluation_is_due, measure_top1, set_up
+from train.mfu import Mfu
 from train.run import RunFolder, run_facts
+from train.trackers import check_installed
 from train.trainer import StepResult, Trainer
 from vitreuse.backends import Conditions, sentence
 from vitreuse.config import Config, ConfigError
 from vitreuse.console import WorkProgress
+from vitreuse.measure import peak_process_memory_mib
 
 
 def train(config: Config, run_dir: Path, command: str) -> bool:
@@ -39,6 +43,8 @@ def train(config: Config, run_dir: Path, command: str) -> bool:
         folder = RunFolder(run_dir, config)
         with ranks.together():
             folder.refuse_other_run()
+            if ranks.is_main:
+                check_installed(config.train.loggers)
         if all(ranks.gather(folder.is_completed)):
             _say(ranks, f"{run_dir} is completed already: nothing to do.")
             return True
@@ -73,16 +79,17 @@ def _check_same_step(steps: list[int]) -> None:
 class _Pace:
     """Images and seconds since the last step record."""
 
-    images: int = 0
+    images: Counter[torch.Size] = field(default_factory=Counter)  # by rows and columns
     waiting: float = 0.0  # seconds spent waiting for data
     total: float = 0.0
 
     @property
     def images_per_second(self) -> float:
-        return self.images / self.total if self.total else 0.0
+        return self.images.total() / self.total if self.total else 0.0
 
-    def add(self, images: int, waiting: float, total: float) -> None:
-        self.images, self.waiting, self.total = self.images + images, self.waiting + waiting, self.total + total
+    def add(self, images: int, size: torch.Size, waiting: float, total: float) -> None:
+        self.images[size] += images
+        self.waiting, self.total = self.waiting + waiting, self.total + total
 
 
 class _Loop:
@@ -93,6 +100,7 @@ class _Loop:
         self.config, self.ranks = trainer.config, trainer.ranks
         self.measured: dict[str, float] | None = None  # the newest evaluation
         self.pace = _Pace()
+        self.mfu = Mfu(self.config, self.ranks)
 
     def resume(self) -> None:
         """Goes to where the newest checkpoint was saved, if there is one.
@@ -156,7 +164,7 @@ class _Loop:
             received = time.perf_counter()
             result = trainer.train_step(batch, self.stop.received)
             done = time.perf_counter()
-            self.pace.add(result.num_images, received - previous, done - previous)
+            self.pace.add(result.num_images, batch.images.shape[-2:], received - previous, done - previous)
             trainer.counters.seconds += done - previous
             self._record_step(result, batch.keys)
             if trainer.at_epoch_end:
@@ -177,6 +185,7 @@ class _Loop:
                 self.folder.log_keys(step, keys_by_rank)
         if not self.ranks.is_main or (step % recipe.log_every_steps and not result.skipped):
             return
+        mfu = self.mfu.percent(self.pace.images, self.pace.total)
         self.progress.reach(step, f"loss {result.loss:.3f}, {self.pace.images_per_second:.0f} images/s")
         self.folder.log(
             "step",
@@ -188,6 +197,9 @@ class _Loop:
             skipped=result.skipped,
             images_per_second=round(self.pace.images_per_second, 1),
             data_wait_percent=round(100 * self.pace.waiting / self.pace.total, 1),
+            mfu_percent=None if mfu is None else round(mfu, 2),
+            peak_memory_mib=round(peak_process_memory_mib(self.ranks.device), 1),
+            eta_seconds=round(self.progress.seconds_left, 3),
         )
         self.pace = _Pace()
 
@@ -208,7 +220,8 @@ class _Loop:
         result = self._top1(self.trainer.final_model)
         measured = {"n": result.n, "top1": result.top1, "top5": result.top5}
         if self.trainer.ema is not None:
-            measured["raw_top1"] = self._top1(self.trainer.model).top1
+            raw = self._top1(self.trainer.model)
+            measured |= {"raw_top1": raw.top1, "raw_top5": raw.top5}
         return measured
 
     def _top1(self, model: torch.nn.Module) -> Top1:

@@ -4,6 +4,7 @@ RUN_DIR/config.yaml         the resolved experiment
         run.json            status, versions, commit, command, hardware, plan
         metrics.jsonl       one object a line; kind is step, epoch or final
         ledger.jsonl        with train.ledger: step, rank and the keys of its samples
+        tensorboard/ wandb/ with train.loggers: the same records, for those programs
         checkpoints/        see checkpoint.py
         model.safetensors   at the end: the weights, with name, plan and keywords as metadata
 """
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 
 from eval.distributed import Ranks
 from train.checkpoint import Checkpoints
+from train.trackers import Start, Trackers
 from train.weights import weight_files
 from vitreuse.config import Config, ConfigError, changed_settings, load_config, to_yaml
 from vitreuse.console import is_first_rank
@@ -46,6 +48,7 @@ class RunFolder:
     def __init__(self, path: Path, config: Config):
         self.path, self.config = path, config
         self.checkpoints = Checkpoints(path / "checkpoints", config.train.checkpoint.keep_last)
+        self.trackers = Trackers()
 
     @property
     def is_completed(self) -> bool:
@@ -89,6 +92,7 @@ class RunFolder:
                 raise ConfigError(f"{self.path} cannot be written ({reason}): choose another run_dir=PATH.") from None
             for path in self._temporaries():
                 path.unlink(missing_ok=True)
+            held.callback(self.trackers.close)
             yield
 
     def _temporaries(self) -> Iterator[Path]:
@@ -131,13 +135,16 @@ class RunFolder:
         for path in self._logs():
             lines = path.read_bytes().splitlines(keepends=True)
             write_durably(path, b"".join(line for line in lines if _is_known(line, step)))
+        self.trackers.open(self.config.train.loggers, Start(self.path, step, self.config))
 
     def _logs(self) -> list[Path]:
         return [path for path in (self.path / "metrics.jsonl", self.path / "ledger.jsonl") if path.exists()]
 
-    def log(self, kind: str, **values: Any) -> None:
-        """Appends an object to metrics.jsonl."""
-        self._append("metrics.jsonl", {"kind": kind, **values})
+    def log(self, kind: str, step: int, **values: float | None) -> None:
+        """Appends an object to metrics.jsonl, and hands its numbers to the trackers."""
+        self._append("metrics.jsonl", {"kind": kind, "step": step, **values})
+        if kind != "final":  # it repeats what the last epoch's record says
+            self.trackers.log(step, {f"{kind}/{name}": value for name, value in values.items() if value is not None})
 
     def log_keys(self, step: int, keys_by_rank: list[list[str]]) -> None:
         """Appends the sample keys of one step to ledger.jsonl."""

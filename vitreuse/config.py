@@ -350,6 +350,9 @@ class TrainConfig:
     )
     log_every_steps: int = setting("steps between two step records in metrics.jsonl", 10, above=0, changes_run=False)
     ledger: bool = setting("write the sample keys of every step to ledger.jsonl", False, changes_run=False)
+    loggers: tuple[str, ...] = setting(
+        "what shows the records beside metrics.jsonl", (), choices=("tensorboard", "wandb"), changes_run=False
+    )
 
     def __post_init__(self):
         if self.crop is not None and self.affine is not None:

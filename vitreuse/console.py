@@ -93,9 +93,14 @@ class WorkProgress:
             return
         self._last_line, self._told = time.monotonic(), self.done
         so_far = f"{self.label}: {self.done}/{self.total} {self.unit}"
-        left = timedelta(seconds=round(self._pace() * (self.total - self.done)))
+        left = timedelta(seconds=round(self.seconds_left))
         parts = (so_far, text, self._rate(), f"{left} left")
         self._console.print(", ".join(part for part in parts if part), markup=False)
+
+    @property
+    def seconds_left(self) -> float:
+        """Time until the end at the pace of this start, with all that happens between units."""
+        return self._pace() * (self.total - self.done)
 
     def _pace(self) -> float:
         """Seconds a unit, of this start."""

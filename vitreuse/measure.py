@@ -1,7 +1,9 @@
 """Instruments shared by eval and the `vitreuse` command: interleaved timing, peak memory, top-k counts, the device."""
 
 import platform
+import resource
 import statistics
+import sys
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping
@@ -97,6 +99,14 @@ def peak_memory_mib(call: Call, resident: Iterable[Tensor], device: torch.device
             call()
         peak = storages.peak_bytes
     return peak / 2**20
+
+
+def peak_process_memory_mib(device: torch.device) -> float:
+    """Most memory that this process has used so far: of a CUDA device by torch's allocator, else of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)  # bytes there, KiB on Linux
 
 
 class _LiveStorages(TorchDispatchMode):

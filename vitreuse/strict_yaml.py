@@ -299,10 +299,12 @@ def build(kind: Any, tree: Mapping[str, Any], sources: Sources, path: str = "") 
 def _check_bounds(value: Any, rules: Mapping[str, Any], sources: Sources, path: str) -> None:
     if value is None or not rules:
         return
-    if rules["choices"] and value not in rules["choices"]:
-        hint = nearest(value, rules["choices"]) or "."
-        raise ConfigError(f"{_at(sources, path)} is {value!r}, allowed are {', '.join(rules['choices'])}{hint}")
-    for number in value if isinstance(value, tuple) else (value,):
+    values = value if isinstance(value, tuple) else (value,)
+    for word in values:
+        if rules["choices"] and word not in rules["choices"]:
+            hint = nearest(word, rules["choices"]) or "."
+            raise ConfigError(f"{_at(sources, path)} is {word!r}, allowed are {', '.join(rules['choices'])}{hint}")
+    for number in values:
         if rules["above"] is not None and not number > rules["above"]:
             raise ConfigError(f"{_at(sources, path)} is {number}, it must be greater than {rules['above']}.")
         if rules["minimum"] is not None and not number >= rules["minimum"]:

@@ -22,7 +22,14 @@ from safetensors.torch import load_file
 CHECKOUT = Path(__file__).resolve().parents[2]
 PATIENCE_S = 300  # what a process may take for anything; on an idle machine none takes a tenth of it
 TRAIN = ("-m", "train")
-TIMED = ("images_per_second", "data_wait_percent", "seconds")  # what a clock decides
+TIMED = (  # what the clock and the machine decide
+    "images_per_second",
+    "data_wait_percent",
+    "mfu_percent",
+    "peak_memory_mib",
+    "eta_seconds",
+    "seconds",
+)
 
 
 class StormError(AssertionError):
