@@ -23,12 +23,15 @@ from train.order import Draw, RankBatches, Stream, seed_sequence
 from vitreuse.config import Config, ConfigError, CropConfig
 from vitreuse.data import Decoder, Sample, decode_image, decode_tensor
 
-Transform = Callable[[Any], Tensor]  # from a PIL image, or a tensor of bytes
+Transform = Callable[[Any], Tensor]  # from a PIL image or a tensor of bytes, to bytes or normalised floats
 Item = tuple[Tensor, int, str]  # image, label, key
 
 
 class Batch(NamedTuple):
-    """One rank's share of a global batch: images (B, channels, height, width), labels (B,), the keys of its samples."""
+    """One rank's share of a global batch: images (B, channels, height, width), labels (B,), the keys of its samples.
+
+    The images come from a DataLoader as bytes, which are a quarter of the floats that Normalize makes of them.
+    """
 
     images: Tensor
     labels: Tensor
@@ -62,7 +65,10 @@ def restored_generators() -> Iterator[None]:
 
 
 def train_transform(config: Config, settings: dict[str, Any]) -> Transform:
-    """The training transform of an experiment, from an image as train_decoder gives it to a normalised tensor.
+    """The training transform of an experiment, from an image as train_decoder gives it.
+
+    It ends in bytes, to be normalised a batch at a time; under random erasing, whose noise is for normalised images, in
+    floats.
 
     Args:
         config: Its train.crop, train.affine, or neither of them.
@@ -72,8 +78,7 @@ def train_transform(config: Config, settings: dict[str, Any]) -> Transform:
         return _crop_transform(config.train.crop, settings)
     steps: list[Any] = [
         transforms.Resize(settings["input_size"][-2:], InterpolationMode(settings["interpolation"])),
-        transforms.ToTensor(),
-        transforms.Normalize(settings["mean"], settings["std"]),
+        transforms.PILToTensor(),
     ]
     affine = config.train.affine
     if affine is not None:
@@ -86,6 +91,26 @@ def train_transform(config: Config, settings: dict[str, Any]) -> Transform:
 def train_decoder(config: Config) -> Decoder:
     """What train_transform starts from: photographs are cropped as tensors, faster than PIL images."""
     return decode_image if config.train.crop is None else decode_tensor
+
+
+class Normalize:
+    """Makes of bytes what a model takes, of one image or, at a quarter of the time an image, of a batch.
+
+    Args:
+        settings: eval.inputs.image_settings of the model.
+        device: Where the images are.
+    """
+
+    def __init__(self, settings: dict[str, Any], device: torch.device | None = None):
+        self.mean, self.std = (
+            255 * torch.tensor(settings[key], device=device).view(-1, 1, 1) for key in ("mean", "std")
+        )
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Normalised floats of images (..., channels, rows, columns); floats have been normalised already."""
+        if images.dtype != torch.uint8:
+            return images
+        return images.float().sub_(self.mean).div_(self.std)
 
 
 class RandomResizedCrop(RandomResizedCropAndInterpolation):
@@ -106,9 +131,8 @@ def _crop_transform(crop: CropConfig, settings: dict[str, Any]) -> Transform:
     ]
     if crop.auto_augment is not None or crop.color_jitter:
         steps += [transforms.ToPILImage(), _colour_transform(crop, settings), transforms.PILToTensor()]
-    steps += [transforms.ConvertImageDtype(torch.float32), transforms.Normalize(settings["mean"], settings["std"])]
     if crop.erase_prob:
-        steps.append(RandomErasing(crop.erase_prob, mode="pixel", device="cpu"))
+        steps += [Normalize(settings), RandomErasing(crop.erase_prob, mode="pixel", device="cpu")]
     return transforms.Compose(steps)
 
 

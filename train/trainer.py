@@ -17,7 +17,7 @@ from eval.distributed import Ranks
 from train.distill import create_teacher, distillation_loss
 from train.distributed import replicated
 from train.order import RankBatches, Stream, seed_sequence
-from train.pipeline import Batch, TrainingImages, create_loader, create_mixup, seed_generators
+from train.pipeline import Batch, Normalize, TrainingImages, create_loader, create_mixup, seed_generators
 from train.recipe import create_criterion, create_optimizer, create_scheduler, freeze
 from train.resolution import transforms_by_epoch
 from vitreuse.config import Config, ConfigError
@@ -83,6 +83,7 @@ class Trainer:
         transforms = transforms_by_epoch(config, model, settings)
         images = TrainingImages(samples, transforms, recipe.seed, config.data.cache_images)
         self.loader = create_loader(images, self.batches, config.data.num_workers, ranks.device.type == "cuda")
+        self.normalize = Normalize(settings, ranks.device)
         self.mixup = create_mixup(config, model.num_classes)
         self.teacher = None if recipe.distill is None else create_teacher(recipe.distill, model, settings)
         freeze(model, recipe.freeze)
@@ -123,9 +124,12 @@ class Trainer:
         return replicated(self.model, self.ranks)
 
     def remaining_batches(self) -> Iterator[Batch]:
-        """This rank's batches from the next step to the end of its epoch."""
+        """This rank's batches from the next step to the end of its epoch, normalised and on its device."""
+        device = self.ranks.device
         self.batches.start_at(self.epoch, self.counters.step % self.batches.steps_per_epoch)
-        yield from self.loader
+        for images, labels, keys in self.loader:
+            images = self.normalize(images.to(device, non_blocking=True))
+            yield Batch(images, labels.to(device, non_blocking=True), keys)
 
     def train_step(self, batch: Batch, stop: bool) -> StepResult:
         """One optimizer step, by all ranks together.
@@ -167,7 +171,7 @@ class Trainer:
         images takes part in the exchange with a gradient of zero.
         """
         device, scale = self.ranks.device, self.ranks.world_size / count
-        images, targets = batch.images.to(device, non_blocking=True), batch.labels.to(device, non_blocking=True)
+        images, targets = batch.images, batch.labels
         loss_sum = torch.zeros((), device=device)
         if not len(images):
             self.scaler.scale(torch.stack(self._logits(self._empty_images)).sum() * 0).backward()
