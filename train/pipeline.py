@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import random
 import signal
+from collections import ChainMap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -22,21 +23,26 @@ from torchvision.transforms.v2.functional import resized_crop
 
 from train.order import Draw, RankBatches, Stream, seed_sequence
 from vitreuse.config import Config, ConfigError, CropConfig
-from vitreuse.data import Decoder, Sample, decode_image, decode_tensor
+from vitreuse.data import DecodeError, Decoder, Sample, decode_image, decode_tensor
 
 Transform = Callable[[Any], Tensor]  # from a PIL image or a tensor of bytes, to bytes or normalised floats
-Item = tuple[Tensor, int, str]  # image, label, key
+Item = tuple[Tensor, int, str, dict[str, str]]  # image, label, key, and what it replaces as in Batch.bad_images
 
 
 class Batch(NamedTuple):
-    """One rank's share of a global batch: images (B, channels, height, width), labels (B,), the keys of its samples.
+    """One rank's share of a global batch.
 
-    The images come from a DataLoader as bytes, which are a quarter of the floats that Normalize makes of them.
+    Attributes:
+        images: (B, channels, height, width), from a DataLoader as bytes: a quarter of the floats that Normalize makes.
+        labels: (B,).
+        keys: Of the samples.
+        bad_images: The sentence about each image that could not be decoded and was replaced, by its key.
     """
 
     images: Tensor
     labels: Tensor
     keys: list[str]
+    bad_images: dict[str, str]
 
 
 def seed_generators(source: np.random.SeedSequence, device: torch.device | None = None) -> None:
@@ -160,16 +166,22 @@ class TrainingImages(Dataset[Item]):
     """Augmented images by Draw; the same Draw gives the same tensor in any process.
 
     Args:
-        samples: The training set.
+        samples: The training set, as open_split returns it.
         transforms: Of each epoch, from an image to a tensor, drawing from the global generators.
         seed: The run's seed.
         cache_images: Keep each decoded image, for sets that fit in memory (once per worker).
+        max_bad_images: How many others are tried in place of an image that cannot be decoded.
     """
 
     def __init__(
-        self, samples: Dataset[Sample], transforms: Sequence[Transform], seed: int, cache_images: bool = False
+        self,
+        samples: Any,
+        transforms: Sequence[Transform],
+        seed: int,
+        cache_images: bool = False,
+        max_bad_images: int = 0,
     ):
-        self.samples, self.transforms, self.seed = samples, transforms, seed
+        self.samples, self.transforms, self.seed, self.max_bad_images = samples, transforms, seed, max_bad_images
         self._cache: dict[int, Sample] | None = {} if cache_images else None
 
     def __getitem__(self, draw: Draw) -> Item:
@@ -181,9 +193,29 @@ class TrainingImages(Dataset[Item]):
             return [self._augment(draw) for draw in draws]
 
     def _augment(self, draw: Draw) -> Item:
-        image, label, key = self._read(draw.sample)
+        (image, label, key), bad_images = self._read_or_replace(draw)
         seed_generators(seed_sequence(self.seed, Stream.SAMPLE, *draw))
-        return self.transforms[draw.epoch](image), label, key
+        return self.transforms[draw.epoch](image), label, key, bad_images
+
+    def _read_or_replace(self, draw: Draw) -> tuple[Sample, dict[str, str]]:
+        """The sample of a draw or the first one that can stand in for it, and what was said about those before."""
+        bad_images: dict[str, str] = {}
+        for number in self._candidates(draw):
+            try:
+                return self._read(number), bad_images
+            except DecodeError as error:
+                bad_images[self.samples.key(number)] = str(error)
+        raise DecodeError(next(iter(bad_images.values())))
+
+    def _candidates(self, draw: Draw) -> Iterator[int]:
+        """The sample of a draw, then as many others as may be bad; their order is a function of seed and draw alone."""
+        yield draw.sample
+        rng, tried = np.random.default_rng(seed_sequence(self.seed, Stream.REPLACEMENT, *draw)), {draw.sample}
+        while len(tried) < min(1 + self.max_bad_images, len(self.samples)):
+            number = int(rng.integers(len(self.samples)))
+            if number not in tried:
+                tried.add(number)
+                yield number
 
     def _read(self, number: int) -> Sample:
         if self._cache is None:
@@ -196,9 +228,9 @@ class TrainingImages(Dataset[Item]):
 def collate(items: list[Item]) -> Batch:
     """A Batch of samples; of none, an empty one."""
     if not items:
-        return Batch(torch.empty(0), torch.empty(0, dtype=torch.long), [])
-    images, labels, keys = zip(*items, strict=True)
-    return Batch(torch.stack(images), torch.tensor(labels), list(keys))
+        return Batch(torch.empty(0), torch.empty(0, dtype=torch.long), [], {})
+    images, labels, keys, bad_images = zip(*items, strict=True)
+    return Batch(torch.stack(images), torch.tensor(labels), list(keys), dict(ChainMap(*bad_images)))
 
 
 def ignore_stop_signals(worker: int) -> None:

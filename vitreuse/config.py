@@ -86,6 +86,12 @@ class DataConfig:
         "decoding processes per rank; 0 decodes in the rank itself", 4, minimum=0, changes_run=False
     )
     cache_images: bool = setting("keep decoded images in memory; for small sets", False, changes_run=False)
+    max_bad_images: int = setting(
+        "undecodable training images that others replace before a run ends; 0 ends it at the first",
+        0,
+        minimum=0,
+        changes_run=False,
+    )
     shuffle_window: int | None = setting(
         "shuffle the shards, then samples within stretches of this many, to read from few at a time; null shuffles all",
         None,
