@@ -19,6 +19,7 @@ from torch import nn
 
 from vitreuse import strict_yaml
 from vitreuse.data import SOURCES
+from vitreuse.local import refuse_url
 from vitreuse.strict_yaml import ConfigError, nearest, setting
 from vitreuse.vit import PlanVisionTransformer
 
@@ -59,6 +60,7 @@ class ModelConfig:
             ) from error
 
     def __post_init__(self):
+        refuse_url("weights", self.weights)
         for word, key in {"plan": "plan", "pretrained": "weights"}.items():
             if word in self.keywords:
                 raise ConfigError(f"keywords.{word} has a key of its own, {key} beside keywords.")
@@ -101,6 +103,8 @@ class DataConfig:
     def __post_init__(self):
         if (self.root is None) == (self.source is None):
             raise ConfigError("root and source: give exactly one of the two, the other null.")
+        refuse_url("root", self.root)
+        refuse_url("source_root", self.source_root)
 
     @property
     def folder(self) -> str:
