@@ -12,7 +12,7 @@ help:
 	@echo "make demo    train an exact ViT and the four presets on scanned digits, and compare them: runs/demo"
 	@echo "make test    the tests"
 	@echo "make lint    ruff and pyright"
-	@echo "make proof   timm's own tests on our models, beside timm's ViT; training killed and broken in every way"
+	@echo "make proof   timm's own tests and loader beside ours; training killed and broken in every way"
 	@echo "make clean   remove the environment and what was built; runs/ and data/ stay"
 
 # Two runs at a time, one thread each (configs/digits).
@@ -30,6 +30,7 @@ lint: $(READY)
 proof: $(READY)
 	$(RUN) tests/conformance -n 2
 	$(RUN) tests/storms
+	$(RUN) -m tests.loader
 
 clean:
 	rm -rf $(VENV) build dist vitreuse.egg-info .pytest_cache .ruff_cache .hypothesis

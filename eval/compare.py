@@ -13,7 +13,7 @@ from eval.flops import model_macs
 from eval.inputs import example
 from eval.table import Column, to_csv, to_markdown, to_rich
 from eval.targets import Target, final_record, resolve_targets
-from vitreuse.console import choose_device, positive
+from vitreuse.console import choose_device, local_path, positive
 from vitreuse.measure import describe_machine, inference_call, peak_memory_mib, time_interleaved
 
 HELP = "run folders in one table, as Markdown, CSV and a scatter plot with -o"
@@ -67,7 +67,9 @@ def compare(targets: Sequence[Target], device: torch.device, batch_size: int, nu
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command line."""
     parser.add_argument("targets", nargs="+", metavar="RUN", help="run folder of a completed training")
-    parser.add_argument("-o", "--output", type=Path, metavar="DIR", help="write results.md, results.csv, scatter.png")
+    parser.add_argument(
+        "-o", "--output", type=local_path, metavar="DIR", help="write results.md, results.csv, scatter.png"
+    )
     parser.add_argument("--batch-size", type=positive, default=64, help="images per timed call; default: %(default)s")
     parser.add_argument("--repeats", type=positive, default=30, help="timed calls per run; default: %(default)s")
 

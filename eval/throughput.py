@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from eval.table import Column, to_csv, to_rich
 from eval.targets import Target, plain_model, resized, resolve_targets
 from vitreuse.backends import Conditions, summary
 from vitreuse.config import ModelConfig
-from vitreuse.console import choose_device, positive
+from vitreuse.console import choose_device, local_path, positive
 from vitreuse.measure import Call, Timing, describe_machine, inference_call, peak_memory_mib, time_interleaved
 
 HELP = "speed and memory, against timm's plain model with fused and with unfused attention"
@@ -252,7 +251,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=positive, help="CPU threads; default: torch's own number")
     parser.add_argument("--compile", action="store_true", help="measure every model compiled by torch.compile too")
     parser.add_argument("--profile", action="store_true", help="show where the time of each target goes, too")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the rows there too")
+    parser.add_argument("--csv", type=local_path, metavar="FILE", help="write the rows there too")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from eval.distributed import Ranks, joined
 from eval.inputs import Transform, evaluation_transform, image_settings
 from eval.table import Column, to_rich
 from eval.targets import Target, resolve_targets
-from vitreuse.console import positive
+from vitreuse.console import local_path, positive
 from vitreuse.data import FolderDataset, Sample, open_split, prepare_source
 from vitreuse.measure import count_topk
 
@@ -103,9 +103,11 @@ class _Share(Dataset[tuple[Tensor, int]]):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command line."""
     parser.add_argument("targets", nargs="+", metavar="TARGET", help="run folder, config or model name")
-    parser.add_argument("--data", type=Path, metavar="DIR", help="folder with SPLIT/; default: the run's own data")
+    parser.add_argument(
+        "--data", type=local_path, metavar="DIR", help="folder with SPLIT/; default: the run's own data"
+    )
     parser.add_argument("--split", default="val", help="default: %(default)s")
-    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="weights of a name or config")
+    parser.add_argument("--checkpoint", type=local_path, metavar="FILE", help="weights of a name or config")
     parser.add_argument(
         "--batch-size", type=positive, default=256, help="images per forward pass; default: %(default)s"
     )

@@ -476,7 +476,7 @@ def test_augmentation_is_a_function_of_seed_epoch_and_sample(config_path, transf
     first = images[Draw(1, 3, 0)][0]
     others = [Draw(2, 3, 0), Draw(1, 4, 0), Draw(1, 3, 1)]
     states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
-    assert not any(torch.equal(first, image) for image, _, _ in images.__getitems__(others))
+    assert not any(torch.equal(first, item[0]) for item in images.__getitems__(others))
     assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == states
     assert torch.equal(images[Draw(1, 3, 0)][0], first)
 

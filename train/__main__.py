@@ -26,6 +26,7 @@ from vitreuse.console import (
     print_error,
 )
 from vitreuse.data import DataError
+from vitreuse.local import refuse_url
 from vitreuse.strict_yaml import nearest
 
 USAGE = "usage: python -m train CONFIG [section.key=value ...] [run_dir=PATH] [--doctor|--verify-resume]"
@@ -94,7 +95,9 @@ def _parse(arguments: list[str]) -> tuple[Path, list[str], Path, str | None]:
     overrides = []
     for argument in arguments[1:]:
         if argument.startswith("run_dir="):
-            run_dir = Path(argument.removeprefix("run_dir="))
+            text = argument.removeprefix("run_dir=")
+            refuse_url("run_dir", text)
+            run_dir = Path(text)
         else:
             overrides.append(argument)
     return path, overrides, run_dir, options[0] if options else None

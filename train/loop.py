@@ -166,6 +166,8 @@ class _Loop:
             done = time.perf_counter()
             self.pace.add(result.num_images, batch.images.shape[-2:], received - previous, done - previous)
             trainer.counters.seconds += done - previous
+            for warning in result.warnings:
+                _say(self.ranks, f"{warning} Another image takes its place.")
             self._record_step(result, batch.keys)
             if trainer.at_epoch_end:
                 self._end_epoch()
@@ -195,6 +197,7 @@ class _Loop:
             grad_norm=_finite(result.grad_norm),
             lr=result.lr,
             skipped=result.skipped,
+            bad_images=len(self.trainer.counters.bad_images),
             images_per_second=round(self.pace.images_per_second, 1),
             data_wait_percent=round(100 * self.pace.waiting / self.pace.total, 1),
             mfu_percent=None if mfu is None else round(mfu, 2),
@@ -209,7 +212,8 @@ class _Loop:
         is_due = evaluation_is_due(self.config, counters.step, self.trainer.batches.steps_per_epoch)
         self.measured = self._evaluate() if is_due else None
         if self.ranks.is_main:
-            self.folder.log("epoch", step=counters.step, epoch=epoch, train_loss=loss, **(self.measured or {}))
+            facts = {"train_loss": loss, "bad_images": len(counters.bad_images), **(self.measured or {})}
+            self.folder.log("epoch", step=counters.step, epoch=epoch, **facts)
             top1 = f", top-1 {self.measured['top1']:.2f} %" if self.measured else ""
             shown = "not finite" if loss is None else f"{loss:.4f}"
             self.progress.reach(counters.step)

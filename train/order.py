@@ -20,6 +20,7 @@ class Stream(IntEnum):
     ORDER = 0
     SAMPLE = 1
     STEP = 2
+    REPLACEMENT = 3
 
 
 def seed_sequence(seed: int, stream: Stream, *key: int) -> np.random.SeedSequence:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import signal
+from collections import ChainMap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -21,18 +23,26 @@ from torchvision.transforms.v2.functional import resized_crop
 
 from train.order import Draw, RankBatches, Stream, seed_sequence
 from vitreuse.config import Config, ConfigError, CropConfig
-from vitreuse.data import Decoder, Sample, decode_image, decode_tensor
+from vitreuse.data import DecodeError, Decoder, Sample, decode_image, decode_tensor
 
-Transform = Callable[[Any], Tensor]  # from a PIL image, or a tensor of bytes
-Item = tuple[Tensor, int, str]  # image, label, key
+Transform = Callable[[Any], Tensor]  # from a PIL image or a tensor of bytes, to bytes or normalised floats
+Item = tuple[Tensor, int, str, dict[str, str]]  # image, label, key, and what it replaces as in Batch.bad_images
 
 
 class Batch(NamedTuple):
-    """One rank's share of a global batch: images (B, channels, height, width), labels (B,), the keys of its samples."""
+    """One rank's share of a global batch.
+
+    Attributes:
+        images: (B, channels, height, width), from a DataLoader as bytes: a quarter of the floats that Normalize makes.
+        labels: (B,).
+        keys: Of the samples.
+        bad_images: The sentence about each image that could not be decoded and was replaced, by its key.
+    """
 
     images: Tensor
     labels: Tensor
     keys: list[str]
+    bad_images: dict[str, str]
 
 
 def seed_generators(source: np.random.SeedSequence, device: torch.device | None = None) -> None:
@@ -62,7 +72,10 @@ def restored_generators() -> Iterator[None]:
 
 
 def train_transform(config: Config, settings: dict[str, Any]) -> Transform:
-    """The training transform of an experiment, from an image as train_decoder gives it to a normalised tensor.
+    """The training transform of an experiment, from an image as train_decoder gives it.
+
+    It ends in bytes, to be normalised a batch at a time; under random erasing, whose noise is for normalised images, in
+    floats.
 
     Args:
         config: Its train.crop, train.affine, or neither of them.
@@ -72,8 +85,7 @@ def train_transform(config: Config, settings: dict[str, Any]) -> Transform:
         return _crop_transform(config.train.crop, settings)
     steps: list[Any] = [
         transforms.Resize(settings["input_size"][-2:], InterpolationMode(settings["interpolation"])),
-        transforms.ToTensor(),
-        transforms.Normalize(settings["mean"], settings["std"]),
+        transforms.PILToTensor(),
     ]
     affine = config.train.affine
     if affine is not None:
@@ -86,6 +98,26 @@ def train_transform(config: Config, settings: dict[str, Any]) -> Transform:
 def train_decoder(config: Config) -> Decoder:
     """What train_transform starts from: photographs are cropped as tensors, faster than PIL images."""
     return decode_image if config.train.crop is None else decode_tensor
+
+
+class Normalize:
+    """Makes of bytes what a model takes, of one image or, at a quarter of the time an image, of a batch.
+
+    Args:
+        settings: eval.inputs.image_settings of the model.
+        device: Where the images are.
+    """
+
+    def __init__(self, settings: dict[str, Any], device: torch.device | None = None):
+        self.mean, self.std = (
+            255 * torch.tensor(settings[key], device=device).view(-1, 1, 1) for key in ("mean", "std")
+        )
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Normalised floats of images (..., channels, rows, columns); floats have been normalised already."""
+        if images.dtype != torch.uint8:
+            return images
+        return images.float().sub_(self.mean).div_(self.std)
 
 
 class RandomResizedCrop(RandomResizedCropAndInterpolation):
@@ -106,9 +138,8 @@ def _crop_transform(crop: CropConfig, settings: dict[str, Any]) -> Transform:
     ]
     if crop.auto_augment is not None or crop.color_jitter:
         steps += [transforms.ToPILImage(), _colour_transform(crop, settings), transforms.PILToTensor()]
-    steps += [transforms.ConvertImageDtype(torch.float32), transforms.Normalize(settings["mean"], settings["std"])]
     if crop.erase_prob:
-        steps.append(RandomErasing(crop.erase_prob, mode="pixel", device="cpu"))
+        steps += [Normalize(settings), RandomErasing(crop.erase_prob, mode="pixel", device="cpu")]
     return transforms.Compose(steps)
 
 
@@ -135,16 +166,22 @@ class TrainingImages(Dataset[Item]):
     """Augmented images by Draw; the same Draw gives the same tensor in any process.
 
     Args:
-        samples: The training set.
+        samples: The training set, as open_split returns it.
         transforms: Of each epoch, from an image to a tensor, drawing from the global generators.
         seed: The run's seed.
         cache_images: Keep each decoded image, for sets that fit in memory (once per worker).
+        max_bad_images: How many others are tried in place of an image that cannot be decoded.
     """
 
     def __init__(
-        self, samples: Dataset[Sample], transforms: Sequence[Transform], seed: int, cache_images: bool = False
+        self,
+        samples: Any,
+        transforms: Sequence[Transform],
+        seed: int,
+        cache_images: bool = False,
+        max_bad_images: int = 0,
     ):
-        self.samples, self.transforms, self.seed = samples, transforms, seed
+        self.samples, self.transforms, self.seed, self.max_bad_images = samples, transforms, seed, max_bad_images
         self._cache: dict[int, Sample] | None = {} if cache_images else None
 
     def __getitem__(self, draw: Draw) -> Item:
@@ -156,9 +193,29 @@ class TrainingImages(Dataset[Item]):
             return [self._augment(draw) for draw in draws]
 
     def _augment(self, draw: Draw) -> Item:
-        image, label, key = self._read(draw.sample)
+        (image, label, key), bad_images = self._read_or_replace(draw)
         seed_generators(seed_sequence(self.seed, Stream.SAMPLE, *draw))
-        return self.transforms[draw.epoch](image), label, key
+        return self.transforms[draw.epoch](image), label, key, bad_images
+
+    def _read_or_replace(self, draw: Draw) -> tuple[Sample, dict[str, str]]:
+        """The sample of a draw or the first one that can stand in for it, and what was said about those before."""
+        bad_images: dict[str, str] = {}
+        for number in self._candidates(draw):
+            try:
+                return self._read(number), bad_images
+            except DecodeError as error:
+                bad_images[self.samples.key(number)] = str(error)
+        raise DecodeError(next(iter(bad_images.values())))
+
+    def _candidates(self, draw: Draw) -> Iterator[int]:
+        """The sample of a draw, then as many others as may be bad; their order is a function of seed and draw alone."""
+        yield draw.sample
+        rng, tried = np.random.default_rng(seed_sequence(self.seed, Stream.REPLACEMENT, *draw)), {draw.sample}
+        while len(tried) < min(1 + self.max_bad_images, len(self.samples)):
+            number = int(rng.integers(len(self.samples)))
+            if number not in tried:
+                tried.add(number)
+                yield number
 
     def _read(self, number: int) -> Sample:
         if self._cache is None:
@@ -171,15 +228,24 @@ class TrainingImages(Dataset[Item]):
 def collate(items: list[Item]) -> Batch:
     """A Batch of samples; of none, an empty one."""
     if not items:
-        return Batch(torch.empty(0), torch.empty(0, dtype=torch.long), [])
-    images, labels, keys = zip(*items, strict=True)
-    return Batch(torch.stack(images), torch.tensor(labels), list(keys))
+        return Batch(torch.empty(0), torch.empty(0, dtype=torch.long), [], {})
+    images, labels, keys, bad_images = zip(*items, strict=True)
+    return Batch(torch.stack(images), torch.tensor(labels), list(keys), dict(ChainMap(*bad_images)))
 
 
 def ignore_stop_signals(worker: int) -> None:
     """Lets a DataLoader worker outlive the signals that stop a run: torchrun and Ctrl-C send them to every process."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+
+
+def prepare_worker(worker: int) -> None:
+    """Makes a DataLoader worker deaf to signals, and lets it keep sharing the memory of its rank.
+
+    The garbage collector writes to every object that it looks at: each worker would come to copy the rank's, 90 MiB.
+    """
+    ignore_stop_signals(worker)
+    gc.freeze()
 
 
 def create_loader(images: TrainingImages, batches: RankBatches, num_workers: int, pin_memory: bool) -> DataLoader:
@@ -190,7 +256,7 @@ def create_loader(images: TrainingImages, batches: RankBatches, num_workers: int
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
         collate_fn=collate,
-        worker_init_fn=ignore_stop_signals,
+        worker_init_fn=prepare_worker,
         pin_memory=pin_memory,
         generator=torch.Generator(),  # the loader draws a base seed per epoch: not from the generator of dropout
     )

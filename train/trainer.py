@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections import ChainMap
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -17,11 +18,12 @@ from eval.distributed import Ranks
 from train.distill import create_teacher, distillation_loss
 from train.distributed import replicated
 from train.order import RankBatches, Stream, seed_sequence
-from train.pipeline import Batch, TrainingImages, create_loader, create_mixup, seed_generators
+from train.pipeline import Batch, Normalize, TrainingImages, create_loader, create_mixup, seed_generators
 from train.recipe import create_criterion, create_optimizer, create_scheduler, freeze
 from train.resolution import transforms_by_epoch
 from train.sharding import check_shardable, gradients_kept, part_like, parts_like, shard, whole, whole_state
 from vitreuse.config import Config, ConfigError
+from vitreuse.data import DataError
 
 
 class DivergedError(RuntimeError):
@@ -38,6 +40,7 @@ class Counters:
     epoch_loss: float = 0.0  # summed over the images of this epoch's steps that were not skipped
     epoch_images: int = 0
     seconds: float = 0.0  # spent, over all starts of the run
+    bad_images: list[str] = field(default_factory=list)  # keys of those that could not be decoded and were replaced
 
 
 class StepResult(NamedTuple):
@@ -49,6 +52,7 @@ class StepResult(NamedTuple):
     skipped: bool
     num_images: int  # of the global batch
     stop: bool  # some rank was asked to stop
+    warnings: list[str]  # about images that could not be decoded and were not known before
 
 
 class Trainer:
@@ -83,8 +87,10 @@ class Trainer:
         if not self.batches.steps_per_epoch:
             raise ConfigError(f"{len(samples)} training images do not fill one batch of {recipe.global_batch_size}.")
         transforms = transforms_by_epoch(config, model, settings)
-        images = TrainingImages(samples, transforms, recipe.seed, config.data.cache_images)
-        self.loader = create_loader(images, self.batches, config.data.num_workers, ranks.device.type == "cuda")
+        data = config.data
+        images = TrainingImages(samples, transforms, recipe.seed, data.cache_images, data.max_bad_images)
+        self.loader = create_loader(images, self.batches, data.num_workers, ranks.device.type == "cuda")
+        self.normalize = Normalize(settings, ranks.device)
         self.mixup = create_mixup(config, model.num_classes)
         self.teacher = None if recipe.distill is None else create_teacher(recipe.distill, model, settings)
         freeze(model, recipe.freeze)
@@ -129,9 +135,12 @@ class Trainer:
         return self.model if self._is_sharded else replicated(self.model, self.ranks)
 
     def remaining_batches(self) -> Iterator[Batch]:
-        """This rank's batches from the next step to the end of its epoch."""
+        """This rank's batches from the next step to the end of its epoch, normalised and on its device."""
+        device = self.ranks.device
         self.batches.start_at(self.epoch, self.counters.step % self.batches.steps_per_epoch)
-        yield from self.loader
+        for batch in self.loader:
+            images = self.normalize(batch.images.to(device, non_blocking=True))
+            yield batch._replace(images=images, labels=batch.labels.to(device, non_blocking=True))
 
     def train_step(self, batch: Batch, stop: bool) -> StepResult:
         """One optimizer step, by all ranks together.
@@ -142,6 +151,8 @@ class Trainer:
 
         Raises:
             DivergedError: As many steps in a row as train.max_skipped_steps had no finite loss or gradient.
+            DataError: More images than data.max_bad_images could not be decoded; raised by the first rank.
+            OtherRankError: The same, by the others.
         """
         recipe, counters, ranks = self.config.train, self.counters, self.ranks
         count = self.batches.count(counters.step % self.batches.steps_per_epoch)
@@ -154,8 +165,10 @@ class Trainer:
         grads = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
         grad_norm = whole(torch.nn.utils.get_total_norm(grads))
         not_finite = ~(loss_sum + grad_norm).isfinite()
-        sums = torch.stack([loss_sum, not_finite.float(), torch.full_like(loss_sum, stop)]).double()
-        total_loss, num_not_finite, num_stopping = ranks.sum(sums).tolist()  # the step's one wait for the device
+        flags = (torch.full_like(loss_sum, flag) for flag in (stop, bool(batch.bad_images)))
+        sums = torch.stack([loss_sum, not_finite.float(), *flags]).double()
+        total_loss, num_not_finite, num_stopping, num_bad = ranks.sum(sums).tolist()  # the one wait for the device
+        warnings = self._count_bad_images(batch.bad_images) if num_bad else []
         skipped = num_not_finite > 0
         if not skipped:
             self._update()
@@ -164,7 +177,7 @@ class Trainer:
         if counters.skipped_in_a_row >= recipe.max_skipped_steps:
             raise self._diverged(batch.keys, bool(loss_sum.isfinite()))
         lr = max(group["lr"] for group in self.optimizer.param_groups)
-        return StepResult(total_loss / count, grad_norm.item(), lr, skipped, count, num_stopping > 0)
+        return StepResult(total_loss / count, grad_norm.item(), lr, skipped, count, num_stopping > 0, warnings)
 
     def _backward(self, batch: Batch, count: int) -> Tensor:
         """Accumulates the gradients of the global batch's mean loss; this rank's sum of losses.
@@ -173,7 +186,7 @@ class Trainer:
         images takes part in the exchange with a gradient of zero.
         """
         device, scale = self.ranks.device, self.ranks.world_size / count
-        images, targets = batch.images.to(device, non_blocking=True), batch.labels.to(device, non_blocking=True)
+        images, targets = batch.images, batch.labels
         loss_sum = torch.zeros((), device=device)
         if not len(images):
             self.scaler.scale(torch.stack(self._logits(self._empty_images)).sum() * 0).backward()
@@ -232,6 +245,25 @@ class Trainer:
         counters.skipped_in_a_row = 0
         counters.epoch_loss += total_loss
         counters.epoch_images += count
+
+    def _count_bad_images(self, bad_images: dict[str, str]) -> list[str]:
+        """Adds the images that any rank had to replace in this step to those known; what is to be said about new ones.
+
+        Raises:
+            DataError, OtherRankError: As train_step.
+        """
+        known, limit = self.counters.bad_images, self.config.data.max_bad_images
+        met = ChainMap(*self.ranks.gather(bad_images))
+        new = sorted(met.keys() - known)
+        known += new
+        with self.ranks.together():
+            if len(known) > limit:
+                named = ", ".join(known[:4]) + ", ..." * (len(known) > 4)
+                raise DataError(
+                    f"{len(known)} training images cannot be decoded ({named}), and "
+                    f"data.max_bad_images allows {limit}: write them again or leave them out, or allow more."
+                )
+        return [met[key] for key in new]
 
     def _diverged(self, keys: list[str], loss_is_finite: bool) -> DivergedError:
         """The error for this step, with samples of the ranks whose loss is not finite; of all if only gradients are."""

@@ -20,6 +20,7 @@ from torch import nn
 
 from vitreuse import strict_yaml
 from vitreuse.data import SOURCES
+from vitreuse.local import refuse_url
 from vitreuse.strict_yaml import ConfigError, nearest, setting
 from vitreuse.vit import PlanVisionTransformer
 
@@ -68,6 +69,7 @@ class ModelConfig:
         return model
 
     def __post_init__(self):
+        refuse_url("weights", self.weights)
         for word, key in {"plan": "plan", "pretrained": "weights"}.items():
             if word in self.keywords:
                 raise ConfigError(f"keywords.{word} has a key of its own, {key} beside keywords.")
@@ -120,6 +122,12 @@ class DataConfig:
         "decoding processes per rank; 0 decodes in the rank itself", 4, minimum=0, changes_run=False
     )
     cache_images: bool = setting("keep decoded images in memory; for small sets", False, changes_run=False)
+    max_bad_images: int = setting(
+        "undecodable training images that others replace before a run ends; 0 ends it at the first",
+        0,
+        minimum=0,
+        changes_run=False,
+    )
     shuffle_window: int | None = setting(
         "shuffle the shards, then samples within stretches of this many, to read from few at a time; null shuffles all",
         None,
@@ -129,6 +137,8 @@ class DataConfig:
     def __post_init__(self):
         if (self.root is None) == (self.source is None):
             raise ConfigError("root and source: give exactly one of the two, the other null.")
+        refuse_url("root", self.root)
+        refuse_url("source_root", self.source_root)
 
     @property
     def folder(self) -> str:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from datetime import timedelta
+from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import NoReturn
 
@@ -22,6 +23,7 @@ from rich.console import Console, RenderableType
 from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from vitreuse.local import refuse_url
 from vitreuse.strict_yaml import ConfigError
 
 DONE, FAILED, WRONG_INPUT, STOPPED, INTERRUPTED = 0, 1, 2, 75, 130  # exit codes; 75 asks to be started again
@@ -151,6 +153,15 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
     return int(text)
+
+
+def local_path(text: str) -> Path:
+    """A path of this machine, from the command line."""
+    try:
+        refuse_url("the path", text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return Path(text)
 
 
 def choose_device(name: str) -> torch.device:

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
-from vitreuse.console import positive
+from vitreuse.console import local_path, positive
 from vitreuse.data import (
     BuildSettings,
     Workers,
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         verb_parser.set_defaults(action=action)
         if verb == "build":
             _add_build_arguments(verb_parser)
-        verb_parser.add_argument("folder", type=Path, metavar="FOLDER")
+        verb_parser.add_argument("folder", type=local_path, metavar="FOLDER")
         if verb in PARALLEL_VERBS:
             text = "processes; default: one a CPU, here %(default)s"
             verb_parser.add_argument("--workers", type=positive, default=usable_cpus(), metavar="N", help=text)
@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_build_arguments(parser: argparse.ArgumentParser) -> None:
     sources = "a folder of images a class, train/ and val/ of these, a tar of these, or a tar of one tar a class"
-    parser.add_argument("source", type=Path, metavar="SOURCE", help=sources)
+    parser.add_argument("source", type=local_path, metavar="SOURCE", help=sources)
     samples, quality, seed = BuildSettings.samples_per_shard, BuildSettings.quality, BuildSettings.seed
     parser.add_argument("--samples-per-shard", type=positive, default=samples, metavar="N", help="default: %(default)s")
     parser.add_argument("--resize", type=positive, metavar="PX", help="shrink images whose shorter side is longer")

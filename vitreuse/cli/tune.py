@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from vitreuse.attention.choice import (
     read_costs,
     tuned_costs_path,
 )
-from vitreuse.console import choose_device, positive
+from vitreuse.console import choose_device, local_path, positive
 from vitreuse.measure import describe_machine
 from vitreuse.tune import MODES, measure_costs, write_costs
 
@@ -41,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--keys", type=positive, nargs="+", default=KEYS, metavar="M", help=f"keys of a query; default: {keys}"
     )
     parser.add_argument("--repeats", type=positive, default=10, help="timed calls, of which the fastest counts (10)")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="default: where models look for it")
+    parser.add_argument("--output", type=local_path, metavar="FILE", help="default: where models look for it")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

@@ -67,6 +67,10 @@ class ShardDataset(Dataset[Sample]):
             raise DecodeError(f"{place} is not what was indexed: {check} lists all that differ.")
         return Sample(self.decode(data, self.mode, place), record.label, record.key)
 
+    def key(self, number: int) -> str:
+        """Returns the key of a sample, for 0 <= number < len, without a look at its image."""
+        return self._index.locate(number)[1].key
+
     def close(self) -> None:
         """Closes the open shards; a later read opens them again."""
         self._open_shard.cache_clear()
@@ -125,13 +129,17 @@ class FolderDataset(Dataset[Sample]):
             DataError: it is gone or cannot be opened.
         """
         number = range(len(self))[number]
-        key = os.fsdecode(self._paths[number].item())
+        key = self.key(number)
         path = self.folder / key
         try:
             data = path.read_bytes()
         except OSError as error:
             raise DataError(f"image {path} cannot be read ({error.strerror}): put it back.") from error
         return Sample(self.decode(data, self.mode, f"image {path}"), int(self._labels[number]), key)
+
+    def key(self, number: int) -> str:
+        """Returns the key of a sample, for 0 <= number < len, without a look at its image."""
+        return os.fsdecode(self._paths[number].item())
 
 
 def open_split(

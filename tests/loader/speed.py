@@ -1,0 +1,100 @@
+"""Images a second on one core, in turns with timm's loader: 500 x 375 JPEGs, random crop to 224 px, flip, normalise."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from sklearn.datasets import load_sample_images
+from timm.data import create_dataset, create_loader
+
+from eval.inputs import image_settings
+from tests.loader.recipe import create_trainer
+
+LEAST_RATIO = 1.5
+NUM_PHOTOGRAPHS, NUM_CLASSES, BATCH_SIZE, ROUNDS = 256, 8, 32, 8
+SIZE = (500, 375)  # as most of ImageNet's
+
+
+def is_faster(root: Path) -> tuple[bool, str]:
+    """Whether training gets images LEAST_RATIO times as fast as from timm's loader.
+
+    No workers: beside the rank on one core they would measure how the system switches between processes. timm's loader
+    normalises an image at a time or, in its prefetcher, a batch at a time: whichever is faster counts.
+    """
+    write_photographs(root / "train")
+    with one_core():
+        ours, *theirs = best_rates(contestants(root))
+    ratio = ours / max(theirs)
+    rates = f"{ours:.0f} images/s, timm's loader {theirs[0]:.0f}, with its prefetcher {theirs[1]:.0f}"
+    return ratio >= LEAST_RATIO, f"{rates}: {ratio:.2f} times, {LEAST_RATIO} needed"
+
+
+def write_photographs(folder: Path) -> None:
+    """Writes class folders of JPEGs: pieces of scikit-learn's two photographs."""
+    rng = np.random.default_rng(0)
+    photographs = [Image.fromarray(pixels) for pixels in load_sample_images().images]
+    for number in range(NUM_PHOTOGRAPHS):
+        photograph = photographs[number % len(photographs)]
+        height = photograph.height * rng.uniform(0.6, 1)
+        width = height * SIZE[0] / SIZE[1]
+        left, top = rng.uniform(0, photograph.width - width), rng.uniform(0, photograph.height - height)
+        piece = photograph.resize(SIZE, Image.Resampling.BICUBIC, (left, top, left + width, top + height))
+        path = folder / str(number % NUM_CLASSES) / f"{number}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        piece.save(path, quality=95)
+
+
+@contextmanager
+def one_core() -> Iterator[None]:
+    """Runs the block on one CPU."""
+    usable = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {max(usable)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, usable)
+
+
+def contestants(root: Path) -> list[Callable[[], Iterable[Any]]]:
+    """What makes an epoch's batches: ours, timm's loader, and timm's with its prefetcher."""
+    trainer = create_trainer(root, 224, NUM_CLASSES, 0, BATCH_SIZE)
+    settings = image_settings(trainer.model)
+    loaders = [
+        create_loader(
+            create_dataset("", root=str(root / "train")),
+            settings["input_size"],
+            BATCH_SIZE,
+            is_training=True,
+            use_prefetcher=use_prefetcher,
+            color_jitter=None,
+            auto_augment=None,
+            interpolation=settings["interpolation"],
+            mean=settings["mean"],
+            std=settings["std"],
+            num_workers=0,
+            persistent_workers=False,
+            device=torch.device("cpu"),
+        )
+        for use_prefetcher in (False, True)
+    ]
+    return [trainer.remaining_batches, *(loader.__iter__ for loader in loaders)]
+
+
+def best_rates(contestants: list[Callable[[], Iterable[Any]]]) -> list[float]:
+    """Images a second of each in its best round; they take turns, so that what disturbs the machine disturbs all."""
+    rounds = [[_rate(make_batches()) for make_batches in contestants] for _ in range(ROUNDS)]
+    return [max(rates) for rates in zip(*rounds, strict=True)]
+
+
+def _rate(batches: Iterable[Any]) -> float:
+    start = time.perf_counter()
+    num_images = sum(len(batch[0]) for batch in batches)
+    return num_images / (time.perf_counter() - start)
