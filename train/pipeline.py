@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import random
 import signal
 from collections import ChainMap
@@ -239,15 +238,6 @@ def ignore_stop_signals(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def prepare_worker(worker: int) -> None:
-    """Makes a DataLoader worker deaf to signals, and lets it keep sharing the memory of its rank.
-
-    The garbage collector writes to every object that it looks at: each worker would come to copy the rank's, 90 MiB.
-    """
-    ignore_stop_signals(worker)
-    gc.freeze()
-
-
 def create_loader(images: TrainingImages, batches: RankBatches, num_workers: int, pin_memory: bool) -> DataLoader:
     """The batches of one rank, in order, with workers that live as long as the run."""
     return DataLoader(
@@ -256,7 +246,7 @@ def create_loader(images: TrainingImages, batches: RankBatches, num_workers: int
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
         collate_fn=collate,
-        worker_init_fn=prepare_worker,
+        worker_init_fn=ignore_stop_signals,
         pin_memory=pin_memory,
         generator=torch.Generator(),  # the loader draws a base seed per epoch: not from the generator of dropout
     )
