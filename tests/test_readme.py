@@ -56,6 +56,12 @@ def test_the_other_commands_name_what_exists(argv):
             assert not word.endswith(".yaml") or (ROOT / word).exists()
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/training.md", "experiments.md"])
+def test_links_lead_to_files(page):
+    for link in re.findall(r"\]\((?!https?://|#)([^)#]+)", (ROOT / page).read_text()):
+        assert ((ROOT / page).parent / link).exists(), f"{page} links to {link}"
+
+
 def test_the_tree_names_what_exists():
     tree = next(block for block in fenced("") if block.startswith("vitreuse/ "))
     files = re.findall(r"[\w/]+\.py\b|^\w+/|(?<=^  )\w+/", tree, flags=re.MULTILINE)

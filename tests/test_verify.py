@@ -4,6 +4,7 @@ import os
 import random
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,17 @@ def test_two_ranks_resume_exactly(config_path, tmp_path):
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("resume is exact") and "2 x 0 workers" in result.stdout
     assert "the keys of 17 samples" in result.stdout  # steps 4 to 6 are the second epoch
+    assert _left(tmp_path) == {"data", "tiny.yaml"}
+
+
+def test_sigterm_leaves_no_temporary_folder(config_path, tmp_path):
+    command = [sys.executable, "-m", "train", str(config_path), "--verify-resume", f"run_dir={tmp_path / 'run'}"]
+    process = subprocess.Popen(command, cwd=CHECKOUT, stderr=subprocess.PIPE, text=True)
+    while not list(tmp_path.glob(".verify-*")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.terminate()
+    assert process.communicate()[1] == "train: interrupted.\n" and process.returncode == 130
     assert _left(tmp_path) == {"data", "tiny.yaml"}
 
 

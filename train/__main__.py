@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import sys
 from pathlib import Path
 from traceback import clear_frames
@@ -56,6 +57,7 @@ def main(arguments: list[str]) -> int:
         return WRONG_INPUT
     try:
         if option is not None:
+            signal.signal(signal.SIGTERM, signal.default_int_handler)  # which lets temporary folders go
             return OPTIONS[option](config, run_dir)
         return DONE if train(config, run_dir, shlex.join([*_launcher(), *arguments])) else STOPPED
     except KeyboardInterrupt:  # which training takes for a signal to stop
