@@ -24,7 +24,15 @@ from eval.targets import Target, plain_model, resized, resolve_targets
 from vitreuse.backends import Conditions, summary
 from vitreuse.config import ModelConfig
 from vitreuse.console import choose_device, local_path, positive
-from vitreuse.measure import Call, Timing, describe_machine, inference_call, peak_memory_mib, time_interleaved
+from vitreuse.measure import (
+    Call,
+    Timing,
+    describe_machine,
+    inference_call,
+    machine_limits,
+    peak_memory_mib,
+    time_interleaved,
+)
 
 HELP = "speed and memory, against timm's plain model with fused and with unfused attention"
 DTYPES = ("float32", "bfloat16")
@@ -227,7 +235,7 @@ def _peak_memory_mib(item: Candidate, call: tuple[Call, list[Tensor]], condition
 
 def profiles(targets: Sequence[Target], condition: Condition, num_repeats: int) -> list[dict[str, Any]]:
     """Where the time of each target goes, eager and in inference; of a plain one fused and unfused."""
-    found = []
+    found, limits = [], machine_limits(condition.device, getattr(torch, condition.dtype))
     for target in targets:
         plain = plain_model(resized(target.model, condition.image_size_px))
         candidates = list(_candidates(target, {target.label: plain}, condition))
@@ -235,7 +243,8 @@ def profiles(targets: Sequence[Target], condition: Condition, num_repeats: int) 
             call, _ = _make_call(item, condition)
             parts = profile_parts(item.model, call, condition.batch_size, num_repeats)
             size = list(image_settings(item.model)["input_size"][-2:])
-            found.append({"name": item.label, "image_size_px": size, "dtype": condition.dtype, "parts": parts})
+            facts = {"name": item.label, "image_size_px": size, "dtype": condition.dtype, **limits}
+            found.append({**facts, "parts": parts})
     return found
 
 
@@ -306,4 +315,7 @@ def render(result: dict[str, Any]) -> RenderableType:
 
 def _profile_caption(found: dict[str, Any]) -> str:
     rows, columns = found["image_size_px"]
-    return f"{found['name']} at {rows} x {columns} px in {found['dtype']}, time of the operations alone"
+    return (
+        f"{found['name']} at {rows} x {columns} px in {found['dtype']}, time of the operations alone; a large "
+        f"product reaches {found['product_gmacs_per_second']:,.0f} GMACs/s here, a copy {found['copy_gb_per_second']:.1f} GB/s"
+    )

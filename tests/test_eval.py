@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 import os
+import re
 import shutil
 import socket
 from contextlib import redirect_stderr, redirect_stdout
@@ -417,7 +418,10 @@ def test_profiles_stand_beside_the_rows(experiment, set_times, capsys):
     parts = {row["part"] for row in profile["parts"]}
     assert {"patch_embed", "blocks.0.attn", "blocks.2.mlp", "head", "total"} <= parts
     assert main(["throughput", str(experiment), *options]) == 0
-    assert "tiny at 12 x 12 px in float32" in capsys.readouterr().out
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "tiny at 12 x 12 px in float32" in shown and re.search(r"product reaches [\d,]+ GMACs/s here, a copy", shown)
+    (*_, total) = profile["parts"]
+    assert 0 < total["gmacs_per_second"] < profile["product_gmacs_per_second"]
 
 
 def test_baselines_are_fused_and_unfused_and_the_switch_is_put_back(experiment):

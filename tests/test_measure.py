@@ -35,6 +35,20 @@ class Clock:
         return elapse
 
 
+def test_limits_are_those_of_one_product_and_one_copy(monkeypatch):
+    timings = {"product": Timing(9.0, 2.0, 0.0, 10), "copy": Timing(9.0, 4.0, 0.0, 10)}
+
+    def time_them(calls, device):
+        for call in calls.values():
+            call()
+        return timings
+
+    monkeypatch.setattr(measure, "time_interleaved", time_them)
+    limits = measure.machine_limits(CPU, torch.bfloat16)
+    assert limits["product_gmacs_per_second"] == pytest.approx(2048**3 / 2e-3 / 1e9)
+    assert limits["copy_gb_per_second"] == pytest.approx(2 * 2**28 / 4e-3 / 1e9)
+
+
 @pytest.fixture
 def clock(monkeypatch) -> Clock:
     clock = Clock()

@@ -77,6 +77,28 @@ def inference_call(function: Callable[..., object], *inputs: Tensor) -> Call:
     return call
 
 
+def machine_limits(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """What no layer can exceed here: multiply-adds of one large product, and bytes read and written by a large copy.
+
+    Both are warm: into memory that is there already, the best of several calls.
+
+    Returns:
+        product_gmacs_per_second and copy_gb_per_second.
+    """
+    side = 8192 if device.type == "cuda" else 2048
+    left, right, product = (torch.ones(side, side, device=device, dtype=dtype) for _ in range(3))
+    source, target = (torch.ones(64 << 20, device=device) for _ in range(2))  # 256 MiB, above every cache
+    calls = {
+        "product": inference_call(lambda: torch.mm(left, right, out=product)),
+        "copy": inference_call(lambda: target.copy_(source)),
+    }
+    times = {name: timing.minimum_ms / 1000 for name, timing in time_interleaved(calls, device).items()}
+    return {
+        "product_gmacs_per_second": side**3 / times["product"] / 1e9,
+        "copy_gb_per_second": 2 * source.nbytes / times["copy"] / 1e9,
+    }
+
+
 def peak_memory_mib(call: Call, resident: Iterable[Tensor], device: torch.device) -> float:
     """Most bytes that tensors hold during one call: those resident before it, plus the peak of what the call adds.
 
