@@ -315,7 +315,8 @@ def render(result: dict[str, Any]) -> RenderableType:
 
 def _profile_caption(found: dict[str, Any]) -> str:
     rows, columns = found["image_size_px"]
+    product, copied = found["product_gmacs_per_second"], found["copy_gb_per_second"]
     return (
-        f"{found['name']} at {rows} x {columns} px in {found['dtype']}, time of the operations alone; a large "
-        f"product reaches {found['product_gmacs_per_second']:,.0f} GMACs/s here, a copy {found['copy_gb_per_second']:.1f} GB/s"
+        f"{found['name']} at {rows} x {columns} px in {found['dtype']}, time of the operations alone; a large product "
+        f"reaches {product:,.0f} GMACs/s here, a copy {copied:.1f} GB/s"
     )
