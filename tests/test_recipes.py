@@ -15,7 +15,7 @@ from timm.layers import build_sincos2d_pos_embed
 
 from eval.flops import model_macs
 from eval.inputs import image_settings
-from train.pipeline import create_mixup, train_transform
+from train.pipeline import Normalize, create_mixup, train_transform
 from train.recipe import create_criterion, create_optimizer, create_scheduler, freeze
 from vitreuse.config import Config, load_config
 from vitreuse.plan import PRESETS, preset_plan
@@ -126,7 +126,7 @@ def test_optimizer_schedule_loss_and_images_can_be_made(stem):
 
     images = image_settings(model)
     photograph = torch.randint(256, (3, 250, 333), dtype=torch.uint8)
-    image = train_transform(config, images)(photograph)
+    image = Normalize(images)(train_transform(config, images)(photograph))
     assert image.shape == images["input_size"]
     mixup = create_mixup(config, model.num_classes)
     assert mixup is not None

@@ -88,7 +88,8 @@ def test_steps_say_what_a_device_is_used_for(trained, pictures):
         expected = 100 * flops_per_image * record["images_per_second"] / 1e9
         rounded = 0.005 + 0.05 * 100 * flops_per_image / 1e9  # both of them
         assert record["mfu_percent"] == pytest.approx(expected, abs=1.01 * rounded)
-    assert 50 < steps[0]["peak_memory_mib"] <= steps[-1]["peak_memory_mib"] <= peak_process_memory_mib(CPU)
+    assert 50 < steps[0]["peak_memory_mib"] <= steps[-1]["peak_memory_mib"]
+    assert steps[-1]["peak_memory_mib"] <= peak_process_memory_mib(CPU) + 0.05  # records are rounded
     assert [record["eta_seconds"] > 0 for record in steps] == [True] * 5 + [False]
 
 
