@@ -528,9 +528,9 @@ def test_quality_without_shrinking_is_refused(source, tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_commands_of_the_readme_work(source, tmp_path, monkeypatch, capsys):
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    commands = re.findall(r"^\.venv/bin/vitreuse (shards .*)$", readme, re.MULTILINE)
+def test_the_commands_of_the_documentation_work(source, tmp_path, monkeypatch, capsys):
+    page = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+    commands = re.findall(r"^\.venv/bin/vitreuse (shards .*)$", page, re.MULTILINE)
     monkeypatch.chdir(tmp_path)
     for split in ("train", "val"):
         shutil.copytree(source, Path("imagenet") / split)
