@@ -18,7 +18,7 @@ from storms.processes import CHECKOUT
 
 from eval.distributed import Ranks
 from train.__main__ import main
-from train.doctor import Pace, judge_batches, judge_memory, judge_pace, judge_shards
+from train.doctor import Pace, judge_batches, judge_images, judge_memory, judge_pace, judge_shards
 from train.run import RunFolder
 from train.trainer import Trainer
 from vitreuse.config import ModelConfig, load_config
@@ -113,7 +113,7 @@ def test_the_table_says_what_a_run_goes_on_from(examine, config_path, tmp_path):
     folder = RunFolder(tmp_path / "run", load_config(config_path))
     folder.path.mkdir()
     folder.begin(90, {})
-    folder.save({"counters": {"step": 90}}, 90, None)
+    folder.save({"counters": {"step": 90}}, 90)
     code, table = examine()
     assert code == 0
     assert table["run folder"] == ("ok", f"{folder.path}: a run goes on after step 90 of 180.")
@@ -280,6 +280,13 @@ def test_batches_name_what_is_left_over(config_path):
     )
     check = judge_batches(18, 18, config, 4)
     assert check.state == "warning" and "some wait for those with 2: make " in check.finding
+
+
+def test_images_that_training_replaces_are_a_warning_up_to_their_ceiling():
+    in_train, in_val = (True, "a is no whole image."), (False, "b is no whole image.")
+    found = [judge_images(errors, 512, 1) for errors in ([], [in_train], [in_train, in_train], [in_val])]
+    assert [check.state for check in found] == ["ok", "warning", "wrong", "wrong"]
+    assert found[1].finding.endswith("a is no whole image. data.max_bad_images=1 lets others take their place.")
 
 
 def test_memory_is_judged_by_its_share():

@@ -1,6 +1,7 @@
 """Training as a user runs it: real processes, real signals, and what a run folder holds afterwards."""
 
 import copy
+import errno
 import io
 import json
 import multiprocessing
@@ -166,6 +167,25 @@ def test_a_terminated_run_saves_everything(whole, config_path, tmp_path):
     stopped_at = run.last_step
     assert f"goes on after step {stopped_at} of 180" in run.complete()
     run.check_equals(whole)
+
+
+def test_a_run_killed_in_an_evaluation_has_saved_its_epoch(config_path, tmp_path, monkeypatch):
+    recipe = (str(config_path), "train.epochs=3", "eval.every_epochs=1", "train.checkpoint.every_epochs=1")
+    whole, killed = (Run(tmp_path / name, recipe) for name in ("whole", "killed"))
+    assert main([*recipe, f"run_dir={whole.folder}"]) == 0
+
+    def die(*args):
+        raise MemoryError
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr("train.loop.measure_top1", die)
+        main([*recipe, f"run_dir={killed.folder}"])
+    assert killed.saved_step == killed.last_step > 0
+    assert main([*recipe, f"run_dir={killed.folder}"]) == 0
+    killed.check_equals(whole)
+    markers = [path / "complete.json" for run in (whole, killed) for path in run.checkpoints]
+    noted = [json.loads(marker.read_text())["top1"] for marker in markers]
+    assert len(noted) == 4 and noted[:2] == noted[2:] and isinstance(noted[1], float)
 
 
 def test_two_ranks_follow_the_curve_of_one(config_path, tmp_path):
@@ -496,7 +516,10 @@ def test_checkpoints_keep_the_newest_and_the_best(tmp_path):
     checkpoints = Checkpoints(tmp_path / "checkpoints", keep_last=2)
     assert checkpoints.load_newest() is None
     for step, top1 in [(1, 50.0), (2, 80.0), (3, None), (4, 70.0), (5, None)]:
-        checkpoints.save({"step": step, "weights": torch.full((3,), float(step))}, step, top1)
+        checkpoints.save({"step": step, "weights": torch.full((3,), float(step))}, step)
+        if top1 is not None:
+            checkpoints.rate(step, top1)
+    checkpoints.rate(3, 90.0)  # gone: nothing to note
     assert _states(checkpoints) == [2, 4, 5]
     assert checkpoints.load_newest()["step"] == 5
 
@@ -505,7 +528,7 @@ def test_checkpoints_keep_the_newest_and_the_best(tmp_path):
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, capsys, damage):
     checkpoints = Checkpoints(tmp_path, keep_last=3)
     for step in (1, 2):
-        checkpoints.save({"step": step, "weights": torch.arange(1000.0)}, step, None)
+        checkpoints.save({"step": step, "weights": torch.arange(1000.0)}, step)
     newest = tmp_path / "step-000000002"
     content = bytearray((newest / "state.pt").read_bytes())
     if damage == "truncated":
@@ -521,8 +544,30 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, capsys, dam
         (newest / "complete.json").write_text('{"step": 2, "by')
     assert checkpoints.load_newest()["step"] == 1
     assert ("is damaged" in capsys.readouterr().err) == (damage in ("truncated", "flipped", "no state"))
-    checkpoints.save({"step": 2, "weights": torch.arange(1000.0)}, 2, None)
+    checkpoints.save({"step": 2, "weights": torch.arange(1000.0)}, 2)
     assert checkpoints.load_newest()["step"] == 2
+
+
+def test_checkpoints_of_which_none_is_whole_are_no_reason_to_start_again(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep_last=3)
+    for step in (1, 2):
+        checkpoints.save({"step": step}, step)
+        (tmp_path / f"step-{step:09d}" / "state.pt").write_bytes(b"")
+    with pytest.raises(ConfigError, match="holds 2 checkpoints and none that is whole: put one back"):
+        checkpoints.load_newest()
+
+
+def test_a_checkpoint_that_cannot_be_read_now_is_not_passed_over(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path, keep_last=3)
+    for step in (1, 2):
+        checkpoints.save({"step": step}, step)
+
+    def fail(path):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("train.checkpoint._crc32", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        checkpoints.load_newest()
 
 
 def test_a_checkpoint_before_one_that_was_passed_over_stays(tmp_path):

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 
 import torch
 
+from vitreuse.config import ConfigError
 from vitreuse.console import is_first_rank
 from vitreuse.durable import durable_file, sync, write_durably
 
@@ -34,7 +35,7 @@ class Checkpoints:
     def __init__(self, folder: Path, keep_last: int):
         self.folder, self.keep_last = folder, keep_last
 
-    def save(self, state: dict[str, Any], step: int, top1: float | None = None) -> None:
+    def save(self, state: dict[str, Any], step: int) -> None:
         """Writes a checkpoint, then removes those that need not stay.
 
         Raises:
@@ -45,25 +46,44 @@ class Checkpoints:
         with durable_file(folder / STATE_FILE) as file:
             _write(state, file)
         marker = {"step": step, "bytes": (folder / STATE_FILE).stat().st_size, "crc32": _crc32(folder / STATE_FILE)}
-        write_durably(folder / MARKER_FILE, json.dumps({**marker, "top1": top1}).encode())
+        write_durably(folder / MARKER_FILE, json.dumps({**marker, "top1": None}).encode())
         sync(self.folder)
         self._prune(step)
+
+    def rate(self, step: int, top1: float) -> None:
+        """Notes what was measured of a checkpoint, if that step has one; the best one stays."""
+        path = self.folder / f"step-{step:09d}" / MARKER_FILE
+        if path.exists():
+            write_durably(path, json.dumps({**json.loads(path.read_bytes()), "top1": top1}).encode())
+            self._prune(step)
 
     def load_newest(self) -> dict[str, Any] | None:
         """The state of the newest whole checkpoint, on the CPU; None if there is none.
 
         A damaged one, or one with code in it, is named on standard error and passed over.
+
+        Raises:
+            ConfigError: There are some, and none is whole.
+            OSError, MemoryError: One cannot be read at the moment; an older one must not take its place.
         """
-        for folder, marker in reversed(self._complete()):
+        complete = self._complete()
+        for folder, marker in reversed(complete):
             path = folder / STATE_FILE
             try:
                 if (path.stat().st_size, _crc32(path)) != (marker["bytes"], marker["crc32"]):
                     raise ValueError("its size or checksum is not the one written")
                 return torch.load(path, map_location="cpu", weights_only=True)
             except Exception as error:  # torch.load raises whatever a damaged archive leads to
+                if isinstance(error, (OSError, MemoryError)) and not isinstance(error, FileNotFoundError):
+                    raise
                 reason = str(error).splitlines()[0]
                 if is_first_rank():
                     print(f"{path} is damaged ({reason}) and passed over.", file=sys.stderr)
+        if complete:
+            raise ConfigError(
+                f"{self.folder} holds {len(complete)} checkpoints and none that is whole: put one back, or remove the "
+                "run folder to start again."
+            )
         return None
 
     def _complete(self) -> list[tuple[Path, dict[str, Any]]]:

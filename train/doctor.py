@@ -130,8 +130,11 @@ def _examine(experiment: Experiment, folder: RunFolder, ranks: Ranks) -> Iterato
         clear_frames(error.__traceback__)  # they keep a loader, whose workers outlive SIGTERM
         yield Check("images", WRONG, str(error))
         return
-    except torch.OutOfMemoryError:
-        yield judge_memory(math.inf, *_memory_limit(ranks.device))
+    except torch.OutOfMemoryError as error:
+        check = judge_memory(math.inf, *_memory_limit(ranks.device))
+        if ranks.world_size > 1:  # the others, who may have room, wait for this rank: it must end by itself
+            raise ConfigError(check.finding) from error
+        yield check
         return
     pace = Pace(config.train.global_batch_size / rate, step, evaluation, config.data.num_workers)
     yield judge_pace(pace, config.train.global_batch_size, ranks)
@@ -213,11 +216,21 @@ def _images(experiment: Experiment, ranks: Ranks) -> Check:
         for split in (experiment.train_set, experiment.val_set)
         for number in np.unique(np.linspace(0, len(split) - 1, NUM_SAMPLED, dtype=int)).tolist()
     ]
-    share = [_read_error(split, number) for split, number in sampled[ranks.rank :: ranks.world_size]]
-    errors = [error for errors in ranks.gather(share) for error in errors if error is not None]
-    if errors:
-        return Check("images", WRONG, f"{len(errors)} of {len(sampled)} sampled ones cannot be used: {errors[0]}")
-    return Check("images", OK, f"{len(sampled):,} of them, spread evenly over both splits, are whole.")
+    own_share = sampled[ranks.rank :: ranks.world_size]
+    errors = [(split is experiment.train_set, _read_error(split, number)) for split, number in own_share]
+    found = [(replaced, error) for share in ranks.gather(errors) for replaced, error in share if error is not None]
+    return judge_images(found, len(sampled), experiment.trainer.config.data.max_bad_images)
+
+
+def judge_images(found: Sequence[tuple[bool, str]], num_sampled: int, max_bad_images: int) -> Check:
+    """Whether the images that cannot be used, each with whether training puts another in its place, end a run."""
+    if not found:
+        return Check("images", OK, f"{num_sampled:,} of them, spread evenly over both splits, are whole.")
+    sentence = f"{len(found)} of {num_sampled} sampled ones cannot be used: {found[0][1]}"
+    if all(is_replaced for is_replaced, _ in found) and len(found) <= max_bad_images:
+        others = f"data.max_bad_images={max_bad_images} lets others take their place."
+        return Check("images", WARNING, f"{sentence} {others}")
+    return Check("images", WRONG, sentence)
 
 
 def _read_error(split: Any, number: int) -> str | None:

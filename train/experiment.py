@@ -16,7 +16,7 @@ from train.sharding import unsharded
 from train.trainer import Trainer
 from train.weights import start_from
 from vitreuse.config import Config, ConfigError
-from vitreuse.data import open_split, prepare_source
+from vitreuse.data import ShardDataset, open_split, prepare_source
 
 
 class Experiment(NamedTuple):
@@ -52,7 +52,17 @@ def set_up(config: Config, ranks: Ranks) -> Experiment:
         train_set = open_split(config.data.folder, "train", mode, train_decoder(config))
         val_set = open_split(config.data.folder, "val", mode)
         _check_same_classes(config.data.folder, train_set.class_names, val_set.class_names)
+        _check_shuffled(config, train_set)
         return Experiment(Trainer(config, model, train_set, settings, ranks), train_set, val_set)
+
+
+def _check_shuffled(config: Config, train_set: Any) -> None:
+    """Refuses to shuffle class folders within stretches: an epoch would go through one class after another."""
+    if config.data.shuffle_window is not None and not isinstance(train_set, ShardDataset):
+        raise ConfigError(
+            f"data.shuffle_window {config.data.shuffle_window} is for shards and {config.data.folder} has class "
+            "folders: set it to null, or write shards with vitreuse shards build."
+        )
 
 
 def _check_same_classes(folder: str, trained: Sequence[str], measured: Sequence[str]) -> None:

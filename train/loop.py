@@ -108,7 +108,8 @@ class _Loop:
         Raises:
             ConfigError: The ranks find different ones, as on machines that do not share the run folder.
         """
-        state = self.folder.checkpoints.load_newest()
+        with self.ranks.together():
+            state = self.folder.checkpoints.load_newest()
         steps = self.ranks.gather(0 if state is None else state["counters"]["step"])
         with self.ranks.together():
             _check_same_step(steps)
@@ -124,6 +125,8 @@ class _Loop:
         trainer = self.trainer
         name, step, num_steps = self.folder.path.name, trainer.counters.step, trainer.num_steps
         with WorkProgress(name, "steps", num_steps, step, enabled=self.ranks.is_main) as self.progress:
+            if trainer.at_epoch_end and not self._epoch_is_recorded():
+                self._end_epoch()
             while trainer.counters.step < trainer.num_steps:
                 if self._train_epoch():
                     if self.ranks.is_main:
@@ -169,13 +172,13 @@ class _Loop:
             for warning in result.warnings:
                 _say(self.ranks, f"{warning} Another image takes its place.")
             self._record_step(result, batch.keys)
-            if trainer.at_epoch_end:
-                self._end_epoch()
             stop = result.stop and trainer.counters.step < trainer.num_steps
             if stop or checkpoint_is_due(self.config, trainer.counters.step, trainer.batches.steps_per_epoch):
                 self._save()
             if stop:
                 return True
+            if trainer.at_epoch_end:  # saved before: an evaluation may take longer than who wants to stop waits
+                self._end_epoch()
             previous = time.perf_counter()
         return False
 
@@ -206,12 +209,19 @@ class _Loop:
         )
         self.pace = _Pace()
 
+    def _epoch_is_recorded(self) -> bool:
+        """Whether nothing is left to do of the epoch before; a start that was stopped may have left its evaluation."""
+        step = self.trainer.counters.step
+        return self.ranks.gather(step == 0 or (self.ranks.is_main and self.folder.has_epoch(step)))[0]
+
     def _end_epoch(self) -> None:
         counters, epoch = self.trainer.counters, self.trainer.epoch
         loss = counters.epoch_loss / counters.epoch_images if counters.epoch_images else None
         is_due = evaluation_is_due(self.config, counters.step, self.trainer.batches.steps_per_epoch)
         self.measured = self._evaluate() if is_due else None
         if self.ranks.is_main:
+            if self.measured:
+                self.folder.checkpoints.rate(counters.step, self.measured["top1"])
             facts = {"train_loss": loss, "bad_images": len(counters.bad_images), **(self.measured or {})}
             self.folder.log("epoch", step=counters.step, epoch=epoch, **facts)
             top1 = f", top-1 {self.measured['top1']:.2f} %" if self.measured else ""
@@ -234,8 +244,7 @@ class _Loop:
     def _save(self) -> None:
         state = self.trainer.state_dict()
         if self.ranks.is_main:
-            top1 = self.measured["top1"] if self.measured and self.trainer.at_epoch_end else None
-            self.folder.save(state, self.trainer.counters.step, top1)
+            self.folder.save(state, self.trainer.counters.step)
 
     def _finish(self) -> None:
         measured = self.measured or self._evaluate()  # resumed after the last step, nothing was measured

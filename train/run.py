@@ -155,11 +155,17 @@ class RunFolder:
         with open(self.path / name, "a", encoding="utf-8") as file:
             file.write(json.dumps(record, allow_nan=False) + "\n")
 
-    def save(self, state: dict[str, Any], step: int, top1: float | None) -> None:
+    def has_epoch(self, step: int) -> bool:
+        """Whether metrics.jsonl has the record of the epoch that ends with a step."""
+        path = self.path / "metrics.jsonl"
+        records = map(json.loads, path.read_bytes().splitlines() if path.exists() else ())
+        return any((record["kind"], record["step"]) == ("epoch", step) for record in records)
+
+    def save(self, state: dict[str, Any], step: int) -> None:
         """Writes a checkpoint, after the logs that lead up to it."""
         for path in self._logs():
             sync(path)
-        self.checkpoints.save(state, step, top1)
+        self.checkpoints.save(state, step)
 
     def finish(self, model: nn.Module, weights: dict[str, Tensor]) -> None:
         """Leaves the model's weights as model.safetensors, and the status completed."""

@@ -115,24 +115,23 @@ def take_steps(config: Config, folder: Path, name: str) -> None:
         last = min(NUM_STEPS, trainer.num_steps)
         if name == RESUMED:
             trainer.load_state_dict(_load(folder, CHECKPOINT))
-        else:
-            _advance(trainer, last // 2)
-            _save(folder, CHECKPOINT, trainer, {})
-        steps = _advance(trainer, last)
-        _save(folder, name, trainer, {"steps": steps})
+        steps = []
+        for step in _steps(trainer, last):
+            steps.append(step)
+            if trainer.counters.step == last // 2:  # inside the loop: the loader is not disturbed
+                _save(folder, CHECKPOINT, trainer, {})
+        _save(folder, name, trainer, {"steps": steps[-(last - last // 2) :]})
         ranks.gather(None)  # no rank leaves before the state is written
 
 
-def _advance(trainer: Trainer, last: int) -> list[dict[str, Any]]:
+def _steps(trainer: Trainer, last: int) -> Iterator[dict[str, Any]]:
     """Trains up to a step; what each step did, with the samples of every rank."""
-    steps: list[dict[str, Any]] = []
     while trainer.counters.step < last:
         for batch in trainer.remaining_batches():
             result = trainer.train_step(batch, stop=False)
-            steps.append({"keys": trainer.ranks.gather(batch.keys), **result._asdict()})
+            yield {"keys": trainer.ranks.gather(batch.keys), **result._asdict()}
             if trainer.counters.step == last:
-                break
-    return steps
+                return
 
 
 def _save(folder: Path, name: str, trainer: Trainer, more: dict[str, Any]) -> None:
