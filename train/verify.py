@@ -7,6 +7,7 @@ handed on in memory. What is handed on goes through the files of a real checkpoi
 from __future__ import annotations
 
 import os
+import signal
 import socket
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -93,7 +94,24 @@ def _in_fresh_process(environment: dict[str, str], function: Callable[..., None]
     context = get_context("forkserver")
     context.set_forkserver_preload([__name__])
     with ProcessPoolExecutor(1, context, _begin, (environment, get_start_method())) as pool:
-        pool.submit(function, *args).result()
+        with _interrupts_deferred():  # half a start would leave a process behind that cannot find its parent
+            future = pool.submit(function, *args)
+        future.result()
+
+
+@contextmanager
+def _interrupts_deferred() -> Iterator[None]:
+    """Holds back SIGINT and SIGTERM, and raises KeyboardInterrupt at the end if one of them came."""
+    received: list[int] = []
+    signals = (signal.SIGINT, signal.SIGTERM)
+    handlers = [signal.signal(number, lambda number, frame: received.append(number)) for number in signals]
+    try:
+        yield
+    finally:
+        for number, handler in zip(signals, handlers, strict=True):
+            signal.signal(number, handler)
+    if received:
+        raise KeyboardInterrupt
 
 
 def _begin(environment: dict[str, str], start_method: str) -> None:
