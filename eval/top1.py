@@ -1,8 +1,7 @@
 """Top-1 and top-5 accuracy, every image counted exactly once under any number of ranks."""
 
 import argparse
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,15 +10,15 @@ import torch
 from rich.console import Console, RenderableType
 from rich.progress import track
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from eval.distributed import Ranks, joined
 from eval.inputs import Transform, evaluation_transform, image_settings
+from eval.predictions import Answers, Predictions, answers
 from eval.table import Column, to_rich
 from eval.targets import Target, resolve_targets
 from vitreuse.console import local_path, positive
 from vitreuse.data import FolderDataset, Sample, open_split, prepare_source
-from vitreuse.measure import count_topk
 
 HELP = "accuracy of run folders, or of a model name with --checkpoint and --data"
 COLUMNS = (
@@ -28,6 +27,7 @@ COLUMNS = (
     Column("n", "images", ",d"),
     Column("top1", "top-1 (%)", ".2f"),
     Column("top5", "top-5 (%)", ".2f"),
+    Column("calibration_error", "calibration error (%)", ".2f"),
 )
 ALONE = Ranks()
 
@@ -40,15 +40,6 @@ class Labelled(Protocol):
     def __getitem__(self, number: int, /) -> Sample: ...
 
 
-@dataclass(frozen=True)
-class Top1:
-    """Accuracy in percent over n images."""
-
-    n: int
-    top1: float
-    top5: float
-
-
 def evaluate(
     model: nn.Module,
     dataset: Labelled,
@@ -59,45 +50,66 @@ def evaluate(
     num_workers: int = 0,
     worker_init_fn: Callable[[int], None] | None = None,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
-) -> Top1:
-    """Accuracy of a model on a data set: rank r takes images r, r + world_size, ... and nothing is padded.
+) -> Predictions:
+    """What a model says of a data set: rank r takes batches r, r + world_size, ... and nothing is padded.
 
-    Several ranks call this together, with their models on their devices; the counts are summed once, at the end, and
-    every rank returns the same result. A rank may hold no image. The model's mode is restored.
+    An image is computed in the same batch under any number of ranks, so that they agree to the bit. Several ranks call
+    this together, with their models on their devices; their answers are gathered once, at the end, and every rank
+    returns the same. A rank may hold no image. The model's mode is restored.
 
     Raises:
-        ValueError: the ranks together did not count each image once, or a label is none of the model's classes.
+        ValueError: the ranks together did not answer each image once, or a label is none of the model's classes.
     """
-    share = _Share(dataset, range(ranks.rank, len(dataset), ranks.world_size), transform)
-    loader = DataLoader(share, batch_size=batch_size, num_workers=num_workers, worker_init_fn=worker_init_fn)
-    counts = torch.zeros(3, dtype=torch.int64)  # images, top-1, top-5
+    share = _Share(len(dataset), batch_size, ranks)
+    images = _Images(dataset, transform)
+    loader = DataLoader(images, batch_sampler=share, num_workers=num_workers, worker_init_fn=worker_init_fn)
+    found: dict[int, Answers] = {}  # by the batch's number in the set
     was_training = model.training
     model.eval()
     with ranks.together(), torch.inference_mode():
-        for images, labels in progress(loader):
-            logits = model(images.to(ranks.device))
-            counts += torch.tensor([len(labels), *count_topk(logits, labels.to(ranks.device))])
+        for number, (inputs, labels, keys) in zip(share.numbers, progress(loader), strict=True):
+            found[number] = answers(model(inputs.to(ranks.device)), labels, keys)
     model.train(was_training)
-    num_images, top1, top5 = ranks.sum(counts).tolist()
-    if num_images != len(dataset) or not num_images:
+    gathered = [batch for share in ranks.gather([*found.items()]) for batch in share]
+    batches = sorted(gathered, key=lambda batch: batch[0])
+    _check_each_once([number for number, _ in batches], share.num_batches, ranks)
+    return Predictions.of([batch for _, batch in batches])
+
+
+def _check_each_once(numbers: Sequence[int], num_batches: int, ranks: Ranks) -> None:
+    if not numbers or list(numbers) != [*range(num_batches)]:
         raise ValueError(
-            f"{ranks.world_size} ranks counted {num_images} of {len(dataset)} images: each must be counted once."
+            f"{ranks.world_size} ranks answered {len(set(numbers))} of {num_batches} batches, {len(numbers)} in all: a "
+            "set must have an image, and each must be answered once."
         )
-    return Top1(num_images, 100 * top1 / num_images, 100 * top5 / num_images)
 
 
-class _Share(Dataset[tuple[Tensor, int]]):
-    """One rank's images of a data set, as the model's inputs."""
+class _Share(Sampler[list[int]]):
+    """One rank's batches of a data set: their images, and as ``numbers`` which of the set's batches they are."""
 
-    def __init__(self, dataset: Labelled, numbers: Sequence[int], transform: Transform) -> None:
-        self.dataset, self.numbers, self.transform = dataset, numbers, transform
+    def __init__(self, num_images: int, batch_size: int, ranks: Ranks) -> None:
+        self.num_images, self.batch_size = num_images, batch_size
+        self.num_batches = -(-num_images // batch_size)
+        self.numbers = range(ranks.rank, self.num_batches, ranks.world_size)
 
     def __len__(self) -> int:
         return len(self.numbers)
 
-    def __getitem__(self, number: int) -> tuple[Tensor, int]:
-        sample = self.dataset[self.numbers[number]]
-        return self.transform(sample.image), sample.label
+    def __iter__(self) -> Iterator[list[int]]:
+        for number in self.numbers:
+            first = number * self.batch_size
+            yield [*range(first, min(first + self.batch_size, self.num_images))]
+
+
+class _Images(Dataset[tuple[Tensor, int, str]]):
+    """A data set's images as the model's inputs."""
+
+    def __init__(self, dataset: Labelled, transform: Transform) -> None:
+        self.dataset, self.transform = dataset, transform
+
+    def __getitem__(self, number: int) -> tuple[Tensor, int, str]:
+        sample = self.dataset[number]
+        return self.transform(sample.image), sample.label, sample.key
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -141,7 +153,8 @@ def _row(target: Target, args: argparse.Namespace, ranks: Ranks) -> dict[str, An
         num_workers=args.num_workers,
         progress=bar,
     )
-    return {"name": target.label, "data": str(folder), **asdict(result)}
+    measured = {"n": result.n, "top1": result.top1, "top5": result.top5}
+    return {"name": target.label, "data": str(folder), **measured, "calibration_error": result.calibration_error}
 
 
 def render(result: dict[str, Any]) -> RenderableType:

@@ -8,7 +8,7 @@ import re
 import shutil
 import socket
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,11 +24,12 @@ from eval import throughput
 from eval.__main__ import main
 from eval.distributed import Ranks, joined
 from eval.inputs import evaluation_transform, image_settings
+from eval.predictions import Predictions
 from eval.scatter import Point, scatter_figure
 from eval.table import Column, to_csv, to_markdown
 from eval.targets import plain_model, resolve_targets
 from eval.throughput import Condition, fused_attention, measure
-from eval.top1 import Top1, evaluate
+from eval.top1 import evaluate
 from vitreuse.config import load_config, to_yaml
 from vitreuse.data import Sample
 from vitreuse.measure import Timing
@@ -72,9 +73,14 @@ def to_number(image: Image.Image) -> torch.Tensor:
     return torch.tensor(image.getpixel((0, 0)))
 
 
-def expected(num_images: int) -> Top1:
+def expected(num_images: int) -> tuple[int, float, float]:
+    """n, top-1 and top-5."""
     num_wrong = len(range(0, num_images, 3))
-    return Top1(num_images, 100 * (num_images - num_wrong) / num_images, 100.0)
+    return num_images, 100 * (num_images - num_wrong) / num_images, 100.0
+
+
+def measured(predictions: Predictions) -> tuple[int, float, float]:
+    return predictions.n, predictions.top1, predictions.top5
 
 
 @pytest.mark.parametrize(("num_images", "batch_size", "num_workers"), [(1, 4, 0), (11, 4, 0), (12, 4, 2), (13, 20, 0)])
@@ -82,7 +88,8 @@ def test_one_rank_counts_every_image_once(num_images, batch_size, num_workers):
     model = Reader().train()
     dataset = Numbers(num_images)
     result = evaluate(model, dataset, transform=to_number, batch_size=batch_size, num_workers=num_workers)
-    assert result == expected(num_images)
+    assert measured(result) == expected(num_images)
+    assert result.keys == tuple(map(str, range(num_images)))
     assert model.training
 
 
@@ -92,7 +99,7 @@ def test_several_ranks_need_a_process_group():
 
 
 def test_an_empty_data_set_has_no_accuracy():
-    with pytest.raises(ValueError, match="counted 0 of 0 images"):
+    with pytest.raises(ValueError, match="0 of 0 batches, 0 in all: a set must have an image"):
         evaluate(Reader(), Numbers(0), transform=to_number)
 
 
@@ -189,9 +196,9 @@ def _rank(rank: int, folder: str, run: str, ports: dict[int, int]) -> None:
 
 
 def _count_as(ranks: Ranks) -> list:
-    """What evaluate returns for sets of several sizes, then what it says where every rank takes the share of rank 0."""
+    """What evaluate finds in sets of several sizes, then what it says where every rank takes the share of rank 0."""
     share = {"transform": to_number, "batch_size": 2}
-    results = [asdict(evaluate(Reader(), Numbers(size), ranks=ranks, **share)) for size in RANK_SIZES]
+    results = [evaluate(Reader(), Numbers(size), ranks=ranks, **share).to_csv() for size in RANK_SIZES]
     with pytest.raises(ValueError) as error:
         evaluate(Reader(), Numbers(7), ranks=replace(ranks, rank=0), **share)
     return [*results, str(error.value)]
@@ -207,11 +214,14 @@ def test_any_number_of_ranks_counts_every_image_once(tmp_path, experiment, capsy
     run = str(make_run(tmp_path / "run", experiment))
     mp.spawn(_rank, (str(tmp_path), run, {2: free_port(), 3: free_port()}), nprocs=3)
     ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(3)]
+    share = {"transform": to_number, "batch_size": 2}
+    alone = [evaluate(Reader(), Numbers(size), **share).to_csv() for size in RANK_SIZES]
     for rank, world_size in ((0, 2), (1, 2), (0, 3), (1, 3), (2, 3)):
         *results, refusal = ranks[rank]["found"][str(world_size)]
-        assert results == [asdict(expected(size)) for size in RANK_SIZES]
-        num_counted = world_size * len(range(0, 7, world_size))
-        assert refusal == f"{world_size} ranks counted {num_counted} of 7 images: each must be counted once."
+        assert results == alone
+        num_own = len(range(0, 4, world_size))
+        refused = f"{world_size} ranks answered {num_own} of 4 batches, {world_size * num_own} in all: "
+        assert refusal == refused + "a set must have an image, and each must be answered once."
     assert json.loads(ranks[0]["output"])["rows"] == run_json(capsys, "top1", run)["rows"]
     assert [ranks[1]["output"], ranks[2]["output"]] == ["", ""]
 
@@ -221,9 +231,9 @@ def _refused_rank(rank: int, folder: str, run: str, port: int) -> None:
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank))
     os.environ["WORLD_SIZE"] = "2"
-    by_rank = run, "nowhere/run"
+    by_rank, broken = (run, "nowhere/run"), ("--data", f"{folder}/broken", "--batch-size", "1")
     told = []
-    for arguments in (["run", "--splt"], ["nowhere/run"], [by_rank[rank]], [run, "--data", f"{folder}/broken"]):
+    for arguments in (["run", "--splt"], ["nowhere/run"], [by_rank[rank]], [run, *broken]):
         with redirect_stderr(io.StringIO()) as errors:
             code = exit_code(["top1", *arguments, "--device", "cpu"])
         told.append((code, [line for line in errors.getvalue().splitlines() if line.startswith("python -m eval")]))

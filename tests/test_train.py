@@ -26,8 +26,10 @@ from storms.pictures import write_pictures
 from storms.processes import Run
 from timm.models import VisionTransformer
 
+from eval.card import read_card
 from eval.distributed import Ranks
 from eval.inputs import image_settings
+from eval.predictions import Predictions, answers
 from eval.targets import resolve_targets
 from train.__main__ import main
 from train.checkpoint import Checkpoints
@@ -102,6 +104,7 @@ def _run(folder: Path, config_path: Path) -> Run:
 def test_a_run_leaves_a_whole_folder(whole, config_path):
     assert {path.name for path in whole.folder.iterdir() if not path.name.startswith(".")} == {
         "config.yaml", "run.json", "metrics.jsonl", "ledger.jsonl", "checkpoints", "model.safetensors",
+        "predictions.csv", "card.json",
     }  # fmt: skip
     config = load_config(whole.folder / "config.yaml")
     assert config == load_config(config_path, EVERYTHING)
@@ -119,6 +122,15 @@ def test_a_run_leaves_a_whole_folder(whole, config_path):
     config.model.create().load_state_dict(load_file(whole.folder / "model.safetensors"))
 
 
+def test_the_card_and_the_predictions_are_those_of_the_last_evaluation(whole):
+    card, last = read_card(whole.folder / "card.json"), whole.records()[-1]
+    assert (card.name, card.seed, card.plan, card.params) == ("whole", 0, "exact reuse", 6467)
+    assert (card.n, card.top1, card.top5) == (NUM_VAL, last["top1"], last["top5"])
+    assert card.facts["seconds"] == last["seconds"] and card.facts["command"] == whole.record["command"]
+    rows = [line.split(",") for line in (whole.folder / "predictions.csv").read_text().splitlines()[1:]]
+    assert [label == top5.split()[0] for _, label, _, top5 in rows] == card.correct_images().tolist()
+
+
 def test_a_plain_model_leaves_no_plan(config_path, tmp_path):
     """What `python -m eval` reads back as timm's own model."""
     overrides = ["model.name=vit_tiny_patch16_224", "model.plan=null"]
@@ -126,7 +138,9 @@ def test_a_plain_model_leaves_no_plan(config_path, tmp_path):
     model = folder.config.model.create()
     folder.path.mkdir()
     folder.begin(0, {})
-    folder.finish(model, model.state_dict())
+    one = Predictions.of([answers(torch.eye(10)[:1], torch.tensor([0]), ["one"])])
+    folder.finish(model, model.state_dict(), one, seconds=1.0)
+    assert read_card(folder.path / "card.json").plan is None
     with safe_open(folder.path / "model.safetensors", "pt") as file:
         metadata = file.metadata()
     keywords = json.loads(metadata.pop("keywords"))
@@ -178,7 +192,7 @@ def test_a_run_killed_in_an_evaluation_has_saved_its_epoch(config_path, tmp_path
         raise MemoryError
 
     with monkeypatch.context() as patch, pytest.raises(MemoryError):
-        patch.setattr("train.loop.measure_top1", die)
+        patch.setattr("train.loop.predict", die)
         main([*recipe, f"run_dir={killed.folder}"])
     assert killed.saved_step == killed.last_step > 0
     assert main([*recipe, f"run_dir={killed.folder}"]) == 0
@@ -342,7 +356,7 @@ class _SlowImages:
 def test_a_signal_in_an_evaluation_does_not_kill_its_workers(config_path):
     config = load_config(config_path, ["data.num_workers=1"])
     loop = _Loop(_trainer(config), _SlowImages(), RunFolder(Path("unused"), config), StopSignal())
-    assert loop._top1(loop.trainer.model).n == 7
+    assert loop._predict(loop.trainer.model).n == 7
 
 
 @pytest.mark.parametrize("name", ["cosine", "tanh", "poly", "wsd"])

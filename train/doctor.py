@@ -30,7 +30,7 @@ from torch.utils.data import Subset
 
 from eval.distributed import Ranks, joined
 from train.checkpoint import Checkpoints
-from train.experiment import Experiment, checkpoint_is_due, evaluation_is_due, measure_top1, set_up
+from train.experiment import Experiment, checkpoint_is_due, evaluation_is_due, predict, set_up
 from train.pipeline import Batch
 from train.run import RunFolder
 from train.trainer import Trainer
@@ -356,7 +356,7 @@ def _evaluation_seconds(experiment: Experiment, ranks: Ranks) -> float:
     batch_size = config.eval.batch_size * ranks.world_size
     num_images = min(len(val_set), NUM_EVALUATED * max(config.data.num_workers, 1) * batch_size)
     start = time.perf_counter()
-    measure_top1(config, trainer.final_model, Subset(val_set, range(num_images)), ranks)
+    predict(config, trainer.final_model, Subset(val_set, range(num_images)), ranks)
     num_models = 1 if trainer.ema is None else 2  # the raw weights too
     return (time.perf_counter() - start) * num_models * len(val_set) / num_images
 

@@ -10,7 +10,8 @@ import torch
 
 from eval.distributed import Ranks
 from eval.inputs import evaluation_transform, image_settings
-from eval.top1 import Labelled, Top1, evaluate
+from eval.predictions import Predictions
+from eval.top1 import Labelled, evaluate
 from train.pipeline import ignore_stop_signals, train_decoder
 from train.sharding import unsharded
 from train.trainer import Trainer
@@ -77,8 +78,8 @@ def _check_same_classes(folder: str, trained: Sequence[str], measured: Sequence[
     raise ConfigError(f"{folder}: {difference}: give both the same classes in the same order.")
 
 
-def measure_top1(config: Config, model: torch.nn.Module, val_set: Labelled, ranks: Ranks) -> Top1:
-    """Accuracy as an experiment measures it, by all ranks together."""
+def predict(config: Config, model: torch.nn.Module, val_set: Labelled, ranks: Ranks) -> Predictions:
+    """What a model says of the validation set as an experiment measures it, by all ranks together."""
     with unsharded(model):
         return evaluate(
             model,

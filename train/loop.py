@@ -9,14 +9,14 @@ from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from eval.distributed import Ranks, joined
-from eval.top1 import Top1
+from eval.predictions import Predictions
 from train.distributed import StopSignal
-from train.experiment import checkpoint_is_due, evaluation_is_due, measure_top1, set_up
+from train.experiment import checkpoint_is_due, evaluation_is_due, predict, set_up
 from train.mfu import Mfu
 from train.run import RunFolder, run_facts
 from train.trackers import check_installed
@@ -75,6 +75,13 @@ def _check_same_step(steps: list[int]) -> None:
         )
 
 
+class _Evaluation(NamedTuple):
+    """What the model said of the validation set, and the numbers that are recorded of it."""
+
+    predictions: Predictions
+    figures: dict[str, float]
+
+
 @dataclass
 class _Pace:
     """Images and seconds since the last step record."""
@@ -98,7 +105,7 @@ class _Loop:
     def __init__(self, trainer: Trainer, val_set: Any, folder: RunFolder, stop: StopSignal):
         self.trainer, self.val_set, self.folder, self.stop = trainer, val_set, folder, stop
         self.config, self.ranks = trainer.config, trainer.ranks
-        self.measured: dict[str, float] | None = None  # the newest evaluation
+        self.measured: _Evaluation | None = None  # the newest
         self.pace = _Pace()
         self.mfu = Mfu(self.config, self.ranks)
 
@@ -220,26 +227,28 @@ class _Loop:
         is_due = evaluation_is_due(self.config, counters.step, self.trainer.batches.steps_per_epoch)
         self.measured = self._evaluate() if is_due else None
         if self.ranks.is_main:
+            figures, top1 = {}, ""
             if self.measured:
-                self.folder.checkpoints.rate(counters.step, self.measured["top1"])
-            facts = {"train_loss": loss, "bad_images": len(counters.bad_images), **(self.measured or {})}
+                figures = self.measured.figures
+                self.folder.checkpoints.rate(counters.step, figures["top1"])
+                top1 = f", top-1 {figures['top1']:.2f} %"
+            facts = {"train_loss": loss, "bad_images": len(counters.bad_images), **figures}
             self.folder.log("epoch", step=counters.step, epoch=epoch, **facts)
-            top1 = f", top-1 {self.measured['top1']:.2f} %" if self.measured else ""
             shown = "not finite" if loss is None else f"{loss:.4f}"
             self.progress.reach(counters.step)
             self.progress.line(f"epoch {epoch}/{self.config.train.epochs}, loss {shown}{top1}")
 
-    def _evaluate(self) -> dict[str, float]:
+    def _evaluate(self) -> _Evaluation:
         """Accuracy of the model that the run would leave now, and with a moving average that of the raw weights too."""
-        result = self._top1(self.trainer.final_model)
-        measured = {"n": result.n, "top1": result.top1, "top5": result.top5}
+        found = self._predict(self.trainer.final_model)
+        figures = {"n": found.n, "top1": found.top1, "top5": found.top5, "calibration_error": found.calibration_error}
         if self.trainer.ema is not None:
-            raw = self._top1(self.trainer.model)
-            measured |= {"raw_top1": raw.top1, "raw_top5": raw.top5}
-        return measured
+            raw = self._predict(self.trainer.model)
+            figures |= {"raw_top1": raw.top1, "raw_top5": raw.top5}
+        return _Evaluation(found, figures)
 
-    def _top1(self, model: torch.nn.Module) -> Top1:
-        return measure_top1(self.config, model, self.val_set, self.ranks)
+    def _predict(self, model: torch.nn.Module) -> Predictions:
+        return predict(self.config, model, self.val_set, self.ranks)
 
     def _save(self) -> None:
         state = self.trainer.state_dict()
@@ -254,9 +263,14 @@ class _Loop:
         counters = self.trainer.counters
         seconds = round(counters.seconds, 3)
         self.folder.log(
-            "final", step=counters.step, epoch=self.trainer.epoch, skipped=counters.skipped, seconds=seconds, **measured
+            "final",
+            step=counters.step,
+            epoch=self.trainer.epoch,
+            skipped=counters.skipped,
+            seconds=seconds,
+            **measured.figures,
         )
-        self.folder.finish(self.trainer.final_model, weights)
+        self.folder.finish(self.trainer.final_model, weights, measured.predictions, seconds)
 
 
 def _finite(number: float) -> float | None:

@@ -7,6 +7,8 @@ RUN_DIR/config.yaml         the resolved experiment
         tensorboard/ wandb/ with train.loggers: the same records, for those programs
         checkpoints/        see checkpoint.py
         model.safetensors   at the end: the weights, with name, plan and keywords as metadata
+        predictions.csv     at the end: what the model says of each validation image
+        card.json           at the end: all that eval compare and eval report need of the run
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor, nn
 
+from eval import card
 from eval.distributed import Ranks
+from eval.predictions import Predictions
 from train.checkpoint import Checkpoints
 from train.trackers import Start, Trackers
 from train.weights import weight_files
@@ -167,13 +171,30 @@ class RunFolder:
             sync(path)
         self.checkpoints.save(state, step)
 
-    def finish(self, model: nn.Module, weights: dict[str, Tensor]) -> None:
-        """Leaves the model's weights as model.safetensors, and the status completed."""
+    def finish(
+        self, model: nn.Module, weights: dict[str, Tensor], predictions: Predictions, seconds: float
+    ) -> None:
+        """Leaves the model's weights, what it says of the validation set, the run's card, and the status completed.
+
+        Args:
+            model: The trained model.
+            weights: Its state.
+            predictions: Of the validation set.
+            seconds: Spent training, over all starts of the run.
+        """
         settings = self.config.model
         metadata = {"name": settings.name, "plan": _plan_text(model) or "", "keywords": json.dumps(settings.keywords)}
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
         write_durably(self.path / "model.safetensors", safetensors.torch.save(tensors, {**metadata, "format": "pt"}))
+        write_durably(self.path / "predictions.csv", predictions.to_csv().encode())
+        self._card(predictions, seconds).write(self.path / card.NAME)
         self.describe(status="completed")
+
+    def _card(self, predictions: Predictions, seconds: float) -> card.Card:
+        record, data = self._record(), self.config.data
+        facts = {key: record.get(key) for key in ("command", "git_commit", "versions", "hardware")}
+        split = f"{data.source or Path(data.folder).resolve().name}/val"
+        return card.make_card(self.path.resolve().name, self.config, split, predictions, {**facts, "seconds": seconds})
 
 
 def _is_known(line: bytes, step: int) -> bool:

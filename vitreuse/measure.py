@@ -168,27 +168,20 @@ class _LiveStorages(TorchDispatchMode):
         return outputs
 
 
-def count_topk(logits: Tensor, labels: Tensor, ks: tuple[int, ...] = (1, 5)) -> tuple[int, ...]:
-    """For each k, how many labels are among the k highest logits.
+def top_classes(logits: Tensor, k: int = 5) -> Tensor:
+    """The k classes of the highest logits, the highest first; all of them where there are fewer.
 
-    A tie goes to the lower class, as argmax does, so the counts depend on neither batch nor device. A label whose logit
-    is NaN is never correct. With k classes or fewer, every other label is.
+    A tie goes to the lower class, as argmax does, so the order depends on neither batch nor device. NaN comes first, as
+    class -1: no label is that.
 
     Args:
         logits: (B, classes).
-        labels: (B,), int64.
 
-    Raises:
-        ValueError: a label is not one of the classes.
+    Returns:
+        (B, min(k, classes)), int64.
     """
-    num_classes = logits.shape[1]
-    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
-        low, high = int(labels.min()), int(labels.max())
-        raise ValueError(f"labels run from {low} to {high}, but the model has {num_classes} classes: give it more.")
-    own = logits.gather(1, labels[:, None])
-    tied_before = (logits == own) & (torch.arange(num_classes, device=labels.device) < labels[:, None])
-    rank = (~(logits <= own) | tied_before).sum(1)  # classes ahead of the label; NaN <= NaN is false
-    return tuple(int(((rank < k) & ~own.squeeze(1).isnan()).sum()) for k in ks)
+    values, classes = (part[:, :k] for part in logits.sort(dim=1, descending=True, stable=True))
+    return classes.masked_fill(values.isnan(), -1)
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:

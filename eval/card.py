@@ -1,0 +1,150 @@
+"""A run on one card: what was trained, how, on what, and what it said right, image by image; all that a table needs.
+
+A training leaves it as card.json in its run folder. Cards outlive run folders: they are small, and can be committed.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import zlib
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from eval.flops import model_macs
+from eval.predictions import Predictions
+from vitreuse.config import Config, ModelConfig
+from vitreuse.durable import write_durably
+
+VERSION = 1
+NAME = "card.json"
+NOT_RECIPE = ("train.seed", "data.root")  # one stands beside it, the other is a place
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """One trained model.
+
+    Attributes:
+        name: Of the run without its seed: cards of one name are told apart by it alone.
+        seed: Of the training; None where it is not known.
+        model: Its name, its plan even if it is the preset's, and its keywords.
+        recipe: The settings of the training that give another model, by dotted name, without model and seed; None where
+            they are not known.
+        params: Numbers of the model.
+        macs: Of the products that run, per image.
+        data: The set that it was measured on, for the reader.
+        set_digest: Predictions.set_digest: of equal ones, images can be compared one by one.
+        n: Images of that set.
+        top1: Percent.
+        top5: Percent.
+        calibration_error: Percent.
+        is_correct: n bits, one per image in the set's order, compressed and in base64.
+        facts: What else is worth knowing of how it was made: command, commit, versions, hardware, seconds.
+    """
+
+    name: str
+    seed: int | None
+    model: dict[str, Any]
+    recipe: dict[str, Any] | None
+    params: int
+    macs: int
+    data: str
+    set_digest: str
+    n: int
+    top1: float
+    top5: float
+    calibration_error: float
+    is_correct: str
+    facts: dict[str, Any]
+
+    @property
+    def plan(self) -> str | None:
+        """The model's plan; None for timm's own models."""
+        return self.model["plan"]
+
+    def correct_images(self) -> np.ndarray:
+        """(n,), bool: which images the model is right on."""
+        packed = np.frombuffer(zlib.decompress(base64.b64decode(self.is_correct)), np.uint8)
+        return np.unpackbits(packed, count=self.n).astype(bool)
+
+    def model_config(self) -> ModelConfig:
+        """The untrained model."""
+        return ModelConfig(**self.model)
+
+    def write(self, path: Path) -> None:
+        """Writes it as JSON, whole or not at all."""
+        write_durably(path, (json.dumps({"card": VERSION, **asdict(self)}, indent=2) + "\n").encode())
+
+
+def make_card(name: str, config: Config, data: str, predictions: Predictions, facts: dict[str, Any]) -> Card:
+    """The card of an experiment's model, by what it says of a set."""
+    model: Any = config.model.create("meta")
+    return Card(
+        name=name.removesuffix(f"-seed{config.train.seed}"),
+        seed=config.train.seed,
+        model=model_settings(config.model, model),
+        recipe=recipe_of(config),
+        params=sum(parameter.numel() for parameter in model.parameters()),
+        macs=model_macs(model),
+        data=data,
+        facts=facts,
+        **measured(predictions),
+    )
+
+
+def model_settings(config: ModelConfig, model: Any) -> dict[str, Any]:
+    """What builds a model, with the plan that it was built with, its preset's too."""
+    plan = str(model.plan) if hasattr(model, "plan") else None
+    return {"name": config.name, "plan": plan, "keywords": config.keywords}
+
+
+def measured(predictions: Predictions) -> dict[str, Any]:
+    """What a card says of predictions."""
+    packed = np.packbits(predictions.is_correct).tobytes()
+    return {
+        "set_digest": predictions.set_digest,
+        "n": predictions.n,
+        "top1": predictions.top1,
+        "top5": predictions.top5,
+        "calibration_error": predictions.calibration_error,
+        "is_correct": base64.b64encode(zlib.compress(packed, 9)).decode(),
+    }
+
+
+def read_card(path: Path) -> Card:
+    """The card in a file.
+
+    Raises:
+        ValueError: The file holds no card, or one of another version.
+    """
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        version = record.pop("card")
+    except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} is no run card: give one that python -m train or eval top1 wrote.") from error
+    if version != VERSION or set(record) != {field.name for field in fields(Card)}:
+        raise ValueError(f"{path} is a card of version {version}, this code reads version {VERSION}: write it again.")
+    return Card(**record)
+
+
+def recipe_of(config: Config) -> dict[str, Any]:
+    """The settings of an experiment that give another model, by dotted name, without the model itself and the seed."""
+    settings = {"model.weights": config.model.weights, "model.pos_embed": config.model.pos_embed}
+    for name in ("data", "train", "eval"):
+        settings |= _flat(getattr(config, name), f"{name}.")
+    return {key: value for key, value in settings.items() if key not in NOT_RECIPE}
+
+
+def _flat(section: Any, prefix: str) -> dict[str, Any]:
+    settings: dict[str, Any] = {}
+    for field in fields(section):
+        value = getattr(section, field.name)
+        if is_dataclass(value):
+            settings |= _flat(value, f"{prefix}{field.name}.")
+        elif field.metadata["changes_run"]:
+            settings[prefix + field.name] = value
+    return settings

@@ -1,0 +1,69 @@
+"""Run cards: what a training leaves, what comes back from the file, what is refused."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from eval.card import Card, make_card, read_card, recipe_of
+from eval.predictions import Predictions, answers
+from vitreuse.config import load_config
+
+LAZY = "configs/digits/lazy.yaml"
+
+
+def predictions(num_images: int) -> Predictions:
+    logits = torch.eye(10)[torch.arange(num_images) % 10]
+    labels = torch.arange(num_images) % 7
+    return Predictions.of([answers(logits, labels, [str(number) for number in range(num_images)])])
+
+
+def a_card(*overrides: str, name: str = "lazy-seed3", num_images: int = 71) -> Card:
+    return make_card(name, load_config(LAZY, overrides), "digits/val", predictions(num_images), {"seconds": 1.5})
+
+
+def test_a_card_comes_back_from_its_file(tmp_path):
+    made = a_card()
+    made.write(tmp_path / "card.json")
+    found = read_card(tmp_path / "card.json")
+    assert found == Card(**json.loads(json.dumps(vars(made))))
+    assert np.array_equal(found.correct_images(), np.arange(71) % 10 == np.arange(71) % 7)
+    assert found.top1 == 100 * found.correct_images().sum() / 71
+
+
+def test_a_card_builds_its_model_again():
+    found = a_card()
+    model = found.model_config().create("meta")
+    assert (str(model.plan), found.plan) == ("(exact reuse*2)*2", "(exact reuse*2)*2")
+    assert found.params == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_the_preset_is_written_out():
+    assert a_card("model.name=vit_lazy_tiny_patch16_224", "model.plan=null").plan == "(exact reuse*2)*2"
+
+
+@pytest.mark.parametrize(("name", "seed", "found"), [("lazy-seed3", 3, "lazy"), ("lazy-seed3", 4, "lazy-seed3")])
+def test_the_name_goes_without_the_seed(name, seed, found):
+    assert a_card(f"train.seed={seed}", name=name).name == found
+
+
+def test_the_recipe_is_what_gives_another_model():
+    recipe = recipe_of(load_config(LAZY))
+    for same in ("train.seed=9", "data.num_workers=2", "model.plan=exact*6", "train.log_every_steps=3"):
+        assert recipe_of(load_config(LAZY, [same])) == recipe
+    for other in ("train.epochs=9", "train.optimizer.lr=1", "eval.crop_pct=0.9", "model.pos_embed=sincos2d"):
+        assert recipe_of(load_config(LAZY, [other])) != recipe
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"name": "lazy"}', "\x00"])
+def test_another_file_is_refused(tmp_path, text):
+    (tmp_path / "card.json").write_text(text)
+    with pytest.raises(ValueError, match="is no run card: give one that python -m train or eval top1 wrote"):
+        read_card(tmp_path / "card.json")
+
+
+def test_a_card_of_another_version_is_refused(tmp_path):
+    (tmp_path / "card.json").write_text('{"card": 2}')
+    with pytest.raises(ValueError, match="is a card of version 2, this code reads version 1"):
+        read_card(tmp_path / "card.json")
