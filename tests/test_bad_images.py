@@ -123,6 +123,42 @@ def test_ranks_share_the_replacements_the_count_and_the_end(root, replaced, tmp_
     torch.testing.assert_close(weights, expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        ["train.affine={degrees: 10}"],
+        ["train.affine=null", "train.crop={scale: [0.3, 1.0], auto_augment: rand-m9-n2, erase_prob: 0.5}"],
+        ["train.affine=null", "train.crop={color_jitter: 0.3}", "model.keywords.in_chans=3"],
+    ],
+    ids=["affine", "crop of grey", "crop of colour"],
+)
+def test_any_kind_of_image_is_trained_on(tmp_path, recipe):
+    """Inks, 16 bits, a palette with a transparent colour, an alpha channel, two levels, and a single pixel."""
+    grey = np.random.default_rng(0).integers(0, 255, (11, 7), dtype=np.uint8)
+    images = [
+        Image.fromarray(grey).convert("CMYK"),
+        Image.fromarray(grey.astype(np.uint16) * 257),
+        Image.fromarray(grey).convert("P"),
+        Image.fromarray(grey).convert("RGBA"),
+        Image.fromarray(grey).convert("1"),
+        Image.fromarray(grey[:1, :1]),
+        Image.fromarray(grey[:1, :1]).convert("CMYK"),
+    ]
+    for split in ("train", "val"):
+        write_shards([_encoded(number, image) for number, image in enumerate(images)], tmp_path / split, "abc", 4)
+    (tmp_path / "x.yaml").write_text(CONFIG.format(root=tmp_path))
+    run = _train(tmp_path, tmp_path / "run", *recipe)
+    losses = [record["loss"] for record in run.records() if record["kind"] == "step"]
+    assert len(losses) == 2 and all(loss is not None for loss in losses)
+    assert (run.records()[-1]["n"], run.records()[-2]["bad_images"]) == (len(images), 0)
+
+
+def _encoded(number: int, image: Image.Image) -> EncodedSample:
+    content, kind = io.BytesIO(), "JPEG" if image.mode == "CMYK" else "PNG"
+    image.save(content, kind, **({"transparency": 3} if image.mode == "P" else {}))
+    return EncodedSample(f"image{number}", content.getvalue(), "jpg" if kind == "JPEG" else "png", number % 3)
+
+
 def test_none_is_replaced_in_an_evaluation(tmp_path, capsys):
     _write(tmp_path, {"train": (), "val": (2,)})
     (tmp_path / "x.yaml").write_text(CONFIG.format(root=tmp_path))

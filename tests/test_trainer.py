@@ -17,7 +17,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from timm.data.distributed_sampler import RepeatAugSampler
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.scheduler import CosineLRScheduler, PolyLRScheduler, TanhLRScheduler
@@ -28,6 +28,7 @@ from torch.nn import functional as F
 
 from eval.distributed import Ranks
 from eval.inputs import image_settings
+from eval.top1 import ALONE
 from train.__main__ import main
 from train.distill import Teacher, distillation_loss
 from train.order import RankBatches
@@ -74,11 +75,11 @@ def make(tmp_path) -> Callable[..., Trainer]:
     """Builds the trainer of the small experiment with overrides."""
     (tmp_path / "x.yaml").write_text(CONFIG)
 
-    def make_trainer(*overrides: str) -> Trainer:
+    def make_trainer(*overrides: str, ranks: Ranks = ALONE) -> Trainer:
         config = load_config(tmp_path / "x.yaml", overrides)
         torch.manual_seed(config.train.seed)
         model: Any = config.model.create()
-        return Trainer(config, model, Images(), image_settings(model), Ranks())
+        return Trainer(config, model, Images(), image_settings(model), ranks)
 
     return make_trainer
 
@@ -757,6 +758,26 @@ def test_two_ranks_share_a_teacher_a_scaler_and_what_is_frozen(on_disk, tmp_path
     assert still == {name for name in moved if name.startswith("blocks.0.")} | {"pos_embed"}
 
 
+def test_a_run_goes_on_from_the_inputs_that_it_was_begun_with(on_disk, tmp_path, teacher, capsys):
+    recipe = [f"train.distill={{teacher: {teacher}, kind: soft}}", "train.epochs=2"]
+    assert main([*on_disk, *recipe]) == 0
+    weights = tmp_path / "teacher.safetensors"
+    taught = load_file(weights)
+    record = tmp_path / "run" / "run.json"
+    record.write_text(record.read_text().replace('"completed"', '"stopped"'))
+    save_file({name: tensor + 1 for name, tensor in taught.items()}, weights)
+    assert main([*on_disk, *recipe]) == 2
+    assert f"was begun with other {weights}, of digest " in capsys.readouterr().err
+    save_file(taught, weights)
+    assert main([*on_disk, *recipe]) == 0
+
+
+def test_more_pieces_than_images_are_refused(make):
+    assert make("train.accumulation_steps=8")
+    with pytest.raises(ConfigError, match="accumulation_steps 8 would cut a rank's 4 images into more pieces"):
+        make("train.accumulation_steps=8", ranks=Ranks(0, 2))
+
+
 def test_a_run_says_what_it_starts_from_and_keeps_the_checksums(on_disk, tmp_path, teacher, capsys):
     plain = timm.create_model("vit_tiny_patch16_224", **SIZES)
     save_file(plain.state_dict(), tmp_path / "plain.safetensors")
@@ -764,8 +785,9 @@ def test_a_run_says_what_it_starts_from_and_keeps_the_checksums(on_disk, tmp_pat
     assert main([*on_disk, *start, "train.epochs=1", "train.optimizer.lr=1e-9"]) == 0
     told = capsys.readouterr().err
     assert f"starts from {tmp_path / 'plain.safetensors'}; left out: blocks.1.attn.qkv." in told
-    files = json.loads((tmp_path / "run" / "run.json").read_text())["weight_files"]
-    assert list(files) == [str(tmp_path / "plain.safetensors"), str(tmp_path / "teacher.safetensors")]
-    assert all(len(checksum) == 64 for checksum in files.values()) and len(set(files.values())) == 2
+    inputs = json.loads((tmp_path / "run" / "run.json").read_text())["inputs"]
+    files = [str(tmp_path / "plain.safetensors"), str(tmp_path / "teacher.safetensors")]
+    assert list(inputs) == ["training images", "validation images", *files]
+    assert all(len(digest) == 64 for digest in inputs.values()) and len(set(inputs.values())) == 4
     state = torch.load(tmp_path / "run/checkpoints/step-000000003/state.pt", weights_only=True)
     torch.testing.assert_close(state["model"]["head.weight"], plain.head.weight.detach(), rtol=0, atol=1e-6)

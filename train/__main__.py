@@ -106,10 +106,13 @@ def _parse(arguments: list[str]) -> tuple[Path, list[str], Path, str | None]:
 
 
 def _launcher() -> list[str]:
+    """How this process was started, without the address at which several machines met."""
     world_size = os.environ.get("WORLD_SIZE", "1")
     if world_size == "1":
         return ["python", "-m", "train"]
-    return ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", world_size), "-m", "train"]
+    num_nodes = os.environ.get("GROUP_WORLD_SIZE", "1")
+    nodes = [] if num_nodes == "1" else ["--nnodes", num_nodes]
+    return ["torchrun", *nodes, "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", world_size), "-m", "train"]
 
 
 if __name__ == "__main__":

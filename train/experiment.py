@@ -15,7 +15,7 @@ from eval.top1 import Labelled, evaluate
 from train.pipeline import ignore_stop_signals, train_decoder
 from train.sharding import unsharded
 from train.trainer import Trainer
-from train.weights import start_from
+from train.weights import start_from, weight_files
 from vitreuse.config import Config, ConfigError
 from vitreuse.data import ShardDataset, open_split, prepare_source
 
@@ -55,6 +55,12 @@ def set_up(config: Config, ranks: Ranks) -> Experiment:
         _check_same_classes(config.data.folder, train_set.class_names, val_set.class_names)
         _check_shuffled(config, train_set)
         return Experiment(Trainer(config, model, train_set, settings, ranks), train_set, val_set)
+
+
+def inputs(experiment: Experiment) -> dict[str, str]:
+    """Digests of what an experiment reads: both splits, and every file of weights."""
+    splits = {"training images": experiment.train_set, "validation images": experiment.val_set}
+    return {name: split.digest for name, split in splits.items()} | weight_files(experiment.trainer.config)
 
 
 def _check_shuffled(config: Config, train_set: Any) -> None:

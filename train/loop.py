@@ -16,7 +16,7 @@ import torch
 from eval.distributed import Ranks, joined
 from eval.predictions import Predictions
 from train.distributed import StopSignal
-from train.experiment import checkpoint_is_due, evaluation_is_due, predict, set_up
+from train.experiment import checkpoint_is_due, evaluation_is_due, inputs, predict, set_up
 from train.mfu import Mfu
 from train.run import RunFolder, run_facts
 from train.trackers import check_installed
@@ -51,11 +51,13 @@ def train(config: Config, run_dir: Path, command: str) -> bool:
         experiment = set_up(config, ranks)
         loop = _Loop(experiment.trainer, experiment.val_set, folder, stop)
         with ranks.together():
+            read = inputs(experiment)
             if ranks.is_main:
                 held.enter_context(folder.claimed())
+                folder.refuse_other_inputs(read)
         loop.resume()
         try:
-            return loop.run(command)
+            return loop.run({"command": command, "inputs": read})
         except Exception as error:
             folder.fail(str(error) or repr(error))
             raise
@@ -125,10 +127,14 @@ class _Loop:
             step = self.trainer.counters.step
             _say(self.ranks, f"{self.folder.path} goes on after step {step} of {self.trainer.num_steps}.")
 
-    def run(self, command: str) -> bool:
-        """Trains to the end or to a signal, and leaves the weights; whether the end was reached."""
+    def run(self, facts: dict[str, Any]) -> bool:
+        """Trains to the end or to a signal, and leaves the weights; whether the end was reached.
+
+        Args:
+            facts: For run.json, beside those that it is always made of.
+        """
         if self.ranks.is_main:
-            self._begin(command)
+            self._begin(facts)
         trainer = self.trainer
         name, step, num_steps = self.folder.path.name, trainer.counters.step, trainer.num_steps
         with WorkProgress(name, "steps", num_steps, step, enabled=self.ranks.is_main) as self.progress:
@@ -146,12 +152,13 @@ class _Loop:
         self._finish()
         return True
 
-    def _begin(self, command: str) -> None:
+    def _begin(self, facts: dict[str, Any]) -> None:
         self._say_how_attention_runs()
         if self.config.train.mixup is not None:
             self._say_what_mixup_drops()
-        facts = run_facts(self.config, self.trainer.model, self.ranks, command)
-        self.folder.begin(self.trainer.counters.step, {**facts, "num_steps": self.trainer.num_steps})
+        made = run_facts(self.config, self.trainer.model, self.ranks)
+        num_steps = self.trainer.num_steps
+        self.folder.begin(self.trainer.counters.step, {**facts, **made, "num_steps": num_steps})
 
     def _say_how_attention_runs(self) -> None:
         recipe, model = self.config.train, self.trainer.model

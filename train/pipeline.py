@@ -124,6 +124,7 @@ class RandomResizedCrop(RandomResizedCropAndInterpolation):
 
     def __call__(self, image: Tensor) -> Tensor:
         top, left, height, width = self.get_params(image, self.scale, self.ratio)
+        height, width = max(height, 1), max(width, 1)  # of an image of few pixels timm may take none
         interpolation: Any = self.interpolation
         return resized_crop(image, top, left, height, width, list(self.size), interpolation, antialias=True)
 

@@ -31,7 +31,6 @@ from eval.distributed import Ranks
 from eval.predictions import Predictions
 from train.checkpoint import Checkpoints
 from train.trackers import Start, Trackers
-from train.weights import weight_files
 from vitreuse.config import Config, ConfigError, changed_settings, load_config, to_yaml
 from vitreuse.console import is_first_rank
 from vitreuse.durable import TEMPORARY_FILES, exclusive_lock, sync, write_durably
@@ -77,6 +76,23 @@ class RunFolder:
                 f"{self.path} holds a run of another configuration ({'; '.join(changes)}): "
                 f"choose another folder with run_dir=PATH, or remove this one."
             )
+
+    def refuse_other_inputs(self, inputs: dict[str, Any]) -> None:
+        """Checks that what a run reads is what it read before.
+
+        Args:
+            inputs: As run.json holds them: digests by what they are of.
+
+        Raises:
+            ConfigError: Weights or data are others than those that the run was begun with.
+        """
+        before = self._record().get("inputs", inputs)
+        for name in {**before, **inputs}:
+            if before.get(name) != inputs.get(name):
+                raise ConfigError(
+                    f"{self.path} was begun with other {name}, of digest {before.get(name)} and not "
+                    f"{inputs.get(name)}: put back what it read, or choose another folder with run_dir=PATH."
+                )
 
     @contextmanager
     def claimed(self) -> Iterator[None]:
@@ -206,14 +222,12 @@ def _is_known(line: bytes, step: int) -> bool:
     return line.endswith(b"\n") and record["step"] <= step and record.get("kind") != "final"
 
 
-def run_facts(config: Config, model: nn.Module, ranks: Ranks, command: str) -> dict[str, Any]:
+def run_facts(config: Config, model: nn.Module, ranks: Ranks) -> dict[str, Any]:
     """What run.json says of how a run was made."""
     return {
-        "command": command,
         "model": config.model.name,
         "plan": _plan_text(model),
         "num_params": sum(parameter.numel() for parameter in model.parameters()),
-        "weight_files": weight_files(config),
         "git_commit": _git_commit(),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         "hardware": {**describe_machine(ranks.device), "num_ranks": ranks.world_size},

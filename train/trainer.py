@@ -328,3 +328,9 @@ def _check_fit(config: Config, num_dataset_classes: int, num_model_classes: int,
             f"train.mixup pairs the images of each rank, so train.global_batch_size {batch_size} must be a multiple of "
             f"{2 * world_size}, twice the number of ranks."
         )
+    pieces, share = config.train.accumulation_steps, -(-batch_size // world_size)
+    if pieces > share:
+        raise ConfigError(
+            f"train.accumulation_steps {pieces} would cut a rank's {share} images into more pieces than there are: "
+            f"lower it to {share} or less."
+        )

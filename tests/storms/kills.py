@@ -6,12 +6,15 @@ import random
 import signal
 import time
 from collections import defaultdict
+from itertools import product
 
+from pictures import write_pictures
 from processes import Run, Start, check
-from stage import CHECKPOINT_STEPS, SEED, SHORTER, Stage
+from stage import CHECKPOINT_STEPS, NUM_TRAIN, NUM_VAL, SEED, SHORTER, Stage
 
-NUM_RANDOM_KILLS, NUM_AIMED_KILLS, NUM_STOPS = 20, 6, 3
+NUM_RANDOM_KILLS, NUM_AIMED_KILLS, NUM_KILLS_OF_TWO, NUM_STOPS = 20, 6, 5, 3
 LONGEST_PAUSE_S = 0.03  # after a step is logged: two or three more
+RANKS, WORKERS = (1, 2, 3), (0, 1, 2, 3, 4)
 TOLERANCE = 1e-4  # relative, between one rank and two: the sums of a step are taken in another order
 
 
@@ -47,6 +50,21 @@ def killed_at_random_moments(stage: Stage) -> str:
 def _wait_for_checkpoint_in_writing(start: Start) -> None:
     pattern = f"checkpoints/step-*/.state.pt.{start.process.pid}.tmp"
     start.wait_until(lambda: any(start.run.folder.glob(pattern)), "its next checkpoint", pause_s=0)
+
+
+def two_ranks_killed_at_random_moments(stage: Stage) -> str:
+    """SIGKILL to the launcher of two ranks and all that it started."""
+    run, rng = stage.run("killed-on-two", "everything", SHORTER), random.Random(SEED)
+    for step in sorted(rng.sample(range(1, 90), NUM_KILLS_OF_TWO)):
+        start = run.start(ranks=2)
+        start.wait_for_step(step)
+        time.sleep(rng.uniform(0, LONGEST_PAUSE_S))
+        check(start.kill() == -signal.SIGKILL, f"{run.name} had ended before it was killed after step {step}")
+        lost = run.last_step - run.saved_step
+        check(0 <= lost <= CHECKPOINT_STEPS, f"a kill after step {run.last_step} left checkpoint {run.saved_step}")
+    run.complete(ranks=2)
+    run.check_equals(stage.whole_on_two)
+    return f"{NUM_KILLS_OF_TWO} kills of both; everything equal to the bit"
 
 
 def stopped_by_sigterm_to_torchrun(stage: Stage) -> str:
@@ -93,6 +111,23 @@ def _moved(stage: Stage, run: Run) -> str:
     return f"steps {first + 1} to {second} on two ranks; samples of every step the same, loss within {apart:.0e}"
 
 
+def every_image_is_seen_once_an_epoch(stage: Stage) -> str:
+    """By any number of ranks and workers, from fewer shards than workers, with a last batch that is smaller."""
+    write_pictures(stage.folder / "few-shards", NUM_TRAIN, NUM_VAL, per_shard=20)
+    settings = (f"data.root={stage.folder / 'few-shards'}", "train.epochs=2", "eval.every_epochs=1")
+    everything = sorted(f"train-{number}" for number in range(NUM_TRAIN))
+    for ranks, workers in product(RANKS, WORKERS):
+        run = stage.run(f"once-{ranks}-{workers}", "plain", *settings, f"data.num_workers={workers}")
+        run.complete(ranks)
+        keys = [*_keys(run).values()]
+        for epoch in (keys[: len(keys) // 2], keys[len(keys) // 2 :]):
+            seen = sorted(key for step in epoch for key in step)
+            check(seen == everything, f"{run.name} saw in an epoch {seen}")
+        counted = [record["n"] for record in run.records() if "n" in record]
+        check(counted == [NUM_VAL] * 3, f"{run.name} evaluated {counted} images")
+    return f"{len(RANKS)} numbers of ranks x {len(WORKERS)} of workers, 3 shards, {NUM_TRAIN} images in batches of 8"
+
+
 def _keys(run: Run) -> dict[int, list[str]]:
     """The samples of each step, over all ranks."""
     keys = defaultdict(list)
@@ -110,7 +145,9 @@ def _relative_differences(run: Run, other: Run) -> list[float]:
 
 SCENARIOS = (
     killed_at_random_moments,
+    two_ranks_killed_at_random_moments,
     stopped_by_sigterm_to_torchrun,
+    every_image_is_seen_once_an_epoch,
     moved_from_one_rank_to_two_and_back,
     moved_to_two_ranks_of_half_a_model_and_back,
 )

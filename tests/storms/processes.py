@@ -200,6 +200,7 @@ class Run:
             "metrics.jsonl": (self.curve(), whole.curve()),
             "model.safetensors": tuple(load_file(run.folder / "model.safetensors") for run in (self, whole)),
             "state.pt": (self.state(), whole.state()),
+            "predictions.csv": tuple((run.folder / "predictions.csv").read_text() for run in (self, whole)),
         }
         different = [path for name, pair in parts.items() for path in differences(*pair, name)]
         check(not different, f"{self.name} differs from {whole.name} in {', '.join(different[:5])}")

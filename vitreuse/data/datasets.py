@@ -1,5 +1,6 @@
 """Map-style data sets over indexed shards and over folders of images: any sample, in any order, from any process."""
 
+import hashlib
 import os
 import weakref
 import zlib
@@ -33,6 +34,7 @@ class ShardDataset(Dataset[Sample]):
     Attributes:
         class_names: name of each label.
         shard_sizes: number of samples of each shard.
+        digest: SHA-256 of the index, which holds those of shards and samples: equal ones have the same samples.
 
     Raises:
         DataError: the index is missing or does not fit the shards.
@@ -45,6 +47,7 @@ class ShardDataset(Dataset[Sample]):
         self._open_shard = lru_cache(maxsize=MAX_OPEN_SHARDS)(_OpenShard)
         self.class_names = self._index.class_names
         self.shard_sizes = [shard.num_samples for shard in self._index.shards]
+        self.digest = hashlib.sha256((self.folder / HEADER_FILE).read_bytes()).hexdigest()
 
     def __len__(self) -> int:
         return len(self._index)
@@ -104,6 +107,7 @@ class FolderDataset(Dataset[Sample]):
     Attributes:
         class_names: names of the class folders.
         shard_sizes: one entry, the number of samples.
+        digest: SHA-256 of the paths in order; what the files hold is not looked at.
 
     Raises:
         DataError: no class folders, or one without images.
@@ -117,6 +121,7 @@ class FolderDataset(Dataset[Sample]):
         self._labels = np.repeat(np.arange(len(paths)), [len(of_class) for of_class in paths])
         self._paths = np.array([os.fsencode(path) for of_class in paths for path in of_class])
         self.shard_sizes = [len(self._paths)]
+        self.digest = hashlib.sha256(self._paths.data).hexdigest()
 
     def __len__(self) -> int:
         return len(self._paths)
