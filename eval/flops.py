@@ -1,26 +1,26 @@
-"""MACs and FLOPs per part, by three counts that must agree: closed form, fvcore, torch."""
+"""MACs and FLOPs per part, by three counts that must agree: closed form, fvcore, torch; and what training takes."""
 
 import argparse
 import re
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
+import torch
 from rich.console import Group, RenderableType
-from torch import nn
+from torch import Tensor, nn
 
-from eval.inputs import example
+from eval.inputs import DTYPES, example
 from eval.table import Column, to_rich
-from eval.targets import PLAN_KEYWORDS, Target, resized, resolve_targets
-from vitreuse.config import ModelConfig
-from vitreuse.console import positive
-from vitreuse.flops import fvcore_macs, torch_flops
+from eval.targets import Target, exact_model, resized, resolve_targets
+from vitreuse.console import choose_device, positive
+from vitreuse.flops import fvcore_macs, norm_operations, torch_flops, training_flops
 from vitreuse.macs import count_macs
+from vitreuse.measure import Call, device_name, inference_call, peak_memory_mib, saved_memory_mib
 
 # A layer's attention or MLP, a top-level module, or the whole model.
 PART = re.compile(r"blocks\.\d+\.(attn|mlp)|(?!blocks\b)[^.]*")
-HELP = "MACs and FLOPs per part, by closed form and by two counters that must agree with it"
+HELP = "MACs and FLOPs per part, by closed form and two counters that must agree; FLOPs and memory of training"
 COLUMNS = (
     Column("part", "part"),
     Column("macs", "MACs", ",d"),
@@ -36,16 +36,21 @@ SUMMARY = (
     Column("macs", "MACs", ",d"),
     Column("flops", "FLOPs", ",d"),
     Column("theoretical_macs", "theoretical MACs", ",d"),
+    Column("macs_with_norms", "MACs as in timm's tables", ",d"),
     Column("macs_ratio", "MACs / exact", ".3f"),
     Column("params_ratio", "params / exact", ".3f"),
+    Column("training_flops", "training FLOPs", ",d"),
+    Column("saved_memory_mib", "saved (MiB)", ",.2f"),
+    Column("inference_memory_mib", "inference (MiB)", ",.2f"),
 )
 
 
-def count(target: Target, image_size_px: int | None = None) -> dict[str, Any]:
+def count(target: Target, image_size_px: int | None, dtype: str, device: torch.device) -> dict[str, Any]:
     """Counts of one model per image: in all, per part, and as ratios to the same model with exact attention.
 
     MACs are those of the products that run, theoretical MACs those of the method (map carried, neighbourhood only);
-    ratios quote the latter. A plain timm model has no closed form: its two counters are compared.
+    ratios quote the latter. A plain timm model has no closed form: its two counters are compared. Training FLOPs are
+    those of the forward and the backward pass, see training_flops.
 
     Raises:
         ValueError: two counts of a part differ.
@@ -55,12 +60,13 @@ def count(target: Target, image_size_px: int | None = None) -> dict[str, Any]:
     images = example(model, 1)
     counted = {"fvcore_macs": fvcore_macs(model, images), "torch_macs": _halved(torch_flops(model, images))}
     result: dict[str, Any] = {"name": target.label, "image_size_px": list(images.shape[-2:])}
-    result["params"] = _num_params(model)
+    result["params"] = num_params(model)
+    norms = norm_operations(model, images)
     if hasattr(model, "plan"):
         closed, theoretical = _by_part(count_macs(model)), _by_part(count_macs(model, theoretical=True))
-        exact = _exact(config, len(model.plan))
+        exact = exact_model(config, len(model.plan)).create("meta")
         macs_ratio = theoretical[""] / model_macs(exact, theoretical=True)
-        ratios = {"macs_ratio": macs_ratio, "params_ratio": result["params"] / _num_params(exact)}
+        ratios = {"macs_ratio": macs_ratio, "params_ratio": result["params"] / num_params(exact)}
     else:
         closed = theoretical = {name: macs for name, macs in counted["torch_macs"].items() if PART.fullmatch(name)}
         ratios = {"macs_ratio": None, "params_ratio": None}
@@ -71,7 +77,34 @@ def count(target: Target, image_size_px: int | None = None) -> dict[str, Any]:
     ]
     _check_agreement(target.label, parts)
     totals = {"macs": closed[""], "flops": 2 * closed[""], "theoretical_macs": theoretical[""]}
-    return {**result, **totals, **ratios, "parts": parts}
+    totals |= {"macs_with_norms": closed[""] + norms, "training_flops": training_flops(model.train(), images)}
+    return {**result, **totals, **ratios, **memory(model.to(device), dtype), "parts": parts}
+
+
+def memory(model: nn.Module, dtype: str) -> dict[str, float]:
+    """Activation memory of one image in MiB, from real passes on the model's device.
+
+    Returns:
+        saved_memory_mib: what each further image of a batch makes a training step keep for its backward pass, the
+            image included; weights stay float32, products are in dtype.
+        inference_memory_mib: the most that one image's forward pass holds at a time beside image and weights, all in
+            dtype; kernels' scratch is seen on CUDA alone.
+    """
+    # batches of 2 and 3: with a single image some copies turn into views
+    saved = [saved_memory_mib(_training_forward(model.train(), example(model, size), dtype)) for size in (2, 3)]
+    placed = model.eval().to(getattr(torch, dtype))
+    call = inference_call(placed, example(placed, 1))
+    call()  # fills caches
+    peak = peak_memory_mib(call, (), next(placed.parameters()).device)
+    return {"saved_memory_mib": saved[1] - saved[0], "inference_memory_mib": peak}
+
+
+def _training_forward(model: nn.Module, images: Tensor, dtype: str) -> Call:
+    def call() -> None:
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+            model(images)
+
+    return call
 
 
 def model_macs(model: nn.Module, theoretical: bool = False, image_size: tuple[int, int] | None = None) -> int:
@@ -114,13 +147,8 @@ def _check_agreement(label: str, parts: list[dict[str, Any]]) -> None:
             )
 
 
-def _exact(config: ModelConfig, depth: int) -> nn.Module:
-    """The same model with exact attention in every layer, on the meta device."""
-    keywords = {key: value for key, value in config.keywords.items() if key not in PLAN_KEYWORDS}
-    return replace(config, plan=f"exact*{depth}", keywords=keywords).create("meta")
-
-
-def _num_params(model: nn.Module) -> int:
+def num_params(model: nn.Module) -> int:
+    """Number of parameters."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -129,16 +157,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("targets", nargs="+", metavar="TARGET", help="model name, config or run folder")
     parser.add_argument("--plan", nargs="+", default=[], metavar="TEXT", help="count each target under these plans")
     parser.add_argument("--image-size", type=positive, nargs="+", metavar="PX", help="default: the model's own")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the memory; default: %(default)s")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Counts of every target at every image size."""
-    targets = resolve_targets(args.targets, args.plan)
-    models = [count(target, size) for target in targets for size in args.image_size or [None]]
-    return {"command": "flops", "models": models}
+    """Counts and memory of every target at every image size."""
+    targets, device = resolve_targets(args.targets, args.plan), choose_device(args.device)
+    models = [count(target, size, args.dtype, device) for target in targets for size in args.image_size or [None]]
+    return {"command": "flops", "device": device_name(device), "dtype": args.dtype, "models": models}
 
 
 def render(result: dict[str, Any]) -> RenderableType:
     """The result as tables for the terminal."""
     models = result["models"]
-    return Group(*(to_rich(model["parts"], COLUMNS, model["name"]) for model in models), to_rich(models, SUMMARY))
+    caption = (
+        "per image. timm's tables add 5 a number for LayerNorm; training: forward and backward pass; saved: kept for "
+        f"the backward pass; inference: the most at a time. Memory in {result['dtype']}, {result['device']}."
+    )
+    tables = (to_rich(model["parts"], COLUMNS, model["name"]) for model in models)
+    return Group(*tables, to_rich(models, SUMMARY, caption))

@@ -9,6 +9,7 @@ from timm.data.transforms_factory import create_transform
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
+DTYPES = ("float32", "bfloat16")  # in which models are measured
 Transform = Callable[[Any], Tensor]  # from a PIL image to (channels, rows, columns)
 
 

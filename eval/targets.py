@@ -16,6 +16,7 @@ from torch import nn
 from vitreuse.config import Config, ModelConfig, load_config
 from vitreuse.models import default_cfgs, plain_name, variant_of
 from vitreuse.options import PlanOptions
+from vitreuse.plan import parse_plan
 
 # Keywords that timm's own models do not have.
 PLAN_KEYWORDS = tuple(field.name for field in fields(PlanOptions))
@@ -105,6 +106,12 @@ def plain_model(model: ModelConfig) -> ModelConfig:
     name = plain_name(model.name) if model.name in default_cfgs else model.name
     keywords = {key: value for key, value in model.keywords.items() if key not in PLAN_KEYWORDS}
     return replace(model, name=name, plan=None, keywords=keywords)
+
+
+def exact_model(model: ModelConfig, depth: int) -> ModelConfig:
+    """The same model with exact attention in every layer."""
+    keywords = {key: value for key, value in model.keywords.items() if key not in PLAN_KEYWORDS}
+    return replace(model, plan=str(parse_plan(f"exact*{depth}")), keywords=keywords)
 
 
 def resized(model: ModelConfig, image_size_px: int | None) -> ModelConfig:

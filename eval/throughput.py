@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from eval.flops import model_macs
-from eval.inputs import example, image_settings
+from eval.inputs import DTYPES, example, image_settings
 from eval.profile import COLUMNS as PROFILE_COLUMNS
 from eval.profile import profile_parts
 from eval.table import Column, to_csv, to_rich
@@ -35,7 +35,6 @@ from vitreuse.measure import (
 )
 
 HELP = "speed and memory, against timm's plain model with fused and with unfused attention"
-DTYPES = ("float32", "bfloat16")
 MODES = ("inference", "train")
 COLUMNS = (
     Column("name", "name"),

@@ -32,7 +32,7 @@ from eval.throughput import Condition, fused_attention, measure
 from eval.top1 import evaluate
 from vitreuse.config import load_config, to_yaml
 from vitreuse.data import Sample
-from vitreuse.measure import Timing
+from vitreuse.measure import Timing, _LiveStorages, inference_call, peak_memory_mib
 
 CONFIG = """
 model:
@@ -280,6 +280,42 @@ def test_flops_agree_part_by_part(experiment, capsys):
     assert model["macs_ratio"] == pytest.approx(model["macs"] / exact_macs)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("plan", ["exact*3", "exact reuse*2", "lowrank:3 reuse:1 none"])
+def test_saved_memory_is_what_lives_between_forward_and_backward_pass(plan, dtype, experiment, capsys):
+    experiment.write_text(experiment.read_text().replace("exact reuse*2", plan))
+    row = run_json(capsys, "flops", str(experiment), "--dtype", dtype)["models"][0]
+    model = load_config(experiment).model.create().train()
+    lives = []
+    for num_images in (3, 7):  # whose difference leaves weights and their copies out
+        images = torch.randn(num_images, 1, 12, 12)
+        kept = [images] if dtype == "float32" else []  # a copy takes its place
+        storages = _LiveStorages([*model.parameters(), *kept])
+        with storages, torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+            logits = model(images)
+        lives.append(storages.live_bytes - logits.nbytes)
+    assert row["saved_memory_mib"] == (lives[1] - lives[0]) / 4 / 2**20 > 0
+
+
+def test_inference_memory_is_the_peak_beside_weights_and_image(experiment, capsys):
+    row = run_json(capsys, "flops", str(experiment))["models"][0]
+    model = load_config(experiment).model.create().eval()
+    image = torch.randn(1, 1, 12, 12)
+    resident = [*model.parameters(), *model.buffers(), image]
+    peak = peak_memory_mib(inference_call(model, image), resident, torch.device("cpu"))
+    assert row["inference_memory_mib"] == pytest.approx(peak - sum(tensor.nbytes for tensor in resident) / 2**20)
+    tokens, hidden = 10 * 8 * 4, 10 * 32 * 4  # bytes: of an exact layer's MLP, tokens before, hidden units, map
+    assert row["inference_memory_mib"] >= (tokens + hidden) / 2**20
+
+
+def test_flops_of_training_and_of_timms_tables(experiment, capsys):
+    model = run_json(capsys, "flops", str(experiment))["models"][0]
+    patches = next(row["macs"] for row in model["parts"] if row["part"] == "patch_embed")
+    assert model["training_flops"] == 2 * (3 * model["macs"] - patches)
+    num_normed = 3 * 10 * 8 + 2 * 10 * 8 + 1 * 8 + 1 * 8  # before attention, MLP (the last for one row), the head
+    assert model["macs_with_norms"] == model["macs"] + 5 * num_normed
+
+
 def test_flops_that_differ_are_refused(experiment, capsys, monkeypatch):
     monkeypatch.setattr("eval.flops.torch_flops", lambda model, images: {"": 2, "head": 2})
     assert main(["flops", str(experiment)]) == 2
@@ -289,10 +325,10 @@ def test_flops_that_differ_are_refused(experiment, capsys, monkeypatch):
 
 
 def test_only_the_json_object_reaches_standard_output(experiment, capsys, monkeypatch):
-    monkeypatch.setattr("eval.flops.count", lambda target, size: print("a library's noise") or {"name": target.label})
+    monkeypatch.setattr("eval.flops.count", lambda target, *_: print("a library's noise") or {"name": target.label})
     assert main(["flops", str(experiment), "--json"]) == 0
     output = capsys.readouterr()
-    assert json.loads(output.out) == {"command": "flops", "models": [{"name": "tiny"}]}
+    assert json.loads(output.out)["models"] == [{"name": "tiny"}]
     assert output.err == "a library's noise\n"
 
 

@@ -7,7 +7,7 @@ from timm.layers import set_fused_attn, use_fused_attn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vitreuse.flops import fvcore_macs, torch_flops
+from vitreuse.flops import fvcore_macs, norm_operations, torch_flops, training_flops
 
 
 class Calls(nn.Module):
@@ -52,6 +52,30 @@ def test_deit_has_its_known_matrix_products(size, gmacs, fused):
     assert flops == {name: 2 * count for name, count in macs.items()}
     assert macs["head"] == model.embed_dim * 1000
     assert macs["blocks.3.mlp"] == 2 * 197 * 4 * model.embed_dim**2
+
+
+@pytest.mark.parametrize(("size", "gmacs"), [("tiny", 1.258), ("small", 4.608), ("base", 17.583)])
+def test_deit_with_its_norms_is_what_timms_tables_have(size, gmacs):
+    model, image = timm.create_model(f"deit_{size}_patch16_224", device="meta").eval(), torch.zeros(1, 3, 224, 224)
+    assert round((torch_flops(model, image)[""] / 2 + norm_operations(model, image)) / 1e9, 3) == gmacs
+
+
+def test_norms_are_counted_as_fvcore_counts_them():
+    from fvcore.nn import FlopCountAnalysis
+
+    set_fused_attn(False)  # fvcore knows no product of fused attention
+    model, image = timm.create_model("deit_tiny_patch16_224", img_size=48).eval(), torch.zeros(1, 3, 48, 48)
+    analysis = FlopCountAnalysis(model, image).unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+    assert norm_operations(model, image) == analysis.total() - fvcore_macs(model, image)[""] > 0
+    assert norm_operations(nn.LayerNorm(7, elementwise_affine=False), torch.zeros(3, 5, 7)) == 4 * 5 * 7
+
+
+def test_a_training_step_multiplies_once_more_for_each_factor_with_a_gradient():
+    model, x = nn.Sequential(nn.Linear(5, 7), nn.GELU(), nn.Linear(7, 11)), torch.randn(3, 5)
+    assert training_flops(model, x) == 2 * (35 + 77 + 35 + 2 * 77)
+    model[0].requires_grad_(False)
+    assert training_flops(model, x) == 2 * (35 + 77 + 77)
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 PRODUCTS = {

@@ -7,9 +7,12 @@ import timm
 import torch
 
 import vitreuse
-from vitreuse.flops import fvcore_macs, torch_flops
+from vitreuse.flops import fvcore_macs, torch_flops, training_flops
 
 NAMES = timm.list_models(module="models")
+RESOLUTIONS = (224, 384)  # px
+# Of each method and family, without the time that large models take where products are really computed.
+SMALL_NAMES = [name for name in NAMES if "_tiny_" in name or ("deit3" in name and "_small_" in name)]
 SIZES = ((112, 512), (160, 160))  # px; a span of 7 cuts the first, 7 x 32 patches, into tiles and not the second
 
 
@@ -32,9 +35,22 @@ def of_modules(counts, modules):
     return {module: counts.get(module, 0) for module in modules}
 
 
-@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("size", RESOLUTIONS)
 @pytest.mark.parametrize("name", NAMES)
 def test_closed_form_equals_both_counters(name, size):
+    """Only the patches are really embedded: the meta device can trace all but a convolution."""
+    model = build(name, img_size=size)
+    image = torch.zeros(1, 3, size, size)
+    expected = by_module(vitreuse.count_macs(model))
+    assert of_modules(torch_flops(model, image), expected) == {part: 2 * macs for part, macs in expected.items()}
+    embed = model.patch_embed.to_empty(device="cpu")
+    embed.register_forward_hook(lambda module, images, tokens: tokens.to("meta"))
+    assert of_modules(fvcore_macs(model, image), expected) == expected
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("name", SMALL_NAMES)
+def test_closed_form_equals_both_counters_where_products_run(name, size):
     model = build(name, img_size=size)
     image = torch.zeros(1, 3, *size)
     expected = by_module(vitreuse.count_macs(model))
@@ -45,13 +61,14 @@ def test_closed_form_equals_both_counters(name, size):
     assert of_modules(fvcore_macs(real, image), expected) == expected
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_closed_form_at_the_built_size(name):
-    """Without a kernel that runs: torch's counter alone."""
-    model = build(name)
-    expected = by_module(vitreuse.count_macs(model))
-    flops = torch_flops(model, torch.zeros(1, 3, *model.patch_embed.img_size))
-    assert of_modules(flops, expected) == {part: 2 * macs for part, macs in expected.items()}
+@pytest.mark.parametrize("plan", ["exact*3", "exact reuse*2", "lowrank:7 reuse:1 none", "span:3 reuse exact"])
+@pytest.mark.parametrize("backend", ["map", "qk"])
+def test_training_is_three_forward_passes_less_the_gradient_of_images(plan, backend):
+    keywords = {"reuse_backend": backend} if "reuse" in plan else {}
+    model = build("vit_reuse_tiny_patch16_224", plan=plan, depth=3, img_size=(112, 512), **keywords).train()
+    macs = vitreuse.count_macs(model)
+    flops = 2 * (3 * sum(macs.values()) - macs["patch_embed"])
+    assert training_flops(model, torch.zeros(2, 3, 112, 512)) == flops
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
 
 from vitreuse import measure
-from vitreuse.measure import Timing, peak_memory_mib, time_interleaved, top_classes
+from vitreuse.measure import Timing, peak_memory_mib, saved_memory_mib, time_interleaved, top_classes
 
 CPU = torch.device("cpu")
 MIB = 2**20
@@ -158,3 +158,13 @@ def test_nan_comes_first_and_is_no_class():
     nan = float("nan")
     logits = torch.tensor([[nan, nan, nan], [nan, 0.0, 1.0], [0.0, nan, 1.0]])
     assert top_classes(logits).tolist() == [[-1, -1, -1], [-1, 2, 1], [-1, 2, 0]]
+
+
+def test_what_is_saved_for_the_backward_pass_counts_once():
+    x, w, y = (torch.ones(size, requires_grad=True) for size in (1000, 1000, 3000))
+    assert saved_memory_mib(lambda: x * w) == 8000 / 2**20
+    assert saved_memory_mib(lambda: (x * w, x * x.view(10, 100).flatten())) == 8000 / 2**20
+    assert saved_memory_mib(lambda: (y.exp().sum(), x + w)) == 12000 / 2**20  # exp keeps its result, a sum nothing
+    assert saved_memory_mib(lambda: [y[:1000].clone().exp() for _ in range(3)]) == 12000 / 2**20
+    with torch.no_grad():
+        assert saved_memory_mib(lambda: x * w) == 0

@@ -123,6 +123,22 @@ def peak_memory_mib(call: Call, resident: Iterable[Tensor], device: torch.device
     return peak / 2**20
 
 
+def saved_memory_mib(call: Call) -> float:
+    """What a forward pass keeps for the backward pass: the storages of all tensors that autograd saves, each once.
+
+    Parameters are among them, and so are their copies in the dtype of autocast.
+    """
+    storages: dict[int, torch.UntypedStorage] = {}  # held, so that none is freed and its place taken by another
+
+    def keep(tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        storages[storage._cdata] = storage
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda nothing: nothing):
+        call()
+    return sum(storage.nbytes() for storage in storages.values()) / 2**20
+
+
 def peak_process_memory_mib(device: torch.device) -> float:
     """Most memory that this process has used so far: of a CUDA device by torch's allocator, else of the machine."""
     if device.type == "cuda":
