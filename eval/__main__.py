@@ -1,19 +1,19 @@
-"""`python -m eval {top1|throughput|flops|compare} TARGET...`"""
+"""`python -m eval {top1|throughput|flops|compare|controls} TARGET...`"""
 
 import sys
 from collections.abc import Sequence
 
-from eval import compare, flops, throughput, top1
+from eval import compare, controls, flops, throughput, top1
 from vitreuse.console import Parser, run_command
 
-COMMANDS = {"top1": top1, "throughput": throughput, "flops": flops, "compare": compare}
+COMMANDS = {"top1": top1, "throughput": throughput, "flops": flops, "compare": compare, "controls": controls}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; the exit code."""
     shared = Parser(add_help=False)
     shared.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
-    description = "The instruments: accuracy, speed, operations, comparison."
+    description = "The instruments: accuracy, speed, operations, comparison, controls."
     return run_command("python -m eval", description, COMMANDS, shared, argv)
 
 

@@ -56,7 +56,7 @@ def test_the_other_commands_name_what_exists(argv):
             assert not word.endswith(".yaml") or (ROOT / word).exists()
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/training.md", "experiments.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/training.md", "docs/evaluation.md", "experiments.md"])
 def test_links_lead_to_files(page):
     for link in re.findall(r"\]\((?!https?://|#)([^)#]+)", (ROOT / page).read_text()):
         assert ((ROOT / page).parent / link).exists(), f"{page} links to {link}"

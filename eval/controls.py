@@ -1,0 +1,338 @@
+"""The models that a plan must beat: controls of the same MACs, parameters and latency, each written as a config."""
+
+import argparse
+import math
+import os
+import sys
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from rich.console import RenderableType
+
+from eval.flops import model_macs, num_params
+from eval.inputs import DTYPES, example
+from eval.table import Column, to_rich
+from eval.targets import exact_model
+from vitreuse.config import ModelConfig, load_config
+from vitreuse.console import choose_device, local_path, positive
+from vitreuse.durable import write_durably
+from vitreuse.measure import describe_machine, inference_call, time_interleaved
+from vitreuse.options import PlanOptions
+from vitreuse.plan import MAX_LAYERS, PRESETS, Plan, Spec, parse_plan, preset_plan
+from vitreuse.widen import LARGEST
+
+HELP = "configs of the models that a plan must beat at equal MACs, parameters or latency"
+COLUMNS = (
+    Column("control", "control"),
+    Column("quantity", "equal"),
+    Column("plan", "plan"),
+    Column("size", "size"),
+    Column("target", "target", ",.10g"),
+    Column("reached", "reached", ",.10g"),
+    Column("difference_percent", "difference (%)", "+.2f"),
+    Column("file", "file"),
+)
+UNITS = 16  # of hidden units to one channel
+MOST_SEARCHES = 3
+CLOSE = 0.02  # the share of a latency by which two measurements of it differ
+Measure = Callable[[Sequence[ModelConfig]], list[float]]  # one quantity of several models
+Line = tuple[str, str, Sequence[int], Callable[[int], ModelConfig]]  # the first four fields of a Control
+
+
+@dataclass(frozen=True)
+class Control:
+    """Models that cost more and more, of which one comes closest to what the target costs."""
+
+    name: str
+    meaning: str
+    sizes: Sequence[int]
+    at: Callable[[int], ModelConfig]
+    target: ModelConfig
+    target_name: str
+
+
+@dataclass(frozen=True)
+class Match:
+    """The model of a control that is closest to the target in one quantity."""
+
+    control: Control
+    quantity: str
+    model: ModelConfig
+    target: float
+    reached: float
+
+    @property
+    def difference_percent(self) -> float:
+        """How much more than the target it has."""
+        return 100 * (self.reached / self.target - 1)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the keywords of a control change: the model's own width, depth and hidden units, and the steps of width."""
+
+    embed_dim: int
+    depth: int
+    mlp_ratio: float
+    step: int
+
+    def resize(self, config: ModelConfig, keyword: str, value: float) -> ModelConfig:
+        """The model with another value of a keyword; the one given where the value is the own one."""
+        own = getattr(self, keyword)
+        return config if value == own else replace(config, keywords={**config.keywords, keyword: value})
+
+
+def controls(config: ModelConfig, name: str) -> list[Control]:
+    """The controls of a model with a plan, whose experiment has the name.
+
+    What costs as much as the plan is the plan without attention where it is not exact, or a smaller exact model; what
+    costs as much as the exact model is a larger one of the plan.
+    """
+    exact = exact_model(config, len(_plan(config)))
+    shape = _shape(exact)
+    return [
+        *(Control(*control, config, name) for control in _smaller(config, exact, shape)),
+        *(Control(*control, exact, "the exact model") for control in _larger(config, shape)),
+    ]
+
+
+def _shape(exact: ModelConfig) -> Shape:
+    model = _on_meta(exact)
+    model_macs(model)  # refuses parts without a closed form
+    layer, width = model.blocks[0], model.embed_dim
+    step = math.lcm(layer.attn.num_heads, 4)  # channels: heads divide them, and fixed sines and cosines come in fours
+    return Shape(width, len(model.blocks), layer.mlp.fc1.out_features / width, step)
+
+
+def _smaller(config: ModelConfig, exact: ModelConfig, shape: Shape) -> list[Line]:
+    specs = (spec if spec.word == "exact" else Spec("none") for spec in _plan(config))
+    removed = replace(exact, plan=str(Plan(tuple(specs))))
+    mlp_units = math.ceil(UNITS * shape.mlp_ratio)
+
+    def wider_mlp(num_units: int) -> ModelConfig:
+        return shape.resize(removed, "mlp_ratio", num_units / UNITS)
+
+    def shallower(depth: int) -> ModelConfig:
+        return shape.resize(exact_model(exact, depth), "depth", depth)
+
+    def narrower(width: int) -> ModelConfig:
+        return shape.resize(exact, "embed_dim", width)
+
+    meaning = "no attention where the plan is not exact"
+    return [
+        ("removed", meaning, range(1), lambda _: removed),
+        ("removed_mlp", f"{meaning}, a wider MLP everywhere", range(mlp_units, LARGEST * mlp_units), wider_mlp),
+        ("shallower", "fewer layers, all exact", range(1, shape.depth + 1), shallower),
+        ("narrower", "fewer channels, all layers exact", range(shape.step, shape.embed_dim + 1, shape.step), narrower),
+    ]
+
+
+def _larger(config: ModelConfig, shape: Shape) -> list[Line]:
+    widths = range(shape.embed_dim, LARGEST * shape.embed_dim, shape.step)
+    depths = range(shape.depth, min(LARGEST * shape.depth, MAX_LAYERS) + 1)
+
+    def deeper(depth: int) -> ModelConfig:
+        return shape.resize(replace(config, plan=str(deepened(_plan(config), depth))), "depth", depth)
+
+    return [
+        ("wider", "the plan with more channels", widths, partial(shape.resize, config, "embed_dim")),
+        ("deeper", "the plan with more layers", depths, deeper),
+    ]
+
+
+def closest(control: Control, quantity: str, measure: Measure) -> Match:
+    """The closest of a control's models, found by bisection; target and neighbours are then measured together.
+
+    A busy moment can mislead a search by latency: it starts again where its end is neither close nor beside the target.
+    """
+
+    def over_target(size: int) -> float:
+        target, reached = measure([control.target, control.at(size)])
+        return reached / target
+
+    for _ in range(MOST_SEARCHES):
+        index = bisect_left(control.sizes, 1.0, key=over_target)
+        models = [control.at(size) for size in control.sizes[max(index - 1, 0) : index + 1]]
+        target, *reached = measure([control.target, *models])
+        value, model = min(zip(reached, models, strict=True), key=lambda pair: abs(pair[0] - target))
+        starts_below, ends_above = index == 0 or reached[0] <= target, index == len(control.sizes) or target <= reached[-1]
+        if (starts_below and ends_above) or abs(value - target) < CLOSE * target:
+            break
+    return Match(control, quantity, model, target, value)
+
+
+def deepened(plan: Plan, depth: int) -> Plan:
+    """The plan in a deeper model: the preset that it is, or its shortest period going on, at most all of it."""
+    for method in PRESETS:
+        if plan == preset_plan(method, len(plan)):
+            return preset_plan(method, depth)
+    specs = plan.specs
+    period = next(p for p in range(1, len(specs) + 1) if specs[p:] == specs[:-p])
+    return Plan(tuple(specs[layer % period] for layer in range(depth)))
+
+
+def _plan(config: ModelConfig) -> Plan:
+    return parse_plan(str(config.plan))
+
+
+def _macs(models: Sequence[ModelConfig]) -> list[float]:
+    return [model_macs(_on_meta(model), theoretical=True) for model in models]
+
+
+def _params(models: Sequence[ModelConfig]) -> list[float]:
+    return [num_params(_on_meta(model)) for model in models]
+
+
+def _on_meta(model: ModelConfig) -> Any:
+    """The model without memory, where initialising it would only take time."""
+    return replace(model, keywords={**model.keywords, "weight_init": "skip"}).create("meta")
+
+
+def _latency_ms(models: Sequence[ModelConfig], device: torch.device, dtype: str, num_repeats: int) -> list[float]:
+    """Minimum inference time of one image for each model, all taking turns, to a tenth of a microsecond."""
+    placed = [model.create().to(device, getattr(torch, dtype)).eval() for model in models]
+    calls = {str(number): inference_call(model, example(model, 1)) for number, model in enumerate(placed)}
+    return [round(timing.minimum_ms, 4) for timing in time_interleaved(calls, device, num_repeats).values()]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the command line."""
+    parser.add_argument("config", type=local_path, metavar="CONFIG", help="experiment whose plan makes a claim")
+    parser.add_argument("-o", "--output", type=local_path, metavar="DIR", help="write a config for every control")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the latency; default: %(default)s")
+    parser.add_argument("--repeats", type=positive, default=30, help="timed calls per model; default: %(default)s")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """The closest model of every control in every quantity, written to the output folder too."""
+    device, path = choose_device(args.device), args.config
+    config = _checked(load_config(path).model, path)
+    latency_ms = partial(_latency_ms, device=device, dtype=args.dtype, num_repeats=args.repeats)
+    measures = {"macs": _macs, "params": _params, "latency_ms": latency_ms}
+    matches = []
+    for control in controls(config, path.stem):
+        print(f"looking for {control.name}: {control.meaning}", file=sys.stderr)
+        matches += [closest(control, quantity, measure) for quantity, measure in measures.items()]
+    result = {"command": "controls", "machine": describe_machine(device), "dtype": args.dtype}
+    result |= {"config": str(path), "num_repeats": args.repeats, "rows": _rows(matches, config, path.stem)}
+    if args.output:
+        _write(args.output, path, result)
+    return result
+
+
+def _checked(config: ModelConfig, path: Path) -> ModelConfig:
+    """The model with its plan spelled out.
+
+    Raises:
+        ValueError: there is nothing to control, or no control could be trained.
+    """
+    model: Any = config.create("meta")
+    if not hasattr(model, "plan"):
+        raise ValueError(f"{path}: {config.name} has no plan to control: name one that 'vitreuse models' lists.")
+    if {spec.word for spec in model.plan} == {"exact"}:
+        raise ValueError(f"{path}: plan '{model.plan}' is exact everywhere, a control itself: give one that is not.")
+    if config.weights is not None:
+        raise ValueError(
+            f"{path}: starts from {config.weights}, which fits no model of another size: give a config without "
+            "model.weights."
+        )
+    return replace(config, plan=str(model.plan))
+
+
+def _rows(matches: Iterable[Match], config: ModelConfig, stem: str) -> list[dict[str, Any]]:
+    """The matches as JSON; a model that several of them share has one file, the config's own model none."""
+    rows, models = [], []
+    for match in matches:
+        earlier = [row for row, model in zip(rows, models, strict=True) if model == match.model]
+        file = earlier[0]["file"] if earlier else None if match.model == config else _file(match, stem)
+        models.append(match.model)
+        rows.append(
+            {
+                "control": match.control.name,
+                "meaning": match.control.meaning,
+                "quantity": match.quantity,
+                "plan": match.model.plan,
+                "keywords": _changed_keywords(config, match.model),
+                "target_name": match.control.target_name,
+                "target": match.target,
+                "reached": match.reached,
+                "difference_percent": match.difference_percent,
+                "file": file,
+            }
+        )
+    return rows
+
+
+def _file(match: Match, stem: str) -> str:
+    is_one_model = len(match.control.sizes) == 1
+    return f"{stem}_{match.control.name}{'' if is_one_model else '_' + match.quantity.removesuffix('_ms')}.yaml"
+
+
+def _changed_keywords(config: ModelConfig, model: ModelConfig) -> dict[str, Any]:
+    """What a control says over its base; what only other plans have use for goes back to its default."""
+    idle = {key: getattr(PlanOptions, key) for key in config.keywords if key not in model.keywords}
+    return {key: value for key, value in {**idle, **model.keywords}.items() if config.keywords.get(key) != value}
+
+
+def _write(folder: Path, base: Path, result: Mapping[str, Any]) -> None:
+    """Writes all configs or none.
+
+    Raises:
+        ValueError: a file of that name says something else.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    files = dict.fromkeys(row["file"] for row in result["rows"] if row["file"])
+    texts = {folder / file: _yaml(folder / file, base, result).encode() for file in files}
+    for path, text in texts.items():
+        if path.exists() and path.read_bytes() != text:
+            raise ValueError(f"{path} is there already and says something else: move it, or give another folder to -o.")
+    for path, text in texts.items():
+        write_durably(path, text)
+
+
+def _yaml(path: Path, base: Path, result: Mapping[str, Any]) -> str:
+    """A control's config: what it is and what it matches, then its difference to the base."""
+    rows = [row for row in result["rows"] if row["file"] == path.name]
+    meanings = " or ".join(dict.fromkeys(row["meaning"] for row in rows))
+    lines = [f"# Source: control of {base.name}: {meanings}.", f"# Command: python -m train {path}"]
+    lines += [f"# {_sentence(row)}" for row in rows]
+    if any(row["quantity"] == "latency_ms" for row in rows):
+        lines.append(f"# Hardware: {_hardware(result)}; latency is {_conditions(result)}.")
+    model: dict[str, Any] = {"plan": rows[0]["plan"]}
+    if rows[0]["keywords"]:
+        model["keywords"] = rows[0]["keywords"]
+    tree = {"base": os.path.relpath(base.resolve(), path.parent.resolve()), "model": model}
+    return "\n".join([*lines, yaml.safe_dump(tree, sort_keys=False, default_flow_style=None, width=120)])
+
+
+def _sentence(row: Mapping[str, Any]) -> str:
+    heading, unit = {"macs": ("MACs", ""), "params": ("Params", ""), "latency_ms": ("Latency", " ms")}[row["quantity"]]
+    return (
+        f"{heading}: {row['target']:,.10g}{unit} in {row['target_name']}, {row['reached']:,.10g}{unit} here, "
+        f"{row['difference_percent']:+.2f} %."
+    )
+
+
+def _hardware(result: Mapping[str, Any]) -> str:
+    machine = result["machine"]
+    return f"{machine['device']}, CPU threads: {machine['threads']}, torch {machine['torch']}, {machine['date']}"
+
+
+def _conditions(result: Mapping[str, Any]) -> str:
+    return f"that of one image in {result['dtype']}, the minimum of {result['num_repeats']} turns"
+
+
+def render(result: dict[str, Any]) -> RenderableType:
+    """The result as a table for the terminal."""
+    caption = (
+        "removed, shallower and narrower against the config's model, wider and deeper against the exact one. "
+        f"Latency (ms) is {_conditions(result)}; {_hardware(result)}."
+    )
+    rows = [{**row, "size": ", ".join(f"{k} {v}" for k, v in row["keywords"].items())} for row in result["rows"]]
+    return to_rich(rows, COLUMNS, caption)
