@@ -161,7 +161,8 @@ def closest(control: Control, quantity: str, measure: Measure) -> Match:
         models = [control.at(size) for size in control.sizes[max(index - 1, 0) : index + 1]]
         target, *reached = measure([control.target, *models])
         value, model = min(zip(reached, models, strict=True), key=lambda pair: abs(pair[0] - target))
-        starts_below, ends_above = index == 0 or reached[0] <= target, index == len(control.sizes) or target <= reached[-1]
+        starts_below = index == 0 or reached[0] <= target
+        ends_above = index == len(control.sizes) or target <= reached[-1]
         if (starts_below and ends_above) or abs(value - target) < CLOSE * target:
             break
     return Match(control, quantity, model, target, value)
