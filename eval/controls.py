@@ -302,7 +302,7 @@ def _yaml(path: Path, base: Path, result: Mapping[str, Any]) -> str:
     rows = [row for row in result["rows"] if row["file"] == path.name]
     meanings = " or ".join(dict.fromkeys(row["meaning"] for row in rows))
     lines = [f"# Source: control of {base.name}: {meanings}.", f"# Command: python -m train {path}"]
-    lines += [f"# {_sentence(row)}" for row in rows]
+    lines += dict.fromkeys(f"# {_sentence(row)}" for row in rows)
     if any(row["quantity"] == "latency_ms" for row in rows):
         lines.append(f"# Hardware: {_hardware(result)}; latency is {_conditions(result)}.")
     model: dict[str, Any] = {"plan": rows[0]["plan"]}
