@@ -70,7 +70,7 @@ class ModelConfig:
 
     def __post_init__(self):
         refuse_url("weights", self.weights)
-        for word, key in {"plan": "plan", "pretrained": "weights"}.items():
+        for word, key in {"plan": "plan", "pretrained": "weights", "checkpoint_path": "weights"}.items():
             if word in self.keywords:
                 raise ConfigError(f"keywords.{word} has a key of its own, {key} beside keywords.")
         if self.pos_embed != "learned" and self.weights is not None:
