@@ -210,6 +210,8 @@ class RunFolder:
         record, data = self._record(), self.config.data
         facts = {key: record.get(key) for key in ("command", "git_commit", "versions", "hardware")}
         split = f"{data.source or Path(data.folder).resolve().name}/val"
+        if "{}" in data.folder:  # a URL with a place for the name
+            split = data.folder.replace("{}", "val")
         return card.make_card(self.path.resolve().name, self.config, split, predictions, {**facts, "seconds": seconds})
 
 
