@@ -1,9 +1,8 @@
 """Top-1 and top-5 accuracy, every image counted exactly once under any number of ranks."""
 
 import argparse
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -17,8 +16,10 @@ from eval.inputs import Transform, evaluation_transform, image_settings
 from eval.predictions import Answers, Predictions, answers
 from eval.table import Column, to_rich
 from eval.targets import Target, resolve_targets
-from vitreuse.console import local_path, positive
+from vitreuse.config import DataConfig
+from vitreuse.console import add_allow, local_path, positive
 from vitreuse.data import FolderDataset, Sample, open_split, prepare_source
+from vitreuse.local import refuse_idle_allow, url_kind
 
 HELP = "accuracy of run folders, or of a model name with --checkpoint and --data"
 COLUMNS = (
@@ -115,9 +116,8 @@ class _Images(Dataset[tuple[Tensor, int, str]]):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command line."""
     parser.add_argument("targets", nargs="+", metavar="TARGET", help="run folder, config or model name")
-    parser.add_argument(
-        "--data", type=local_path, metavar="DIR", help="folder with SPLIT/; default: the run's own data"
-    )
+    parser.add_argument("--data", metavar="DIR", help="folder with SPLIT/, or its URL; default: the run's own data")
+    add_allow(parser)
     parser.add_argument("--split", default="val", help="default: %(default)s")
     parser.add_argument("--checkpoint", type=local_path, metavar="FILE", help="weights of a name or config")
     parser.add_argument(
@@ -135,12 +135,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     with joined(args.device) as ranks:
         with ranks.together():
             targets = resolve_targets(args.targets)
+            own = [target.config.data.root for target in targets if target.config]
+            refuse_idle_allow(args.allow, [args.data] if args.data else own)
         return {"command": "top1", "rows": [_row(target, args, ranks) for target in targets]}
 
 
 def _row(target: Target, args: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
     with ranks.together():
-        dataset, folder = open_data(target, args.data, args.split)
+        dataset, place = open_data(target, args.data, args.split, args.allow)
         model = target.load(args.checkpoint).to(ranks.device)
         _check_class_folders(dataset, model)
     bar = partial(track, description=target.label, console=Console(stderr=True), disable=not ranks.is_main)
@@ -154,7 +156,7 @@ def _row(target: Target, args: argparse.Namespace, ranks: Ranks) -> dict[str, An
         progress=bar,
     )
     measured = {"n": result.n, "top1": result.top1, "top5": result.top5}
-    return {"name": target.label, "data": str(folder), **measured, "calibration_error": result.calibration_error}
+    return {"name": target.label, "data": place, **measured, "calibration_error": result.calibration_error}
 
 
 def render(result: dict[str, Any]) -> RenderableType:
@@ -162,20 +164,25 @@ def render(result: dict[str, Any]) -> RenderableType:
     return to_rich(result["rows"], COLUMNS)
 
 
-def open_data(target: Target, root: Path | None = None, split: str = "val") -> tuple[Labelled, Path]:
-    """A split of the given folder, or else of the data that the target was trained on; and where it is.
+def open_data(
+    target: Target, root: str | None = None, split: str = "val", allow: Collection[str] = ()
+) -> tuple[Labelled, str]:
+    """A split of the given folder or URL, or else of the data that the target was trained on; and where it is.
 
     Raises:
-        ValueError: a model name knows no data.
+        ValueError: a model name knows no data, or they are behind a URL of a kind that is not allowed.
     """
     if root is None:
         if target.config is None:
             raise ValueError(f"{target.label} is a model name, which knows no data: give --data DIR.")
-        root = Path(target.config.data.folder)
+        root = target.config.data.folder
         if target.config.data.source is not None:
             prepare_source(target.config.data.source, root)
     in_chans = image_settings(target.model.create("meta"))["input_size"][0]
-    return open_split(root, split, "L" if in_chans == 1 else "RGB"), root / split
+    mode = "L" if in_chans == 1 else "RGB"
+    cache_root = DataConfig.cache_root if target.config is None else target.config.data.cache_root
+    dataset = open_split(root, split, mode, cache_root=cache_root, allow=allow)
+    return dataset, root if url_kind(root) else str(dataset.folder)
 
 
 def _check_class_folders(dataset: Labelled, model: Any) -> None:

@@ -119,6 +119,7 @@ def test_values_are_read_by_declared_type(write):
         ("model.keywords.a=0224", "command line: model.keywords.a is '0224', which has two readings"),
         ("model.keywords.plan=exact*12", "model.keywords.plan has a key of its own, plan beside keywords."),
         ("model.keywords.pretrained=true", "model.keywords.pretrained has a key of its own, weights beside keywords."),
+        ("model.keywords.checkpoint_path=a", "keywords.checkpoint_path has a key of its own, weights beside keywords."),
         (
             "train.schedule={warmup_epochs: 1, warmup_steps: 5}",
             "x.yaml: train.schedule.warmup_epochs and warmup_steps: give at most one of the two, the other 0.",

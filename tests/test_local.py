@@ -57,7 +57,6 @@ def test_training_takes_no_url(harmful, tmp_path, capsys, setting):
         ["shards", "verify", "{}"],
         ["shards", "info", "{}"],
         ["tune", "--output", "{}"],
-        ["top1", "deit_tiny_patch16_224", "--data", "{}"],
         ["top1", "deit_tiny_patch16_224", "--checkpoint", "{}"],
     ],
 )

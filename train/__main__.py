@@ -6,6 +6,7 @@ import os
 import shlex
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from traceback import clear_frames
 
@@ -22,16 +23,19 @@ from vitreuse.console import (
     STOPPED,
     WRONG_INPUT,
     OtherRankError,
+    Parser,
+    add_allow,
     is_first_of_machine,
     is_first_rank,
     print_error,
 )
 from vitreuse.data import DataError
-from vitreuse.local import refuse_url
+from vitreuse.local import refuse_idle_allow, refuse_url
 from vitreuse.strict_yaml import nearest
 
-USAGE = "usage: python -m train CONFIG [section.key=value ...] [run_dir=PATH] [--doctor|--verify-resume]"
+USAGE = "usage: python -m train CONFIG [section.key=value ...] [run_dir=PATH] [--allow KIND] [--doctor|--verify-resume]"
 HELP = f"""{USAGE}
+--allow KIND     let data.root be a URL of this kind: http, https, or pipe, which runs a shell command; no config can
 --doctor         train nothing: check data, memory, disk and speed, and predict the hours
 --verify-resume  train a few steps in a temporary folder, and prove that a resumed run is the same to the bit
 keys and their meaning: vitreuse/config.py; experiments: configs/"""
@@ -49,8 +53,9 @@ def main(arguments: list[str]) -> int:
         print(HELP)
         return DONE
     try:
-        path, overrides, run_dir, option = _parse(arguments)
+        path, overrides, run_dir, option, allow = _parse(arguments)
         config = load_config(path, overrides)
+        refuse_idle_allow(allow, [config.data.root])
     except ConfigError as error:
         if is_first_of_machine():
             print_error("train", error)
@@ -58,8 +63,8 @@ def main(arguments: list[str]) -> int:
     try:
         if option is not None:
             signal.signal(signal.SIGTERM, signal.default_int_handler)  # which lets temporary folders go
-            return OPTIONS[option](config, run_dir)
-        return DONE if train(config, run_dir, shlex.join([*_launcher(), *arguments])) else STOPPED
+            return OPTIONS[option](config, run_dir, allow)
+        return DONE if train(config, run_dir, shlex.join([*_launcher(), *arguments]), allow) else STOPPED
     except KeyboardInterrupt:  # which training takes for a signal to stop
         if is_first_rank():
             print("train: interrupted.", file=sys.stderr)
@@ -82,11 +87,14 @@ def main(arguments: list[str]) -> int:
     return FAILED
 
 
-def _parse(arguments: list[str]) -> tuple[Path, list[str], Path, str | None]:
-    """The config, the overrides, the run folder and the option of a command line."""
+def _parse(arguments: list[str]) -> tuple[Path, list[str], Path, str | None, Sequence[str]]:
+    """The config, the overrides, the run folder, the option and the kinds of URL allowed of a command line."""
+    parser = Parser("train", add_help=False, allow_abbrev=False)
+    add_allow(parser)
+    given, arguments = parser.parse_known_args(arguments)
     options = [argument for argument in arguments if argument.startswith("--")]
     for unknown in (argument for argument in options if argument not in OPTIONS):
-        raise ConfigError(f"{unknown} is not an option{nearest(unknown, list(OPTIONS)) or f'; {USAGE}.'}")
+        raise ConfigError(f"{unknown} is not an option{nearest(unknown, [*OPTIONS, '--allow']) or f'; {USAGE}.'}")
     if len(options) > 1:
         raise ConfigError(f"{' and '.join(options)}: give one at a time.")
     arguments = [argument for argument in arguments if argument not in OPTIONS]
@@ -102,7 +110,7 @@ def _parse(arguments: list[str]) -> tuple[Path, list[str], Path, str | None]:
             run_dir = Path(text)
         else:
             overrides.append(argument)
-    return path, overrides, run_dir, options[0] if options else None
+    return path, overrides, run_dir, options[0] if options else None, given.allow
 
 
 def _launcher() -> list[str]:

@@ -11,7 +11,7 @@ import os
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -72,8 +72,8 @@ class Pace(NamedTuple):
         return max(self.data - self.step, 0.0) if self.num_workers else self.data
 
 
-def doctor(config: Config, run_dir: Path) -> int:
-    """Examines an experiment and prints a table of what it found.
+def doctor(config: Config, run_dir: Path, allow: Collection[str] = ()) -> int:
+    """Examines an experiment, whose data may come from URLs of the kinds allowed, and prints a table of what it found.
 
     Returns:
         The exit code: WRONG_INPUT if something is wrong, DONE if at most there are warnings.
@@ -83,7 +83,7 @@ def doctor(config: Config, run_dir: Path) -> int:
         DivergedError: The loss is not finite from the first steps on.
     """
     with joined(config.train.device) as ranks:
-        checks = list(_examine(set_up(config, ranks), RunFolder(run_dir, config), ranks))
+        checks = list(_examine(set_up(config, ranks, allow), RunFolder(run_dir, config), ranks))
     if ranks.is_main:
         _print(checks)
     return WRONG_INPUT if any(check.state == WRONG for check in checks) else DONE
@@ -171,9 +171,10 @@ def _data(experiment: Experiment) -> Check:
     if not isinstance(train_set, ShardDataset):
         return Check("data", OK, f"{numbers}, in class folders.")
     num_shards = len(train_set.shard_sizes)
-    return Check(
-        "data", OK, f"{numbers}; the index of {num_shards} shards is whole, and their names and sizes agree with it."
+    agreement = (
+        "their names and sizes agree with it" if train_set.url is None else "each is compared when it is fetched"
     )
+    return Check("data", OK, f"{numbers}; the index of {num_shards} shards is whole, and {agreement}.")
 
 
 def judge_shards(num_shards: int, num_readers: int) -> Check:

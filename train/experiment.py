@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -28,8 +28,8 @@ class Experiment(NamedTuple):
     val_set: Any
 
 
-def set_up(config: Config, ranks: Ranks) -> Experiment:
-    """Makes an experiment ready; whatever is wrong with it shows here.
+def set_up(config: Config, ranks: Ranks, allow: Collection[str] = ()) -> Experiment:
+    """Makes an experiment ready, with data from URLs of the kinds allowed; whatever is wrong with it shows here.
 
     Raises:
         ConfigError: It cannot be run as it stands.
@@ -50,8 +50,9 @@ def set_up(config: Config, ranks: Ranks) -> Experiment:
     with ranks.together():
         settings = image_settings(model)
         mode = "L" if settings["input_size"][0] == 1 else "RGB"
-        train_set = open_split(config.data.folder, "train", mode, train_decoder(config))
-        val_set = open_split(config.data.folder, "val", mode)
+        where = {"cache_root": config.data.cache_root, "allow": allow}
+        train_set = open_split(config.data.folder, "train", mode, train_decoder(config), **where)
+        val_set = open_split(config.data.folder, "val", mode, **where)
         _check_same_classes(config.data.folder, train_set.class_names, val_set.class_names)
         _check_shuffled(config, train_set)
         return Experiment(Trainer(config, model, train_set, settings, ranks), train_set, val_set)

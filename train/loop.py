@@ -6,6 +6,7 @@ import math
 import sys
 import time
 from collections import Counter
+from collections.abc import Collection
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,8 +28,14 @@ from vitreuse.console import WorkProgress
 from vitreuse.measure import peak_process_memory_mib
 
 
-def train(config: Config, run_dir: Path, command: str) -> bool:
+def train(config: Config, run_dir: Path, command: str, allow: Collection[str] = ()) -> bool:
     """Trains an experiment in a run folder, going on from what is there.
+
+    Args:
+        config: The experiment.
+        run_dir: The run folder.
+        command: How it was started.
+        allow: Kinds of URL that data may come from.
 
     Returns:
         Whether the run is complete; False if a signal stopped it, with everything saved.
@@ -48,7 +55,7 @@ def train(config: Config, run_dir: Path, command: str) -> bool:
         if all(ranks.gather(folder.is_completed)):
             _say(ranks, f"{run_dir} is completed already: nothing to do.")
             return True
-        experiment = set_up(config, ranks)
+        experiment = set_up(config, ranks, allow)
         loop = _Loop(experiment.trainer, experiment.val_set, folder, stop)
         with ranks.together():
             read = inputs(experiment)

@@ -59,7 +59,7 @@ class RunFolder:
         return self._record().get("status") == "completed"
 
     def refuse_other_run(self) -> None:
-        """Checks that what is here, if anything, is this experiment.
+        """Checks that what is here, if anything, is this experiment; a damaged run.json is only said.
 
         Raises:
             ConfigError: The folder holds a run of another configuration, or something that is no run.
@@ -76,6 +76,9 @@ class RunFolder:
                 f"{self.path} holds a run of another configuration ({'; '.join(changes)}): "
                 f"choose another folder with run_dir=PATH, or remove this one."
             )
+        if is_first_rank() and (self.path / "run.json").exists() and not self._record():
+            damaged = f"{self.path / 'run.json'} is damaged"
+            print(f"{damaged}; the run goes on from its checkpoints and writes it anew.", file=sys.stderr)
 
     def refuse_other_inputs(self, inputs: dict[str, Any]) -> None:
         """Checks that what a run reads is what it read before.
@@ -128,18 +131,11 @@ class RunFolder:
         write_durably(self.path / "run.json", (json.dumps(record, indent=2) + "\n").encode())
 
     def _record(self) -> dict[str, Any]:
-        """What run.json holds; nothing where it is damaged, which is said and keeps no run from its checkpoints."""
-        path = self.path / "run.json"
-        if not path.exists():
-            return {}
-        try:
-            record = json.loads(path.read_bytes())
+        """What run.json holds; nothing where there is none, or a damaged one."""
+        with suppress(FileNotFoundError, ValueError):  # ValueError: neither JSON nor text
+            record = json.loads((self.path / "run.json").read_bytes())
             if isinstance(record, dict):
                 return record
-        except ValueError:  # neither JSON nor text
-            pass
-        if is_first_rank():
-            print(f"{path} is damaged; the run goes on from its checkpoints and writes it anew.", file=sys.stderr)
         return {}
 
     def fail(self, reason: str) -> None:
@@ -210,6 +206,8 @@ class RunFolder:
         record, data = self._record(), self.config.data
         facts = {key: record.get(key) for key in ("command", "git_commit", "versions", "hardware")}
         split = f"{data.source or Path(data.folder).resolve().name}/val"
+        if "{}" in data.folder:  # a URL with a place for the name
+            split = data.folder.replace("{}", "val")
         return card.make_card(self.path.resolve().name, self.config, split, predictions, {**facts, "seconds": seconds})
 
 

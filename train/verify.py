@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -37,8 +37,13 @@ CHECKPOINT, WHOLE, RESUMED, REPEATED = "checkpoint", "whole", "resumed", "repeat
 Leaves = dict[str, Any]  # tensors, numbers and strings by their place in a state
 
 
-def verify_resume(config: Config, run_dir: Path) -> int:
+def verify_resume(config: Config, run_dir: Path, allow: Collection[str] = ()) -> int:
     """Compares stopped and resumed steps of an experiment with uninterrupted ones bit by bit, and prints the verdict.
+
+    Args:
+        config: The experiment.
+        run_dir: Beside which a temporary folder is made.
+        allow: Kinds of URL that data may come from.
 
     Returns:
         The exit code: FAILED, not WRONG_INPUT, if they differ, since no other input is the cure of a cause outside it.
@@ -47,7 +52,7 @@ def verify_resume(config: Config, run_dir: Path) -> int:
         ConfigError, DataError, OtherRankError: As training does at the start.
     """
     with joined("cpu") as ranks, _shared_folder(run_dir, ranks) as folder:
-        start = partial(_in_fresh_process, _meeting_place(ranks), take_steps, config, folder)
+        start = partial(_in_fresh_process, _meeting_place(ranks), take_steps, config, folder, allow)
         start(WHOLE)
         start(RESUMED)
         whole, resumed = _leaves(folder, WHOLE), _leaves(folder, RESUMED)
@@ -120,16 +125,17 @@ def _begin(environment: dict[str, str], start_method: str) -> None:
     end_with_parent()
 
 
-def take_steps(config: Config, folder: Path, name: str) -> None:
+def take_steps(config: Config, folder: Path, allow: Collection[str], name: str) -> None:
     """Takes the first steps of an experiment and leaves the state after the last of them.
 
     Args:
         config: The experiment.
         folder: Where states are left.
+        allow: Kinds of URL that data may come from.
         name: Of the state to leave. RESUMED starts from the checkpoint, any other at step 0 and saves one half-way.
     """
     with joined(config.train.device) as ranks:
-        trainer = set_up(config, ranks).trainer
+        trainer = set_up(config, ranks, allow).trainer
         last = min(NUM_STEPS, trainer.num_steps)
         if name == RESUMED:
             trainer.load_state_dict(_load(folder, CHECKPOINT))

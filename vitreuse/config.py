@@ -19,7 +19,7 @@ from timm.layers import build_sincos2d_pos_embed
 from torch import nn
 
 from vitreuse import strict_yaml
-from vitreuse.data import SOURCES
+from vitreuse.data import CACHE_ROOT, SOURCES
 from vitreuse.local import refuse_url
 from vitreuse.strict_yaml import ConfigError, nearest, setting
 from vitreuse.vit import PlanVisionTransformer
@@ -70,7 +70,7 @@ class ModelConfig:
 
     def __post_init__(self):
         refuse_url("weights", self.weights)
-        for word, key in {"plan": "plan", "pretrained": "weights"}.items():
+        for word, key in {"plan": "plan", "pretrained": "weights", "checkpoint_path": "weights"}.items():
             if word in self.keywords:
                 raise ConfigError(f"keywords.{word} has a key of its own, {key} beside keywords.")
         if self.pos_embed != "learned" and self.weights is not None:
@@ -115,7 +115,12 @@ def _unknown_keyword(name: str, error: Exception) -> str | None:
 class DataConfig:
     """Where the images are and how they are read."""
 
-    root: str | None = setting("folder with train/ and val/, each shards with an index or one folder per class", None)
+    root: str | None = setting(
+        "folder with train/ and val/, each shards with an index or one folder per class; or a URL of such shards, with "
+        "{} for SPLIT/NAME, which the command line must --allow",
+        None,
+    )
+    cache_root: str = setting("folder for what is fetched from a URL", CACHE_ROOT, changes_run=False)
     source: str | None = setting("built-in data set, written as shards on first use", None, choices=SOURCES)
     source_root: str = setting("folder under which a built-in data set is written", "data", changes_run=False)
     num_workers: int = setting(
@@ -137,12 +142,12 @@ class DataConfig:
     def __post_init__(self):
         if (self.root is None) == (self.source is None):
             raise ConfigError("root and source: give exactly one of the two, the other null.")
-        refuse_url("root", self.root)
         refuse_url("source_root", self.source_root)
+        refuse_url("cache_root", self.cache_root)
 
     @property
     def folder(self) -> str:
-        """The folder that holds train/ and val/."""
+        """The folder that holds train/ and val/, or its URL."""
         return self.root if self.root is not None else str(Path(self.source_root) / str(self.source))
 
 

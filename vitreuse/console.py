@@ -23,7 +23,7 @@ from rich.console import Console, RenderableType
 from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from vitreuse.local import refuse_url
+from vitreuse.local import FETCHED, refuse_url
 from vitreuse.strict_yaml import ConfigError
 
 DONE, FAILED, WRONG_INPUT, STOPPED, INTERRUPTED = 0, 1, 2, 75, 130  # exit codes; 75 asks to be started again
@@ -162,6 +162,12 @@ def local_path(text: str) -> Path:
     except ConfigError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
     return Path(text)
+
+
+def add_allow(parser: argparse.ArgumentParser) -> None:
+    """Declares --allow, which alone lets data come from URLs: no config can."""
+    meaning = "let data come from URLs of this kind; pipe runs a shell command; may be given several times"
+    parser.add_argument("--allow", action="append", choices=FETCHED, default=[], help=meaning)
 
 
 def choose_device(name: str) -> torch.device:

@@ -48,10 +48,14 @@ def sync(path: Path) -> None:
 
 
 @contextmanager
-def exclusive_lock(path: Path) -> Iterator[None]:
+def exclusive_lock(path: Path, wait: bool = False) -> Iterator[None]:
     """Holds a lock file against other processes inside the block.
 
     A POSIX lock: forked workers do not share it, and a dead process does not keep it.
+
+    Args:
+        path: The lock file.
+        wait: For a process that holds it to let it go.
 
     Raises:
         BlockingIOError: Another process holds it.
@@ -59,7 +63,7 @@ def exclusive_lock(path: Path) -> Iterator[None]:
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
     try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     finally:
         os.close(descriptor)

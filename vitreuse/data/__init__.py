@@ -1,7 +1,7 @@
 """Labelled images from indexed WebDataset shards or from class folders, as map-style data sets."""
 
 from vitreuse.data.build import BuildSettings, build_shards
-from vitreuse.data.datasets import FolderDataset, ShardDataset, open_split
+from vitreuse.data.datasets import CACHE_ROOT, FolderDataset, ShardDataset, open_split
 from vitreuse.data.decode import IMAGE_EXTENSIONS, Decoder, Sample, decode_image, decode_tensor
 from vitreuse.data.errors import DataError, DecodeError
 from vitreuse.data.index import Index, Record, build_index, load_index
@@ -11,6 +11,7 @@ from vitreuse.data.sources import SOURCES, prepare_source
 from vitreuse.data.workers import Workers, end_with_parent, usable_cpus
 
 __all__ = [
+    "CACHE_ROOT",
     "IMAGE_EXTENSIONS",
     "SOURCES",
     "BuildSettings",

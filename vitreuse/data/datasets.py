@@ -4,7 +4,8 @@ import hashlib
 import os
 import weakref
 import zlib
-from functools import lru_cache
+from collections.abc import Collection
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import SupportsIndex
 
@@ -14,10 +15,13 @@ from torch.utils.data import Dataset
 from vitreuse.data.decode import Decoder, Sample, decode_image
 from vitreuse.data.errors import DataError, DecodeError
 from vitreuse.data.folders import list_classes, list_images
-from vitreuse.data.index import HEADER_FILE, load_index
+from vitreuse.data.index import HEADER_FILE, Index, load_index
+from vitreuse.data.remote import fetch_shard, locate, open_index
+from vitreuse.local import refuse_unallowed_url, url_kind
 
 # Shards held open by a data set in each process: ImageNet has a thousand, about as many files as a process may open.
 MAX_OPEN_SHARDS = 64
+CACHE_ROOT = "data/cache"
 
 
 class ShardDataset(Dataset[Sample]):
@@ -30,6 +34,7 @@ class ShardDataset(Dataset[Sample]):
         folder: holds the tars and their index.
         mode: PIL mode to convert images to; None keeps the mode they were stored in.
         decode: decode_image for PIL images, decode_tensor for tensors of bytes.
+        url: of the files, with {} for a name, if the folder is a cache: what it lacks is fetched when it is first read.
 
     Attributes:
         class_names: name of each label.
@@ -40,11 +45,14 @@ class ShardDataset(Dataset[Sample]):
         DataError: the index is missing or does not fit the shards.
     """
 
-    def __init__(self, folder: str | Path, mode: str | None = None, decode: Decoder = decode_image):
-        self.folder = Path(folder)
+    def __init__(
+        self, folder: str | Path, mode: str | None = None, decode: Decoder = decode_image, url: str | None = None
+    ):
+        self.folder, self.url = Path(folder), url
         self.mode, self.decode = mode, decode
-        self._index = load_index(self.folder)
-        self._open_shard = lru_cache(maxsize=MAX_OPEN_SHARDS)(_OpenShard)
+        self._index = load_index(self.folder) if url is None else open_index(url, self.folder)
+        opener = _OpenShard if url is None else partial(_open_fetched, url, self._index)
+        self._open_shard = lru_cache(maxsize=MAX_OPEN_SHARDS)(opener)
         self.class_names = self._index.class_names
         self.shard_sizes = [shard.num_samples for shard in self._index.shards]
         self.digest = hashlib.sha256((self.folder / HEADER_FILE).read_bytes()).hexdigest()
@@ -57,7 +65,7 @@ class ShardDataset(Dataset[Sample]):
 
         Raises:
             DecodeError: its bytes differ from those indexed, or are no whole image.
-            DataError: its shard is gone or cannot be opened.
+            DataError: its shard is gone, or cannot be opened or fetched.
         """
         path, record = self._index.locate(range(len(self))[number])
         place = f"sample {record.key!r} of shard {path}"
@@ -79,7 +87,7 @@ class ShardDataset(Dataset[Sample]):
         self._open_shard.cache_clear()
 
     def __reduce__(self):
-        return type(self), (self.folder, self.mode, self.decode)
+        return type(self), (self.folder, self.mode, self.decode, self.url)
 
 
 class _OpenShard:
@@ -91,6 +99,11 @@ class _OpenShard:
 
     def read(self, offset: int, size: int) -> bytes:
         return os.pread(self.descriptor, size, offset)
+
+
+def _open_fetched(url: str, index: Index, path: Path) -> _OpenShard:
+    fetch_shard(url, index.folder, next(shard for shard in index.shards if shard.name == path.name))
+    return _OpenShard(path)
 
 
 class FolderDataset(Dataset[Sample]):
@@ -148,19 +161,31 @@ class FolderDataset(Dataset[Sample]):
 
 
 def open_split(
-    root: str | Path, split: str, mode: str | None = None, decode: Decoder = decode_image
+    root: str | Path,
+    split: str,
+    mode: str | None = None,
+    decode: Decoder = decode_image,
+    cache_root: str | Path = CACHE_ROOT,
+    allow: Collection[str] = (),
 ) -> ShardDataset | FolderDataset:
     """Opens ROOT/SPLIT, which holds indexed WebDataset shards or one folder of images a class.
 
     Args:
-        root: folder of a data set.
+        root: folder of a data set, or the URL of one of shards: see remote.py.
         split: 'train', 'val' or any other folder in it.
         mode: PIL mode to convert images to; None keeps the mode they were stored in.
         decode: decode_image for PIL images, decode_tensor for tensors of bytes.
+        cache_root: folder for what is fetched from URLs.
+        allow: kinds of URL that may be fetched, such as 'https'; 'pipe' runs a shell.
 
     Raises:
-        DataError: there is neither, or what is there is damaged.
+        ConfigError: the root is a URL of another kind.
+        DataError: there is neither, or what is there is damaged or cannot be fetched.
     """
+    refuse_unallowed_url("data", str(root), allow)
+    if url_kind(str(root)) is not None:
+        url, folder = locate(str(root), split, cache_root)
+        return ShardDataset(folder, mode, decode, url)
     folder = Path(root) / split
     if not folder.is_dir():
         found = ", ".join(list_classes(folder.parent)) if folder.parent.is_dir() else ""
