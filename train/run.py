@@ -210,7 +210,8 @@ class RunFolder:
         record, data = self._record(), self.config.data
         facts = {key: record.get(key) for key in ("command", "git_commit", "versions", "hardware")}
         split = f"{data.source or Path(data.folder).resolve().name}/val"
-        return card.make_card(self.path.resolve().name, self.config, split, predictions, {**facts, "seconds": seconds})
+        name, facts = self.path.resolve().name, {**facts, "seconds": seconds}
+        return card.make_card(name, self.config.model, split, predictions, facts, self.config)
 
 
 def _is_known(line: bytes, step: int) -> bool:
