@@ -123,7 +123,7 @@ def named_set(named: NamedSet, dataset: Source, whole: bool = True) -> TestSet:
             "whole set, or --subset for a part of it."
         )
     title = named.title + named.rule + ("" if len(images) == named.num_images else " (part)")
-    return TestSet(title, images, named.classes, ImageNetInfo().label_descriptions())
+    return TestSet(title, images, named.classes, [*ImageNetInfo().label_descriptions()])
 
 
 def _classes(named: NamedSet, dataset: Source) -> list[int]:
@@ -186,8 +186,8 @@ def _validation_name(dataset: Source, number: int) -> str:
     found = VALIDATION_KEY.search(dataset.key(number))
     if found is None or not 1 <= int(found[1]) <= 50_000:
         raise ValueError(
-            f"{dataset.key(number)!r} of {dataset.folder} is no validation image of ImageNet, whose names ReaL's labels "
-            "go by: keep names such as ILSVRC2012_val_00000001.JPEG."
+            f"{dataset.key(number)!r} of {dataset.folder} is no validation image of ImageNet, by whose names ReaL's "
+            "labels go: keep names such as ILSVRC2012_val_00000001.JPEG."
         )
     return f"{found[0]}.JPEG"
 
@@ -207,9 +207,10 @@ def plain_set(dataset: Source, num_classes: int, is_own: bool) -> TestSet:
     names = dataset.class_names
     by_order = isinstance(dataset, FolderDataset) or _synsets().keys() >= {*names}
     if by_order and len(names) != num_classes:
+        kind = "class folders" if isinstance(dataset, FolderDataset) else "of ImageNet's classes"
         raise ValueError(
-            f"{dataset.folder} has {len(names)} class folders and the model {num_classes} classes: folders are numbered "
-            "in order, so each class needs one; --set goes by the names of ImageNet's classes."
+            f"{dataset.folder} has {len(names)} {kind} and the model {num_classes} classes: numbered in order, "
+            "each class needs one; --set goes by the names of ImageNet's classes."
         )
     numbers = [int(name) for name in names if name.isdecimal()]
     if not is_own and len(numbers) == len(names) == NUM_CLASSES and numbers != sorted(numbers):

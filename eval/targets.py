@@ -54,7 +54,7 @@ class Target:
             ValueError: the target is no model name, timm has no weights of that name, or they cannot be fetched.
         """
         if self.config is not None:
-            raise ValueError(f"{self.label} is no model name, and --pretrained means timm's weights of one: leave it out.")
+            raise ValueError(f"{self.label} is no model name, and --pretrained means timm's weights: leave it out.")
         model = self.model.create()
         load_exactly(model, pretrained_weights(self.model.name))
         return model

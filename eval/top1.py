@@ -257,8 +257,8 @@ def _mean_row(rows: Sequence[dict[str, Any]], folder: Path) -> dict[str, Any]:
     """Of a model on corrupted images: the mean over all corruptions and severities, and the corruption error."""
     means = {key: mean(row[key] for row in rows) for key in ("top1", "top5", "calibration_error")}
     top1 = {str(Path(row["data"]).relative_to(folder)): row["top1"] for row in rows}
-    first = {"name": rows[0]["name"], "data": str(folder), "set": f"mean of {len(rows)}", "n": sum(row["n"] for row in rows)}
-    return {**first, **means, "mce": mean_corruption_error(top1)}
+    counts = {"set": f"mean of {len(rows)}", "n": sum(row["n"] for row in rows)}
+    return {"name": rows[0]["name"], "data": str(folder), **counts, **means, "mce": mean_corruption_error(top1)}
 
 
 def render(result: dict[str, Any]) -> RenderableType:

@@ -203,7 +203,7 @@ def _many_images(folder: str, run: str, world_size: int) -> str:
 
 
 def _write_many_images(folder: Path) -> None:
-    """10,000 images of three classes and 64 greys; neither 2 nor 3 divides them, or their 40 batches, evenly by class."""
+    """10,000 images of three classes and 64 greys: 39 batches and a short one, which 3 ranks cannot share evenly."""
     greys = [io.BytesIO() for _ in range(64)]
     for grey, content in enumerate(greys):
         Image.new("L", (12, 12), 4 * grey).save(content, "PNG")
