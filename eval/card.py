@@ -80,16 +80,27 @@ class Card:
         write_durably(path, (json.dumps({"card": VERSION, **asdict(self)}, indent=2) + "\n").encode())
 
 
-def make_card(name: str, config: Config, data: str, predictions: Predictions, facts: dict[str, Any]) -> Card:
-    """The card of an experiment's model, by what it says of a set."""
-    model: Any = config.model.create("meta")
+def make_card(
+    name: str,
+    model: ModelConfig,
+    data: str,
+    predictions: Predictions,
+    facts: dict[str, Any],
+    training: Config | None = None,
+) -> Card:
+    """The card of a model, by what it says of a set.
+
+    Args:
+        training: The experiment that gave it its weights, where it is known.
+    """
+    built: Any = model.create("meta")
     return Card(
-        name=name.removesuffix(f"-seed{config.train.seed}"),
-        seed=config.train.seed,
-        model=model_settings(config.model, model),
-        recipe=recipe_of(config),
-        params=sum(parameter.numel() for parameter in model.parameters()),
-        macs=model_macs(model),
+        name=name if training is None else name.removesuffix(f"-seed{training.train.seed}"),
+        seed=None if training is None else training.train.seed,
+        model=model_settings(model, built),
+        recipe=None if training is None else recipe_of(training),
+        params=sum(parameter.numel() for parameter in built.parameters()),
+        macs=model_macs(built),
         data=data,
         facts=facts,
         **measured(predictions),
@@ -107,10 +118,7 @@ def measured(predictions: Predictions) -> dict[str, Any]:
     packed = np.packbits(predictions.is_correct).tobytes()
     return {
         "set_digest": predictions.set_digest,
-        "n": predictions.n,
-        "top1": predictions.top1,
-        "top5": predictions.top5,
-        "calibration_error": predictions.calibration_error,
+        **predictions.figures,
         "is_correct": base64.b64encode(zlib.compress(packed, 9)).decode(),
     }
 

@@ -13,12 +13,15 @@ DTYPES = ("float32", "bfloat16")  # in which models are measured
 Transform = Callable[[Any], Tensor]  # from a PIL image to (channels, rows, columns)
 
 
-def image_settings(model: Any) -> dict[str, Any]:
+def image_settings(model: Any, use_test_size: bool = False) -> dict[str, Any]:
     """timm's data settings of a model (interpolation, mean, std, crop_pct, ...), for a ViT with its own input_size.
 
     ImageNet's three statistics become their mean for every channel of images that are not RGB.
+
+    Args:
+        use_test_size: the size and crop that timm's table was measured at, where they are not those of the training.
     """
-    settings: dict[str, Any] = resolve_model_data_config(model)
+    settings: dict[str, Any] = resolve_model_data_config(model, use_test_size=use_test_size)
     if not isinstance(model, VisionTransformer):
         return settings
     in_chans, (rows, columns) = model.patch_embed.proj.in_channels, model.patch_embed.img_size
@@ -28,13 +31,14 @@ def image_settings(model: Any) -> dict[str, Any]:
     return {**settings, "input_size": (in_chans, rows, columns)}
 
 
-def evaluation_transform(model: nn.Module, crop_pct: float | None = None) -> Transform:
+def evaluation_transform(model: nn.Module, crop_pct: float | None = None, use_test_size: bool = False) -> Transform:
     """Resize, centre crop and normalise, by the model's own settings.
 
     Args:
         crop_pct: share of the resized image that the crop keeps; the model's own by default.
+        use_test_size: see image_settings.
     """
-    settings = image_settings(model)
+    settings = image_settings(model, use_test_size)
     transform: Any = create_transform(**{**settings, "crop_pct": crop_pct or settings["crop_pct"]}, is_training=False)
     return transform
 

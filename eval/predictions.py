@@ -7,7 +7,7 @@ import hashlib
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ class Answers(NamedTuple):
 
     Attributes:
         keys: Of the samples.
-        labels: (B,), int64.
+        labels: (B,), int64; or (B, L) where an image has several, of which some may stand in a row twice.
         classes: (B, 5), or as many as there are; the most probable first, -1 where a logit is NaN.
         probabilities: (B,), float32, of the first class; 0 where a logit is NaN.
     """
@@ -35,7 +35,7 @@ class Answers(NamedTuple):
 
 
 def answers(logits: Tensor, labels: Tensor, keys: Sequence[str]) -> Answers:
-    """What logits (B, classes) say, on the CPU.
+    """What logits (B, classes) say of images with the labels (B,) or (B, L), on the CPU.
 
     Raises:
         ValueError: a label is not one of the classes.
@@ -71,18 +71,23 @@ class Predictions:
 
     @property
     def is_correct(self) -> np.ndarray:
-        """(n,), bool: whether the first class is the label."""
-        return self.classes[:, 0] == self.labels
+        """(n,), bool: whether the first class is the label, or one of them."""
+        return self._hits[:, 0]
 
     @property
     def top1(self) -> float:
-        """Percent of the images whose label comes first."""
+        """Percent of the images whose label, or one of them, comes first."""
         return 100 * int(self.is_correct.sum()) / self.n
 
     @property
     def top5(self) -> float:
-        """Percent of the images whose label is among the first five."""
-        return 100 * int((self.classes == self.labels[:, None]).any(1).sum()) / self.n
+        """Percent of the images whose label, or one of them, is among the first five."""
+        return 100 * int(self._hits.any(1).sum()) / self.n
+
+    @property
+    def _hits(self) -> np.ndarray:
+        """(n, 5), bool: whether a class is a label of the image."""
+        return (self.classes[:, :, None] == self.labels.reshape(self.n, 1, -1)).any(2)
 
     @property
     def calibration_error(self) -> float:
@@ -95,17 +100,34 @@ class Predictions:
         return 100 * float(np.abs(gaps).sum()) / self.n
 
     @property
+    def figures(self) -> dict[str, Any]:
+        """What a record of it holds."""
+        return {"n": self.n, "top1": self.top1, "top5": self.top5, "calibration_error": self.calibration_error}
+
+    @property
     def set_digest(self) -> str:
         """SHA-256 of keys and labels: predictions of equal digest can be compared image by image."""
-        lines = (f"{key}\t{label}\n" for key, label in zip(self.keys, self.labels.tolist(), strict=True))
+        lines = (f"{key}\t{label}\n" for key, label in zip(self.keys, self._label_texts(), strict=True))
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
+    def _label_texts(self) -> list[str]:
+        """The label of each image, or its labels."""
+        rows = self.labels.reshape(self.n, -1).tolist()
+        return [" ".join(map(str, dict.fromkeys(row))) for row in rows]
+
+    def by_class(self) -> list[tuple[int, int, int]]:
+        """Each class that is a label, how many images have it, and on how many of them the model is right."""
+        images = np.repeat(np.arange(self.n), self.labels.size // self.n)
+        images, labels = np.unique(np.stack([images, self.labels.ravel()]), axis=1)
+        counts, correct = np.bincount(labels), np.bincount(labels[self.is_correct[images]], minlength=labels.max() + 1)
+        return [(number, int(counts[number]), int(correct[number])) for number in np.flatnonzero(counts).tolist()]
+
     def to_csv(self) -> str:
-        """A line per image: its key and label, the probability of the first class, and the first five."""
+        """A line per image: its key and label, or labels, the probability of the first class, and the first five."""
         stream = io.StringIO()
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow(("key", "label", "probability", "top5"))
-        columns = (self.labels.tolist(), self.probabilities.tolist(), self.classes.tolist())
+        columns = (self._label_texts(), self.probabilities.tolist(), self.classes.tolist())
         for key, label, probability, classes in zip(self.keys, *columns, strict=True):
             writer.writerow((key, label, f"{probability:.6f}", " ".join(map(str, classes))))
         return stream.getvalue()

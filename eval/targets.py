@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -17,6 +18,7 @@ from vitreuse.config import Config, ModelConfig, load_config
 from vitreuse.models import default_cfgs, plain_name, variant_of
 from vitreuse.options import PlanOptions
 from vitreuse.plan import parse_plan
+from vitreuse.strict_yaml import nearest
 
 # Keywords that timm's own models do not have.
 PLAN_KEYWORDS = tuple(field.name for field in fields(PlanOptions))
@@ -44,6 +46,18 @@ class Target:
             load_exactly(model, state)
         except ValueError as error:
             raise ValueError(f"{path} does not fit {self.model.name}: {error}") from error
+        return model
+
+    def load_pretrained(self) -> nn.Module:
+        """The model with the weights that timm publishes under its name.
+
+        Raises:
+            ValueError: the target is no model name, timm has no weights of that name, or they cannot be fetched.
+        """
+        if self.config is not None:
+            raise ValueError(f"{self.label} is no model name, and --pretrained means timm's weights: leave it out.")
+        model = self.model.create()
+        load_exactly(model, pretrained_weights(self.model.name))
         return model
 
     def _run_weights(self) -> Path:
@@ -139,6 +153,22 @@ def final_record(target: Target) -> dict[str, Any]:
     if status != "completed" or last["kind"] != "final":
         raise ValueError(f"{target.run_dir} is not completed but {status}: go on with python -m train.")
     return last
+
+
+def pretrained_weights(name: str) -> dict[str, torch.Tensor]:
+    """The weights that timm publishes under a name, from its hub or from what was fetched before.
+
+    Raises:
+        ValueError: there are none of that name, or they cannot be fetched.
+    """
+    if not timm.is_model_pretrained(name):
+        hint = nearest(name, timm.list_pretrained()) or ", timm.list_pretrained() has the names."
+        raise ValueError(f"weights {name!r} are neither a file nor pretrained weights of timm{hint}")
+    try:
+        return timm.create_model(name, pretrained=True).state_dict()
+    except Exception as error:  # whatever a network or a hub leads to
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"weights {name!r} cannot be fetched ({reason}): give them as a file.") from error
 
 
 def load_exactly(model: nn.Module, state: dict[str, torch.Tensor]) -> None:

@@ -1,9 +1,18 @@
-"""Top-1 and top-5 accuracy, every image counted exactly once under any number of ranks."""
+"""Top-1 and top-5 accuracy, every image counted exactly once under any number of ranks.
+
+With -o DIR, of each target LABEL and, where one is given, --set NAME:
+DIR/LABEL[.NAME].predictions.csv   a line per image
+                .classes.csv       a line per class: its images, and how many of them are right
+                .card.json         see card.py
+A corrupted split stands for NAME as CORRUPTION-SEVERITY.
+"""
 
 import argparse
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any, Protocol
+from pathlib import Path
+from statistics import mean
+from typing import Any
 
 import torch
 from rich.console import Console, RenderableType
@@ -11,34 +20,42 @@ from rich.progress import track
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from eval.card import Card, make_card
 from eval.distributed import Ranks, joined
 from eval.inputs import Transform, evaluation_transform, image_settings
 from eval.predictions import Answers, Predictions, answers
-from eval.table import Column, to_rich
+from eval.sets import (
+    NUM_CLASSES,
+    SETS,
+    Among,
+    Labelled,
+    TestSet,
+    corrupted_splits,
+    mean_corruption_error,
+    named_set,
+    plain_set,
+)
+from eval.table import Column, to_csv, to_rich
 from eval.targets import Target, resolve_targets
 from vitreuse.config import DataConfig
 from vitreuse.console import add_allow, local_path, positive
-from vitreuse.data import FolderDataset, Sample, open_split, prepare_source
-from vitreuse.local import refuse_idle_allow, url_kind
+from vitreuse.data import open_split, prepare_source
+from vitreuse.durable import write_durably
+from vitreuse.local import refuse_idle_allow, refuse_url, url_kind
+from vitreuse.measure import describe_machine
 
-HELP = "accuracy of run folders, or of a model name with --checkpoint and --data"
+HELP = "accuracy of run folders, or of a model name with --data and --checkpoint or --pretrained"
 COLUMNS = (
     Column("name", "name"),
     Column("data", "data"),
+    Column("set", "set"),
     Column("n", "images", ",d"),
     Column("top1", "top-1 (%)", ".2f"),
     Column("top5", "top-5 (%)", ".2f"),
     Column("calibration_error", "calibration error (%)", ".2f"),
 )
+CORRUPTION_COLUMN = Column("mce", "mCE (%)", ".2f")
 ALONE = Ranks()
-
-
-class Labelled(Protocol):
-    """A map-style data set as vitreuse.data.open_split returns it."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, number: int, /) -> Sample: ...
 
 
 def evaluate(
@@ -102,15 +119,15 @@ class _Share(Sampler[list[int]]):
             yield [*range(first, min(first + self.batch_size, self.num_images))]
 
 
-class _Images(Dataset[tuple[Tensor, int, str]]):
+class _Images(Dataset[tuple[Tensor, Any, str]]):
     """A data set's images as the model's inputs."""
 
     def __init__(self, dataset: Labelled, transform: Transform) -> None:
         self.dataset, self.transform = dataset, transform
 
-    def __getitem__(self, number: int) -> tuple[Tensor, int, str]:
-        sample = self.dataset[number]
-        return self.transform(sample.image), sample.label, sample.key
+    def __getitem__(self, number: int) -> tuple[Tensor, Any, str]:
+        image, label, key = self.dataset[number]
+        return self.transform(image), label, key
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -119,7 +136,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", metavar="DIR", help="folder with SPLIT/, or its URL; default: the run's own data")
     add_allow(parser)
     parser.add_argument("--split", default="val", help="default: %(default)s")
-    parser.add_argument("--checkpoint", type=local_path, metavar="FILE", help="weights of a name or config")
+    parser.add_argument("--set", choices=SETS, help="ImageNet's set that it is, with classes by name; default: none")
+    parser.add_argument("--subset", action="store_true", help="not all of the set's images need be there")
+    weights = parser.add_mutually_exclusive_group()
+    weights.add_argument("--checkpoint", type=local_path, metavar="FILE", help="weights of a name or config")
+    weights.add_argument("--pretrained", action="store_true", help="the weights that timm publishes under a name")
+    parser.add_argument(
+        "-o", "--output", type=local_path, metavar="DIR", help="write predictions, classes and card of each target"
+    )
     parser.add_argument(
         "--batch-size", type=positive, default=256, help="images per forward pass; default: %(default)s"
     )
@@ -134,64 +158,119 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """
     with joined(args.device) as ranks:
         with ranks.together():
+            if args.subset and args.set is None:
+                raise ValueError("--subset has no effect without --set, which says how many images there are.")
             targets = resolve_targets(args.targets)
             own = [target.config.data.root for target in targets if target.config]
             refuse_idle_allow(args.allow, [args.data] if args.data else own)
-        return {"command": "top1", "rows": [_row(target, args, ranks) for target in targets]}
+            if args.output is not None:
+                args.output.mkdir(parents=True, exist_ok=True)
+        return {"command": "top1", "rows": [row for target in targets for row in _rows(target, args, ranks)]}
 
 
-def _row(target: Target, args: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
+def _rows(target: Target, args: argparse.Namespace, ranks: Ranks) -> list[dict[str, Any]]:
+    """One row; of corrupted images one for each corruption and severity, and their mean."""
     with ranks.together():
-        dataset, place = open_data(target, args.data, args.split, args.allow)
-        model = target.load(args.checkpoint).to(ranks.device)
-        _check_class_folders(dataset, model)
+        root = data_root(target, args.data)
+        model: Any = target.load_pretrained() if args.pretrained else target.load(args.checkpoint)
+        if args.set is not None and model.num_classes != NUM_CLASSES:
+            raise ValueError(
+                f"--set {args.set} needs a model of ImageNet's {NUM_CLASSES:,} classes, {target.label} has "
+                f"{model.num_classes}: leave it out for classes of your own."
+            )
+        splits = [""]
+        if args.set == "corruptions":
+            refuse_url("corruptions", root)
+            splits = corrupted_splits(Path(root, args.split), whole=not args.subset)
+    model.to(ranks.device)
+    rows = [_row(target, model, root, split, args, ranks) for split in splits]
+    return [*rows, _mean_row(rows, Path(root, args.split))] if args.set == "corruptions" else rows
+
+
+def data_root(target: Target, root: str | None = None) -> str:
+    """The given folder or URL of data, or else that of the data that the target was trained on.
+
+    Raises:
+        ValueError: a model name knows no data.
+    """
+    if root is not None:
+        return root
+    if target.config is None:
+        raise ValueError(f"{target.label} is a model name, which knows no data: give --data DIR.")
+    if target.config.data.source is not None:
+        prepare_source(target.config.data.source, Path(target.config.data.folder))
+    return target.config.data.folder
+
+
+def _row(target: Target, model: Any, root: str, part: str, args: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
+    """The row of a split or, where it has corrupted parts, of one of them."""
+    split = str(Path(args.split, part))
+    with ranks.together():
+        test_set = _open(target, model, root, split, args)
     bar = partial(track, description=target.label, console=Console(stderr=True), disable=not ranks.is_main)
-    result = evaluate(
-        model,
-        dataset,
-        transform=evaluation_transform(model, target.config and target.config.eval.crop_pct),
+    found = evaluate(
+        model if args.set is None else Among(model, test_set.classes),
+        test_set.images,
+        transform=_transform(target, model, args),
         ranks=ranks,
         batch_size=args.batch_size,
         num_workers=args.num_workers,
         progress=bar,
     )
-    measured = {"n": result.n, "top1": result.top1, "top5": result.top5}
-    return {"name": target.label, "data": place, **measured, "calibration_error": result.calibration_error}
+    data = root if url_kind(root) else str(Path(root, split))
+    row = {"name": target.label, "data": data, "set": test_set.title, **found.figures}
+    with ranks.together():
+        if args.output is not None and ranks.is_main:
+            name = part.replace("/", "-") or args.set
+            stem = target.label.replace("/", "_") + (f".{name}" if name else "")
+            _write(args.output / stem, found, test_set.class_names)
+            _card(target, row, found, args, ranks).write(args.output / f"{stem}.card.json")
+    return row
+
+
+def _open(target: Target, model: Any, root: str, split: str, args: argparse.Namespace) -> TestSet:
+    mode = "L" if image_settings(model)["input_size"][0] == 1 else "RGB"
+    cache_root = DataConfig.cache_root if target.config is None else target.config.data.cache_root
+    dataset = open_split(root, split, mode, cache_root=cache_root, allow=args.allow)
+    if args.set is None:
+        return plain_set(dataset, model.num_classes, is_own=args.data is None)
+    return named_set(SETS[args.set], dataset, whole=not args.subset)
+
+
+def _transform(target: Target, model: nn.Module, args: argparse.Namespace) -> Transform:
+    """As timm has it for a name of its own, as the run had it for a run; corrupted images are cropped already."""
+    crop_pct = 1.0 if args.set == "corruptions" else target.config and target.config.eval.crop_pct
+    return evaluation_transform(model, crop_pct, use_test_size=target.config is None)
+
+
+def _write(stem: Path, found: Predictions, class_names: Sequence[str]) -> None:
+    """The tables of images and of classes."""
+    classes = [
+        {"class": number, "name": class_names[number], "n": n, "correct": correct, "accuracy": 100 * correct / n}
+        for number, n, correct in found.by_class()
+    ]
+    write_durably(Path(f"{stem}.predictions.csv"), found.to_csv().encode())
+    write_durably(Path(f"{stem}.classes.csv"), to_csv(classes, ("class", "name", "n", "correct", "accuracy")).encode())
+
+
+def _card(target: Target, row: dict[str, Any], found: Predictions, args: argparse.Namespace, ranks: Ranks) -> Card:
+    is_run = target.run_dir is not None and args.checkpoint is None
+    weights = "timm" if args.pretrained else str(args.checkpoint or target.run_dir)
+    facts = {"weights": weights, "set": row["set"], **describe_machine(ranks.device)}
+    return make_card(target.label, target.model, row["data"], found, facts, target.config if is_run else None)
+
+
+def _mean_row(rows: Sequence[dict[str, Any]], folder: Path) -> dict[str, Any]:
+    """Of a model on corrupted images: the mean over all corruptions and severities, and the corruption error."""
+    means = {key: mean(row[key] for row in rows) for key in ("top1", "top5", "calibration_error")}
+    top1 = {str(Path(row["data"]).relative_to(folder)): row["top1"] for row in rows}
+    counts = {"set": f"mean of {len(rows)}", "n": sum(row["n"] for row in rows)}
+    return {"name": rows[0]["name"], "data": str(folder), **counts, **means, "mce": mean_corruption_error(top1)}
 
 
 def render(result: dict[str, Any]) -> RenderableType:
-    """The result as tables for the terminal."""
-    return to_rich(result["rows"], COLUMNS)
-
-
-def open_data(
-    target: Target, root: str | None = None, split: str = "val", allow: Collection[str] = ()
-) -> tuple[Labelled, str]:
-    """A split of the given folder or URL, or else of the data that the target was trained on; and where it is.
-
-    Raises:
-        ValueError: a model name knows no data, or they are behind a URL of a kind that is not allowed.
-    """
-    if root is None:
-        if target.config is None:
-            raise ValueError(f"{target.label} is a model name, which knows no data: give --data DIR.")
-        root = target.config.data.folder
-        if target.config.data.source is not None:
-            prepare_source(target.config.data.source, root)
-    in_chans = image_settings(target.model.create("meta"))["input_size"][0]
-    mode = "L" if in_chans == 1 else "RGB"
-    cache_root = DataConfig.cache_root if target.config is None else target.config.data.cache_root
-    dataset = open_split(root, split, mode, cache_root=cache_root, allow=allow)
-    return dataset, root if url_kind(root) else str(dataset.folder)
-
-
-def _check_class_folders(dataset: Labelled, model: Any) -> None:
-    """Refuses class folders that are not as many as the model's classes: their labels, given in order, would be wrong.
-
-    Shards carry their labels, and may lack a class.
-    """
-    if isinstance(dataset, FolderDataset) and len(dataset.class_names) != model.num_classes:
-        raise ValueError(
-            f"{dataset.folder} has {len(dataset.class_names)} class folders and the model {model.num_classes} classes: "
-            "folders are numbered in order, so each class needs one."
-        )
+    """The result as a table for the terminal."""
+    rows = result["rows"]
+    if "mce" not in rows[-1]:
+        return to_rich(rows, COLUMNS)
+    return to_rich([{"mce": None, **row} for row in rows], (*COLUMNS, CORRUPTION_COLUMN))

@@ -20,7 +20,8 @@ def predictions(num_images: int) -> Predictions:
 
 
 def a_card(*overrides: str, name: str = "lazy-seed3", num_images: int = 71) -> Card:
-    return make_card(name, load_config(LAZY, overrides), "digits/val", predictions(num_images), {"seconds": 1.5})
+    config = load_config(LAZY, overrides)
+    return make_card(name, config.model, "digits/val", predictions(num_images), {"seconds": 1.5}, config)
 
 
 def test_a_card_comes_back_from_its_file(tmp_path):

@@ -31,7 +31,7 @@ from eval.targets import plain_model, resolve_targets
 from eval.throughput import Condition, fused_attention, measure
 from eval.top1 import evaluate
 from vitreuse.config import load_config, to_yaml
-from vitreuse.data import Sample
+from vitreuse.data import EncodedSample, Sample, write_shards
 from vitreuse.measure import Timing, _LiveStorages, inference_call, peak_memory_mib
 
 CONFIG = """
@@ -179,26 +179,44 @@ def test_top1_of_a_run_folder(tmp_path, experiment, capsys):
 RANK_SIZES = (1, 2, 7, 11)
 
 
-def _rank(rank: int, folder: str, run: str, ports: dict[int, int]) -> None:
-    """One of three real processes; what it finds goes to a file, an error to the parent."""
+def _rank(rank: int, folder: str, run: str, ports: dict[int, list[int]]) -> None:
+    """One of three real processes, in groups of 2, 3 and 1; what it finds goes to a file, an error to the parent."""
     torch.set_num_threads(1)
     found = {}
-    for world_size, port in ports.items():
+    for world_size, (first_port, second_port) in ports.items():
         if rank < world_size:
-            os.environ.update(
-                MASTER_ADDR="localhost", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world_size)
-            )
+            os.environ.update(MASTER_ADDR="localhost", RANK=str(rank), WORLD_SIZE=str(world_size))
+            os.environ["MASTER_PORT"] = str(first_port)
             with joined("cpu") as ranks:
                 found[world_size] = _count_as(ranks)
+            os.environ["MASTER_PORT"] = str(second_port)
+            found[f"printed by {world_size}"] = _many_images(folder, run, world_size)
+    Path(folder, f"{rank}.json").write_text(json.dumps(found))
+
+
+def _many_images(folder: str, run: str, world_size: int) -> str:
+    """What the command prints of 10,000 images; its files go to FOLDER/WORLD_SIZE."""
     with redirect_stdout(io.StringIO()) as output:
-        main(["top1", run, "--json", "--device", "cpu"])
-    Path(folder, f"{rank}.json").write_text(json.dumps({"found": found, "output": output.getvalue()}))
+        output_folder = str(Path(folder, str(world_size)))
+        main(["top1", run, "--data", f"{folder}/many", "-o", output_folder, "--json", "--device", "cpu"])
+    return output.getvalue()
+
+
+def _write_many_images(folder: Path) -> None:
+    """10,000 images of three classes and 64 greys: 39 batches and a short one, which 3 ranks cannot share evenly."""
+    greys = [io.BytesIO() for _ in range(64)]
+    for grey, content in enumerate(greys):
+        Image.new("L", (12, 12), 4 * grey).save(content, "PNG")
+    samples = (EncodedSample(f"{i:05d}", greys[i % 64].getvalue(), "png", i % 3) for i in range(10_000))
+    write_shards(samples, folder, ("dark", "grey", "light"), 4000)
 
 
 def _count_as(ranks: Ranks) -> list:
     """What evaluate finds in sets of several sizes, then what it says where every rank takes the share of rank 0."""
     share = {"transform": to_number, "batch_size": 2}
     results = [evaluate(Reader(), Numbers(size), ranks=ranks, **share).to_csv() for size in RANK_SIZES]
+    if ranks.world_size == 1:
+        return results
     with pytest.raises(ValueError) as error:
         evaluate(Reader(), Numbers(7), ranks=replace(ranks, rank=0), **share)
     return [*results, str(error.value)]
@@ -210,30 +228,49 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def test_any_number_of_ranks_counts_every_image_once(tmp_path, experiment, capsys):
+def test_any_number_of_ranks_counts_every_image_once(tmp_path, experiment):
     run = str(make_run(tmp_path / "run", experiment))
-    mp.spawn(_rank, (str(tmp_path), run, {2: free_port(), 3: free_port()}), nprocs=3)
+    _write_many_images(tmp_path / "many" / "val")
+    ports = {world_size: [free_port(), free_port()] for world_size in (2, 3, 1)}
+    mp.spawn(_rank, (str(tmp_path), run, ports), nprocs=3)
     ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(3)]
-    share = {"transform": to_number, "batch_size": 2}
-    alone = [evaluate(Reader(), Numbers(size), **share).to_csv() for size in RANK_SIZES]
+    alone = [
+        evaluate(Reader(), Numbers(size), transform=to_number, batch_size=2).to_csv() for size in RANK_SIZES
+    ]
+    assert ranks[0]["1"] == alone
     for rank, world_size in ((0, 2), (1, 2), (0, 3), (1, 3), (2, 3)):
-        *results, refusal = ranks[rank]["found"][str(world_size)]
+        *results, refusal = ranks[rank][str(world_size)]
         assert results == alone
         num_own = len(range(0, 4, world_size))
         refused = f"{world_size} ranks answered {num_own} of 4 batches, {world_size * num_own} in all: "
         assert refusal == refused + "a set must have an image, and each must be answered once."
-    assert json.loads(ranks[0]["output"])["rows"] == run_json(capsys, "top1", run)["rows"]
-    assert [ranks[1]["output"], ranks[2]["output"]] == ["", ""]
+    assert_equal_results_of_many_images(tmp_path, ranks)
 
 
-def _refused_rank(rank: int, folder: str, run: str, port: int) -> None:
+def assert_equal_results_of_many_images(folder: Path, ranks: list[dict]) -> None:
+    """The same numbers, and the same files to the byte, from 1, 2 and 3 ranks; only the first prints."""
+    printed = [[ranks[rank].get(f"printed by {world_size}", "") for rank in range(3)] for world_size in (1, 2, 3)]
+    assert printed[0][0] and printed == [[printed[0][0], "", ""]] * 3
+    (row,) = json.loads(printed[0][0])["rows"]
+    files = [{path.name: path.read_bytes() for path in (folder / str(size)).iterdir()} for size in (1, 2, 3)]
+    assert {*files[0]} == {"run.predictions.csv", "run.classes.csv", "run.card.json"}
+    assert files[0] == files[1] == files[2]
+    lines = [line.split(",") for line in files[0]["run.predictions.csv"].decode().splitlines()[1:]]
+    assert [(line[0], line[1]) for line in lines] == [(f"{i:05d}", str(i % 3)) for i in range(10_000)]
+    num_correct = sum(line[3].split()[0] == line[1] for line in lines)
+    assert (row["n"], row["top1"]) == (10_000, num_correct / 100)
+    assert len({line[3] for line in lines}) > 1  # else every share would count alike
+
+
+def _refused_rank(rank: int, folder: str, run: str, ports: list[int]) -> None:
     """One of two processes with wrong input: wrong for both, twice; for the second alone; in the second's images."""
     torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank))
-    os.environ["WORLD_SIZE"] = "2"
+    os.environ.update(MASTER_ADDR="localhost", WORLD_SIZE="2", RANK=str(rank), LOCAL_RANK=str(rank))
     by_rank, broken = (run, "nowhere/run"), ("--data", f"{folder}/broken", "--batch-size", "1")
     told = []
-    for arguments in (["run", "--splt"], ["nowhere/run"], [by_rank[rank]], [run, *broken]):
+    wrong = (["run", "--splt"], ["nowhere/run"], [by_rank[rank]], [run, *broken])
+    for arguments, port in zip(wrong, ports, strict=True):
+        os.environ["MASTER_PORT"] = str(port)  # at one and the same the second might find the first's old store
         with redirect_stderr(io.StringIO()) as errors:
             code = exit_code(["top1", *arguments, "--device", "cpu"])
         told.append((code, [line for line in errors.getvalue().splitlines() if line.startswith("python -m eval")]))
@@ -253,7 +290,7 @@ def test_what_a_rank_refuses_ends_all_and_is_told_once(tmp_path, experiment):
     run = str(make_run(tmp_path / "run", experiment))
     shutil.copytree(tmp_path / "data", tmp_path / "broken")
     (tmp_path / "broken" / "val" / "class0" / "1.png").write_bytes(b"no image")
-    mp.spawn(_refused_rank, (str(tmp_path), run, free_port()), nprocs=2)
+    mp.spawn(_refused_rank, (str(tmp_path), run, [free_port() for _ in range(4)]), nprocs=2)
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert [code for code, _ in [*first, *second]] == [2] * 8
     for lines, others, part in (

@@ -255,7 +255,7 @@ class _Loop:
     def _evaluate(self) -> _Evaluation:
         """Accuracy of the model that the run would leave now, and with a moving average that of the raw weights too."""
         found = self._predict(self.trainer.final_model)
-        figures = {"n": found.n, "top1": found.top1, "top5": found.top5, "calibration_error": found.calibration_error}
+        figures = found.figures
         if self.trainer.ema is not None:
             raw = self._predict(self.trainer.model)
             figures |= {"raw_top1": raw.top1, "raw_top5": raw.top5}

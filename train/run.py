@@ -208,7 +208,8 @@ class RunFolder:
         split = f"{data.source or Path(data.folder).resolve().name}/val"
         if "{}" in data.folder:  # a URL with a place for the name
             split = data.folder.replace("{}", "val")
-        return card.make_card(self.path.resolve().name, self.config, split, predictions, {**facts, "seconds": seconds})
+        name, facts = self.path.resolve().name, {**facts, "seconds": seconds}
+        return card.make_card(name, self.config.model, split, predictions, facts, self.config)
 
 
 def _is_known(line: bytes, step: int) -> bool:

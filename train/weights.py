@@ -7,14 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import timm
 from timm.models import VisionTransformer
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor
 
-from eval.targets import load_exactly, read_weights
+from eval.targets import load_exactly, pretrained_weights, read_weights
 from vitreuse.config import Config, ConfigError
-from vitreuse.strict_yaml import nearest
 from vitreuse.weights import LoadReport, load_checkpoint
 
 State = dict[str, Tensor]
@@ -64,19 +62,10 @@ def weight_files(config: Config) -> dict[str, str]:
 
 
 def _trained(source: str) -> State:
-    if Path(source).exists():
-        try:
-            return read_weights(Path(source))
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
-    if not timm.is_model_pretrained(source):
-        hint = nearest(source, timm.list_pretrained()) or ", timm.list_pretrained() has the names."
-        raise ConfigError(f"weights {source!r} are neither a file nor pretrained weights of timm{hint}")
     try:
-        return timm.create_model(source, pretrained=True).state_dict()
-    except Exception as error:  # whatever a network or a hub leads to
-        reason = str(error).partition("\n")[0]
-        raise ConfigError(f"weights {source!r} cannot be fetched ({reason}): give them as a file.") from error
+        return read_weights(Path(source)) if Path(source).exists() else pretrained_weights(source)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _fresh_head(state: State, model: Any) -> State:
