@@ -14,7 +14,7 @@ from vitreuse.config import Config, ConfigError, ModelConfig, changed_settings, 
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml"))
 SHIPPED = [path for path in CONFIGS if not path.name.startswith("_")]
-DIGITS = [path for path in SHIPPED if path.parent.name == "digits"]
+SMALL = [path for path in SHIPPED if path.parent.name in ("digits", "study")]
 
 MINIMAL = """\
 model:
@@ -101,7 +101,7 @@ def test_values_are_read_by_declared_type(write):
         ("train.crop={scale: [0.1]}", "command line: train.crop.scale must be a list of 2 values, not a list."),
         ("train.crop={scale: [0.1, x]}", "command line: train.crop.scale.1 must be a number, not 'x'."),
         ("train.optimizer=adamw", "command line: train.optimizer must be a mapping, not 'adamw'."),
-        ("data.source=digit", "command line: data.source is 'digit', allowed are digits, did you mean 'digits'?"),
+        ("data.source=digit", "data.source is 'digit', allowed are digits, pointer_digits, did you mean 'digits'?"),
         ("train.epoch=3", "command line: train.epoch is not a key, did you mean 'epochs'?"),
         ("trian.epochs=3", "command line: trian is not a key, did you mean 'train'?"),
         ("train.mixup={zzz: 1}", "train.mixup.zzz is not a key; train.mixup knows mixup, cutmix, prob, switch_prob."),
@@ -318,8 +318,8 @@ def test_sincos2d_is_timms_table_under_zeros_for_prefix_tokens(distilled):
     assert model.pos_embed.requires_grad  # train.freeze says whether it stays
 
 
-@pytest.mark.parametrize("path", DIGITS, ids=lambda path: path.stem)
-def test_every_digits_config_builds(path):
+@pytest.mark.parametrize("path", SMALL, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_every_small_config_builds(path):
     """Those of ImageNet are in test_recipes.py."""
     config = load_config(path)
     model = config.model.create("meta")

@@ -9,10 +9,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 
+from train.__main__ import main as train
 from train.sweep import main
 
 CHECKOUT = Path(__file__).parent.parent
@@ -104,12 +106,65 @@ def test_a_signal_stops_the_running_ones_and_starts_no_more(write_config, tmp_pa
     assert not (tmp_path / "runs/waiting").exists()
 
 
+@pytest.fixture
+def started(monkeypatch):
+    """The commands of processes that end at once, instead of starting any; each after `-m train`."""
+    commands = []
+
+    class Ended:
+        def __init__(self, command, **_):
+            commands.append(command[3:])
+
+        def poll(self):
+            return 0
+
+    monkeypatch.setattr("train.sweep.subprocess", SimpleNamespace(Popen=Ended))
+    monkeypatch.setattr("train.sweep.SECONDS_BETWEEN_LOOKS", 0)
+    return commands
+
+
+def test_seeds_are_the_outer_loop(started):
+    assert main(["a/x.yaml", "train.epochs=2", "y.yaml", "seeds=2", "runs=r"]) == 0
+    runs = [("a/x.yaml", "x", 0), ("y.yaml", "y", 0), ("a/x.yaml", "x", 1), ("y.yaml", "y", 1)]
+    assert started == [
+        [config, "train.epochs=2", f"train.seed={seed}", f"run_dir=r/{stem}-seed{seed}"] for config, stem, seed in runs
+    ]
+
+
+def test_without_seeds_the_configs_own_holds(started):
+    assert main(["a/x.yaml", "train.seed=3"]) == 0
+    assert started == [["a/x.yaml", "train.seed=3", "run_dir=runs/x"]]
+
+
+def test_a_completed_run_is_started_again_only_if_its_config_has_changed(write_config, tmp_path, started, capsys):
+    config, runs = str(write_config("one", epochs=1)), tmp_path / "runs"
+    assert train([config, "train.seed=1", f"run_dir={runs}/one-seed1"]) == 0
+    again = ["train.log_every_steps=2"]  # which gives the same run
+    for overrides, seeds, said in ((again, [0, 2], True), (["train.epochs=2"], [0, 1, 2], False)):
+        capsys.readouterr()
+        started.clear()
+        assert main([config, *overrides, "seeds=3", f"runs={runs}"]) == 0
+        assert started == [[config, *overrides, f"train.seed={k}", f"run_dir={runs}/one-seed{k}"] for k in seeds]
+        assert ("1 of 3 runs are completed already." in capsys.readouterr().err) is said
+
+
+def test_a_run_that_was_stopped_is_started_again(write_config, tmp_path, started):
+    config, folder = str(write_config("one", epochs=1)), tmp_path / "one"
+    assert train([config, f"run_dir={folder}"]) == 0
+    record = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps({**record, "status": "stopped"}))
+    assert main([config, f"runs={tmp_path}"]) == 0
+    assert started == [[config, f"run_dir={folder}"]]
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
         ([], "give one or more configs"),
         (["a/x.yaml", "b/x.yaml"], "each of another name"),
         (["x.yaml", "jobs=none"], "jobs=none is not a whole number above 0"),
+        (["x.yaml", "seeds=0"], "seeds=0 is not a whole number above 0"),
+        (["x.yaml", "seeds=2", "train.seed=1"], "train.seed and seeds: give at most one of the two"),
     ],
 )
 def test_wrong_arguments_are_refused(arguments, sentence, capsys):

@@ -1,7 +1,9 @@
-"""`python -m train.sweep CONFIG... [section.key=value ...] [runs=DIR] [jobs=N]`: several runs, N at a time.
+"""`python -m train.sweep CONFIG... [section.key=value ...] [runs=DIR] [jobs=N] [seeds=N]`: several runs, N at a time.
 
-Each is a `python -m train` of its own, in DIR and its config's name. A terminal shows a bar per run, read from its run
-folder; elsewhere the runs' own lines are passed on.
+Each is a `python -m train` of its own, in DIR and its config's name; with seeds=5, in DIR/NAME-seed0 to DIR/NAME-seed4,
+all configs under one seed before the next, so that a sweep broken off has about as many runs of each. A terminal shows
+a bar per run, read from its run folder; elsewhere the runs' own lines are passed on. Runs that are completed already
+are not started again.
 """
 
 from __future__ import annotations
@@ -19,18 +21,20 @@ from typing import Any
 from rich.console import Console
 
 from train.distributed import StopSignal
-from vitreuse.config import ConfigError
+from train.run import RunFolder
+from vitreuse.config import ConfigError, load_config
 from vitreuse.console import DONE, STOPPED, WRONG_INPUT, print_error, progress_bars
 
-USAGE = "usage: python -m train.sweep CONFIG... [section.key=value ...] [runs=DIR] [jobs=N]"
+USAGE = "usage: python -m train.sweep CONFIG... [section.key=value ...] [runs=DIR] [jobs=N] [seeds=N]"
 SECONDS_BETWEEN_LOOKS = 0.5
 
 
 @dataclass
 class Run:
-    """One `python -m train`: its command, its run folder, and its process once it is started."""
+    """One `python -m train`: its config, overrides and run folder, and its process once it is started."""
 
-    command: list[str]
+    config: Path
+    overrides: list[str]
     folder: Path
     process: subprocess.Popen[bytes] | None = None
     output: Path | None = None  # on a terminal: what it says, until it is shown above the bars
@@ -41,6 +45,16 @@ class Run:
         return self.folder.name
 
     @property
+    def is_completed(self) -> bool:
+        """Whether its folder holds this very experiment, completed; its process would look for seconds to say so."""
+        try:
+            folder = RunFolder(self.folder, load_config(self.config, self.overrides))
+            folder.refuse_other_run()
+        except ConfigError:  # which its process will print
+            return False
+        return folder.is_completed
+
+    @property
     def exit_code(self) -> int | None:
         """How it ended, None before."""
         return None if self.process is None else self.process.poll()
@@ -48,11 +62,12 @@ class Run:
     def start(self, output: Path | None) -> None:
         """Starts the process; what it says goes into a file, or where this process's own errors go."""
         self.output = output
+        command = [sys.executable, "-m", "train", str(self.config), *self.overrides, f"run_dir={self.folder}"]
         if output is None:
-            self.process = subprocess.Popen(self.command)
+            self.process = subprocess.Popen(command)
             return
         with output.open("wb") as stderr:
-            self.process = subprocess.Popen(self.command, stderr=stderr)
+            self.process = subprocess.Popen(command, stderr=stderr)
 
     def progress(self) -> dict[str, Any]:
         """Steps done and to do, loss and images/s, as far as the run folder knows them."""
@@ -140,33 +155,42 @@ def main(arguments: list[str]) -> int:
     except ConfigError as error:
         print_error("train.sweep", error)
         return WRONG_INPUT
+    left = [run for run in runs if not run.is_completed]
+    if len(left) < len(runs):
+        print(f"{len(runs) - len(left)} of {len(runs)} runs are completed already.", file=sys.stderr)
     with StopSignal().listening() as stop:
-        return Sweep(runs, jobs).run(stop)
+        return Sweep(left, jobs).run(stop)
 
 
 def _parse(arguments: Sequence[str]) -> tuple[list[Run], int]:
     """The runs of a command line, and how many at a time."""
     configs = [Path(argument) for argument in arguments if "=" not in argument]
-    settings = [argument for argument in arguments if "=" in argument]
-    folder, jobs, overrides = Path("runs"), "1", []
-    for setting in settings:
-        key, _, value = setting.partition("=")
-        if key == "runs":
-            folder = Path(value)
-        elif key == "jobs":
-            jobs = value
-        else:
-            overrides.append(setting)
-    if not jobs.isdecimal() or int(jobs) < 1:
-        raise ConfigError(f"jobs={jobs} is not a whole number above 0.")
+    own, overrides = {}, []
+    for argument in arguments:
+        key, is_setting, value = argument.partition("=")
+        if key in ("runs", "jobs", "seeds") and is_setting:
+            own[key] = value
+        elif is_setting:
+            overrides.append(argument)
     stems = [config.stem for config in configs]
     if not stems or len(set(stems)) < len(stems):
         raise ConfigError(f"give one or more configs, each of another name; {USAGE}.")
-    start = [sys.executable, "-m", "train"]
+    folder, jobs = Path(own.get("runs", "runs")), _count("jobs", own.get("jobs", "1"))
+    if "seeds" not in own:
+        return [Run(config, overrides, folder / config.stem) for config in configs], jobs
+    if any(override.startswith("train.seed=") for override in overrides):
+        raise ConfigError("train.seed and seeds: give at most one of the two.")
     return [
-        Run([*start, str(config), *overrides, f"run_dir={folder / config.stem}"], folder / config.stem)
+        Run(config, [*overrides, f"train.seed={seed}"], folder / f"{config.stem}-seed{seed}")
+        for seed in range(_count("seeds", own["seeds"]))
         for config in configs
-    ], int(jobs)
+    ], jobs
+
+
+def _count(key: str, text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise ConfigError(f"{key}={text} is not a whole number above 0.")
+    return int(text)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Data sets that come with a package and are written as shards on first use."""
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +12,11 @@ from vitreuse.data.errors import DataError
 from vitreuse.data.index import HEADER_FILE, load_index
 from vitreuse.data.shards import EncodedSample, write_shards
 
-SOURCES = ("digits",)
 DIGITS_CLASSES = tuple("0123456789")
 DIGITS_SAMPLES = {"train": 1437, "val": 360}
-DIGITS_SAMPLES_PER_SHARD = {"train": 400, "val": 200}
 DIGITS_SPLIT_SEED = 0
+POINTER_SAMPLES = {"train": 20_000, "val": 2000}
+POINTER_SEEDS = {"train": 0, "val": 1}
 
 
 def prepare_source(name: str, root: str | Path) -> None:
@@ -24,7 +25,8 @@ def prepare_source(name: str, root: str | Path) -> None:
     Each split appears when it is whole, and processes that start together do not disturb each other.
 
     Args:
-        name: 'digits', scikit-learn's 1,797 scanned handwritten digits of 8 x 8 pixels, 360 of them held out.
+        name: 'digits', scikit-learn's 1,797 scanned handwritten digits of 8 x 8 pixels, 360 of them held out; or
+            'pointer_digits', four of these on 16 x 16 pixels, where the first one names the place of the label.
         root: folder of the data set.
 
     Raises:
@@ -35,39 +37,81 @@ def prepare_source(name: str, root: str | Path) -> None:
     for split in DIGITS_SAMPLES:
         folder = Path(root) / split
         if not (folder / HEADER_FILE).exists():
-            _write_split(split, folder)
-        _check_split(split, folder)
+            _write_split(name, split, folder)
+        _check_split(name, split, folder)
 
 
-def _write_split(split: str, folder: Path) -> None:
+def _write_split(name: str, split: str, folder: Path) -> None:
+    source = _SOURCES[name]
     try:
-        write_shards(_read_digits(split), folder, DIGITS_CLASSES, DIGITS_SAMPLES_PER_SHARD[split])
+        write_shards(source.read(split), folder, DIGITS_CLASSES, source.samples_per_shard[split])
     except OSError as error:
-        raise DataError(f"digits cannot be written to {folder} ({error.strerror}): name another folder.") from error
+        raise DataError(f"{name} cannot be written to {folder} ({error.strerror}): name another folder.") from error
     except DataError:
         if not (folder / HEADER_FILE).exists():  # else another process was first
             raise
 
 
-def _check_split(split: str, folder: Path) -> None:
+def _check_split(name: str, split: str, folder: Path) -> None:
     index = load_index(folder)
-    if index.class_names != DIGITS_CLASSES or len(index) != DIGITS_SAMPLES[split]:
-        raise DataError(f"{folder} holds {len(index)} samples that are not the digits: name another folder.")
+    if index.class_names != DIGITS_CLASSES or len(index) != _SOURCES[name].num_samples[split]:
+        raise DataError(f"{folder} holds {len(index)} samples that are not the {name}: name another folder.")
 
 
 def _read_digits(split: str) -> Iterator[EncodedSample]:
-    """Yields the images of a split, stratified by class and in an order of its own."""
+    """Yields the images of a split."""
+    numbers, images, labels = _load_digits(split)
+    for number in numbers:
+        yield EncodedSample(f"digits-{number:04d}", _encode(images[number]), "png", int(labels[number]))
+
+
+def _read_pointer_digits(split: str) -> Iterator[EncodedSample]:
+    """Yields four digits of a split at a time, side by side in two rows; the key has their numbers in reading order.
+
+    The label is the digit at the place, from 0 to 3, that the first digit names, modulo 4: pointer value retrieval,
+    arXiv 2107.12580, for which an image has to be read twice.
+    """
+    numbers, images, labels = _load_digits(split)
+    random = np.random.RandomState(POINTER_SEEDS[split])  # whose numbers stay the same in later versions of numpy
+    for places in numbers[random.randint(len(numbers), size=(POINTER_SAMPLES[split], 4))]:
+        first, second, third, fourth = images[places]
+        named = places[labels[places[0]] % 4]
+        key = "-".join(("pointer", *(f"{number:04d}" for number in places)))
+        yield EncodedSample(key, _encode(np.block([[first, second], [third, fourth]])), "png", int(labels[named]))
+
+
+def _load_digits(split: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The digits of a split, stratified by class and in an order of its own; images (B, 8, 8) and labels of all."""
     try:
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
     except ImportError as error:
         raise DataError("digits come with scikit-learn: install it with pip install 'vitreuse[digits]'.") from error
     images, labels = load_digits(return_X_y=True)
-    numbers = train_test_split(
+    train, val = train_test_split(
         np.arange(len(labels)), test_size=DIGITS_SAMPLES["val"], stratify=labels, random_state=DIGITS_SPLIT_SEED
     )
-    for number in numbers[list(DIGITS_SAMPLES).index(split)]:
-        pixels = np.rint(images[number].reshape(8, 8) * (255 / 16)).astype(np.uint8)
-        content = io.BytesIO()
-        Image.fromarray(pixels).save(content, "PNG")
-        yield EncodedSample(f"digits-{number:04d}", content.getvalue(), "png", int(labels[number]))
+    pixels = np.rint(images.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
+    return np.asarray({"train": train, "val": val}[split]), pixels, np.asarray(labels)
+
+
+def _encode(pixels: np.ndarray) -> bytes:
+    content = io.BytesIO()
+    Image.fromarray(pixels).save(content, "PNG")
+    return content.getvalue()
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A built-in data set: what yields the samples of a split, how many they are, and how many go into a shard."""
+
+    read: Callable[[str], Iterator[EncodedSample]]
+    num_samples: dict[str, int]
+    samples_per_shard: dict[str, int]
+
+
+_SOURCES = {
+    "digits": _Source(_read_digits, DIGITS_SAMPLES, {"train": 400, "val": 200}),
+    "pointer_digits": _Source(_read_pointer_digits, POINTER_SAMPLES, {"train": 4000, "val": 1000}),
+}
+SOURCES = tuple(_SOURCES)
