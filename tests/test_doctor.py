@@ -1,5 +1,6 @@
 """`python -m train CONFIG --doctor`: a sound experiment passes, and what would spoil a run is found for real."""
 
+import io
 import math
 import os
 import re
@@ -192,11 +193,12 @@ def test_fewer_shards_than_readers_are_found(examine, tmp_path):
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_loader_that_cannot_keep_up_is_found(examine, tmp_path, num_workers):
     """Images that take longer to decode than to train on, in class folders."""
-    pixels = np.random.default_rng(0).integers(255, size=(600, 600), dtype=np.uint8)
+    content = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(255, size=(1800, 1800), dtype=np.uint8)).save(content, "PNG")
     for place in ("train/a", "train/b", "train/c", "val/a", "val/b", "val/c"):
         (tmp_path / "large" / place).mkdir(parents=True)
         for number in range(3):
-            Image.fromarray(pixels).save(tmp_path / "large" / place / f"{number}.png")
+            (tmp_path / "large" / place / f"{number}.png").write_bytes(content.getvalue())
     code, table = examine(
         f"data.root={tmp_path / 'large'}", f"data.num_workers={num_workers}", "data.cache_images=false"
     )
