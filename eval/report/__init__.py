@@ -55,7 +55,7 @@ def report(
 ) -> dict[str, Any]:
     """What the page shows; a batch size of None measures neither speed nor memory."""
     cards = {model_key(experiment.card): experiment.card for experiment in found}
-    num_repeats = num_repeats or measured.default_repeats(len(cards))
+    num_repeats = num_repeats or measured.timed_calls(len(cards))
     with WorkProgress("report", "measurements", len(found) + (len(cards) if batch_size else 0)) as progress:
 
         def done(what: str) -> None:
@@ -71,7 +71,7 @@ def report(
             done("similarity")
     return {
         "machine": describe_machine(device),
-        "speed": None if batch_size is None else _conditions(batch_size, num_repeats),
+        "speed": None if batch_size is None else _conditions(batch_size, num_repeats, len(cards)),
         "similarity_images": measured.SIMILARITY_IMAGES,
         "models": shown_models,
         "experiments": shown,
@@ -83,8 +83,10 @@ def model_key(card: Card) -> str:
     return json.dumps(card.model, sort_keys=True)
 
 
-def _conditions(batch_size: int, num_repeats: int) -> dict[str, int]:
-    return {"batch_size": batch_size, "repeats": num_repeats, "profile_repeats": measured.PROFILE_REPEATS}
+def _conditions(batch_size: int, num_repeats: int, num_models: int) -> dict[str, int]:
+    """Of the measured speeds."""
+    profile_repeats = measured.profiled_calls(num_models)
+    return {"batch_size": batch_size, "repeats": num_repeats, "profile_repeats": profile_repeats}
 
 
 def _model(card: Card, model: Any) -> dict[str, Any]:

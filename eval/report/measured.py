@@ -21,15 +21,19 @@ from eval.top1 import open_data
 from vitreuse.measure import inference_call, peak_memory_mib, time_interleaved
 from vitreuse.similarity import map_similarity
 
-PROFILE_REPEATS = 3
 SIMILARITY_IMAGES = 8
 LAYER_PART = re.compile(r"blocks\.(\d+)\.(norm1|attn|ls1|drop_path1)?")
 Done = Callable[[str], None]  # told what was done
 
 
-def default_repeats(num_models: int) -> int:
-    """Timed calls per model, fewer of many: a report is built in seconds, and measures them all in the same turns."""
+def timed_calls(num_models: int) -> int:
+    """Timed calls per model by default, fewer of many: a report is built in seconds, however many runs it shows."""
     return max(3, min(30, 120 // num_models))
+
+
+def profiled_calls(num_models: int) -> int:
+    """Calls per model whose time is broken down by layer, which takes ten times as long as timing them."""
+    return max(1, min(3, 20 // num_models))
 
 
 def speeds(
@@ -42,7 +46,7 @@ def speeds(
     found = {}
     for key, model in models.items():
         resident = [*model.parameters(), *model.buffers(), images[key]]
-        parts = profile_parts(model, calls[key], batch_size, PROFILE_REPEATS)
+        parts = profile_parts(model, calls[key], batch_size, profiled_calls(len(models)))
         found[key] = {
             "images_per_second": timings[key].images_per_second(batch_size),
             "spread_percent": timings[key].spread_percent,

@@ -42,17 +42,23 @@ const seeds = (experiment) => counted(experiment.runs.length, "run");
 
 // ---- tooltips, and keys that go from mark to mark
 
+let tipped = null; // the mark that the tooltip is about
+
 function showTip(mark, lines) {
-  const tip = at("tip"), box = mark.getBoundingClientRect();
-  tip.replaceChildren(...lines.map((line) => node("div", {}, line)));
-  tip.hidden = false;
+  tipped = mark;
+  at("tip").replaceChildren(...lines.map((line) => node("div", {}, line)));
+  at("tip").hidden = false;
+  placeTip();
+}
+const hideTip = () => (at("tip").hidden = true);
+
+function placeTip() {
+  const tip = at("tip"), box = tipped.getBoundingClientRect();
   const left = box.left + box.width / 2 - tip.offsetWidth / 2;
   const above = box.top - tip.offsetHeight - 10;
   tip.style.left = `${Math.max(8, Math.min(left, document.documentElement.clientWidth - tip.offsetWidth - 8))}px`;
   tip.style.top = `${above > 8 ? above : Math.min(box.bottom + 10, innerHeight - tip.offsetHeight - 8)}px`;
 }
-const hideTip = () => (at("tip").hidden = true);
-
 function explained(mark, lines) {
   filled(mark, { class: `mark ${mark.getAttribute("class") ?? ""}`, role: "img", "aria-label": lines.join(", ") }, []);
   for (const event of ["pointerenter", "focus"]) mark.addEventListener(event, () => showTip(mark, lines));
@@ -79,7 +85,8 @@ function reachable(marks, columns = 1) {
 // ---- figures
 
 function table(heads, rows) {
-  const words = (i) => (rows.some((row) => typeof row[i] === "string" && !/^[-\d]/.test(row[i])) ? "words" : null);
+  const isWords = (value) => value instanceof Node || (typeof value === "string" && !/^[-\d]/.test(value));
+  const words = (i) => (rows.some((row) => isWords(row[i])) ? "words" : null);
   const head = node("tr", {}, ...heads.map((text, i) => node("th", { scope: "col", class: words(i) }, text)));
   const body = rows.map((row) => {
     const cells = row.slice(1).map((value, i) => node("td", { class: words(i + 1) }, value ?? "–"));
@@ -326,7 +333,7 @@ function showFronts() {
 
 function bars(title, text, layers, amounts, unit, format) {
   const rows = layers.map((layer, i) => [`${i} ${layer.text}`, format(amounts.attention[i]), format(amounts.mlp[i])]);
-  const legend = node("ul", { class: "legend" }, node("li", {}, "below, coloured: attention"), node("li", {}, "above, grey: MLP"));
+  const legend = node("p", { class: "legend" }, "Coloured, below: attention. Grey, above: MLP.");
   const draw = (width) => drawBars(width, layers, amounts, unit, format);
   return figure(title, text, draw, ["Layer", `Attention (${unit})`, `MLP (${unit})`], rows, legend);
 }
@@ -358,7 +365,7 @@ const tickUnit = (high) => (value) => (high > 1000 ? short(value) : tickText(val
 // Of two layers each, how alike their maps are: 1 where one reuses the other's.
 function heat(layers, found) {
   const text = `1 − mean total variation between the rows of two layers' maps, head by head, over ` +
-    `${data.similarity_images} validation images${found.seed === null ? "" : `; seed ${found.seed}`}. Darker in light, lighter in dark: more alike.`;
+    `${data.similarity_images} validation images${found.seed === null ? "" : `; seed ${found.seed}`}. The stronger the colour, the more alike.`;
   const heads = ["Layer", ...layers.map((_, i) => String(i))];
   const rows = found.rows.map((row, i) => [`${i} ${layers[i].text}`, ...row.map((value) => value?.toFixed(3) ?? null)]);
   return figure("Similarity of attention maps", text, (width) => drawHeat(width, layers, found.rows), heads, rows);
@@ -379,7 +386,8 @@ function drawHeat(width, layers, rows) {
     const cell = shape("rect", { x: x + 0.5, y: y + 0.5, width: side - 1, height: side - 1 });
     cell.style.fill = value === null ? "var(--raised)" : `color-mix(in oklab, var(--heat) ${100 * value}%, var(--paper))`;
     const label = side >= 30 ? shape("text", { x: x + side / 2, y: y + side / 2 + 4, "text-anchor": "middle" }, value?.toFixed(2) ?? "–") : null;
-    if (label) label.style.fill = value > 0.55 ? "var(--paper)" : "var(--ink)";
+    // the thresholds at which black and white stand out alike, 4.5 to 1
+    if (label) label.style.fill = `light-dark(${value > 0.755 ? "#fff" : "#000"}, ${value > 0.595 ? "#000" : "#fff"})`;
     const ring = shape("rect", { class: "focus-ring", x: x + 1, y: y + 1, width: side - 2, height: side - 2 });
     const said = value === null ? "their columns are not the same keys" : `similarity ${value.toFixed(3)}`;
     marks.push(explained(shape("g", {}, cell, label, ring), [`layers ${i} and ${j}`, said, `${layers[i].text}, ${layers[j].text}`]));
@@ -396,7 +404,7 @@ function choose(number) {
   const rest = (amounts, unit) => `Embedding, head and what runs between the parts, not shown: ${short(amounts.rest)} ${unit}.`;
   const made = [bars("MACs", `Products that run, per image. ${rest(found.layer_macs, "MACs")}`, layers, found.layer_macs, "MACs", short)];
   if (data.speed) {
-    const text = `Operations alone, mean of ${data.speed.profile_repeats} calls on ${data.speed.batch_size} images. ${rest(found.ms, "ms")}`;
+    const text = `Operations alone, mean of ${counted(data.speed.profile_repeats, "call")} on ${data.speed.batch_size} images. ${rest(found.ms, "ms")}`;
     made.push(bars("Time", text, layers, found.ms, "ms", fixed(3)));
   }
   const { similarity } = experiment;
@@ -476,14 +484,14 @@ function showMachine() {
   for (const [name, value] of Object.entries(facts)) {
     at("machine").append(node("dt", {}, name), node("dd", {}, String(value)));
   }
-  at("machine").append(node("dt", {}, "This page"), node("dd", {}, node("code", {}, data.command)));
   const heads = ["Run", "Seed", "Top-1 (%)", "Trained on", "Ranks", "torch", "Commit", "Minutes", "Command"];
   const rows = experiments.flatMap((experiment) => experiment.runs.map(({ seed, top1, facts }) => [
     experiment.label, seed === null ? null : String(seed), top1.toFixed(2), facts.hardware?.device ?? null,
-    String(facts.hardware?.num_ranks ?? "–"), facts.versions?.torch ?? null, facts.git_commit?.slice(0, 10) ?? null,
+    String(facts.hardware?.num_ranks ?? "–"), facts.versions?.torch ?? null, facts.git_commit?.replace(/^(.{10})[0-9a-f]*/, "$1") ?? null,
     facts.seconds ? (facts.seconds / 60).toFixed(1) : null, facts.command ? node("code", {}, facts.command) : null,
   ]));
-  at("made-table").append(scrolling("How the runs were made", table(heads, rows)));
+  at("made-table").append(scrolling("How the runs were made", table(heads, rows)),
+    node("p", { class: "text" }, "This page is made again by"), scrolling("Command", node("pre", {}, data.command)));
 }
 
 // ---- light and dark
@@ -498,5 +506,5 @@ function showTheme() {
 }
 
 addEventListener("keydown", (event) => event.key === "Escape" && hideTip());
-addEventListener("scroll", hideTip, { passive: true });
+addEventListener("scroll", () => tipped && (tipped === document.activeElement ? placeTip() : hideTip()), { passive: true });
 for (const show of [showTheme, showHeader, showKinds, showRuns, showFronts, showLayers, showTraining, showMachine]) show();
