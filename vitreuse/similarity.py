@@ -139,8 +139,8 @@ def _similarity(maps: list[AttentionMap | None]) -> Tensor:
     """Of each two layers by one image's maps: (L, L)."""
     found = torch.full((len(maps), len(maps)), torch.nan)
     for keys in {layer.keys for layer in maps if layer is not None}:
-        members = [number for number, layer in enumerate(maps) if layer is not None and layer.keys == keys]
-        weights = torch.stack([maps[number].weights.flatten(0, 2) for number in members], dim=1)  # (H * N, L, M)
-        distances = torch.cdist(weights.float(), weights.float(), p=1).mean(0) / 2
-        found[torch.tensor(members)[:, None], torch.tensor(members)] = 1 - distances.cpu()
+        members = {number: layer for number, layer in enumerate(maps) if layer is not None and layer.keys == keys}
+        weights = torch.stack([layer.weights.float().flatten(0, 2) for layer in members.values()], dim=1)  # (H*N, L, M)
+        numbers = torch.tensor([*members])
+        found[numbers[:, None], numbers] = 1 - torch.cdist(weights, weights, p=1).mean(0).cpu() / 2
     return found

@@ -1,4 +1,4 @@
-"""What a report measures itself: speed, memory and the time of each layer of every model, likeness of attention maps."""
+"""What a report measures itself: every model's speed, memory and time by layer, and how alike its attention maps are."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Proves that a report can be read: python -m tests.report. Opens one in Debian's Chromium, without a network.
 
-Two pages, one of sixty runs and one of cards alone, on a phone in the dark and on a desk in the light: nothing is asked
+A page of sixty runs and a card with a hostile name, on a phone in the dark and on a desk in the light: nothing is asked
 for, the console stays empty, nothing is wider than the window, keys reach every chart. Pictures go to runs/report/.
 """
 
@@ -30,19 +30,20 @@ HOSTILE = "</script><img src=x onerror=alert(1)>"
 
 
 def main() -> int:
-    """Checks both pages; 0 if all holds, 1 if not, 2 without a browser."""
+    """Checks a page; 0 if all holds, 1 if not, 2 without a browser."""
     chromium = find_chromium() or _install_chromium()
     if chromium is None:
-        print("the report is looked at in Chromium, which is missing: apt-get install chromium, as root.", file=sys.stderr)
+        print("the report is looked at in Chromium, which is missing: apt-get install chromium.", file=sys.stderr)
         return 2
     torch.set_num_threads(1)
     PICTURES.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="report-") as scratch:
         runs = make_runs(Path(scratch), PLANS, 12)
-        (Path(scratch) / "card.json").write_text((Path(runs[0]) / "card.json").read_text().replace("model0", HOSTILE))
-        found = _build([*runs, str(Path(scratch) / "card.json")], Path(scratch) / "report.html")
+        card, report = Path(scratch) / "card.json", Path(scratch) / "report.html"
+        card.write_text((Path(runs[0]) / "card.json").read_text().replace("model0", HOSTILE))
+        found = _build([*runs, str(card)], report)
         with opened(chromium) as page:
-            found += [f"{name}: {flaw}" for name in WINDOWS for flaw in _flaws(page, Path(scratch) / "report.html", name)]
+            found += [f"{window}: {flaw}" for window in WINDOWS for flaw in _flaws(page, report, window)]
     for flaw in found:
         print(f"FAIL report: {flaw}")
     print(f"{'FAIL' if found else 'ok  '} report: {', '.join(WINDOWS)}, pictures in {PICTURES}")
@@ -118,11 +119,12 @@ def _flaws_under_keys(page: Page) -> Iterator[str]:
         reached.append(page.ask("document.activeElement.closest('figure')?.innerText.split('\\n')[0] ?? "
                                 "(document.activeElement.id || document.activeElement.textContent)"))
     titles = page.ask("[...document.querySelectorAll('figure h3')].map(title => title.innerText)")
-    yield from (f"Tab does not reach {name}" for name in ["theme", "Top-1 (%)", "chosen", *titles] if name not in reached)
+    yield from (f"Tab misses {name}" for name in ["theme", "Top-1 (%)", "chosen", *titles] if name not in reached)
+    tip = "document.getElementById('tip').hidden ? '' : document.getElementById('tip').innerText"
     page.ask("document.querySelector('#scatters .mark[tabindex=\"0\"]').focus()")
-    first = page.ask("document.getElementById('tip').hidden ? '' : document.getElementById('tip').innerText")
+    first = page.ask(tip)
     page.press("ArrowRight")
-    second = page.ask("document.getElementById('tip').hidden ? '' : document.getElementById('tip').innerText")
+    second = page.ask(tip)
     if "top-1" not in first or "top-1" not in second or first == second:
         yield f"the tooltips under keys are {first!r} and {second!r}"
     page.press("Escape")
