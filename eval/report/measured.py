@@ -1,4 +1,4 @@
-"""What a report measures itself: every model's speed, memory and time by layer, and how alike its attention maps are."""
+"""What a report measures: every model's speed, memory and time by layer, and how alike its attention maps are."""
 
 from __future__ import annotations
 

@@ -206,7 +206,7 @@ function showHeader() {
 }
 
 const COLUMNS = [
-  ["Model", (e) => e.label, (e) => node("span", {}, layersLink(e), " ", node("small", {}, seeds(e)))],
+  ["Model", (e) => e.label, (e) => node("span", {}, layersLink(e), node("small", {}, seeds(e)))],
   ["Plan", (e) => model(e).plan ?? "", planCell],
   ["Top-1 (%)", (e) => e.top1, top1Text],
   ["MACs", (e) => model(e).macs, (e) => short(model(e).macs)],
