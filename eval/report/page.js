@@ -90,7 +90,7 @@ function table(heads, rows) {
   const head = node("tr", {}, ...heads.map((text, i) => node("th", { scope: "col", class: words(i) }, text)));
   const body = rows.map((row) => {
     const cells = row.slice(1).map((value, i) => node("td", { class: words(i + 1) }, value ?? "–"));
-    return node("tr", {}, node("th", { scope: "row" }, row[0]), ...cells);
+    return node("tr", {}, node("th", { scope: "row" }, node("span", { class: "clip" }, row[0])), ...cells);
   });
   return node("table", {}, node("thead", {}, head), node("tbody", {}, ...body));
 }
@@ -206,7 +206,7 @@ function showHeader() {
 }
 
 const COLUMNS = [
-  ["Model", (e) => e.label, (e) => node("span", {}, layersLink(e), node("small", {}, seeds(e)))],
+  ["Model", (e) => e.label, (e) => node("span", { class: "clip" }, layersLink(e), node("small", {}, seeds(e)))],
   ["Plan", (e) => model(e).plan ?? "", planCell],
   ["Top-1 (%)", (e) => e.top1, top1Text],
   ["MACs", (e) => model(e).macs, (e) => short(model(e).macs)],

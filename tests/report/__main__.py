@@ -54,7 +54,8 @@ def _install_chromium() -> str | None:
     """Debian's, where this process may install it."""
     if os.geteuid() == 0:
         for command in (["apt-get", "update"], ["apt-get", "install", "-y", "--no-install-recommends", "chromium"]):
-            subprocess.run(command, stdout=subprocess.DEVNULL, check=False)
+            environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+            subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=False)
     return find_chromium()
 
 
@@ -121,7 +122,7 @@ def _flaws_under_keys(page: Page) -> Iterator[str]:
     titles = page.ask("[...document.querySelectorAll('figure h3')].map(title => title.innerText)")
     yield from (f"Tab misses {name}" for name in ["theme", "Top-1 (%)", "chosen", *titles] if name not in reached)
     tip = "document.getElementById('tip').hidden ? '' : document.getElementById('tip').innerText"
-    page.ask("document.querySelector('#scatters .mark[tabindex=\"0\"]').focus()")
+    page.ask("document.querySelector('#scatters .mark[tabindex=\"0\"]')?.focus()")
     first = page.ask(tip)
     page.press("ArrowRight")
     second = page.ask(tip)
