@@ -147,11 +147,11 @@ def test_what_is_no_run_is_refused(folders, tmp_path, capsys):
 
 def test_models_of_one_name_are_told_apart(folders, tmp_path, capsys):
     card = read_card(Path(folders[0]) / "card.json")
-    other = replace(card, recipe={**(card.recipe or {}), "train.epochs": 9})
-    for number, made in enumerate((card, other)):
+    others = [replace(card, recipe={**(card.recipe or {}), "train.epochs": 9}), replace(card, set_digest="another")]
+    for number, made in enumerate((card, *others)):
         made.write(tmp_path / f"{number}.json")
-    _, data, _ = build(capsys, tmp_path / "r.html", *(str(tmp_path / f"{i}.json") for i in (0, 1)), "--no-speed")
-    assert [shown["label"] for shown in data["experiments"]] == ["model0", "model0 (2)"]
+    _, data, _ = build(capsys, tmp_path / "r.html", *(str(tmp_path / f"{i}.json") for i in range(3)), "--no-speed")
+    assert [shown["label"] for shown in data["experiments"]] == ["model0", "model0 (2)", "model0 (3)"]
 
 
 def test_parts_are_summed_by_layer():

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from eval.flops import macs_by_part
-from eval.inputs import evaluation_transform, example
+from eval.inputs import evaluation_transform, example, image_settings
 from eval.profile import profile_parts
 from eval.report.runs import Experiment
 from eval.targets import Target
-from eval.top1 import open_data
+from vitreuse.data import open_split
 from vitreuse.measure import inference_call, peak_memory_mib, time_interleaved
 from vitreuse.similarity import map_similarity
 
@@ -102,7 +102,8 @@ def similarity(experiment: Experiment, device: torch.device) -> dict[str, Any]:
 def _some_images(target: Target, model: nn.Module) -> Tensor:
     """Validation images from all over the set."""
     assert target.config is not None
-    dataset, _ = open_data(target)
+    mode = "L" if image_settings(model)["input_size"][0] == 1 else "RGB"
+    dataset = open_split(target.config.data.folder, "val", mode)
     transform = evaluation_transform(model, target.config.eval.crop_pct)
     numbers: Sequence[int] = np.linspace(0, len(dataset) - 1, min(SIMILARITY_IMAGES, len(dataset))).astype(int).tolist()
     return torch.stack([transform(dataset[number].image) for number in numbers])

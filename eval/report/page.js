@@ -38,7 +38,8 @@ const listed = (words) => (words.length < 2 ? words.join("") : `${words.slice(0,
 const model = (experiment) => data.models[experiment.model];
 const top1Text = (experiment) =>
   experiment.top1.toFixed(2) + (experiment.top1_sd === null ? "" : ` ± ${experiment.top1_sd.toFixed(2)}`);
-const seeds = (experiment) => counted(experiment.runs.length, "run");
+const hasSeveralSets = new Set(experiments.map((experiment) => experiment.set)).size > 1;
+const runsOf = (experiment) => counted(experiment.runs.length, "run") + (hasSeveralSets ? `, ${experiment.data}` : "");
 
 // ---- tooltips, and keys that go from mark to mark
 
@@ -199,14 +200,14 @@ function showHeader() {
   const where = `${data.machine.device}, ${counted(data.machine.threads, "CPU thread")}`;
   const what = `${counted(labels.length, "model")}, ${counted(numRuns, "run")}, judged on ${listed(sets)}.`;
   at("lead").textContent = `${what} Built on ${data.machine.date} on ${where}.`;
-  if (sets.length > 1) {
+  if (hasSeveralSets) {
     const text = "The runs are judged on different images: compare top-1 only between runs of the same set.";
     at("lead").after(node("p", { class: "note" }, text));
   }
 }
 
 const COLUMNS = [
-  ["Model", (e) => e.label, (e) => node("span", { class: "clip" }, layersLink(e), node("small", {}, seeds(e)))],
+  ["Model", (e) => e.label, (e) => node("span", { class: "clip" }, layersLink(e), node("small", {}, runsOf(e)))],
   ["Plan", (e) => model(e).plan ?? "", planCell],
   ["Top-1 (%)", (e) => e.top1, top1Text],
   ["MACs", (e) => model(e).macs, (e) => short(model(e).macs)],

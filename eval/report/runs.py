@@ -75,7 +75,7 @@ def experiments(runs: Sequence[Run]) -> list[Experiment]:
 
 def _check_seeds(runs: Sequence[Run]) -> None:
     for seed, count in Counter(run.card.seed for run in runs).items():
-        if count > 1 and seed is not None:
+        if count > 1:
             raise ValueError(
                 f"{count} runs of {runs[0].card.name!r} have the seed {seed}: a mean over seeds needs different ones, "
                 "so give one of them."

@@ -75,7 +75,7 @@ def _flaws(page: Page, path: Path, window: str) -> Iterator[str]:
     picture = page.screenshot()
     (PICTURES / f"{window}.png").write_bytes(picture)
     yield from _flaws_of_picture(picture, window.endswith("dark"))
-    yield from _flaws_of_layout(page)
+    yield from _flaws_of_layout(page, WINDOWS[window][0])
     yield from _flaws_under_keys(page)
     yield from page.problems
     yield from (f"{url} was asked for" for url in page.requests if url != path.resolve().as_uri())
@@ -91,11 +91,11 @@ def _flaws_of_picture(picture: bytes, is_dark: bool) -> Iterator[str]:
         yield f"the picture is {'light' if is_dark else 'dark'}"
 
 
-def _flaws_of_layout(page: Page) -> Iterator[str]:
+def _flaws_of_layout(page: Page, window_px: int) -> Iterator[str]:
     """Whether everything is there, and nothing wider than the window."""
-    width, window = page.ask("[document.documentElement.scrollWidth, innerWidth]")
-    if width > window:
-        yield f"{width} px wide in a window of {window}"
+    width_px = page.ask("document.documentElement.scrollWidth")
+    if width_px > window_px:
+        yield f"{width_px} px wide in a window of {window_px}"
     for selector, number in {
         "#table tbody tr": 6,
         "#scatters svg .mark": 18,
@@ -114,11 +114,15 @@ def _flaws_of_layout(page: Page) -> Iterator[str]:
 
 def _flaws_under_keys(page: Page) -> Iterator[str]:
     """Whether Tab reaches the theme, the table's heads, every chart and the choice of a model, and arrows go on."""
+    focused = """(() => {
+        const reached = document.activeElement;
+        const chart = reached.matches(".mark") && reached.closest("figure").querySelector("h3");
+        return chart ? chart.innerText : reached.id || reached.textContent;
+    })()"""
     reached: list[str] = page.ask("document.activeElement.blur() ?? []")
     for _ in range(60):
         page.press("Tab")
-        reached.append(page.ask("document.activeElement.closest('figure')?.innerText.split('\\n')[0] ?? "
-                                "(document.activeElement.id || document.activeElement.textContent)"))
+        reached.append(page.ask(focused))
     titles = page.ask("[...document.querySelectorAll('figure h3')].map(title => title.innerText)")
     yield from (f"Tab misses {name}" for name in ["theme", "Top-1 (%)", "chosen", *titles] if name not in reached)
     tip = "document.getElementById('tip').hidden ? '' : document.getElementById('tip').innerText"

@@ -34,7 +34,7 @@ def _make_run(root: Path, number: int, plan: str, seed: int) -> Path:
     torch.manual_seed(number)
     model = config.model.create()
     safetensors.torch.save_file(model.state_dict(), path / "model.safetensors")
-    card = make_card(path.name, config, "digits/val", _predictions(number, seed), _facts(plan))
+    card = make_card(path.name, config.model, "digits/val", _predictions(number, seed), _facts(plan), config)
     card.write(path / NAME)
     (path / "config.yaml").write_text(to_yaml(config))
     (path / "run.json").write_text('{"status": "completed"}')
