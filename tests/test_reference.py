@@ -90,21 +90,21 @@ def retrain(curve, run_dir, factor):
     scaled = [{**record, "loss": record["loss"] / factor} for record in records if record["kind"] == "step"]
     path = run_dir.parent / "scaled.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in scaled))
-    setting = f"train.reference={{curve: {path}, tolerance_percent: 20, num_records: 12}}"
+    setting = f"train.reference={{curve: {path}, tolerance_percent: 20, num_records: 5}}"
     return main([str(curve.parent.parent / "small.yaml"), setting, f"run_dir={run_dir}"])
 
 
 @pytest.mark.parametrize(("factor", "number"), [(1.0, 0), (1.3, 1)])
 def test_training_warns_and_goes_on(curve, tmp_path, capfd, factor, number):
     assert retrain(curve, tmp_path / "run", factor) == 0
-    warnings = re.findall("warning: at epoch 5.50 the loss", capfd.readouterr().err)
-    assert len(warnings) == number
+    warnings = re.findall("warning: at epoch (.*) the loss", capfd.readouterr().err)
+    assert warnings == ["2.00"] * number
     losses = [[json.loads(line).get("loss") for line in path.read_text().splitlines()]
               for path in (curve, tmp_path / "run" / "metrics.jsonl")]
     assert losses[0] == losses[1]
 
 
-@pytest.mark.parametrize(("stop_after", "warns_in"), [(8, 2), (14, 1)])
+@pytest.mark.parametrize(("stop_after", "warns_in"), [(3, 2), (7, 1)])
 def test_a_resumed_run_knows_its_past(curve, tmp_path, capfd, monkeypatch, stop_after, warns_in):
     """It warns at the same step as an unbroken one, and not again."""
     log = RunFolder.log
@@ -118,6 +118,6 @@ def test_a_resumed_run_knows_its_past(curve, tmp_path, capfd, monkeypatch, stop_
     said = []
     for expected in (75, 0):
         assert retrain(curve, tmp_path / "run", 1.3) == expected
-        said.append(len(re.findall("warning: at epoch 5.50 the loss", capfd.readouterr().err)))
+        said.append(re.findall("warning: at epoch (.*) the loss", capfd.readouterr().err))
         monkeypatch.setattr(RunFolder, "log", log)
-    assert said == [int(warns_in == start) for start in (1, 2)]
+    assert said == [["2.00"] * (warns_in == start) for start in (1, 2)]
