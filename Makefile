@@ -12,7 +12,8 @@ help:
 	@echo "make demo    train an exact ViT and the four presets on scanned digits, and compare them: runs/demo"
 	@echo "make test    the tests"
 	@echo "make lint    ruff and pyright"
-	@echo "make proof   timm's own tests and loader beside ours; training killed and broken in every way"
+	@echo "make proof   timm's own tests and loader beside ours; training killed and broken in every way; the report in a"
+	@echo "             browser, Debian's chromium, which root installs where it is missing"
 	@echo "make clean   remove the environment and what was built; runs/ and data/ stay"
 
 # Two runs at a time, one thread each (configs/digits).
@@ -31,6 +32,7 @@ proof: $(READY)
 	$(RUN) tests/conformance -n 2
 	$(RUN) tests/storms
 	$(RUN) -m tests.loader
+	$(RUN) -m tests.report
 
 clean:
 	rm -rf $(VENV) build dist vitreuse.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -1,12 +1,19 @@
-"""`python -m eval {top1|throughput|flops|compare|controls} TARGET...`"""
+"""`python -m eval {top1|throughput|flops|compare|controls|report} TARGET...`"""
 
 import sys
 from collections.abc import Sequence
 
-from eval import compare, controls, flops, throughput, top1
+from eval import compare, controls, flops, report, throughput, top1
 from vitreuse.console import Parser, run_command
 
-COMMANDS = {"top1": top1, "throughput": throughput, "flops": flops, "compare": compare, "controls": controls}
+COMMANDS = {
+    "top1": top1,
+    "throughput": throughput,
+    "flops": flops,
+    "compare": compare,
+    "controls": controls,
+    "report": report,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

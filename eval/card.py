@@ -66,6 +66,11 @@ class Card:
         """The model's plan; None for timm's own models."""
         return self.model["plan"]
 
+    @property
+    def experiment(self) -> str:
+        """Equal in cards of runs that differ in their seed alone and were measured on the same images."""
+        return json.dumps([self.name, self.model, self.recipe, self.set_digest], sort_keys=True)
+
     def correct_images(self) -> np.ndarray:
         """(n,), bool: which images the model is right on."""
         packed = np.frombuffer(zlib.decompress(base64.b64decode(self.is_correct)), np.uint8)

@@ -125,6 +125,18 @@ def model_macs(model: nn.Module, theoretical: bool = False, image_size: tuple[in
     return torch_flops(model, images)[""] // 2
 
 
+def macs_by_part(model: nn.Module) -> dict[str, int]:
+    """MACs per image of the products that run: of each layer's ``attn`` and ``mlp`` and of the parts beside the layers.
+
+    Raises:
+        ValueError: the model has a plan and a part without a closed form.
+    """
+    if hasattr(model, "plan"):
+        return {part: macs for part, macs in _by_part(count_macs(model)).items() if part}
+    counted = _halved(torch_flops(model, example(model, 1)))
+    return {part: macs for part, macs in counted.items() if part and PART.fullmatch(part)}
+
+
 def _halved(flops: Mapping[str, int]) -> dict[str, int]:
     return {name: count // 2 for name, count in flops.items()}
 

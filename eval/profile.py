@@ -1,5 +1,6 @@
 """Where the time of a model goes: per layer, part and kind of operation, beside the multiply-adds of that part."""
 
+import os
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from eval.table import Column
 from vitreuse.macs import count_macs
 
+os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # else torch's profiler prints each start, and that there is no GPU
 PREFIX = "part: "
 COLUMNS = (
     Column("part", "part"),

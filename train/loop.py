@@ -19,6 +19,7 @@ from eval.predictions import Predictions
 from train.distributed import StopSignal
 from train.experiment import checkpoint_is_due, evaluation_is_due, inputs, predict, set_up
 from train.mfu import Mfu
+from train.reference import Reference
 from train.run import RunFolder, run_facts
 from train.trackers import check_installed
 from train.trainer import StepResult, Trainer
@@ -52,11 +53,13 @@ def train(config: Config, run_dir: Path, command: str, allow: Collection[str] = 
             folder.refuse_other_run()
             if ranks.is_main:
                 check_installed(config.train.loggers)
+            watched = config.train.reference if ranks.is_main else None
+            reference = None if watched is None else Reference(watched)
         if all(ranks.gather(folder.is_completed)):
             _say(ranks, f"{run_dir} is completed already: nothing to do.")
             return True
         experiment = set_up(config, ranks, allow)
-        loop = _Loop(experiment.trainer, experiment.val_set, folder, stop)
+        loop = _Loop(experiment.trainer, experiment.val_set, folder, stop, reference)
         with ranks.together():
             read = inputs(experiment)
             if ranks.is_main:
@@ -111,10 +114,13 @@ class _Pace:
 class _Loop:
     """Steps, records, evaluations and checkpoints of one start of a run."""
 
-    def __init__(self, trainer: Trainer, val_set: Any, folder: RunFolder, stop: StopSignal):
+    def __init__(
+        self, trainer: Trainer, val_set: Any, folder: RunFolder, stop: StopSignal, reference: Reference | None = None
+    ):
         self.trainer, self.val_set, self.folder, self.stop = trainer, val_set, folder, stop
         self.config, self.ranks = trainer.config, trainer.ranks
         self.measured: _Evaluation | None = None  # the newest
+        self.reference = reference  # None of every rank but the main one
         self.pace = _Pace()
         self.mfu = Mfu(self.config, self.ranks)
 
@@ -166,6 +172,8 @@ class _Loop:
         made = run_facts(self.config, self.trainer.model, self.ranks)
         num_steps = self.trainer.num_steps
         self.folder.begin(self.trainer.counters.step, {**facts, **made, "num_steps": num_steps})
+        if self.reference is not None:
+            self.reference.replay(self.folder.records())
 
     def _say_how_attention_runs(self) -> None:
         recipe, model = self.config.train, self.trainer.model
@@ -213,11 +221,12 @@ class _Loop:
             return
         mfu = self.mfu.percent(self.pace.images, self.pace.total)
         self.progress.reach(step, f"loss {result.loss:.3f}, {self.pace.images_per_second:.0f} images/s")
+        epoch, loss = (step - 1) / self.trainer.batches.steps_per_epoch, _finite(result.loss)
         self.folder.log(
             "step",
             step=step,
-            epoch=(step - 1) / self.trainer.batches.steps_per_epoch,
-            loss=_finite(result.loss),
+            epoch=epoch,
+            loss=loss,
             grad_norm=_finite(result.grad_norm),
             lr=result.lr,
             skipped=result.skipped,
@@ -229,6 +238,9 @@ class _Loop:
             eta_seconds=round(self.progress.seconds_left, 3),
         )
         self.pace = _Pace()
+        warning = None if self.reference is None else self.reference.follow(epoch, loss)
+        if warning is not None:
+            _say(self.ranks, warning)
 
     def _epoch_is_recorded(self) -> bool:
         """Whether nothing is left to do of the epoch before; a start that was stopped may have left its evaluation."""

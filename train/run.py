@@ -173,9 +173,12 @@ class RunFolder:
 
     def has_epoch(self, step: int) -> bool:
         """Whether metrics.jsonl has the record of the epoch that ends with a step."""
+        return any((record["kind"], record["step"]) == ("epoch", step) for record in self.records())
+
+    def records(self) -> list[dict[str, Any]]:
+        """What metrics.jsonl holds."""
         path = self.path / "metrics.jsonl"
-        records = map(json.loads, path.read_bytes().splitlines() if path.exists() else ())
-        return any((record["kind"], record["step"]) == ("epoch", step) for record in records)
+        return [json.loads(line) for line in (path.read_bytes().splitlines() if path.exists() else ())]
 
     def save(self, state: dict[str, Any], step: int) -> None:
         """Writes a checkpoint, after the logs that lead up to it."""

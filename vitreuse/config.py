@@ -321,6 +321,20 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReferenceConfig:
+    """A curve that the loss should follow: training says in one line when it is too far above it, and goes on."""
+
+    curve: str = setting(
+        "a CSV with the columns epoch and loss, or the metrics.jsonl of another run", changes_run=False
+    )
+    tolerance_percent: float = setting("how far above the curve the mean loss may be", 10.0, above=0, changes_run=False)
+    num_records: int = setting("newest step records that the mean is taken over", 20, above=0, changes_run=False)
+
+    def __post_init__(self):
+        refuse_url("curve", self.curve)
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """The recipe."""
 
@@ -365,6 +379,7 @@ class TrainConfig:
     )
     log_every_steps: int = setting("steps between two step records in metrics.jsonl", 10, above=0, changes_run=False)
     ledger: bool = setting("write the sample keys of every step to ledger.jsonl", False, changes_run=False)
+    reference: ReferenceConfig | None = setting("a curve that the loss should follow", None, changes_run=False)
     loggers: tuple[str, ...] = setting(
         "what shows the records beside metrics.jsonl", (), choices=("tensorboard", "wandb"), changes_run=False
     )

@@ -1,0 +1,127 @@
+"""Runs on one page: accuracy against speed, operations and memory, every layer, every curve, what it was made on."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from rich.console import RenderableType
+
+from eval.card import Card
+from eval.report import measured
+from eval.report.page import to_html
+from eval.report.runs import Experiment, curves, experiments, read_run
+from vitreuse.console import WorkProgress, choose_device, local_path, positive
+from vitreuse.durable import write_durably
+from vitreuse.measure import describe_machine
+from vitreuse.plan import parse_plan
+
+HELP = "run folders or cards on one HTML page that needs no network"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the command line."""
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder of a completed training, or its card alone")
+    parser.add_argument("-o", "--output", type=local_path, metavar="FILE", required=True, help="the page to write")
+    parser.add_argument("--batch-size", type=positive, default=32, help="images per timed call; default: %(default)s")
+    parser.add_argument("--repeats", type=positive, help="timed calls per model; default: 3 to 30, fewer of many")
+    parser.add_argument("--no-speed", action="store_true", help="measure neither speed nor memory")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Writes the page; what was written."""
+    start = time.monotonic()
+    found = experiments([read_run(text) for text in args.runs])
+    device = choose_device(args.device)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    data = report(found, device, None if args.no_speed else args.batch_size, args.repeats)
+    data["command"] = shlex.join(["python", "-m", "eval", "report", *args.runs, "-o", str(args.output)])
+    html = to_html(data).encode()
+    write_durably(args.output, html)
+    seconds = round(time.monotonic() - start, 1)
+    written = {"output": str(args.output), "bytes": len(html), "seconds": seconds}
+    return {"command": "report", "num_runs": len(args.runs), "num_experiments": len(found), **written}
+
+
+def report(
+    found: Sequence[Experiment], device: torch.device, batch_size: int | None, num_repeats: int | None
+) -> dict[str, Any]:
+    """What the page shows; a batch size of None measures neither speed nor memory."""
+    cards = {model_key(experiment.card): experiment.card for experiment in found}
+    num_repeats = num_repeats or measured.timed_calls(len(cards))
+    with WorkProgress("report", "measurements", len(found) + (len(cards) if batch_size else 0)) as progress:
+
+        def done(what: str) -> None:
+            progress.reach(progress.done + 1, what)
+
+        models = {key: card.model_config().create(device).eval() for key, card in cards.items()}
+        speeds = measured.speeds(models, device, batch_size, num_repeats, done) if batch_size else {}
+        shown_models = {key: {**_model(card, models[key]), **speeds.get(key, {})} for key, card in cards.items()}
+        del models
+        shown = []
+        for experiment in found:
+            shown.append(_experiment(experiment, measured.similarity(experiment, device)))
+            done("similarity")
+    return {
+        "machine": describe_machine(device),
+        "speed": None if batch_size is None else _conditions(batch_size, num_repeats, len(cards)),
+        "similarity_images": measured.SIMILARITY_IMAGES,
+        "models": shown_models,
+        "experiments": shown,
+    }
+
+
+def model_key(card: Card) -> str:
+    """Equal for runs of the same network, whatever was learned: it is measured once."""
+    return json.dumps(card.model, sort_keys=True)
+
+
+def _conditions(batch_size: int, num_repeats: int, num_models: int) -> dict[str, int]:
+    """Of the measured speeds."""
+    profile_repeats = measured.profiled_calls(num_models)
+    return {"batch_size": batch_size, "repeats": num_repeats, "profile_repeats": profile_repeats}
+
+
+def _model(card: Card, model: Any) -> dict[str, Any]:
+    """One network: its layers, and what they cost."""
+    if card.plan is None:
+        layers: list[dict[str, Any]] = [{"word": "exact", "text": "exact", "anchor": None}] * len(model.blocks)
+    else:
+        plan = parse_plan(card.plan)
+        layers = [
+            {"word": spec.word, "text": str(spec), "anchor": anchor}
+            for spec, anchor in zip(plan, plan.anchors, strict=True)
+        ]
+    facts = {"name": card.model["name"], "plan": card.plan, "params": card.params, "macs": card.macs}
+    return {**facts, "layers": layers, "layer_macs": measured.layer_macs(model)}
+
+
+def _experiment(experiment: Experiment, similarity: Mapping[str, Any]) -> dict[str, Any]:
+    """Runs of one experiment."""
+    cards = [run.card for run in experiment.runs]
+    top1 = [card.top1 for card in cards]
+    return {
+        "label": experiment.label,
+        "model": model_key(experiment.card),
+        "top1": statistics.fmean(top1),
+        "top1_sd": statistics.stdev(top1) if len(top1) > 1 else None,
+        "data": experiment.card.data,
+        "n": experiment.card.n,
+        "set": experiment.card.set_digest[:12],
+        "runs": [{"seed": run.card.seed, "top1": run.card.top1, "facts": run.card.facts} for run in experiment.runs],
+        "num_cards_alone": sum(run.folder is None for run in experiment.runs),
+        "curves": curves(experiment),
+        "similarity": similarity,
+    }
+
+
+def render(result: dict[str, Any]) -> RenderableType:
+    """What was written, in a line."""
+    size = result["bytes"] / 2**10
+    return f"{result['output']}: {result['num_runs']} runs, {size:,.0f} KiB, built in {result['seconds']} s\n"
