@@ -1,7 +1,7 @@
-"""Trained runs in one table and one scatter plot: accuracy, operations and speed, the speeds measured in one go."""
+"""Trained models in one table: accuracy over seeds, which of its differences are more than noise, operations, speed."""
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -9,105 +9,229 @@ from typing import Any
 import torch
 from rich.console import RenderableType
 
-from eval.flops import model_macs
 from eval.inputs import example
-from eval.table import Column, to_csv, to_markdown, to_rich
-from eval.targets import Target, final_record, resolve_targets
+from eval.series import Series, check_same_images, model_changes, read_series, recipe_changes
+from eval.statistics import LEVEL, NUM_RESAMPLES, difference, holm, verdict
+from eval.table import Column, to_csv, to_latex, to_markdown, to_rich
 from vitreuse.console import choose_device, local_path, positive
 from vitreuse.measure import describe_machine, inference_call, peak_memory_mib, time_interleaved
 
-HELP = "run folders in one table, as Markdown, CSV and a scatter plot with -o"
+HELP = "completed runs in one table, with what of their differences is noise; also as files and a plot with -o"
 COLUMNS = (
     Column("name", "name"),
     Column("plan", "plan"),
-    Column("params", "params", ",d"),
-    Column("macs", "MACs", ",d"),
-    Column("flops", "FLOPs", ",d"),
+    Column("params_m", "params (M)", ",.2f"),
+    Column("macs_m", "MACs (M)", ",.2f"),
     Column("images_per_second", "images/s", ",.0f"),
-    Column("spread_percent", "spread (%)", ".1f"),
-    Column("peak_memory_mib", "memory (MiB)", ",.1f"),
-    Column("top1", "top-1 (%)", ".2f"),
+    Column("peak_memory_mib", "peak MiB", ",.1f"),
+    Column("top1_text", "top-1 (%)", ">"),
+    Column("num_seeds", "seeds", "d"),
+    Column("difference_text", "difference", ">"),
+    Column("p_text", "p", ">"),
+    Column("verdict", "verdict"),
 )
+MEASURED = ("top1", "top1_sd", "top5", "calibration_error")
+COMPARED = ("difference", "low", "high", "p_bootstrap", "p_mcnemar", "p")
+SPEEDS = ("images_per_second", "spread_percent", "peak_memory_mib")
+BATCH_SIZE, NUM_REPEATS = 64, 30
 
 
-def compare(targets: Sequence[Target], device: torch.device, batch_size: int, num_repeats: int) -> list[dict[str, Any]]:
-    """One row per run, in the order given; every speed from the same interleaved measurement, in inference.
+def compare(series: Sequence[Series], baseline: Series) -> list[dict[str, Any]]:
+    """One row per model, in the order given: what its cards say, and how it differs from the baseline."""
+    others = [same for same in series if same is not baseline]
+    correct = baseline.correct_images()
+    found = [difference(correct, same.correct_images()) for same in others]
+    p_values = holm([one.p for one in found])
+    compared = {baseline.name: {**dict.fromkeys(COMPARED), "verdict": "baseline"}}
+    for same, one, p in zip(others, found, p_values, strict=True):
+        values = (one.points, one.low, one.high, one.p_bootstrap, one.p_mcnemar, p)
+        compared[same.name] = {**dict(zip(COMPARED, values, strict=True)), "verdict": verdict(one.points, p)}
+    return [{**_described(same, baseline), **compared[same.name]} for same in series]
 
-    Top-1 is what the run measured at its end, exactly and on its own validation set.
 
-    Raises:
-        ValueError: a target is no completed run.
-    """
-    records = [final_record(target) for target in targets]
-    models = {target.label: target.load().to(device).eval() for target in targets}
-    images = {label: example(model, batch_size) for label, model in models.items()}
-    calls = {label: inference_call(model, images[label]) for label, model in models.items()}
+def _described(same: Series, baseline: Series) -> dict[str, Any]:
+    card, other = same.card, baseline.card
+    return {
+        "name": same.name,
+        "model": card.model["name"],
+        "plan": card.plan,
+        "params": card.params,
+        "macs": card.macs,
+        "flops": 2 * card.macs,
+        "num_seeds": len(same.cards),
+        **{key: getattr(same, key) for key in MEASURED},
+        "model_changes": "; ".join(model_changes(other, card)),
+        "recipe_changes": "" if same is baseline else "; ".join(recipe_changes(other, card)),
+    }
+
+
+def speeds(
+    series: Sequence[Series], device: torch.device, batch_size: int, num_repeats: int
+) -> list[dict[str, Any]]:
+    """Throughput and memory of each model in inference, from the same interleaved measurement, with random weights."""
+    models = {same.name: same.card.model_config().create().to(device).eval() for same in series}
+    images = {name: example(model, batch_size) for name, model in models.items()}
+    calls = {name: inference_call(model, images[name]) for name, model in models.items()}
     timings = time_interleaved(calls, device, num_repeats)
     rows = []
-    for target, record in zip(targets, records, strict=True):
-        model, timing = models[target.label], timings[target.label]
-        resident = [*model.parameters(), *model.buffers(), images[target.label]]
-        macs = model_macs(model)
-        rows.append(
-            {
-                "name": target.label,
-                "plan": str(model.plan) if hasattr(model, "plan") else None,
-                "params": sum(parameter.numel() for parameter in model.parameters()),
-                "macs": macs,
-                "flops": 2 * macs,
-                "images_per_second": timing.images_per_second(batch_size),
-                "spread_percent": timing.spread_percent,
-                "peak_memory_mib": peak_memory_mib(calls[target.label], resident, device),
-                "top1": record["top1"],
-            }
-        )
+    for name, model in models.items():
+        resident = [*model.parameters(), *model.buffers(), images[name]]
+        memory = peak_memory_mib(calls[name], resident, device)
+        values = (timings[name].images_per_second(batch_size), timings[name].spread_percent, memory)
+        rows.append(dict(zip(SPEEDS, values, strict=True)))
     return rows
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command line."""
-    parser.add_argument("targets", nargs="+", metavar="RUN", help="run folder of a completed training")
     parser.add_argument(
-        "-o", "--output", type=local_path, metavar="DIR", help="write results.md, results.csv, scatter.png"
+        "runs", nargs="+", type=local_path, metavar="RUN", help="completed run folder, run card, or folder of cards"
     )
-    parser.add_argument("--batch-size", type=positive, default=64, help="images per timed call; default: %(default)s")
-    parser.add_argument("--repeats", type=positive, default=30, help="timed calls per run; default: %(default)s")
+    parser.add_argument("--baseline", metavar="NAME", help="what the others are compared with; default: the first")
+    parser.add_argument("--mix-recipes", action="store_true", help="compare models that were trained differently")
+    parser.add_argument(
+        "-o", "--output", type=local_path, metavar="DIR", help="write results.md, .csv and .tex, and scatter.png"
+    )
+    parser.add_argument("--no-speed", action="store_true", help="leave speed and memory unmeasured")
+    parser.add_argument("--batch-size", type=positive, help=f"images per timed call; default: {BATCH_SIZE}")
+    parser.add_argument("--repeats", type=positive, help=f"timed calls per model; default: {NUM_REPEATS}")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """The table's rows, written to the output folder too."""
+    """The table's rows, written to the output folder too.
+
+    Raises:
+        ValueError: A run is not completed, or the runs cannot be compared, or options exclude each other.
+    """
     device = choose_device(args.device)
+    if args.no_speed and (args.batch_size or args.repeats):
+        raise ValueError("--batch-size and --repeats have no effect under --no-speed: leave them out.")
+    series = read_series(args.runs)
+    check_same_images(series)
+    rows = compare(series, _named(series, args.baseline))
+    if not args.mix_recipes:
+        _refuse_mixed(rows)
     if args.output:  # before the measurements, which take a while
-        if find_spec("matplotlib") is None:
-            raise ValueError("the scatter plot needs matplotlib: pip install 'vitreuse[plots]', or leave -o out.")
-        args.output.mkdir(parents=True, exist_ok=True)
-    rows = compare(resolve_targets(args.targets), device, args.batch_size, args.repeats)
-    result = {"command": "compare", "machine": describe_machine(device), "batch_size": args.batch_size, "rows": rows}
+        _prepare(args.output)
+    batch_size = None if args.no_speed else args.batch_size or BATCH_SIZE
+    measured: list[dict[str, Any]] = [dict.fromkeys(SPEEDS)] * len(rows)
+    if batch_size is not None:
+        measured = speeds(series, device, batch_size, args.repeats or NUM_REPEATS)
+    result = {
+        "command": "compare",
+        "machine": describe_machine(device),
+        "batch_size": batch_size,
+        "data": series[0].card.data,
+        "n": series[0].card.n,
+        "rows": [{**row, **speed} for row, speed in zip(rows, measured, strict=True)],
+    }
     if args.output:
         _write(args.output, result)
     return result
+
+
+def _named(series: Sequence[Series], name: str | None) -> Series:
+    if name is None:
+        return series[0]
+    for same in series:
+        if same.name == name:
+            return same
+    raise ValueError(f"--baseline {name} is none of the runs' names: {', '.join(same.name for same in series)}.")
+
+
+def _refuse_mixed(rows: Sequence[Mapping[str, Any]]) -> None:
+    mixed = [f"{row['name']} ({row['recipe_changes']})" for row in rows if row["recipe_changes"]]
+    if mixed:
+        raise ValueError(
+            f"not trained by the recipe of {_baseline(rows)['name']}: {', '.join(mixed)}; train them alike, or compare "
+            "them anyway with --mix-recipes."
+        )
+
+
+def _baseline(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    return next(row for row in rows if row["verdict"] == "baseline")
+
+
+def _prepare(folder: Path) -> None:
+    if find_spec("matplotlib") is None:
+        raise ValueError("the scatter plot needs matplotlib: pip install 'vitreuse[plots]', or leave -o out.")
+    folder.mkdir(parents=True, exist_ok=True)
 
 
 def _write(folder: Path, result: Mapping[str, Any]) -> None:
     from eval.scatter import Point, scatter_figure  # matplotlib is optional
 
     rows, caption = result["rows"], _caption(result)
-    points = [Point(row["name"], row["images_per_second"], row["top1"]) for row in rows]
-    texts = {"results.md": to_markdown(rows, COLUMNS, caption), "results.csv": to_csv(rows, list(rows[0]))}
+    shown = [_shown(row) for row in rows]
+    texts = {
+        "results.md": to_markdown(shown, COLUMNS, caption),
+        "results.tex": to_latex(shown, COLUMNS, caption),
+        "results.csv": to_csv(rows, list(rows[0])),
+    }
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")
-    scatter_figure(points, caption).savefig(folder / "scatter.png", dpi="figure")
+    key, cost = "images_per_second", "throughput (images/s)"
+    if result["batch_size"] is None:
+        key, cost = "macs_m", "MACs (M)"
+    points = [Point(row["name"], row[key], row["top1"], row["top1_sd"]) for row in shown]
+    scatter_figure(points, caption, cost).savefig(folder / "scatter.png", dpi="figure")
+
+
+def _shown(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row with the texts of its table, in which a value stands beside its uncertainty."""
+    shown = {**row, "params_m": row["params"] / 1e6, "macs_m": row["macs"] / 1e6}
+    shown["top1_text"] = f"{row['top1']:.2f}" + ("" if row["top1_sd"] is None else f" ± {row['top1_sd']:.2f}")
+    if row["difference"] is None:
+        return {**shown, "difference_text": None, "p_text": None}
+    shown["difference_text"] = f"{row['difference']:+.2f} [{row['low']:+.2f}, {row['high']:+.2f}]"
+    return {**shown, "p_text": "<0.001" if row["p"] < 0.001 else f"{row['p']:.3f}"}
 
 
 def _caption(result: Mapping[str, Any]) -> str:
-    machine = result["machine"]
-    return (
-        f"Inference in float32, batch {result['batch_size']}, median over turns that all models took in one run; "
-        f"spread is the interquartile range. {machine['device']}, CPU threads: {machine['threads']}, "
+    return " ".join([*_accuracy_notes(result), *_change_notes(result["rows"]), *_speed_notes(result)])
+
+
+def _accuracy_notes(result: Mapping[str, Any]) -> Iterator[str]:
+    """How the accuracies and their differences were found."""
+    rows = result["rows"]
+    seeds = [row["num_seeds"] for row in rows]
+    spread = "; ± is the standard deviation over seeds" if max(seeds) > 1 else ""
+    yield f"Top-1 on the {result['n']:,} images of {result['data']}{spread}."
+    if len(rows) == 1:
+        return
+    yield (
+        f"Difference to {_baseline(rows)['name']} in points with its {100 * LEVEL:.0f} % interval, from "
+        f"{NUM_RESAMPLES:,} paired resamples of the images and of the variance between seeds. p is the larger of the "
+        f"bootstrap's and of McNemar's exact test, after Holm for {len(rows) - 1} comparisons; above {1 - LEVEL:.2f} a "
+        "difference is within noise."
+    )
+    if max(seeds) == 1:
+        yield "One seed each: how other seeds would do is unknown, the words are on these trained models alone."
+    elif min(seeds) == 1:
+        single = ", ".join(row["name"] for row in rows if row["num_seeds"] == 1)
+        yield f"One seed ({single}) tells no variance between seeds: that of the model compared with is taken."
+
+
+def _change_notes(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """What differs between the models beside their plans."""
+    for key, what in (("recipe_changes", "recipe"), ("model_changes", "model")):
+        found = [f"{row['name']} ({row[key]})" for row in rows if row[key]]
+        if found:
+            yield f"Another {what} than that of {_baseline(rows)['name']}: {', '.join(found)}."
+
+
+def _speed_notes(result: Mapping[str, Any]) -> Iterator[str]:
+    """How and where the speeds were measured."""
+    if result["batch_size"] is None:
+        return
+    machine, spread = result["machine"], max(row["spread_percent"] for row in result["rows"])
+    yield (
+        f"Speed: inference in float32, batch {result['batch_size']}, median over turns that all models took in one "
+        f"run, interquartile range up to {spread:.0f} %. {machine['device']}, CPU threads: {machine['threads']}, "
         f"torch {machine['torch']}, timm {machine['timm']}, {machine['date']}."
     )
 
 
 def render(result: dict[str, Any]) -> RenderableType:
     """The result as tables for the terminal."""
-    return to_rich(result["rows"], COLUMNS, _caption(result))
+    return to_rich([_shown(row) for row in result["rows"]], COLUMNS, _caption(result))

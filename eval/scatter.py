@@ -19,25 +19,29 @@ MARKS = ("o", "s", "^", "D", "v", "P", "X")
 
 @dataclass(frozen=True)
 class Point:
-    """One model."""
+    """One model: its top-1 in percent with the standard deviation over seeds, None of one, over what it costs."""
 
     name: str
-    images_per_second: float
+    cost: float
     top1: float
+    top1_sd: float | None = None
 
 
-def scatter_figure(points: Sequence[Point], caption: str) -> Figure:
-    """Top-1 in percent over images per second, every point named; no two labels or marks overlap."""
+def scatter_figure(points: Sequence[Point], caption: str, cost: str) -> Figure:
+    """Top-1 over a cost, such as "throughput (images/s)", every point named; no two labels or marks overlap."""
     figure = Figure(figsize=(8, 5.5), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)  # without pyplot, which keeps global state
     axes = figure.add_subplot()
     for number, point in enumerate(points):
         colour, mark = COLOURS[number % len(COLOURS)], MARKS[number % len(MARKS)]
-        axes.scatter(point.images_per_second, point.top1, s=70, color=colour, marker=mark, zorder=3)
+        axes.scatter(point.cost, point.top1, s=70, color=colour, marker=mark, zorder=3)
+        if point.top1_sd is not None:
+            ends = [point.top1 - point.top1_sd, point.top1 + point.top1_sd]
+            axes.plot([point.cost] * 2, ends, color=colour, marker="_", linewidth=1)
     axes.margins(0.15)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.set_xlabel("throughput (images/s)")
+    axes.set_xlabel(cost)
     axes.set_ylabel("top-1 accuracy (%)")
     figure.supxlabel("\n".join(textwrap.wrap(caption, 125)), fontsize=7, color="0.35")
     figure.draw_without_rendering()
@@ -49,8 +53,9 @@ def scatter_figure(points: Sequence[Point], caption: str) -> Figure:
 def _name_points(axes: Any, points: Sequence[Point]) -> None:
     """Names each point at the nearest free place around it, with a line to it where that is not beside it."""
     pixels_per_pt = axes.figure.dpi / 72
-    spots = [axes.transData.transform((point.images_per_second, point.top1)) for point in points]
+    spots = [axes.transData.transform((point.cost, point.top1)) for point in points]
     taken = [_box(spot, np.full(2, 6 * pixels_per_pt)) for spot in spots]
+    taken += [line.get_window_extent() for line in axes.lines]
     for point, spot in zip(points, spots, strict=True):
         line = {"arrowstyle": "-", "color": "0.6", "linewidth": 0.7, "shrinkA": 0, "shrinkB": 8}
         pixels = {"xycoords": "figure pixels", "textcoords": "figure pixels"}

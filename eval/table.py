@@ -1,7 +1,8 @@
-"""One table of results in the forms people read it: terminal, Markdown, CSV."""
+"""One table of results in the forms people read it: terminal, Markdown, LaTeX, CSV."""
 
 import csv
 import io
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,13 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 Row = Mapping[str, Any]
+
+# What TeX would not print as it stands; a bracket at the start of a line would be an option of the line before.
+LATEX = {
+    **{sign: f"\\{sign}" for sign in "&%$#_{}"},
+    **{"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "|": r"\textbar{}"},
+    **{"<": "$<$", ">": "$>$", "±": r"$\pm$", "[": "{[}", "]": "{]}"},
+}
 
 
 @dataclass(frozen=True)
@@ -46,6 +54,23 @@ def to_markdown(rows: Sequence[Row], columns: Sequence[Column], caption: str) ->
     ]
     lines += ["| " + " | ".join(column.text(row).replace("|", "\\|") for column in columns) + " |" for row in rows]
     return "\n".join([*lines, "", caption, ""])
+
+
+def to_latex(rows: Sequence[Row], columns: Sequence[Column], caption: str) -> str:
+    """The table for a paper, with the rules of the package booktabs."""
+    alignment = "".join("r" if column.spec else "l" for column in columns)
+    lines = [[column.heading for column in columns], *([column.text(row) for column in columns] for row in rows)]
+    head, *body = (" & ".join(map(_latex, line)) + r" \\" for line in lines)
+    ruled = [r"\toprule", head, r"\midrule", *body, r"\bottomrule"]
+    table = [rf"\begin{{tabular}}{{{alignment}}}", *ruled, r"\end{tabular}"]
+    whole = [r"\begin{table}", r"\centering", *table, rf"\caption{{{_latex(caption)}}}", r"\end{table}"]
+    return "\n".join([r"% \usepackage{booktabs}", *whole, ""])
+
+
+def _latex(text: str) -> str:
+    """Plain text escaped, with a minus instead of a hyphen before a number."""
+    escaped = "".join(LATEX.get(sign, sign) for sign in text)
+    return re.sub(r"(?<![\w.])-(?=\d)", "$-$", escaped)
 
 
 def to_csv(rows: Sequence[Row], keys: Sequence[str]) -> str:

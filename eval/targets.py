@@ -1,12 +1,10 @@
 """What a command is pointed at: a model name, a config or a run folder, each a network that can be built."""
 
-import json
 import pickle
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
 
 import timm
 import torch
@@ -133,26 +131,6 @@ def resized(model: ModelConfig, image_size_px: int | None) -> ModelConfig:
     if image_size_px is None:
         return model
     return replace(model, keywords={**model.keywords, "img_size": image_size_px})
-
-
-def final_record(target: Target) -> dict[str, Any]:
-    """What a completed run measured at its end: the last object of its metrics.jsonl, with top1 and top5 in percent.
-
-    Raises:
-        ValueError: the target is no run folder, or its run is not completed.
-    """
-    if target.run_dir is None:
-        raise ValueError(f"{target.label} is not a run folder: give one that python -m train wrote.")
-    try:
-        status = json.loads((target.run_dir / "run.json").read_text(encoding="utf-8"))["status"]
-        last = json.loads((target.run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
-    except (OSError, ValueError, LookupError) as error:
-        raise ValueError(
-            f"{target.run_dir} has no whole run.json and metrics.jsonl: go on with python -m train."
-        ) from error
-    if status != "completed" or last["kind"] != "final":
-        raise ValueError(f"{target.run_dir} is not completed but {status}: go on with python -m train.")
-    return last
 
 
 def pretrained_weights(name: str) -> dict[str, torch.Tensor]:

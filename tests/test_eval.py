@@ -26,7 +26,7 @@ from eval.distributed import Ranks, joined
 from eval.inputs import evaluation_transform, image_settings
 from eval.predictions import Predictions
 from eval.scatter import Point, scatter_figure
-from eval.table import Column, to_csv, to_markdown
+from eval.table import Column, to_csv, to_latex, to_markdown
 from eval.targets import plain_model, resolve_targets
 from eval.throughput import Condition, fused_attention, measure
 from eval.top1 import evaluate
@@ -538,28 +538,6 @@ def test_throughput_covers_every_condition(experiment, tmp_path, capsys):
     assert len(lines) == 1 + len(rows) and lines[1].startswith("tiny,8 x 8,float32,inference,2,")
 
 
-def test_compare_writes_table_and_plot(tmp_path, experiment, capsys):
-    runs = [str(make_run(tmp_path / name, experiment, top1=top1)) for name, top1 in (("late", 12.345), ("early", 67.8))]
-    folder = tmp_path / "out"
-    rows = run_json(capsys, "compare", *runs, "-o", str(folder), "--batch-size", "3", "--repeats", "3")["rows"]
-    assert [(row["name"], row["plan"], row["top1"]) for row in rows] == [
-        ("late", "exact reuse*2", 12.345),
-        ("early", "exact reuse*2", 67.8),
-    ]
-    assert rows[0]["flops"] == 2 * rows[0]["macs"]
-    header, _, first, second, *_, caption = (folder / "results.md").read_text().splitlines()
-    assert header.startswith("| name | plan | params | MACs | FLOPs | images/s | spread (%) |")
-    assert first.startswith("| late | exact reuse*2 | ")
-    assert (first.endswith("| 12.35 |"), second.endswith("| 67.80 |")) == (True, True)
-    assert "batch 3" in caption
-    assert "torch" in caption
-    lines = (folder / "results.csv").read_text().splitlines()
-    assert lines[0].split(",") == list(rows[0])
-    assert lines[1].endswith(",12.345")
-    with Image.open(folder / "scatter.png") as image:
-        assert image.size == (1200, 825)
-
-
 def overlaps(figure) -> int:
     """How many pairs of labels and points overlap."""
     boxes = [Text.get_window_extent(label) for label in figure.axes[0].texts]  # without the line to the point
@@ -571,7 +549,7 @@ def overlaps(figure) -> int:
 @pytest.mark.parametrize("spread", [0.0, 0.1, 10.0])
 def test_labels_of_the_plot_do_not_overlap(spread):
     points = [Point(f"deit_reuse_small_{i}", 1000 + spread * i, 80 + spread * (i * 7 % 11) / 10) for i in range(11)]
-    figure = scatter_figure(points, "a caption " * 30)
+    figure = scatter_figure(points, "a caption " * 30, "throughput (images/s)")
     assert [label.get_text() for label in figure.axes[0].texts] == [point.name for point in points]
     assert overlaps(figure) == 0
     assert figure.axes[0].get_xlabel() == "throughput (images/s)"
@@ -590,6 +568,21 @@ def test_tables_show_rounded_values_and_store_exact_ones():
         "how",
     ]
     assert to_csv(rows, ["macs", "top1"]) == f"macs,top1\n1234567,{1 / 3}\n7,\n"
+    assert to_latex(rows, columns, "50 % of -3 [a, b]").splitlines() == [
+        r"% \usepackage{booktabs}",
+        r"\begin{table}",
+        r"\centering",
+        r"\begin{tabular}{lrr}",
+        r"\toprule",
+        r"name & MACs & top-1 (\%) \\",
+        r"\midrule",
+        r"a\textbar{}b & 1,234,567 & 0.33 \\",
+        r"c & 7 & - \\",
+        r"\bottomrule",
+        r"\end{tabular}",
+        r"\caption{50 \% of $-$3 {[}a, b{]}}",
+        r"\end{table}",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -611,10 +604,10 @@ def test_tables_show_rounded_values_and_store_exact_ones():
         ),
         (["top1", "{tmp}/run", "--data", "{tmp}/few"], "few/val has 2 class folders and the model 3 classes"),
         (["top1", "{tmp}/run", "--split", "test"], "no folder {tmp}/data/test"),
-        (["compare", "{tmp}/tiny.yaml"], "tiny is not a run folder"),
-        (["compare", "{tmp}/run", "{tmp}/running"], "{tmp}/running is not completed but running: go on with"),
-        (["compare", "{tmp}/broken"], "{tmp}/broken has no whole run.json and metrics.jsonl"),
-        (["compare", "{tmp}/run", "-o", "{tmp}/tiny.yaml"], "File exists"),
+        (["compare", "{tmp}/tiny.yaml"], "tiny.yaml is no run card"),
+        (["compare", "{tmp}/running"], "{tmp}/running has no card.json: the run is not completed but running, go on"),
+        (["compare", "{tmp}/run"], "{tmp}/run has no card.json: an older version of this code left it; train it again"),
+        (["compare", "{tmp}/broken"], "{tmp}/broken has no card.json: it has no whole run.json either"),
         (["throughput", "{tmp}/tiny.yaml", "--batch-size", "0"], "argument --batch-size: 0 is not a whole number"),
         (["flops", "{tmp}/tiny.yaml", "--image-size", "3"], "images of (3, 3) px are smaller than a patch of (4, 4)"),
         (["flops", "{tmp}/run", "{tmp}/run"], "{tmp}/run is given 2 times: name it once."),
@@ -629,7 +622,7 @@ def test_tables_show_rounded_values_and_store_exact_ones():
 def test_wrong_input_is_one_sentence(arguments, sentence, tmp_path, experiment, capsys):
     make_run(tmp_path / "run", experiment)
     make_run(tmp_path / "running", experiment, status="running")
-    (make_run(tmp_path / "broken", experiment) / "metrics.jsonl").write_text("")
+    (make_run(tmp_path / "broken", experiment) / "run.json").write_text("")
     for name in ("a", "c"):
         (tmp_path / "few" / "val" / name).mkdir(parents=True)
         Image.new("L", (8, 8)).save(tmp_path / "few" / "val" / name / "0.png")

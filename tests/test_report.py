@@ -140,7 +140,7 @@ def test_a_run_without_its_data_says_so(folders, tmp_path, capsys):
 def test_what_is_no_run_is_refused(folders, tmp_path, capsys):
     output = ["-o", str(tmp_path / "report.html")]
     assert "2 runs of 'model0' have the seed 0" in refuse(capsys, folders[0], folders[0], *output)
-    assert "is not a run folder" in refuse(capsys, str(tmp_path), *output)
+    assert "is neither a run folder nor one of run cards" in refuse(capsys, str(tmp_path), *output)
     assert "is no run card" in refuse(capsys, str(Path(folders[0]) / "config.yaml"), *output)
     assert not (tmp_path / "report.html").exists()
 

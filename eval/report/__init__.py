@@ -16,7 +16,7 @@ from rich.console import RenderableType
 from eval.card import Card
 from eval.report import measured
 from eval.report.page import to_html
-from eval.report.runs import Experiment, curves, experiments, read_run
+from eval.report.runs import Experiment, curves, experiments, read_runs
 from vitreuse.console import WorkProgress, choose_device, local_path, positive
 from vitreuse.durable import write_durably
 from vitreuse.measure import describe_machine
@@ -27,7 +27,7 @@ HELP = "run folders or cards on one HTML page that needs no network"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command line."""
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder of a completed training, or its card alone")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="completed run folder, run card, or folder of cards")
     parser.add_argument("-o", "--output", type=local_path, metavar="FILE", required=True, help="the page to write")
     parser.add_argument("--batch-size", type=positive, default=32, help="images per timed call; default: %(default)s")
     parser.add_argument("--repeats", type=positive, help="timed calls per model; default: 3 to 30, fewer of many")
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Writes the page; what was written."""
     start = time.monotonic()
-    found = experiments([read_run(text) for text in args.runs])
+    found = experiments([run for text in args.runs for run in read_runs(text)])
     device = choose_device(args.device)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     data = report(found, device, None if args.no_speed else args.batch_size, args.repeats)
@@ -45,8 +45,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     html = to_html(data).encode()
     write_durably(args.output, html)
     seconds = round(time.monotonic() - start, 1)
-    written = {"output": str(args.output), "bytes": len(html), "seconds": seconds}
-    return {"command": "report", "num_runs": len(args.runs), "num_experiments": len(found), **written}
+    counts = {"num_runs": sum(len(experiment.runs) for experiment in found), "num_experiments": len(found)}
+    return {"command": "report", **counts, "output": str(args.output), "bytes": len(html), "seconds": seconds}
 
 
 def report(

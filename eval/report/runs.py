@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from eval.card import NAME, Card, read_card
-from eval.targets import Target, final_record, resolve_targets
+from eval.card import Card, read_card
+from eval.series import card_files
+from eval.targets import Target, resolve_targets
 
 CURVE_POINTS = 120  # of a curve, at most: more than a phone has pixels for
 Curve = list[tuple[float, float]]  # of (epochs, value)
@@ -39,18 +40,14 @@ class Experiment:
         return self.runs[0].card
 
 
-def read_run(text: str) -> Run:
-    """The run of a completed run folder, or of a card.
+def read_runs(text: str) -> list[Run]:
+    """The run of a completed run folder or of a card, or the runs of a folder of cards.
 
     Raises:
-        ValueError: the path is neither.
+        ValueError: the path is none of them.
     """
-    path = Path(text)
-    if not path.is_dir():
-        return Run(read_card(path))
-    (target,) = resolve_targets([text])
-    final_record(target)
-    return Run(read_card(path / NAME), target)
+    folder = resolve_targets([text])[0] if Path(text, "config.yaml").exists() else None
+    return [Run(read_card(path), folder) for path in card_files(Path(text))]
 
 
 def experiments(runs: Sequence[Run]) -> list[Experiment]:
