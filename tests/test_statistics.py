@@ -83,7 +83,7 @@ def test_with_one_seed_it_is_mcnemars_exact_test(only_first, only_second):
 
 
 def test_with_several_seeds_each_image_is_one_coin():
-    """Images that fall to the second by three seeds, by one, and to the first by one: +-3 +-1 +-1 is 3 off in 6 of 8."""
+    """Images that fall to the second by three seeds, by one, and to the first by one: +-3 +-1 +-1 is 3 off 6 in 8."""
     first = np.array([[0, 0, 1, 1], [0, 0, 1, 1], [0, 1, 0, 1]], bool)
     second = np.array([[1, 1, 1, 1], [1, 0, 0, 1], [1, 1, 0, 1]], bool)
     assert mcnemar(first, second) == pytest.approx(6 / 8)
