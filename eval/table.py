@@ -38,7 +38,7 @@ class Column:
 
 def to_rich(rows: Sequence[Row], columns: Sequence[Column], caption: str | None = None) -> Table:
     """The table for a terminal, numbers to the right."""
-    table = Table(caption=caption, caption_justify="left", box=SIMPLE_HEAD)
+    table = Table(caption=caption, caption_justify="left", box=SIMPLE_HEAD, collapse_padding=True)
     for column in columns:
         table.add_column(column.heading, justify="right" if column.spec else "left", no_wrap=True)
     for row in rows:

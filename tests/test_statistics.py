@@ -51,6 +51,13 @@ def test_the_interval_holds_the_truth_as_often_as_it_says(num_seeds, seed_sd):
     assert np.mean(holds) >= 0.91  # of 0.95, by chance below 0.92 once in forty times
 
 
+def test_chance_at_each_image_is_counted_once():
+    """Seeds that differ by it alone: the interval is as wide as the differences scatter, where twice made 1.3 times."""
+    found = repeated(0.0, 150, seed_sd=0.0)
+    half_width = np.mean([one.high - one.low for one in found]) / 2
+    assert half_width == pytest.approx(1.96 * np.std([one.points for one in found]), rel=0.15)
+
+
 def test_seeds_that_vary_more_widen_the_interval():
     narrow, wide = (np.mean([one.high - one.low for one in repeated(0.0, 20, seed_sd=sd)]) for sd in (0.15, 1.0))
     assert wide > 2 * narrow
