@@ -26,7 +26,8 @@ def prepare_source(name: str, root: str | Path) -> None:
 
     Args:
         name: 'digits', scikit-learn's 1,797 scanned handwritten digits of 8 x 8 pixels, 360 of them held out; or
-            'pointer_digits', four of these on 16 x 16 pixels, where the first one names the place of the label.
+            'pointer_chain', four of these on 16 x 16 pixels, where the first names the place of the one that names the
+            place of the label.
         root: folder of the data set.
 
     Raises:
@@ -65,17 +66,18 @@ def _read_digits(split: str) -> Iterator[EncodedSample]:
         yield EncodedSample(f"digits-{number:04d}", _encode(images[number]), "png", int(labels[number]))
 
 
-def _read_pointer_digits(split: str) -> Iterator[EncodedSample]:
+def _read_pointer_chain(split: str) -> Iterator[EncodedSample]:
     """Yields four digits of a split at a time, side by side in two rows; the key has their numbers in reading order.
 
-    The label is the digit at the place, from 0 to 3, that the first digit names, modulo 4: pointer value retrieval,
-    arXiv 2107.12580, for which an image has to be read twice.
+    A digit names a place, from 0 to 3, by its value modulo 4. The first names the place of a second, and this the place
+    of the label: pointer value retrieval, arXiv 2107.12580, for which an image has to be read three times over.
     """
     numbers, images, labels = _load_digits(split)
     random = np.random.RandomState(POINTER_SEEDS[split])  # whose numbers stay the same in later versions of numpy
     for places in numbers[random.randint(len(numbers), size=(POINTER_SAMPLES[split], 4))]:
         first, second, third, fourth = images[places]
         named = places[labels[places[0]] % 4]
+        named = places[labels[named] % 4]
         key = "-".join(("pointer", *(f"{number:04d}" for number in places)))
         yield EncodedSample(key, _encode(np.block([[first, second], [third, fourth]])), "png", int(labels[named]))
 
@@ -112,6 +114,6 @@ class _Source:
 
 _SOURCES = {
     "digits": _Source(_read_digits, DIGITS_SAMPLES, {"train": 400, "val": 200}),
-    "pointer_digits": _Source(_read_pointer_digits, POINTER_SAMPLES, {"train": 4000, "val": 1000}),
+    "pointer_chain": _Source(_read_pointer_chain, POINTER_SAMPLES, {"train": 4000, "val": 1000}),
 }
 SOURCES = tuple(_SOURCES)
