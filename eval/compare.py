@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from rich.console import RenderableType
 
-from eval.inputs import example
 from eval.series import Series, check_same_images, model_changes, read_series, recipe_changes
 from eval.statistics import LEVEL, NUM_RESAMPLES, difference, holm, verdict
 from eval.table import Column, to_csv, to_latex, to_markdown, to_rich
 from vitreuse.console import choose_device, local_path, positive
+from vitreuse.inputs import example
 from vitreuse.measure import describe_machine, inference_call, peak_memory_mib, time_interleaved
 
 HELP = "completed runs in one table, with what of their differences is noise; also as files and a plot with -o"

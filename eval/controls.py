@@ -16,15 +16,15 @@ import yaml
 from rich.console import RenderableType
 
 from eval.flops import model_macs, num_params
-from eval.inputs import DTYPES, example
 from eval.table import Column, to_rich
-from eval.targets import exact_model
 from vitreuse.config import ModelConfig, load_config
 from vitreuse.console import choose_device, local_path, positive
 from vitreuse.durable import write_durably
+from vitreuse.inputs import DTYPES, example
 from vitreuse.measure import describe_machine, inference_call, time_interleaved
 from vitreuse.options import PlanOptions
 from vitreuse.plan import MAX_LAYERS, PRESETS, Plan, Spec, parse_plan, preset_plan
+from vitreuse.targets import exact_model
 from vitreuse.widen import LARGEST
 
 HELP = "configs of the models that a plan must beat at equal MACs, parameters or latency"

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from eval.card import NAME, Card, read_card
-from eval.targets import plain_model
+from vitreuse.targets import plain_model
 
 
 @dataclass(frozen=True)

@@ -16,14 +16,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from eval.flops import model_macs
-from eval.inputs import DTYPES, example, image_settings
 from eval.profile import COLUMNS as PROFILE_COLUMNS
 from eval.profile import profile_parts
 from eval.table import Column, to_csv, to_rich
-from eval.targets import Target, plain_model, resized, resolve_targets
 from vitreuse.backends import Conditions, summary
 from vitreuse.config import ModelConfig
 from vitreuse.console import choose_device, local_path, positive
+from vitreuse.inputs import DTYPES, example, image_settings
 from vitreuse.measure import (
     Call,
     Timing,
@@ -33,6 +32,7 @@ from vitreuse.measure import (
     peak_memory_mib,
     time_interleaved,
 )
+from vitreuse.targets import Target, plain_model, resized, resolve_targets
 
 HELP = "speed and memory, against timm's plain model with fused and with unfused attention"
 MODES = ("inference", "train")

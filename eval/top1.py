@@ -22,7 +22,6 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from eval.card import Card, make_card
 from eval.distributed import Ranks, joined
-from eval.inputs import Transform, evaluation_transform, image_settings
 from eval.predictions import Answers, Predictions, answers
 from eval.sets import (
     NUM_CLASSES,
@@ -36,13 +35,14 @@ from eval.sets import (
     plain_set,
 )
 from eval.table import Column, to_csv, to_rich
-from eval.targets import Target, resolve_targets
 from vitreuse.config import DataConfig
 from vitreuse.console import add_allow, local_path, positive
 from vitreuse.data import open_split, prepare_source
 from vitreuse.durable import write_durably
+from vitreuse.inputs import Transform, evaluation_transform, image_settings
 from vitreuse.local import refuse_idle_allow, refuse_url, url_kind
 from vitreuse.measure import describe_machine
+from vitreuse.targets import Target, resolve_targets
 
 HELP = "accuracy of run folders, or of a model name with --data and --checkpoint or --pretrained"
 COLUMNS = (
@@ -255,7 +255,7 @@ def _write(stem: Path, found: Predictions, class_names: Sequence[str]) -> None:
 
 def _card(target: Target, row: dict[str, Any], found: Predictions, args: argparse.Namespace, ranks: Ranks) -> Card:
     is_run = target.run_dir is not None and args.checkpoint is None
-    weights = "timm" if args.pretrained else str(args.checkpoint or target.run_dir)
+    weights = "timm" if args.pretrained else str(args.checkpoint or target.run_dir or target.hub_dir)
     facts = {"weights": weights, "set": row["set"], **describe_machine(ranks.device)}
     return make_card(target.label, target.model, row["data"], found, facts, target.config if is_run else None)
 

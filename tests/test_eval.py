@@ -23,16 +23,16 @@ from torch import nn
 from eval import throughput
 from eval.__main__ import main
 from eval.distributed import Ranks, joined
-from eval.inputs import evaluation_transform, image_settings
 from eval.predictions import Predictions
 from eval.scatter import Point, scatter_figure
 from eval.table import Column, to_csv, to_latex, to_markdown
-from eval.targets import plain_model, resolve_targets
 from eval.throughput import Condition, fused_attention, measure
 from eval.top1 import evaluate
 from vitreuse.config import load_config, to_yaml
 from vitreuse.data import EncodedSample, Sample, write_shards
+from vitreuse.inputs import evaluation_transform, image_settings
 from vitreuse.measure import Timing, _LiveStorages, inference_call, peak_memory_mib
+from vitreuse.targets import plain_model, resolve_targets
 
 CONFIG = """
 model:
@@ -590,7 +590,7 @@ def test_tables_show_rounded_values_and_store_exact_ones():
     [
         (["flops", "vit_reuse_smal_patch16_224"], "did you mean 'vit_reuse_small_patch16_224'"),
         (["flops", "nowhere/run"], "nowhere/run is neither a run folder nor a config"),
-        (["flops", "{tmp}"], "{tmp} is not a run folder, it has no config.yaml"),
+        (["flops", "{tmp}"], "{tmp} is neither a run folder nor a hub folder"),
         (
             ["top1", "vit_tiny_patch16_224"],
             "vit_tiny_patch16_224 is a model name, which knows no data: give --data DIR.",

@@ -14,10 +14,10 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import build_sincos2d_pos_embed
 
 from eval.flops import model_macs
-from eval.inputs import image_settings
 from train.pipeline import Normalize, create_mixup, train_transform
 from train.recipe import create_criterion, create_optimizer, create_scheduler, freeze
 from vitreuse.config import Config, load_config
+from vitreuse.inputs import image_settings
 from vitreuse.plan import PRESETS, preset_plan
 
 ROOT = Path(__file__).parent.parent

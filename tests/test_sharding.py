@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from eval.distributed import Ranks
-from eval.inputs import evaluation_transform, image_settings
 from eval.top1 import evaluate
 from train.sharding import OPTIMIZERS, unsharded
 from train.trainer import Trainer
 from vitreuse.config import ConfigError, load_config
+from vitreuse.inputs import evaluation_transform, image_settings
 
 NUM_STEPS = 20  # the last step of an epoch, every third, has one image and so none for the second rank
 RECIPES = {

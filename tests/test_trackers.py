@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 from storms.processes import Run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from eval.inputs import evaluation_transform
 from train import trackers
 from train.__main__ import main
 from train.mfu import PEAK_TFLOPS, Peak
@@ -26,6 +25,7 @@ from vitreuse import console
 from vitreuse.config import load_config
 from vitreuse.console import WorkProgress
 from vitreuse.data import open_split
+from vitreuse.inputs import evaluation_transform
 from vitreuse.macs import count_macs
 from vitreuse.measure import device_name, peak_process_memory_mib
 

@@ -28,9 +28,7 @@ from timm.models import VisionTransformer
 
 from eval.card import read_card
 from eval.distributed import Ranks
-from eval.inputs import image_settings
 from eval.predictions import Predictions, answers
-from eval.targets import resolve_targets
 from train.__main__ import main
 from train.checkpoint import Checkpoints
 from train.distributed import StopSignal
@@ -41,6 +39,8 @@ from train.run import RunFolder
 from train.trainer import DivergedError, Trainer
 from vitreuse.config import Config, ConfigError, load_config
 from vitreuse.data import Sample, load_index, open_split
+from vitreuse.inputs import image_settings
+from vitreuse.targets import resolve_targets
 
 NUM_TRAIN, NUM_VAL = 17, 7  # batches of 8, 8 and 1: under two ranks the second holds no sample of the last
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from eval.inputs import image_settings
 from train.weights import load_weights
 from vitreuse.config import ConfigError, DistillConfig
+from vitreuse.inputs import image_settings
 
 
 def create_teacher(settings: DistillConfig, student: Any, student_images: dict[str, Any]) -> Teacher:
@@ -22,7 +22,7 @@ def create_teacher(settings: DistillConfig, student: Any, student_images: dict[s
     Args:
         settings: The experiment's train.distill.
         student: The model.
-        student_images: eval.inputs.image_settings of the model.
+        student_images: vitreuse.inputs.image_settings of the model.
 
     Raises:
         ConfigError: The teacher cannot be built, its weights do not fit it, it has other classes, or kind is token and
@@ -52,7 +52,7 @@ class Teacher:
 
     Args:
         model: The trained one.
-        images: eval.inputs.image_settings of the other: the statistics by which its images are normalised.
+        images: vitreuse.inputs.image_settings of the other: the statistics by which its images are normalised.
     """
 
     def __init__(self, model: nn.Module, images: dict[str, Any]):

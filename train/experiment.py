@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import torch
 
 from eval.distributed import Ranks
-from eval.inputs import evaluation_transform, image_settings
 from eval.predictions import Predictions
 from eval.top1 import Labelled, evaluate
 from train.pipeline import ignore_stop_signals, train_decoder
@@ -18,6 +17,7 @@ from train.trainer import Trainer
 from train.weights import start_from, weight_files
 from vitreuse.config import Config, ConfigError
 from vitreuse.data import ShardDataset, open_split, prepare_source
+from vitreuse.inputs import evaluation_transform, image_settings
 
 
 class Experiment(NamedTuple):

@@ -62,7 +62,7 @@ class Trainer:
         config: The experiment.
         model: One of timm's, on the rank's device.
         samples: The training set, as open_split returns it.
-        settings: eval.inputs.image_settings of the model.
+        settings: vitreuse.inputs.image_settings of the model.
         ranks: This process among those of the run.
 
     Raises:

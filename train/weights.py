@@ -11,8 +11,8 @@ from timm.models import VisionTransformer
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor
 
-from eval.targets import load_exactly, pretrained_weights, read_weights
 from vitreuse.config import Config, ConfigError
+from vitreuse.targets import load_exactly, pretrained_weights, read_weights
 from vitreuse.weights import LoadReport, load_checkpoint
 
 State = dict[str, Tensor]

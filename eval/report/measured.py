@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from eval.flops import macs_by_part
-from eval.inputs import evaluation_transform, example, image_settings
 from eval.profile import profile_parts
 from eval.report.runs import Experiment
-from eval.targets import Target
 from vitreuse.data import open_split
+from vitreuse.inputs import evaluation_transform, example, image_settings
 from vitreuse.measure import inference_call, peak_memory_mib, time_interleaved
 from vitreuse.similarity import map_similarity
+from vitreuse.targets import Target
 
 SIMILARITY_IMAGES = 8
 LAYER_PART = re.compile(r"blocks\.(\d+)\.(norm1|attn|ls1|drop_path1)?")

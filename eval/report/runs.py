@@ -13,7 +13,7 @@ import numpy as np
 
 from eval.card import Card, read_card
 from eval.series import card_files
-from eval.targets import Target, resolve_targets
+from vitreuse.targets import Target, resolve_targets
 
 CURVE_POINTS = 120  # of a curve, at most: more than a phone has pixels for
 Curve = list[tuple[float, float]]  # of (epochs, value)

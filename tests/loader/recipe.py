@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import Any
 
 from eval.distributed import Ranks
-from eval.inputs import image_settings
 from train.pipeline import train_decoder
 from train.trainer import Trainer
 from vitreuse.config import load_config
 from vitreuse.data import open_split
+from vitreuse.inputs import image_settings
 
 CONFIG = """\
 model: {{name: vit_tiny_patch16_224, keywords: {{img_size: {side_px}, depth: 1, num_classes: {num_classes}}}}}

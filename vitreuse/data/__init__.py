@@ -1,7 +1,7 @@
 """Labelled images from indexed WebDataset shards or from class folders, as map-style data sets."""
 
 from vitreuse.data.build import BuildSettings, build_shards
-from vitreuse.data.datasets import CACHE_ROOT, FolderDataset, ShardDataset, open_split
+from vitreuse.data.datasets import CACHE_ROOT, FolderDataset, ShardDataset, open_images, open_split
 from vitreuse.data.decode import IMAGE_EXTENSIONS, Decoder, Sample, decode_image, decode_tensor
 from vitreuse.data.errors import DataError, DecodeError
 from vitreuse.data.index import Index, Record, build_index, load_index
@@ -33,6 +33,7 @@ __all__ = [
     "decode_tensor",
     "end_with_parent",
     "load_index",
+    "open_images",
     "open_split",
     "prepare_source",
     "shards_info",

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from vitreuse.data.decode import Decoder, Sample, decode_image
 from vitreuse.data.errors import DataError, DecodeError
-from vitreuse.data.folders import list_classes, list_images
+from vitreuse.data.folders import is_image_name, list_classes, list_images
 from vitreuse.data.index import HEADER_FILE, Index, load_index
 from vitreuse.data.remote import fetch_shard, locate, open_index
 from vitreuse.local import refuse_unallowed_url, url_kind
@@ -22,6 +22,7 @@ from vitreuse.local import refuse_unallowed_url, url_kind
 # Shards held open by a data set in each process: ImageNet has a thousand, about as many files as a process may open.
 MAX_OPEN_SHARDS = 64
 CACHE_ROOT = "data/cache"
+NO_LABEL = -1
 
 
 class ShardDataset(Dataset[Sample]):
@@ -116,9 +117,10 @@ class FolderDataset(Dataset[Sample]):
         folder: holds the class folders.
         mode: PIL mode to convert images to; None keeps the mode they were stored in.
         decode: decode_image for PIL images, decode_tensor for tensors of bytes.
+        is_labelled: False for images without classes: all those below the folder, each with the label -1.
 
     Attributes:
-        class_names: names of the class folders.
+        class_names: names of the class folders; none without classes.
         shard_sizes: one entry, the number of samples.
         digest: SHA-256 of the paths in order; what the files hold is not looked at.
 
@@ -126,12 +128,19 @@ class FolderDataset(Dataset[Sample]):
         DataError: no class folders, or one without images.
     """
 
-    def __init__(self, folder: str | Path, mode: str | None = None, decode: Decoder = decode_image):
+    def __init__(
+        self,
+        folder: str | Path,
+        mode: str | None = None,
+        decode: Decoder = decode_image,
+        is_labelled: bool = True,
+    ):
         self.folder = Path(folder)
         self.mode, self.decode = mode, decode
-        self.class_names = tuple(list_classes(self.folder))
-        paths = [list_images(self.folder, name) for name in self.class_names]
-        self._labels = np.repeat(np.arange(len(paths)), [len(of_class) for of_class in paths])
+        self.class_names = tuple(list_classes(self.folder)) if is_labelled else ()
+        paths = [list_images(self.folder, name) for name in (self.class_names if is_labelled else (".",))]
+        labels = np.arange(len(paths)) if is_labelled else [NO_LABEL]
+        self._labels = np.repeat(labels, [len(of_class) for of_class in paths])
         self._paths = np.array([os.fsencode(path) for of_class in paths for path in of_class])
         self.shard_sizes = [len(self._paths)]
         self.digest = hashlib.sha256(self._paths.data).hexdigest()
@@ -191,6 +200,31 @@ def open_split(
         found = ", ".join(list_classes(folder.parent)) if folder.parent.is_dir() else ""
         needed = f"{split}/ with indexed shards or class folders"
         raise DataError(f"no folder {folder}: {folder.parent} has {found or 'no folders'} and needs {needed}.")
+    dataset = _open_labelled(folder, mode, decode)
+    if dataset is None:
+        raise DataError(f"{folder} has neither shards (*.tar and {HEADER_FILE}) nor class folders: put either there.")
+    return dataset
+
+
+def open_images(folder: str | Path, mode: str | None = None) -> ShardDataset | FolderDataset:
+    """Opens a folder of indexed shards, of class folders, or of images alone, whose labels are -1.
+
+    Raises:
+        DataError: there is none of these, or what is there is damaged.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise DataError(f"no folder {folder}: give one that has images.")
+    dataset = _open_labelled(folder, mode, decode_image)
+    if dataset is not None:
+        return dataset
+    if not any(is_image_name(name) for name in os.listdir(folder)):
+        raise DataError(f"{folder} has neither shards, nor class folders, nor images: give a folder that has.")
+    return FolderDataset(folder, mode, is_labelled=False)
+
+
+def _open_labelled(folder: Path, mode: str | None, decode: Decoder) -> ShardDataset | FolderDataset | None:
+    """The shards or class folders in a folder; None where there are none."""
     if (folder / HEADER_FILE).exists():
         return ShardDataset(folder, mode, decode)
     if list_classes(folder):
@@ -199,4 +233,4 @@ def open_split(
     if num_tars:
         call = f"vitreuse shards index {folder}"
         raise DataError(f"{folder} has {num_tars} tars and no {HEADER_FILE}: write it with {call}.")
-    raise DataError(f"{folder} has neither shards (*.tar and {HEADER_FILE}) nor class folders: put either there.")
+    return None

@@ -31,7 +31,7 @@ def list_images(folder: Path, class_name: str) -> list[str]:
     paths = []
     for parent, _, names in sorted(os.walk(folder / class_name, followlinks=True)):
         below = os.path.relpath(parent, folder)
-        paths += [os.path.join(below, name) for name in sorted(names) if is_image_name(name)]
+        paths += [os.path.normpath(os.path.join(below, name)) for name in sorted(names) if is_image_name(name)]
     if not paths:
         endings = ", ".join(IMAGE_EXTENSIONS)
         raise DataError(f"class folder {folder / class_name} has no images ({endings}): fill or remove it.")

@@ -1,4 +1,4 @@
-"""What a command is pointed at: a model name, a config or a run folder, each a network that can be built."""
+"""What a command is pointed at: a model name, a config, a run folder or a hub folder, each a network to be built."""
 
 import pickle
 from collections import Counter
@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from vitreuse.config import Config, ModelConfig, load_config
+from vitreuse.hub import WEIGHTS, is_hub_folder, read_hub_folder
 from vitreuse.models import default_cfgs, plain_name, variant_of
 from vitreuse.options import PlanOptions
 from vitreuse.plan import parse_plan
@@ -24,20 +25,21 @@ PLAN_KEYWORDS = tuple(field.name for field in fields(PlanOptions))
 
 @dataclass(frozen=True)
 class Target:
-    """A network by label; with the experiment it comes from, unless it was given by its model name."""
+    """A network by label; with its experiment and the folder of its weights, where there are such."""
 
     label: str
     model: ModelConfig
     config: Config | None = None
     run_dir: Path | None = None
+    hub_dir: Path | None = None
 
     def load(self, checkpoint: Path | None = None) -> nn.Module:
-        """The model with the weights of a file, by default those its run left, or its newest checkpoint.
+        """The model with the weights of a file; by default those a run left, its newest checkpoint, or a hub folder's.
 
         Raises:
             ValueError: there are no weights, or they are another model's.
         """
-        path = checkpoint or self._run_weights()
+        path = checkpoint or self._own_weights()
         model = self.model.create()
         state = read_weights(path)
         try:
@@ -52,13 +54,15 @@ class Target:
         Raises:
             ValueError: the target is no model name, timm has no weights of that name, or they cannot be fetched.
         """
-        if self.config is not None:
+        if self.config is not None or self.hub_dir is not None:
             raise ValueError(f"{self.label} is no model name, and --pretrained means timm's weights: leave it out.")
         model = self.model.create()
         load_exactly(model, pretrained_weights(self.model.name))
         return model
 
-    def _run_weights(self) -> Path:
+    def _own_weights(self) -> Path:
+        if self.hub_dir is not None:
+            return self.hub_dir / WEIGHTS
         if self.run_dir is None:
             raise ValueError(f"{self.label} has no weights: give the run folder of its training, or --checkpoint FILE.")
         markers = sorted(self.run_dir.glob("checkpoints/step-*/complete.json"))
@@ -97,10 +101,15 @@ def _planned(target: Target, plan: str) -> Target:
 
 
 def _resolve(text: str) -> Target:
-    path = Path(text)
+    path = Path(text.removeprefix("local-dir:"))
     if path.is_dir():
+        if is_hub_folder(path):
+            return Target(path.resolve().name, read_hub_folder(path), hub_dir=path)
         if not (path / "config.yaml").exists():
-            raise ValueError(f"{text} is not a run folder, it has no config.yaml: give one that python -m train wrote.")
+            raise ValueError(
+                f"{text} is neither a run folder nor a hub folder, it has no config.yaml and no config.json with "
+                "model.safetensors: give one that python -m train or vitreuse export wrote."
+            )
         config = load_config(path / "config.yaml")
         return Target(path.resolve().name, config.model, config, path)
     if path.suffix in (".yaml", ".yml"):
