@@ -74,6 +74,33 @@ def init_projection(projection: Tensor, kind: str, init: str) -> None:
             projection.copy_(bins)
 
 
+def grid_pooling(grid: Tuple[int, int], num_prefix_tokens: int, projected_dim: int) -> Tensor:
+    """A token projection (k, N) that keeps the prefix tokens and averages the patches over k - P cells of the grid.
+
+    The rows of the grid fall into bands, each band into cells, as nearly square as k - P cells can be. Where k is no
+    more than P, or more than N, it is the mean of all tokens in adaptive bins.
+    """
+    rows, columns = grid
+    num_tokens, num_cells = num_prefix_tokens + rows * columns, projected_dim - num_prefix_tokens
+    if not 0 < num_cells <= rows * columns:
+        pooled = torch.empty(projected_dim, num_tokens)
+        init_projection(pooled, "linear", "mean")
+        return pooled
+    num_bands = max(-(-num_cells // columns), min(rows, num_cells, round((num_cells * rows / columns) ** 0.5)))
+    pooled = torch.zeros(projected_dim, num_tokens)
+    pooled[:num_prefix_tokens, :num_prefix_tokens] = torch.eye(num_prefix_tokens)
+    cell = num_prefix_tokens
+    for band in range(num_bands):
+        top, bottom = band * rows // num_bands, (band + 1) * rows // num_bands
+        in_band = num_cells // num_bands + (band < num_cells % num_bands)
+        for number in range(in_band):
+            inside = torch.zeros(rows, columns)
+            inside[top:bottom, number * columns // in_band : (number + 1) * columns // in_band] = 1
+            pooled[cell, num_prefix_tokens:] = inside.flatten() / inside.sum()
+            cell += 1
+    return pooled
+
+
 def project_tokens(x: Tensor, projection: Optional[Tensor], kind: str, projected_dim: int) -> Tensor:
     """Tokens (..., N, D) taken to (..., k, D)."""
     if kind == "linear":
