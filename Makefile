@@ -1,4 +1,4 @@
-# make demo | test | lint | proof | clean; each makes its own set-up first. make PYTHON=python3.12 picks the interpreter.
+# make demo | study | test | lint | proof | clean; each makes its own set-up first. make PYTHON=python3.12 picks the interpreter.
 .POSIX:
 PYTHON = python3
 VENV = .venv
@@ -6,10 +6,11 @@ RUN = $(VENV)/bin/python
 READY = $(VENV)/ready
 DEMO = exact reuse lazy lowrank mixspan
 
-.PHONY: help demo test lint proof clean
+.PHONY: help demo study test lint proof clean
 
 help:
 	@echo "make demo    train an exact ViT and the four presets on scanned digits, and compare them: runs/demo"
+	@echo "make study   what docs/study lacks of its runs, and its tables and figures; from nothing two hours on two cores"
 	@echo "make test    the tests"
 	@echo "make lint    ruff and pyright"
 	@echo "make proof   timm's own tests and loader beside ours; training killed and broken in every way; the report in a"
@@ -20,6 +21,13 @@ help:
 demo: $(READY)
 	@$(RUN) -m train.sweep $(DEMO:%=configs/digits/%.yaml) runs=runs/demo jobs=2
 	@$(RUN) -m eval compare $(DEMO:%=runs/demo/%) -o runs/demo
+
+# A run whose card lies in docs/study is not trained again; a study broken off goes on.
+study: $(READY)
+	@for task in pointer digits; do \
+		$(RUN) -m train.sweep configs/study/$${task}_*.yaml seeds=5 runs=runs/study cards=docs/study/$$task/cards jobs=2 && \
+		$(RUN) -m eval compare docs/study/$$task/cards --baseline $${task}_exact -o docs/study/$$task || exit $$?; \
+	done
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2

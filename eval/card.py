@@ -144,6 +144,13 @@ def read_card(path: Path) -> Card:
     return Card(**record)
 
 
+def is_of(card: Card, config: Config) -> bool:
+    """Whether a card is of an experiment: the same model, recipe and seed."""
+    model = model_settings(config.model, config.model.create("meta"))
+    wanted = json.loads(json.dumps([model, recipe_of(config), config.train.seed]))  # tuples are lists on a card
+    return [card.model, card.recipe, card.seed] == wanted
+
+
 def recipe_of(config: Config) -> dict[str, Any]:
     """The settings of an experiment that give another model, by dotted name, without the model itself and the seed."""
     settings = {"model.weights": config.model.weights, "model.pos_embed": config.model.pos_embed}

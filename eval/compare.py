@@ -10,7 +10,7 @@ import torch
 from rich.console import RenderableType
 
 from eval.series import Series, check_same_images, model_changes, read_series, recipe_changes
-from eval.statistics import LEVEL, NUM_RESAMPLES, difference, holm, verdict
+from eval.statistics import LEVEL, NOISE, NUM_RESAMPLES, difference, holm, verdict
 from eval.table import Column, to_csv, to_latex, to_markdown, to_rich
 from vitreuse.console import choose_device, local_path, positive
 from vitreuse.inputs import example
@@ -90,7 +90,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--baseline", metavar="NAME", help="what the others are compared with; default: the first")
     parser.add_argument("--mix-recipes", action="store_true", help="compare models that were trained differently")
     parser.add_argument(
-        "-o", "--output", type=local_path, metavar="DIR", help="write results.md, .csv and .tex, and scatter.png"
+        "-o", "--output", type=local_path, metavar="DIR", help="write results.md, .csv, .tex, scatter.png, intervals.png"
     )
     parser.add_argument("--no-speed", action="store_true", help="leave speed and memory unmeasured")
     parser.add_argument("--batch-size", type=positive, help=f"images per timed call; default: {BATCH_SIZE}")
@@ -159,7 +159,8 @@ def _prepare(folder: Path) -> None:
 
 
 def _write(folder: Path, result: Mapping[str, Any]) -> None:
-    from eval.scatter import Point, scatter_figure  # matplotlib is optional
+    from eval.intervals import Interval, intervals_figure  # matplotlib is optional
+    from eval.scatter import Point, scatter_figure
 
     rows, caption = result["rows"], _caption(result)
     shown = [_shown(row) for row in rows]
@@ -175,6 +176,17 @@ def _write(folder: Path, result: Mapping[str, Any]) -> None:
         key, cost = "macs_m", "MACs (M)"
     points = [Point(row["name"], row[key], row["top1"], row["top1_sd"]) for row in shown]
     scatter_figure(points, caption, cost).savefig(folder / "scatter.png", dpi="figure")
+    found = [
+        Interval(_named_plan(row), *(row[key] for key in ("difference", "low", "high")), row["verdict"] == NOISE)
+        for row in rows
+        if row["difference"] is not None
+    ]
+    if found:
+        intervals_figure(found, _named_plan(_baseline(rows)), caption).savefig(folder / "intervals.png", dpi="figure")
+
+
+def _named_plan(row: Mapping[str, Any]) -> str:
+    return row["name"] if row["plan"] is None else f"{row['name']}: {row['plan']}"
 
 
 def _shown(row: Mapping[str, Any]) -> dict[str, Any]:

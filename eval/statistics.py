@@ -16,6 +16,7 @@ import numpy as np
 
 LEVEL = 0.95
 NUM_RESAMPLES = 10_000
+NOISE = "within noise"  # the verdict on a difference that nothing can be said of
 SMALLEST_P = 1e-12  # what is smaller drowns in rounding and is given as this
 
 
@@ -134,5 +135,5 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def verdict(points: float, p: float) -> str:
     """The word for a difference."""
     if p > 1 - LEVEL:
-        return "within noise"
+        return NOISE
     return "better" if points > 0 else "worse"

@@ -87,6 +87,9 @@ def test_the_table_is_written_in_every_form(cards, tmp_path, capsys):
     assert r"lowrank & lowrank:16*6 & 0.31" in (out / "results.tex").read_text()
     with Image.open(out / "scatter.png") as image:
         assert image.size == (1200, 825)
+    with Image.open(out / "intervals.png") as image:
+        pixels = np.asarray(image.convert("RGB")).reshape(-1, 3)
+    assert (pixels == (0xD5, 0x5E, 0x00)).all(1).any() and not (pixels == (0x00, 0x72, 0xB2)).all(1).any()  # worse alone
 
 
 def test_one_seed_claims_nothing_of_others(tmp_path, capsys):

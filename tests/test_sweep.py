@@ -4,6 +4,7 @@ import json
 import os
 import pty
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -155,6 +156,31 @@ def test_a_run_that_was_stopped_is_started_again(write_config, tmp_path, started
     (folder / "run.json").write_text(json.dumps({**record, "status": "stopped"}))
     assert main([config, f"runs={tmp_path}"]) == 0
     assert started == [[config, f"run_dir={folder}"]]
+
+
+def test_cards_are_kept_and_stand_for_their_runs(write_config, tmp_path, started, capsys):
+    config, runs, cards = str(write_config("one", epochs=1)), tmp_path / "runs", tmp_path / "cards"
+    assert train([config, "train.seed=0", f"run_dir={runs}/one-seed0"]) == 0
+    arguments = [config, "seeds=1", f"runs={runs}", f"cards={cards}"]
+    assert main(arguments) == 0
+    kept = (cards / "one-seed0.json").read_bytes()
+    assert kept == (runs / "one-seed0" / "card.json").read_bytes()
+    shutil.rmtree(runs)
+    assert main(arguments) == 0
+    assert started == []
+    assert main([*arguments, "train.epochs=2"]) == 2
+    assert "is the card of another model, recipe or seed" in capsys.readouterr().err
+    assert (cards / "one-seed0.json").read_bytes() == kept
+    (cards / "one-seed0.json").write_text("{}")
+    assert main(arguments) == 2
+    assert "is no run card" in capsys.readouterr().err
+
+
+def test_a_card_is_kept_as_soon_as_its_run_ends(write_config, tmp_path):
+    configs, cards = [write_config("one", epochs=1), write_config("two", lr="fast")], tmp_path / "cards"
+    process = start(*configs, f"runs={tmp_path / 'runs'}", f"cards={cards}", stderr=subprocess.DEVNULL)
+    assert process.wait(timeout=100) == 2
+    assert [path.name for path in cards.iterdir()] == ["one.json"]
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,12 @@
-"""`python -m train.sweep CONFIG... [section.key=value ...] [runs=DIR] [jobs=N] [seeds=N]`: several runs, N at a time.
+"""`python -m train.sweep CONFIG... [section.key=value ...] [runs=DIR] [jobs=N] [seeds=N] [cards=DIR]`: many runs.
 
-Each is a `python -m train` of its own, in DIR and its config's name; with seeds=5, in DIR/NAME-seed0 to DIR/NAME-seed4,
-all configs under one seed before the next, so that a sweep broken off has about as many runs of each. A terminal shows
-a bar per run, read from its run folder; elsewhere the runs' own lines are passed on. Runs that are completed already
-are not started again.
+Each is a `python -m train` of its own, N at a time, in DIR and its config's name; with seeds=5, in DIR/NAME-seed0 to
+DIR/NAME-seed4, all configs under one seed before the next, so that a sweep broken off has about as many runs of each. A
+terminal shows a bar per run, read from its run folder; elsewhere the runs' own lines are passed on. Runs that are
+completed already are not started again.
+
+With cards=DIR each run leaves its card there as NAME.json or NAME-seed0.json, and one whose card is there counts as
+completed: cards are small enough to be committed, and a sweep goes on from them where there are no run folders.
 """
 
 from __future__ import annotations
@@ -20,22 +23,26 @@ from typing import Any
 
 from rich.console import Console
 
+from eval.card import NAME as CARD
+from eval.card import is_of, read_card
 from train.distributed import StopSignal
 from train.run import RunFolder
 from vitreuse.config import ConfigError, load_config
 from vitreuse.console import DONE, STOPPED, WRONG_INPUT, print_error, progress_bars
+from vitreuse.durable import write_durably
 
-USAGE = "usage: python -m train.sweep CONFIG... [section.key=value ...] [runs=DIR] [jobs=N] [seeds=N]"
+USAGE = "usage: python -m train.sweep CONFIG... [section.key=value ...] [runs=DIR] [jobs=N] [seeds=N] [cards=DIR]"
 SECONDS_BETWEEN_LOOKS = 0.5
 
 
 @dataclass
 class Run:
-    """One `python -m train`: its config, overrides and run folder, and its process once it is started."""
+    """One `python -m train`: its config, overrides, folder and card to keep, and its process once it is started."""
 
     config: Path
     overrides: list[str]
     folder: Path
+    card: Path | None = None
     process: subprocess.Popen[bytes] | None = None
     output: Path | None = None  # on a terminal: what it says, until it is shown above the bars
 
@@ -46,13 +53,37 @@ class Run:
 
     @property
     def is_completed(self) -> bool:
-        """Whether its folder holds this very experiment, completed; its process would look for seconds to say so."""
+        """Whether its card is there, or its folder holds this very experiment, completed.
+
+        Raises:
+            ValueError: The card is of another experiment, or is none.
+        """
+        return self._has_card() or self._has_completed_folder()
+
+    def _has_card(self) -> bool:
+        if self.card is None or not self.card.exists():
+            return False
+        if not is_of(read_card(self.card), load_config(self.config, self.overrides)):
+            raise ConfigError(
+                f"{self.card} is the card of another model, recipe or seed than {self.config}: remove it to train "
+                "again, or name another folder with cards=DIR."
+            )
+        return True
+
+    def _has_completed_folder(self) -> bool:
+        """By a look at the folder: the process would take seconds to say so."""
         try:
             folder = RunFolder(self.folder, load_config(self.config, self.overrides))
             folder.refuse_other_run()
         except ConfigError:  # which its process will print
             return False
         return folder.is_completed
+
+    def keep_card(self) -> None:
+        """Leaves the completed run's card where cards are kept, unless it is there."""
+        if self.card is not None and not self.card.exists():
+            self.card.parent.mkdir(parents=True, exist_ok=True)
+            write_durably(self.card, (self.folder / CARD).read_bytes())
 
     @property
     def exit_code(self) -> int | None:
@@ -104,6 +135,9 @@ class Sweep:
                 self._start_next(stop.received, Path(outputs))
                 time.sleep(SECONDS_BETWEEN_LOOKS)
                 self._show()
+                for run in self.runs:
+                    if run.exit_code == DONE:
+                        run.keep_card()
         if stop.received:
             return STOPPED
         failed = [run for run in self.runs if run.exit_code != DONE]
@@ -152,12 +186,15 @@ def main(arguments: list[str]) -> int:
         return DONE
     try:
         runs, jobs = _parse(arguments)
-    except ConfigError as error:
+        completed = [run for run in runs if run.is_completed]
+    except ValueError as error:
         print_error("train.sweep", error)
         return WRONG_INPUT
-    left = [run for run in runs if not run.is_completed]
-    if len(left) < len(runs):
-        print(f"{len(runs) - len(left)} of {len(runs)} runs are completed already.", file=sys.stderr)
+    if completed:
+        print(f"{len(completed)} of {len(runs)} runs are completed already.", file=sys.stderr)
+    for run in completed:
+        run.keep_card()
+    left = [run for run in runs if run not in completed]
     with StopSignal().listening() as stop:
         return Sweep(left, jobs).run(stop)
 
@@ -168,7 +205,7 @@ def _parse(arguments: Sequence[str]) -> tuple[list[Run], int]:
     own, overrides = {}, []
     for argument in arguments:
         key, is_setting, value = argument.partition("=")
-        if key in ("runs", "jobs", "seeds") and is_setting:
+        if key in ("runs", "jobs", "seeds", "cards") and is_setting:
             own[key] = value
         elif is_setting:
             overrides.append(argument)
@@ -176,15 +213,17 @@ def _parse(arguments: Sequence[str]) -> tuple[list[Run], int]:
     if not stems or len(set(stems)) < len(stems):
         raise ConfigError(f"give one or more configs, each of another name; {USAGE}.")
     folder, jobs = Path(own.get("runs", "runs")), _count("jobs", own.get("jobs", "1"))
-    if "seeds" not in own:
-        return [Run(config, overrides, folder / config.stem) for config in configs], jobs
-    if any(override.startswith("train.seed=") for override in overrides):
+    if "seeds" in own and any(override.startswith("train.seed=") for override in overrides):
         raise ConfigError("train.seed and seeds: give at most one of the two.")
-    return [
-        Run(config, [*overrides, f"train.seed={seed}"], folder / f"{config.stem}-seed{seed}")
-        for seed in range(_count("seeds", own["seeds"]))
-        for config in configs
-    ], jobs
+    seeds = [None] if "seeds" not in own else [*range(_count("seeds", own["seeds"]))]
+    cards = Path(own["cards"]) if "cards" in own else None
+    return [_run(config, overrides, seed, folder, cards) for seed in seeds for config in configs], jobs
+
+
+def _run(config: Path, overrides: list[str], seed: int | None, folder: Path, cards: Path | None) -> Run:
+    label = config.stem if seed is None else f"{config.stem}-seed{seed}"
+    settings = overrides if seed is None else [*overrides, f"train.seed={seed}"]
+    return Run(config, settings, folder / label, cards and cards / f"{label}.json")
 
 
 def _count(key: str, text: str) -> int:
