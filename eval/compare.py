@@ -58,7 +58,7 @@ def _described(same: Series, baseline: Series) -> dict[str, Any]:
         "params": card.params,
         "macs": card.macs,
         "flops": 2 * card.macs,
-        "num_seeds": len(same.cards),
+        "num_seeds": len(same.runs),
         **{key: getattr(same, key) for key in MEASURED},
         "model_changes": "; ".join(model_changes(other, card)),
         "recipe_changes": "" if same is baseline else "; ".join(recipe_changes(other, card)),
@@ -89,9 +89,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--baseline", metavar="NAME", help="what the others are compared with; default: the first")
     parser.add_argument("--mix-recipes", action="store_true", help="compare models that were trained differently")
-    parser.add_argument(
-        "-o", "--output", type=local_path, metavar="DIR", help="write results.md, .csv, .tex, scatter.png, intervals.png"
-    )
+    files = "results.md, .csv, .tex, scatter.png and intervals.png"
+    parser.add_argument("-o", "--output", type=local_path, metavar="DIR", help=f"write {files}")
     parser.add_argument("--no-speed", action="store_true", help="leave speed and memory unmeasured")
     parser.add_argument("--batch-size", type=positive, help=f"images per timed call; default: {BATCH_SIZE}")
     parser.add_argument("--repeats", type=positive, help=f"timed calls per model; default: {NUM_REPEATS}")
@@ -177,7 +176,7 @@ def _write(folder: Path, result: Mapping[str, Any]) -> None:
     points = [Point(row["name"], row[key], row["top1"], row["top1_sd"]) for row in shown]
     scatter_figure(points, caption, cost).savefig(folder / "scatter.png", dpi="figure")
     found = [
-        Interval(_named_plan(row), *(row[key] for key in ("difference", "low", "high")), row["verdict"] == NOISE)
+        Interval(_named_plan(row), row["difference"], row["low"], row["high"], row["verdict"] == NOISE)
         for row in rows
         if row["difference"] is not None
     ]

@@ -1,8 +1,9 @@
-"""Run cards by model: trainings that differ in nothing but their seeds, and whether two models can be compared."""
+"""Runs by experiment: trainings that differ in nothing but their seeds, and whether two experiments can be compared."""
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,32 +12,37 @@ from typing import Any
 import numpy as np
 
 from eval.card import NAME, Card, read_card
-from vitreuse.targets import plain_model
+from vitreuse.targets import Target, plain_model, resolve_targets
+
+
+@dataclass(frozen=True)
+class Run:
+    """A completed run; its folder is None where only its card was given."""
+
+    card: Card
+    folder: Target | None = None
 
 
 @dataclass(frozen=True)
 class Series:
-    """One model, trained once or with several seeds; one row of a table.
+    """One experiment, run once or with several seeds; one row of a table.
 
     Attributes:
-        cards: One per seed, in the order of the seeds.
+        name: Of its runs without the seed, with a number where others have that name.
+        runs: One per seed, in the order of the seeds.
     """
 
-    cards: tuple[Card, ...]
+    name: str
+    runs: tuple[Run, ...]
 
     @property
     def card(self) -> Card:
         """What stands in all of them alike: anything but the seed and what was measured."""
-        return self.cards[0]
-
-    @property
-    def name(self) -> str:
-        """Of the runs, without the seed."""
-        return self.card.name
+        return self.runs[0].card
 
     def correct_images(self) -> np.ndarray:
         """(seeds, images), bool."""
-        return np.stack([card.correct_images() for card in self.cards])
+        return np.stack([run.card.correct_images() for run in self.runs])
 
     @property
     def top1(self) -> float:
@@ -46,7 +52,7 @@ class Series:
     @property
     def top1_sd(self) -> float | None:
         """Standard deviation of top-1 over the seeds, in points; None of one."""
-        return float(np.std([card.top1 for card in self.cards], ddof=1)) if len(self.cards) > 1 else None
+        return float(np.std([run.card.top1 for run in self.runs], ddof=1)) if len(self.runs) > 1 else None
 
     @property
     def top5(self) -> float:
@@ -59,25 +65,39 @@ class Series:
         return self._mean("calibration_error")
 
     def _mean(self, key: str) -> float:
-        return float(np.mean([getattr(card, key) for card in self.cards]))
+        return float(np.mean([getattr(run.card, key) for run in self.runs]))
 
 
 def read_series(paths: Sequence[Path]) -> list[Series]:
-    """The cards of completed run folders, of files and of folders of such files, by name, in the order given.
+    """The runs of completed run folders, of cards and of folders of cards, by experiment, in the order given.
 
     Raises:
-        ValueError: A path leads to no card, or cards of one name differ in more than the seed, or not even in that.
+        ValueError: A path leads to no card, or to a seed that another path gives.
     """
-    by_name: dict[str, list[tuple[Path, Card]]] = {}
-    for path in (file for given in paths for file in card_files(given)):
-        card = read_card(path)
-        by_name.setdefault(card.name, []).append((path, card))
-    for found in by_name.values():
-        for number, (path, card) in enumerate(found):
-            for other_path, other in found[:number]:
-                _check_alike(other_path, other, path, card)
-    cards = ([card for _, card in found] for found in by_name.values())
-    return [Series(tuple(sorted(same, key=lambda card: card.seed or 0))) for same in cards]
+    by_experiment: dict[str, list[Run]] = {}
+    for run in (run for path in paths for run in _read_runs(path)):
+        by_experiment.setdefault(run.card.experiment, []).append(run)
+    counts: Counter[str] = Counter()
+    found = []
+    for runs in by_experiment.values():
+        _check_seeds(runs)
+        name = runs[0].card.name
+        counts[name] += 1
+        numbered = name if counts[name] == 1 else f"{name} ({counts[name]})"
+        found.append(Series(numbered, tuple(sorted(runs, key=lambda run: run.card.seed or 0))))
+    return found
+
+
+def _read_runs(path: Path) -> list[Run]:
+    folder = resolve_targets([str(path)])[0] if (path / "config.yaml").exists() else None
+    return [Run(read_card(file), folder) for file in card_files(path)]
+
+
+def _check_seeds(runs: Sequence[Run]) -> None:
+    for seed, count in Counter(run.card.seed for run in runs).items():
+        if count > 1:
+            said = "an unknown seed" if seed is None else f"the seed {seed}"
+            raise ValueError(f"{count} runs of {runs[0].card.name} have {said}: leave all but one of them out.")
 
 
 def card_files(path: Path) -> list[Path]:
@@ -108,26 +128,13 @@ def _way_to_a_card(run_dir: Path) -> str:
     return f"the run is not completed but {status}, go on with python -m train."
 
 
-def _check_alike(path: Path, card: Card, other_path: Path, other: Card) -> None:
-    """Refuses two cards of one name that are not of two seeds of the same model."""
-    changes = [*_changes(card.model, other.model), *recipe_changes(card, other)]
-    if changes:
-        raise ValueError(
-            f"{path} and {other_path} are both named {card.name} but differ in more than the seed "
-            f"({'; '.join(changes)}): give one of them another name, in its card."
-        )
-    if card.seed == other.seed:
-        seed = "an unknown seed" if card.seed is None else f"seed {card.seed}"
-        raise ValueError(f"{path} and {other_path} are both {seed} of {card.name}: leave one of them out.")
-
-
 def check_same_images(series: Sequence[Series]) -> None:
     """Refuses cards that cannot be compared image by image.
 
     Raises:
         ValueError: They were measured on different images.
     """
-    first, *others = [card for same in series for card in same.cards]
+    first, *others = [same.card for same in series]
     for card in others:
         if card.set_digest != first.set_digest:
             raise ValueError(

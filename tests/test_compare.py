@@ -14,6 +14,7 @@ from vitreuse.config import load_config
 
 NUM_IMAGES = 400
 EASE = np.random.default_rng(0).random(NUM_IMAGES)
+COLOURS = {"worse": (0xD5, 0x5E, 0x00), "better": (0x00, 0x72, 0xB2)}
 
 
 def write_card(folder: Path, name: str, seed: int, accuracy: float, *overrides: str, num_images=NUM_IMAGES) -> str:
@@ -89,7 +90,8 @@ def test_the_table_is_written_in_every_form(cards, tmp_path, capsys):
         assert image.size == (1200, 825)
     with Image.open(out / "intervals.png") as image:
         pixels = np.asarray(image.convert("RGB")).reshape(-1, 3)
-    assert (pixels == (0xD5, 0x5E, 0x00)).all(1).any() and not (pixels == (0x00, 0x72, 0xB2)).all(1).any()  # worse alone
+    is_drawn = {name: (pixels == colour).all(1).any() for name, colour in COLOURS.items()}
+    assert is_drawn == {"worse": True, "better": False}
 
 
 def test_one_seed_claims_nothing_of_others(tmp_path, capsys):
@@ -120,9 +122,8 @@ def test_cards_that_cannot_be_compared_are_refused(cards, tmp_path, capsys):
         capsys, str(cards), fewer
     )
     again = write_card(tmp_path / "again", "lazy", 1, 0.9)
-    assert "are both seed 1 of lazy: leave one of them out." in refusal(capsys, str(cards), again)
+    assert "2 runs of lazy have the seed 1: leave all but one of them out." in refusal(capsys, str(cards), again)
     changed = write_card(tmp_path / "changed", "lazy", 7, 0.9, "train.epochs=9")
-    told = refusal(capsys, str(cards), changed)
-    assert "are both named lazy but differ in more than the seed (train.epochs 25 -> 9)" in told
+    assert "not trained by the recipe of exact: lazy (2) (train.epochs 25 -> 9)" in refusal(capsys, str(cards), changed)
     assert "--batch-size and --repeats have no effect under --no-speed" in refusal(capsys, str(cards), "--repeats", "3")
     assert "is neither a run folder nor one of run cards" in refusal(capsys, str(tmp_path / "again" / ".."))

@@ -13,9 +13,9 @@ from report.fabricated import PLANS, make_runs
 
 from eval.__main__ import main
 from eval.card import read_card
+from eval.report.curves import CURVE_POINTS, shortened
 from eval.report.measured import by_layer, layer_macs
 from eval.report.page import to_html
-from eval.report.runs import CURVE_POINTS, shortened
 from vitreuse import count_macs
 from vitreuse.similarity import map_similarity
 
@@ -139,7 +139,7 @@ def test_a_run_without_its_data_says_so(folders, tmp_path, capsys):
 
 def test_what_is_no_run_is_refused(folders, tmp_path, capsys):
     output = ["-o", str(tmp_path / "report.html")]
-    assert "2 runs of 'model0' have the seed 0" in refuse(capsys, folders[0], folders[0], *output)
+    assert "2 runs of model0 have the seed 0" in refuse(capsys, folders[0], folders[0], *output)
     assert "is neither a run folder nor one of run cards" in refuse(capsys, str(tmp_path), *output)
     assert "is no run card" in refuse(capsys, str(Path(folders[0]) / "config.yaml"), *output)
     assert not (tmp_path / "report.html").exists()

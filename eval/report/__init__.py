@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-import statistics
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,8 +14,9 @@ from rich.console import RenderableType
 
 from eval.card import Card
 from eval.report import measured
+from eval.report.curves import curves
 from eval.report.page import to_html
-from eval.report.runs import Experiment, curves, experiments, read_runs
+from eval.series import Series, read_series
 from vitreuse.console import WorkProgress, choose_device, local_path, positive
 from vitreuse.durable import write_durably
 from vitreuse.measure import describe_machine
@@ -27,7 +27,9 @@ HELP = "run folders or cards on one HTML page that needs no network"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command line."""
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="completed run folder, run card, or folder of cards")
+    parser.add_argument(
+        "runs", nargs="+", type=local_path, metavar="RUN", help="completed run folder, run card, or folder of cards"
+    )
     parser.add_argument("-o", "--output", type=local_path, metavar="FILE", required=True, help="the page to write")
     parser.add_argument("--batch-size", type=positive, default=32, help="images per timed call; default: %(default)s")
     parser.add_argument("--repeats", type=positive, help="timed calls per model; default: 3 to 30, fewer of many")
@@ -37,23 +39,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Writes the page; what was written."""
     start = time.monotonic()
-    found = experiments([run for text in args.runs for run in read_runs(text)])
+    found = read_series(args.runs)
     device = choose_device(args.device)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     data = report(found, device, None if args.no_speed else args.batch_size, args.repeats)
-    data["command"] = shlex.join(["python", "-m", "eval", "report", *args.runs, "-o", str(args.output)])
+    data["command"] = shlex.join(["python", "-m", "eval", "report", *map(str, args.runs), "-o", str(args.output)])
     html = to_html(data).encode()
     write_durably(args.output, html)
     seconds = round(time.monotonic() - start, 1)
-    counts = {"num_runs": sum(len(experiment.runs) for experiment in found), "num_experiments": len(found)}
+    counts = {"num_runs": sum(len(series.runs) for series in found), "num_experiments": len(found)}
     return {"command": "report", **counts, "output": str(args.output), "bytes": len(html), "seconds": seconds}
 
 
 def report(
-    found: Sequence[Experiment], device: torch.device, batch_size: int | None, num_repeats: int | None
+    found: Sequence[Series], device: torch.device, batch_size: int | None, num_repeats: int | None
 ) -> dict[str, Any]:
     """What the page shows; a batch size of None measures neither speed nor memory."""
-    cards = {model_key(experiment.card): experiment.card for experiment in found}
+    cards = {model_key(series.card): series.card for series in found}
     num_repeats = num_repeats or measured.timed_calls(len(cards))
     with WorkProgress("report", "measurements", len(found) + (len(cards) if batch_size else 0)) as progress:
 
@@ -65,8 +67,8 @@ def report(
         shown_models = {key: {**_model(card, models[key]), **speeds.get(key, {})} for key, card in cards.items()}
         del models
         shown = []
-        for experiment in found:
-            shown.append(_experiment(experiment, measured.similarity(experiment, device)))
+        for series in found:
+            shown.append(_experiment(series, measured.similarity(series, device)))
             done("similarity")
     return {
         "machine": describe_machine(device),
@@ -102,21 +104,20 @@ def _model(card: Card, model: Any) -> dict[str, Any]:
     return {**facts, "layers": layers, "layer_macs": measured.layer_macs(model)}
 
 
-def _experiment(experiment: Experiment, similarity: Mapping[str, Any]) -> dict[str, Any]:
+def _experiment(series: Series, similarity: Mapping[str, Any]) -> dict[str, Any]:
     """Runs of one experiment."""
-    cards = [run.card for run in experiment.runs]
-    top1 = [card.top1 for card in cards]
+    card = series.card
     return {
-        "label": experiment.label,
-        "model": model_key(experiment.card),
-        "top1": statistics.fmean(top1),
-        "top1_sd": statistics.stdev(top1) if len(top1) > 1 else None,
-        "data": experiment.card.data,
-        "n": experiment.card.n,
-        "set": experiment.card.set_digest[:12],
-        "runs": [{"seed": run.card.seed, "top1": run.card.top1, "facts": run.card.facts} for run in experiment.runs],
-        "num_cards_alone": sum(run.folder is None for run in experiment.runs),
-        "curves": curves(experiment),
+        "label": series.name,
+        "model": model_key(card),
+        "top1": series.top1,
+        "top1_sd": series.top1_sd,
+        "data": card.data,
+        "n": card.n,
+        "set": card.set_digest[:12],
+        "runs": [{"seed": run.card.seed, "top1": run.card.top1, "facts": run.card.facts} for run in series.runs],
+        "num_cards_alone": sum(run.folder is None for run in series.runs),
+        "curves": curves(series),
         "similarity": similarity,
     }
 

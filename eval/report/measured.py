@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from eval.flops import macs_by_part
 from eval.profile import profile_parts
-from eval.report.runs import Experiment
+from eval.series import Series
 from vitreuse.data import open_split
 from vitreuse.inputs import evaluation_transform, example, image_settings
 from vitreuse.measure import inference_call, peak_memory_mib, time_interleaved
@@ -79,13 +79,13 @@ def by_layer(parts: Iterable[tuple[str, float]]) -> dict[str, Any]:
     return {**{name: [half.get(layer, 0) for layer in layers] for name, half in halves.items()}, "rest": rest}
 
 
-def similarity(experiment: Experiment, device: torch.device) -> dict[str, Any]:
+def similarity(series: Series, device: torch.device) -> dict[str, Any]:
     """How alike the maps of its first run with a folder are, over a few validation images; else why that is not known.
 
     Returns:
         seed and rows, of numbers from 0 to 1 and None where maps cannot be compared; or reason, a sentence.
     """
-    run = next((run for run in experiment.runs if run.folder is not None), None)
+    run = next((run for run in series.runs if run.folder is not None), None)
     if run is None or run.folder is None:
         return {"reason": "Only cards were given: the weights are in the run folder."}
     assert run.folder.config is not None
