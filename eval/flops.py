@@ -10,7 +10,7 @@ import torch
 from rich.console import Group, RenderableType
 from torch import Tensor, nn
 
-from eval.table import Column, to_rich
+from eval.table import Column, to_rich, to_rich_upright
 from vitreuse.console import choose_device, positive
 from vitreuse.flops import fvcore_macs, norm_operations, torch_flops, training_flops
 from vitreuse.inputs import DTYPES, example
@@ -30,7 +30,7 @@ COLUMNS = (
     Column("theoretical_macs", "theoretical MACs", ",d"),
 )
 SUMMARY = (
-    Column("name", "name"),
+    Column("name", "per image"),
     Column("image_size_px", "px", "d"),
     Column("params", "params", ",d"),
     Column("macs", "MACs", ",d"),
@@ -183,8 +183,8 @@ def render(result: dict[str, Any]) -> RenderableType:
     """The result as tables for the terminal."""
     models = result["models"]
     caption = (
-        "per image. timm's tables add 5 a number for LayerNorm; training: forward and backward pass; saved: kept for "
+        "timm's tables add 5 a number for LayerNorm; training: forward and backward pass; saved: kept for "
         f"the backward pass; inference: the most at a time. Memory in {result['dtype']}, {result['device']}."
     )
     tables = (to_rich(model["parts"], COLUMNS, model["name"]) for model in models)
-    return Group(*tables, to_rich(models, SUMMARY, caption))
+    return Group(*tables, to_rich_upright(models, SUMMARY, caption))

@@ -46,6 +46,17 @@ def to_rich(rows: Sequence[Row], columns: Sequence[Column], caption: str | None 
     return table
 
 
+def to_rich_upright(rows: Sequence[Row], columns: Sequence[Column], caption: str) -> Table:
+    """The same with a line per key and a column per row, for many keys; the first is the heading."""
+    first, *others = columns
+    table = Table(first.heading, caption=caption, caption_justify="left", box=SIMPLE_HEAD)
+    for row in rows:
+        table.add_column(first.text(row), justify="right", overflow="fold")
+    for column in others:
+        table.add_row(column.heading, *(column.text(row) for row in rows))
+    return table
+
+
 def to_markdown(rows: Sequence[Row], columns: Sequence[Column], caption: str) -> str:
     """The table for a README, its caption below."""
     lines = [
