@@ -69,7 +69,7 @@ class Card:
     @property
     def experiment(self) -> str:
         """Equal in cards of runs that differ in their seed alone and were measured on the same images."""
-        return json.dumps([self.name, self.model, self.recipe, self.set_digest], sort_keys=True)
+        return json.dumps([self.name, self.model, _stated(self.recipe), self.set_digest], sort_keys=True)
 
     def correct_images(self) -> np.ndarray:
         """(n,), bool: which images the model is right on."""
@@ -147,8 +147,13 @@ def read_card(path: Path) -> Card:
 def is_of(card: Card, config: Config) -> bool:
     """Whether a card is of an experiment: the same model, recipe and seed."""
     model = model_settings(config.model, config.model.create("meta"))
-    wanted = json.loads(json.dumps([model, recipe_of(config), config.train.seed]))  # tuples are lists on a card
-    return [card.model, card.recipe, card.seed] == wanted
+    wanted = json.loads(json.dumps([model, _stated(recipe_of(config)), config.train.seed]))  # a card's tuples are lists
+    return [card.model, _stated(card.recipe), card.seed] == wanted
+
+
+def _stated(recipe: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A recipe without what is null: settings that an older card could not know are null unless they are used."""
+    return None if recipe is None else {key: value for key, value in recipe.items() if value is not None}
 
 
 def recipe_of(config: Config) -> dict[str, Any]:

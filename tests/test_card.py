@@ -1,12 +1,13 @@
 """Run cards: what a training leaves, what comes back from the file, what is refused."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from eval.card import Card, make_card, read_card, recipe_of
+from eval.card import Card, is_of, make_card, read_card, recipe_of
 from eval.predictions import Predictions, answers
 from vitreuse.config import load_config
 
@@ -31,6 +32,21 @@ def test_a_card_comes_back_from_its_file(tmp_path):
     assert found == Card(**json.loads(json.dumps(vars(made))))
     assert np.array_equal(found.correct_images(), np.arange(71) % 10 == np.arange(71) % 7)
     assert found.top1 == 100 * found.correct_images().sum() / 71
+
+
+def test_a_card_is_of_its_experiment_alone():
+    card = a_card("train.seed=3")
+    assert is_of(card, load_config(LAZY, ["train.seed=3", "data.num_workers=2"]))
+    for other in ("train.seed=4", "train.epochs=9", "model.plan=exact*6", "train.clip.limit=1"):
+        assert not is_of(card, load_config(LAZY, ["train.seed=3", other]))
+
+
+def test_settings_that_a_card_could_not_know_are_null():
+    card = a_card("train.seed=3")
+    older = replace(card, recipe={key: value for key, value in (card.recipe or {}).items() if key != "train.clip"})
+    assert older.recipe != card.recipe
+    assert older.experiment == card.experiment
+    assert is_of(older, load_config(LAZY, ["train.seed=3"]))
 
 
 def test_a_card_builds_its_model_again():
