@@ -147,8 +147,9 @@ def read_card(path: Path) -> Card:
 def is_of(card: Card, config: Config) -> bool:
     """Whether a card is of an experiment: the same model, recipe and seed."""
     model = model_settings(config.model, config.model.create("meta"))
-    wanted = json.loads(json.dumps([model, _stated(recipe_of(config)), config.train.seed]))  # a card's tuples are lists
-    return [card.model, _stated(card.recipe), card.seed] == wanted
+    found = [card.model, _stated(card.recipe), card.seed]
+    wanted = [model, _stated(recipe_of(config)), config.train.seed]
+    return json.dumps(found, sort_keys=True) == json.dumps(wanted, sort_keys=True)  # a file's lists equal tuples
 
 
 def _stated(recipe: dict[str, Any] | None) -> dict[str, Any] | None:
