@@ -45,7 +45,10 @@ class Target:
         try:
             load_exactly(model, state)
         except ValueError as error:
-            raise ValueError(f"{path} does not fit {self.model.name}: {error}") from error
+            reason = str(error).rstrip(".")
+            raise ValueError(
+                f"{path} does not fit {self.model.name}: {reason}; give the model that it was trained as."
+            ) from error
         return model
 
     def load_pretrained(self) -> nn.Module:

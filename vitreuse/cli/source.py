@@ -1,0 +1,60 @@
+"""What the commands that measure a model take: the model with its weights, and a sample of its images."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any, NamedTuple
+
+import torch
+from timm.models import VisionTransformer
+
+from vitreuse.console import choose_device, local_path, positive
+from vitreuse.images import ImageSample, sample_images
+from vitreuse.targets import Target, resolve_targets
+
+
+class Source(NamedTuple):
+    """A model that was trained, for inference on its device, and images for it."""
+
+    target: Target
+    model: Any
+    sample: ImageSample
+    device: torch.device
+
+
+def add_source_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares MODEL and its weights, the images and the device."""
+    meaning = "a name, with timm's weights or --checkpoint; a run folder or a hub folder, with its own"
+    parser.add_argument("model", metavar="MODEL", help=meaning)
+    parser.add_argument("--checkpoint", type=local_path, metavar="FILE", help="weights of a name or config")
+    parser.add_argument("--data", type=local_path, metavar="DIR", help="images (default: those a run was trained on)")
+    parser.add_argument("--split", default="val", help="sub-folder of DIR, where there is one; default: %(default)s")
+    parser.add_argument("--images", type=positive, default=256, metavar="N", help="how many; default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of images; default: %(default)s")
+    parser.add_argument("--batch-size", type=positive, default=32, help="images per forward pass; default: %(default)s")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
+
+
+def load_source(args: argparse.Namespace) -> Source:
+    """The model and the images that the arguments name.
+
+    Raises:
+        ValueError: The model is no ViT of timm or ours, has no weights, or there are no images.
+    """
+    device = choose_device(args.device)
+    (target,) = resolve_targets([args.model])
+    _refuse_other_than_vit(target)
+    is_name = target.config is None and target.hub_dir is None
+    model: Any = target.load_pretrained() if is_name and args.checkpoint is None else target.load(args.checkpoint)
+    sample = sample_images(target, model, args.data, args.images, args.split, args.seed)
+    return Source(target, model.to(device).eval(), sample, device)
+
+
+def _refuse_other_than_vit(target: Target) -> None:
+    """Before its weights are fetched."""
+    model = target.model.create("meta")
+    if not isinstance(model, VisionTransformer):
+        raise ValueError(
+            f"{target.label} is a {type(model).__name__}, whose attention takes no plan: give a vit, deit, deit3 or "
+            "dino model of timm, such as vit_small_patch16_224, or one of vitreuse."
+        )
