@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from timm.models import VisionTransformer
+from torch import Tensor
 
 from vitreuse.console import choose_device, local_path, positive
 from vitreuse.images import ImageSample, sample_images
+from vitreuse.plan import Spec, parse_plan
 from vitreuse.targets import Target, resolve_targets
 
 
@@ -20,6 +23,11 @@ class Source(NamedTuple):
     model: Any
     sample: ImageSample
     device: torch.device
+    batch_size: int
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The images (B, channels, rows, columns) and their labels (B,), on the CPU."""
+        return self.sample.batches(self.batch_size)
 
 
 def add_source_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,7 +55,15 @@ def load_source(args: argparse.Namespace) -> Source:
     is_name = target.config is None and target.hub_dir is None
     model: Any = target.load_pretrained() if is_name and args.checkpoint is None else target.load(args.checkpoint)
     sample = sample_images(target, model, args.data, args.images, args.split, args.seed)
-    return Source(target, model.to(device).eval(), sample, device)
+    return Source(target, model.to(device).eval(), sample, device, args.batch_size)
+
+
+def words(text: str) -> tuple[Spec, ...]:
+    """What a layer may become, specs of the plan language between commas, from the command line."""
+    try:
+        return tuple(parse_plan(f"exact {item}", depth=2)[1] for item in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"in {text}, {str(error).rstrip('.')}") from error
 
 
 def _refuse_other_than_vit(target: Target) -> None:
