@@ -1,0 +1,159 @@
+"""``vitreuse similarity MODEL --data DIR``: how redundant a model's attention is on somebody's images."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from torch import Tensor
+
+from vitreuse.cli.source import Source, add_source_arguments, load_source, words
+from vitreuse.console import WorkProgress, local_path
+from vitreuse.damage import EXACT, Change, check_specs, has_exact_layers, measure_damage
+from vitreuse.durable import write_durably
+from vitreuse.heads import match_heads
+from vitreuse.heatmaps import heatmaps, require_matplotlib
+from vitreuse.similarity import Redundancy, measure_redundancy
+
+HELP = "measure how alike the attention maps of a model's layers are, and what a change of each layer would do"
+WORDS = "reuse,lowrank:64,span:7,none"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's own arguments."""
+    add_source_arguments(parser)
+    meaning = f"what a layer may become, for its damage; default: {WORDS}, nothing for a plan that is not exact"
+    parser.add_argument("--words", type=words, metavar="TEXT", help=meaning)
+    meaning = "write similarity.json and similarity.png, heat maps"
+    parser.add_argument("-o", "--output", type=local_path, metavar="DIR", help=meaning)
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Redundancy and damage of a model on its images.
+
+    Raises:
+        ValueError: The model, its weights, its images or the words cannot be used, or an extra is not installed.
+    """
+    if args.output is not None:
+        require_matplotlib()
+        args.output.mkdir(parents=True, exist_ok=True)
+    source = load_source(args)
+    specs = args.words or (words(WORDS) if has_exact_layers(source.model) else ())
+    if specs:
+        check_specs(source.model, specs)
+    with WorkProgress("similarity", "images", len(source.sample)) as progress:
+        redundancy = measure_redundancy(source.model, source.batches(), progress)
+    damage: dict[Change, float] = {}
+    if specs:
+        with WorkProgress("damage", "images", len(source.sample)) as progress:
+            damage = measure_damage(source.model, source.batches(), specs, redundancy, progress)
+    result = _result(source, redundancy, damage)
+    if args.output is not None:
+        write_durably(args.output / "similarity.json", json.dumps(result).encode())
+        write_durably(args.output / "similarity.png", heatmaps(result))
+    return result
+
+
+def _result(source: Source, redundancy: Redundancy, damage: Mapping[Change, float]) -> dict[str, Any]:
+    model: Any = source.model
+    return {
+        "name": source.target.label,
+        "plan": str(model.plan) if hasattr(model, "plan") else None,
+        "num_images": len(source.sample),
+        "layers": [_layer(number, redundancy, damage) for number in range(len(redundancy.entropy))],
+        "same_head": _numbers(redundancy.same_head),
+        "best_head": _numbers(redundancy.best_head),
+        "entropy": _numbers(redundancy.entropy),
+        "distance": _numbers(redundancy.distance),
+        "matched_heads": _matches(redundancy),
+        "damage": [
+            {
+                "layer": change.layer,
+                "spec": str(change.spec),
+                "anchor": change.anchor,
+                "anchor_spec": None if change.anchor_spec is None else str(change.anchor_spec),
+                "damage": amount,
+            }
+            for change, amount in damage.items()
+        ],
+    }
+
+
+def _layer(layer: int, redundancy: Redundancy, damage: Mapping[Change, float]) -> dict[str, Any]:
+    """What the table shows of a layer; a reuse is that of the best exact anchor."""
+    best: dict[str, dict[str, Any]] = {}
+    for change, amount in damage.items():
+        word, is_shown = str(change.spec), change.anchor_spec in (None, EXACT)
+        if change.layer == layer and is_shown and (word not in best or amount < best[word]["damage"]):
+            best[word] = {"anchor": change.anchor, "damage": amount}
+    return {
+        "layer": layer,
+        "entropy": _number(redundancy.entropy[layer].mean()),
+        "distance": _number(redundancy.distance[layer].mean()),
+        "same_head": _most_similar(redundancy.same_head[:layer, layer]),
+        "best_head": _most_similar(redundancy.best_head[:layer, layer]),
+        "damage": best,
+    }
+
+
+def _most_similar(similarity: Tensor) -> dict[str, Any] | None:
+    """The earlier layer whose maps are most like a layer's; None where none can be compared."""
+    if similarity.isnan().all():
+        return None
+    anchor = int(similarity.nan_to_num(-1).argmax())
+    return {"anchor": anchor, "similarity": _number(similarity[anchor])}
+
+
+def _matches(redundancy: Redundancy) -> list[dict[str, Any]]:
+    """For each layer and each one before it, which of its heads matches each of the other's."""
+    pairs = [(anchor, layer) for layer in range(len(redundancy.entropy)) for anchor in range(layer)]
+    return [
+        {"layer": layer, "anchor": anchor, "heads": match_heads(redundancy.variation[anchor, layer])}
+        for anchor, layer in pairs
+        if not redundancy.variation[anchor, layer].isnan().any()
+    ]
+
+
+def _number(value: Tensor) -> float | None:
+    return None if value.isnan() else round(float(value), 6)
+
+
+def _numbers(matrix: Tensor) -> list[list[float | None]]:
+    return [[_number(value) for value in row] for row in matrix]
+
+
+def render(result: dict[str, Any]) -> Table:
+    """The table for a terminal."""
+    plan = "" if result["plan"] is None else f", {result['plan']}"
+    caption = (
+        "entropy in nats, distance in patches, means over heads; same head, best head: the earlier\n"
+        "layer whose maps are most alike, from 0 to 1, with heads as they stand and matched"
+    )
+    specs = [*result["layers"][-1]["damage"]]
+    if specs:
+        caption += f"\n{', '.join(specs)}: the damage, which ranks changes; of reuse the best exact anchor's"
+    title = f"{result['name']}{plan}, {result['num_images']:,} images"
+    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left", box=SIMPLE_HEAD)
+    for heading in ("layer", "entropy", "distance", "same head", "best head", *specs):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for layer in result["layers"]:
+        table.add_row(*_cells(layer, specs))
+    return table
+
+
+def _cells(layer: dict[str, Any], specs: list[str]) -> list[str]:
+    means = ["-" if layer[name] is None else f"{layer[name]:.2f}" for name in ("entropy", "distance")]
+    found = (layer["same_head"], layer["best_head"])
+    alike = ["-" if of is None else f"{of['anchor']}: {of['similarity']:.2f}" for of in found]
+    return [str(layer["layer"]), *means, *alike, *(_damage_cell(layer["damage"].get(spec)) for spec in specs)]
+
+
+def _damage_cell(best: dict[str, Any] | None) -> str:
+    if best is None:
+        return "-"
+    anchor = "" if best["anchor"] is None else f"{best['anchor']}: "
+    return f"{anchor}{best['damage']:.1e}"
