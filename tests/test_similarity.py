@@ -1,11 +1,17 @@
 """Similarity of maps: against maps written out naively, over all kinds of layer, fused or not."""
 
+import json
+
 import pytest
 import timm
 import torch
+from PIL import Image
 
-import vitreuse  # noqa: F401, registers the models
-from vitreuse.similarity import attention_maps, map_similarity
+from vitreuse.__main__ import main
+from vitreuse.console import WorkProgress
+from vitreuse.hub import save_hub_folder
+from vitreuse.measure import peak_memory_mib
+from vitreuse.similarity import Redundancy, attention_maps, map_similarity, measure_redundancy
 
 SIZES = {"img_size": 15, "patch_size": 3, "embed_dim": 22, "depth": 4, "num_heads": 2, "num_classes": 7}
 H, N = 2, 26
@@ -37,6 +43,10 @@ def naive_maps(model, batch):
     return found
 
 
+def measured(model, *batches):
+    return measure_redundancy(model, [(batch, None) for batch in batches], WorkProgress("", "images", 1, enabled=False))
+
+
 def naive_similarity(maps):
     similarity = torch.zeros(len(maps), len(maps), dtype=torch.float64)
     for i, a in enumerate(maps):
@@ -55,6 +65,64 @@ def test_it_is_that_of_the_maps(plan, qk_norm):
     expected = naive_similarity(naive_maps(plain, batch))
     assert 0.1 < expected[0, 1] < 0.98  # neither all alike nor all apart
     assert torch.allclose(map_similarity(model, batch).double(), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("keywords", [{}, {"reg_tokens": 2}, {"class_token": False, "global_pool": "avg"}])
+def test_redundancy_is_that_of_all_heads_and_images(keywords):
+    model = build(**keywords)
+    found, maps = measured(model, images(2), images(3)), naive_maps(model, torch.cat([images(2), images(3)]))
+    num_prefix = model.num_prefix_tokens
+    for i, a in enumerate(maps):
+        for h in range(H):
+            assert torch.allclose(found.entropy[i, h].double(), -(a[:, h] * a[:, h].log()).sum(-1).mean(), atol=1e-5)
+            distances = [naive_distance(image[h], num_prefix) for image in a]
+            assert found.distance[i, h].item() == pytest.approx(sum(distances) / 5, abs=1e-5)
+            for j, b in enumerate(maps):
+                for g in range(H):
+                    expected = (a[:, h] - b[:, g]).abs().sum(-1).mean() / 2
+                    assert found.variation[i, j, h, g].item() == pytest.approx(expected.item(), abs=1e-5)
+
+
+def naive_distance(weights, num_prefix):
+    """Of one head and image, on 5 x 5 patches."""
+    total = weight = 0.0
+    for query in range(25):
+        for key in range(25):
+            seen = weights[num_prefix + query, num_prefix + key].item()
+            total += seen * ((query // 5 - key // 5) ** 2 + (query % 5 - key % 5) ** 2) ** 0.5
+            weight += seen
+    return total / weight
+
+
+def test_the_best_heads_are_those_that_match():
+    """Layer 1 has the heads of layer 0 in another order; layer 2 is none."""
+    variation = torch.full((3, 3, 3, 3), torch.nan)
+    order = [2, 0, 1]
+    variation[:2, :2] = 0.5
+    variation[0, 1, range(3), order] = variation[1, 0, order, range(3)] = 0.1
+    variation[0, 0].fill_diagonal_(0)
+    variation[1, 1].fill_diagonal_(0)
+    found = Redundancy(variation, torch.zeros(3, 3), torch.zeros(3, 3))
+    assert torch.allclose(found.best_head[:2, :2], torch.tensor([[1, 0.9], [0.9, 1]]))
+    assert torch.allclose(found.same_head[:2, :2], torch.tensor([[1, 0.5], [0.5, 1]]))
+    assert found.best_head[2].isnan().all() and found.best_head[:, 2].isnan().all()
+
+
+def test_layers_without_patches_as_keys_have_no_distance():
+    found = measured(build("exact none lowrank:5 span:3"), images())
+    assert found.distance.isnan().all(1).tolist() == [False, True, True, False]
+    assert found.entropy.isnan().all(1).tolist() == [False, True, False, False]
+    assert found.distance[3].max() < 2**0.5  # a span of 3 reaches the neighbours alone
+
+
+def test_memory_does_not_grow_with_the_images(monkeypatch):
+    monkeypatch.setattr("vitreuse.similarity.MAP_NUMBERS", 1)  # image by image
+    model, batches = build(), [images(2) for _ in range(16)]
+    few, many = (
+        peak_memory_mib(lambda count=count: measured(model, *batches[:count]), model.parameters(), torch.device("cpu"))
+        for count in (2, 16)
+    )
+    assert 0 < many < 1.01 * few
 
 
 @pytest.mark.parametrize("reuse_backend", ["map", "qk"])
@@ -118,3 +186,98 @@ def test_the_model_is_left_as_it_was():
 def test_another_attention_is_named():
     with pytest.raises(ValueError, match="layer 0 has DiffAttention, whose map is not known"):
         map_similarity(timm.create_model("vit_tiny_patch16_224", **SIZES, attn_layer="diff").double(), images(1))
+
+
+@pytest.mark.parametrize(("name", "said"), [
+    ("swin_tiny_patch4_window7_224", "SwinTransformer has no maps that are known: give a ViT of timm"),
+    ("resnet18", "ResNet has no maps that are known"),
+    ("vit_small_patch16_18x2_224", "layer 0 has ParallelThingsBlock, whose map is not known"),
+])
+def test_other_models_are_named(name, said):
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    with pytest.raises(ValueError, match=said):
+        measured(model, torch.zeros(1, 3, 224, 224))
+
+
+def test_no_images_is_one_sentence():
+    with pytest.raises(ValueError, match="there are no images"):
+        measured(build())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Images and hub folders of an exact model and of one that reuses."""
+    root = tmp_path_factory.mktemp("similarity")
+    (root / "photos").mkdir()
+    for number in range(3):
+        Image.effect_noise((20, 20), 40 + 40 * number).convert("RGB").save(root / f"photos/{number}.png")
+    save_hub_folder(build().float(), root / "plain")
+    save_hub_folder(build("exact reuse*2 none").float(), root / "reuse")
+    return root
+
+
+def similarity(folder, name, *argv):
+    return main(["similarity", str(folder / name), "--data", str(folder / "photos"), *argv])
+
+
+def test_the_command_writes_what_it_found(folder, tmp_path, capsys):
+    words = ["--words", "reuse,lowrank:5,none"]
+    assert similarity(folder, "plain", *words, "-o", str(tmp_path), "--json") == 0
+    result = json.loads(capsys.readouterr().out)
+    assert json.loads((tmp_path / "similarity.json").read_text()) == result
+    assert (tmp_path / "similarity.png").read_bytes()[:4] == b"\x89PNG"
+    assert result["num_images"] == 3 and result["same_head"][2][2] == 1
+    exact = [of for of in result["damage"] if of["spec"] == "reuse" and of["anchor_spec"] == "exact"]
+    best = min((of for of in exact if of["layer"] == 3), key=lambda of: of["damage"])
+    assert result["layers"][3]["damage"]["reuse"] == {"anchor": best["anchor"], "damage": best["damage"]}
+    alike = result["layers"][3]["same_head"]
+    assert alike["similarity"] == max(result["same_head"][3][:3]) == result["same_head"][alike["anchor"]][3]
+    assert sorted(result["matched_heads"][0]["heads"]) == [0, 1]
+
+
+def test_the_table_is_readable(folder, capsys):
+    assert similarity(folder, "plain", "--words", "reuse,lowrank:12,span:3,none") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(len(line.rstrip()) for line in lines) <= 100
+    heading = "layer entropy distance same head best head reuse lowrank:12 span:3 none"
+    assert lines[2].split() == heading.split()
+
+
+def test_words_are_few_enough_for_the_model_by_default(folder, capsys):
+    assert similarity(folder, "plain", "--json") == 0
+    result = json.loads(capsys.readouterr().out)
+    assert [*result["layers"][1]["damage"]] == ["reuse", "lowrank:13", "span:7", "none"]
+
+
+def test_a_plan_that_reuses_has_no_damage(folder, capsys):
+    assert similarity(folder, "reuse", "--json") == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["damage"] == [] and result["plan"] == "exact reuse*2 none"
+    assert result["layers"][1]["same_head"] == {"anchor": 0, "similarity": 1.0}
+    assert result["layers"][3]["entropy"] is None and result["layers"][3]["best_head"] is None
+    assert similarity(folder, "reuse") == 0
+
+
+@pytest.mark.parametrize(("name", "argv", "said"), [
+    ("plain", ["--words", "reuse,lowrank:26"], "lowrank:26 does not fit a model of 26 tokens: give lowrank:25 or less"),
+    ("plain", ["--words", "reuse:3"], "reuse:3 does not fit a model of 2 heads: give reuse:2 or less"),
+    ("plain", ["--words", "reus"], "argument --words: in reus, layer 1 is 'reus', but the words are"),
+    ("plain", ["--words", "lowrank"], "lowrank needs the number of tokens it keeps"),
+    ("reuse", ["--words", "none"], "exact reuse*2 none has layers that are not exact"),
+    ("photos", [], "is neither a run folder nor a hub folder"),
+])
+def test_wrong_input_is_one_sentence(folder, capsys, name, argv, said):
+    try:
+        code = similarity(folder, name, *argv)
+    except SystemExit as stopped:
+        code = stopped.code
+    error = capsys.readouterr().err
+    assert code == 2 and error.count("\n") == 1 and said in error
+
+
+def test_a_missing_matplotlib_is_said_first(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert similarity(folder, "plain", "-o", str(tmp_path / "out")) == 2
+    assert "pip install 'vitreuse[plots]', or take --json" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

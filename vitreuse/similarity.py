@@ -27,6 +27,8 @@ from vitreuse.heads import match_heads
 
 Batches = Iterable[Any]  # of images (B, channels, rows, columns) and whatever else, as a loader or ImageSample has them
 
+MAP_NUMBERS = 2**23  # of all maps that are alive at a time, 32 MiB; one image's may be more
+
 
 class AttentionMap(NamedTuple):
     """The map of one layer.
@@ -121,14 +123,14 @@ def evaluated(model: nn.Module) -> Iterator[None]:
 
 
 def few_at_a_time(model: Any, batches: Batches) -> Iterator[Tensor]:
-    """The images of batches on the model's device, so few that all their maps together take about 32 MiB.
+    """The images of batches on the model's device, so few that all their maps have MAP_NUMBERS.
 
     Raises:
         ValueError: The model is none that attentions takes, or there are no images.
     """
     own = [attn for attn in attentions(model) if attn is not None]
     num_tokens = model.num_prefix_tokens + model.patch_embed.num_patches
-    size = max(1, 2**23 // (sum(attn.num_heads for attn in own) * num_tokens**2 or 1))
+    size = max(1, MAP_NUMBERS // (sum(attn.num_heads for attn in own) * num_tokens**2 or 1))
     device, is_empty = next(model.parameters()).device, True
     for images, *_ in batches:
         for few in images.split(size):
