@@ -167,6 +167,12 @@ def test_what_cannot_be_measured_is_one_sentence(plan, text, said):
         measured(build(plan), images(1), words(text))
 
 
+def test_another_model_is_named():
+    _, redundancy = measured(build(), images(1), words("none"))
+    with pytest.raises(ValueError, match="ResNet has no maps that are known: give a ViT of timm"):
+        measure_damage(timm.create_model("resnet18"), [(images(1),)], words("none"), redundancy, silent())
+
+
 def test_redundancy_of_another_model_is_refused():
     _, redundancy = measured(build(), images(1), words("none"))
     other = timm.create_model("vit_tiny_patch16_224", **{**SIZES, "depth": 2})
