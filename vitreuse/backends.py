@@ -95,7 +95,7 @@ def _counted(count: int, noun: str) -> str:
 def _computed(attn: Attention, width: int, conditions: Conditions) -> LayerBackend:
     """The way of a layer that is handed no map: one that computes its own, or is handed (q, k)."""
     q = _queries(attn, conditions)
-    num_keys = _num_keys(attn)
+    num_keys = keys_of(attn)
     kernel, why = _kernel(attn, q, width, num_keys, conditions)
     if attn.num_readers == 0 or isinstance(attn, ReuseAttention):
         return LayerBackend(kernel, why)
@@ -111,7 +111,8 @@ def _queries(attn: Attention, conditions: Conditions) -> Tensor:
     return q.requires_grad_(conditions.training)
 
 
-def _num_keys(attn: Any) -> int:
+def keys_of(attn: Any) -> int:
+    """Keys of a query over the whole grid: the tokens, or those that a low-rank layer has made of them."""
     num_tokens = attn.num_prefix_tokens + attn.grid[0] * attn.grid[1]
     projected_dim = getattr(attn, "projected_dim", 0)
     return projected_length(num_tokens, attn.kind, projected_dim) if projected_dim else num_tokens

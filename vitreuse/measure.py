@@ -6,7 +6,8 @@ import statistics
 import sys
 import time
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -128,6 +129,14 @@ def saved_memory_mib(call: Call) -> float:
 
     Parameters are among them, and so are their copies in the dtype of autocast.
     """
+    with saved_storages() as storages:
+        call()
+    return sum(storage.nbytes() for storage in storages.values()) / 2**20
+
+
+@contextmanager
+def saved_storages() -> Iterator[dict[int, torch.UntypedStorage]]:
+    """The storages of the tensors that autograd saves inside the block, so far; the block can have no backward pass."""
     storages: dict[int, torch.UntypedStorage] = {}  # held, so that none is freed and its place taken by another
 
     def keep(tensor: Tensor) -> None:
@@ -135,8 +144,7 @@ def saved_memory_mib(call: Call) -> float:
         storages[storage._cdata] = storage
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda nothing: nothing):
-        call()
-    return sum(storage.nbytes() for storage in storages.values()) / 2**20
+        yield storages
 
 
 def peak_process_memory_mib(device: torch.device) -> float:

@@ -5,7 +5,10 @@ Costs are nanoseconds per head, query and key, at 64 channels a head:
     unfused  attention by two products and a softmax, without keeping the map
     make     the map
     apply    a map times values
-costs.json beside this file has those measured for the project; ``vitreuse tune`` measures a device of yours.
+costs.json beside this file has those measured for the project; ``vitreuse tune`` measures a device of yours. Both
+hold rates too, nanoseconds per multiply-add of the products outside attention, by which plan_costs.py predicts times:
+    mlp      of a layer's MLP, with its norm, GELU and sum
+    linear   of the projections into and out of attention, with their norm and sum
 """
 import json
 import os
@@ -15,6 +18,8 @@ from typing import Dict, List, Mapping, Sequence, Tuple
 import torch
 
 COST_NAMES = ("fused", "unfused", "make", "apply")
+RATE_NAMES = ("mlp", "linear")
+Rates = Dict[str, List[Tuple[int, float, float]]]  # as costs, of channels of a token and the two rates; inference alone
 Point = Tuple[int, float, float, float, float]  # keys of a query, then the four costs
 Costs = Dict[str, List[Point]]  # by device type, dtype and mode, such as "cpu bfloat16 inference"
 
@@ -46,6 +51,29 @@ def read_costs(path: Path) -> Costs:
         return as_costs(json.loads(path.read_text(encoding="utf-8"))["costs"])
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} holds no costs: delete it, or write it anew with vitreuse tune.") from error
+
+
+def load_rates() -> Rates:
+    """Rates by device type, dtype and mode, each of the file that load_costs takes the costs from."""
+    rates: Rates = {}
+    for path in (SHIPPED_COSTS, tuned_costs_path()):
+        if path.exists():
+            rates = {key: points for key, points in rates.items() if key not in read_costs(path)}
+            rates.update(read_rates(path))
+    return rates
+
+
+def read_rates(path: Path) -> Rates:
+    """The rates in a file of costs; a file may have been written before there were any.
+
+    Raises:
+        ValueError: they are damaged.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")).get("rates", {})
+        return {key: [(int(channels), mlp, linear) for channels, mlp, linear in points] for key, points in found.items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} holds no rates: delete it, or write it anew with vitreuse tune.") from error
 
 
 def as_costs(found: Mapping[str, Sequence[Sequence[float]]]) -> Costs:

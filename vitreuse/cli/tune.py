@@ -17,11 +17,12 @@ from vitreuse.attention.choice import (
     is_fused_faster,
     is_map_faster,
     read_costs,
+    read_rates,
     tuned_costs_path,
 )
 from vitreuse.console import choose_device, local_path, positive
 from vitreuse.measure import describe_machine
-from vitreuse.tune import MODES, measure_costs, write_costs
+from vitreuse.tune import MODES, measure_costs, measure_rates, write_costs
 
 HELP = "measure which way of computing attention is faster on this device, and keep the result for its models"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -44,15 +45,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Measures, and writes the costs over those of the same device type, dtype and mode in the file."""
+    """Measures, and writes costs and rates over those of the same device type, dtype and mode in the file."""
     device, path = choose_device(args.device), args.output or tuned_costs_path()
-    kept = read_costs(path) if path.exists() else {}  # before the measurements, which take a while
+    kept, kept_rates = (read_costs(path), read_rates(path)) if path.exists() else ({}, {})  # before all measurements
     dtypes = [getattr(torch, name) for name in dict.fromkeys(args.dtype)]
     costs = measure_costs(device, dtypes, sorted(set(args.keys)), args.repeats, _say)
+    rates = measure_rates(device, dtypes, args.repeats, _say)
     machine = describe_machine(device)
-    write_costs(path, machine, {**kept, **costs})
+    write_costs(path, machine, {**kept, **costs}, {**kept_rates, **rates})
     points = [point for dtype in dtypes for mode in MODES for point in _points(costs, device, dtype, mode)]
-    return {"file": str(path), "is_default": path == tuned_costs_path(), "machine": machine, "points": points}
+    return {"file": str(path), "is_default": path == tuned_costs_path(), "machine": machine, "points": points, "rates": rates}
 
 
 def _say(text: str) -> None:

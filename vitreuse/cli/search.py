@@ -1,0 +1,231 @@
+"""``vitreuse search MODEL --data DIR --budget SHARE``: the plan of least damage to a trained model within a budget."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from vitreuse.cli.source import Source, add_source_arguments, load_source, words
+from vitreuse.console import WorkProgress, local_path
+from vitreuse.damage import EXACT, Change, check_specs, measure_damage
+from vitreuse.durable import write_durably
+from vitreuse.front import front_plot
+from vitreuse.heatmaps import require_matplotlib
+from vitreuse.plan import PRESETS, Plan, Spec, preset_plan
+from vitreuse.plan_costs import METRICS, PlanCosts, plan_costs
+from vitreuse.search import Candidate, Search, least_cost, score, search
+from vitreuse.similarity import measure_redundancy
+
+HELP = "find the plan that does a trained model the least damage at a share of its cost"
+DTYPES = ("float32", "bfloat16", "float16")
+MAX_ROWS = 12  # of the front, on a terminal
+QUANTITIES = {"macs": "MACs", "latency": "latency", "memory": "training memory"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's own arguments."""
+    add_source_arguments(parser)
+    meaning = "the most that the plan may cost, as a share of the exact model; default: %(default)s"
+    parser.add_argument("--budget", type=_share, default=0.75, metavar="SHARE", help=meaning)
+    meaning = (
+        "what it is a share of: macs, multiply-adds that the methods need; latency, inference time by what vitreuse "
+        "tune measured; memory, activations that a training step keeps; default: %(default)s"
+    )
+    parser.add_argument("--metric", choices=METRICS, default="macs", help=meaning)
+    parser.add_argument("--dtype", choices=DTYPES, help="of the latency; default: float32")
+    meaning = "what a layer may become; default: exact,reuse,lowrank:64,span:7,none, less for images of few patches"
+    parser.add_argument("--words", type=_words_with_exact, metavar="TEXT", help=meaning)
+    meaning = "write search.json and front.png, damage over cost"
+    parser.add_argument("-o", "--output", type=local_path, metavar="DIR", help=meaning)
+
+
+def _share(text: str) -> float:
+    """A budget, from the command line."""
+    try:
+        share = float(text)
+    except ValueError:
+        share = math.nan
+    if not 0 < share <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is no share of the exact model's cost: give a number above 0, up to 1")
+    return share
+
+
+def _words_with_exact(text: str) -> tuple[Spec, ...]:
+    specs = tuple(dict.fromkeys(words(text)))
+    if EXACT not in specs:
+        raise argparse.ArgumentTypeError(f"{text} is without exact, which layers are that stay as they are: add it")
+    return specs
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """The front of plans, the chosen one, and the presets beside it.
+
+    Raises:
+        ValueError: The model, its weights, its images or the words cannot be used, no plan meets the budget, or an
+            extra is not installed.
+    """
+    if args.dtype is not None and args.metric != "latency":
+        raise ValueError(f"--dtype has no effect on {args.metric}: leave it out, or give --metric latency.")
+    if args.output is not None:
+        require_matplotlib()
+        args.output.mkdir(parents=True, exist_ok=True)
+    source = load_source(args)
+    specs = args.words or default_words(source.model)
+    check_specs(source.model, specs)
+    costs = _costs(args, source, specs)
+    _refuse_unreachable(args, source, specs, costs)
+    damage = _measure(source, specs)
+    found = search(damage, costs, specs, len(source.model.blocks), args.budget)
+    assert found is not None
+    presets = {method: score(plan, damage, costs) for method, plan in _presets(specs, len(source.model.blocks)).items()}
+    result = _result(args, source, specs, costs, found, presets)
+    if args.output is not None:
+        write_durably(args.output / "search.json", json.dumps(result).encode())
+        write_durably(args.output / "front.png", front_plot(result))
+    return result
+
+
+def default_words(model: Any) -> tuple[Spec, ...]:
+    """What a layer may become: with 14 x 14 patches or more lowrank:64 and span:7 beside exact, reuse and none."""
+    num_tokens = model.num_prefix_tokens + model.patch_embed.num_patches
+    k, width = max(1, min(64, num_tokens // 3)), min(7, max(model.patch_embed.grid_size) // 2 | 1)
+    return words(f"exact,reuse,lowrank:{k},span:{width},none")
+
+
+def _costs(args: argparse.Namespace, source: Source, specs: Sequence[Spec]) -> PlanCosts:
+    return plan_costs(source.model, specs, args.metric, source.device, getattr(torch, args.dtype or "float32"))
+
+
+def _refuse_unreachable(
+    args: argparse.Namespace, source: Source, specs: tuple[Spec, ...], costs: PlanCosts
+) -> None:
+    """Before anything is measured.
+
+    Raises:
+        ValueError: No plan meets the budget; it says the least share, and the word by which it would be less.
+    """
+    depth = len(source.model.blocks)
+
+    def least(specs: tuple[Spec, ...], costs: PlanCosts) -> float:
+        return least_cost(costs, specs, depth) / costs.of(Plan((EXACT,) * depth))
+
+    if least(specs, costs) <= args.budget:
+        return
+    more = [(*specs, spec) for spec in default_words(source.model) if spec not in specs]
+    shares = {str(wider[-1]): least(wider, _costs(args, source, wider)) for wider in more}
+    word = min(shares, key=lambda word: shares[word], default="")
+    help_ = f"with {word} too it is {_up(shares[word])}" if word else "no other word makes it less"
+    raise ValueError(
+        f"no plan of {','.join(map(str, specs))} has {args.budget:g} of the {QUANTITIES[args.metric]} of "
+        f"{source.target.label}: the least is {_up(least(specs, costs))}, {help_}."
+    )
+
+
+def _up(share: float) -> str:
+    """A share that can be given as a budget."""
+    return f"{math.ceil(1000 * share) / 1000:g}"
+
+
+def _measure(source: Source, specs: Sequence[Spec]) -> dict[Change, float]:
+    """The damage of each change that the specs allow."""
+    with WorkProgress("similarity", "images", len(source.sample)) as progress:
+        redundancy = measure_redundancy(source.model, source.batches(), progress)
+    changed = [spec for spec in specs if spec != EXACT]
+    with WorkProgress("damage", "images", len(source.sample)) as progress:
+        return measure_damage(source.model, source.batches(), changed, redundancy, progress)
+
+
+def _presets(specs: Sequence[Spec], depth: int) -> dict[str, Plan]:
+    """The presets that the words can spell, with the words' own numbers."""
+    own = {spec.word: spec for spec in reversed(specs)}
+    plans = {method: preset_plan(method, depth) for method in PRESETS}
+    return {
+        method: Plan(tuple(own[spec.word] for spec in plan))
+        for method, plan in plans.items()
+        if all(spec.word in own for spec in plan)
+    }
+
+
+def _result(
+    args: argparse.Namespace,
+    source: Source,
+    specs: Sequence[Spec],
+    costs: PlanCosts,
+    found: Search,
+    presets: Mapping[str, Candidate],
+) -> dict[str, Any]:
+    exact = costs.of(Plan((EXACT,) * len(source.model.blocks)))
+    weights = "" if args.checkpoint is None else f" --checkpoint {shlex.quote(str(args.checkpoint))}"
+    return {
+        "name": source.target.label,
+        "metric": args.metric,
+        "budget": args.budget,
+        "words": [str(spec) for spec in specs],
+        "num_images": len(source.sample),
+        "chosen": _row(found.chosen, exact),
+        "protected": None if found.protected is None else _row(found.protected, exact),
+        "command": f'vitreuse convert {shlex.quote(args.model)}{weights} --plan "{found.chosen.plan}"',
+        "presets": {method: _row(candidate, exact) for method, candidate in presets.items()},
+        "front": [_row(candidate, exact) for candidate in found.front],
+    }
+
+
+def _row(candidate: Candidate, exact: int) -> dict[str, Any]:
+    return {
+        "plan": str(candidate.plan),
+        "cost": candidate.cost,
+        "share": candidate.cost / exact,
+        "damage": candidate.damage,
+        "num_changed": candidate.num_changed,
+    }
+
+
+def render(result: dict[str, Any]) -> Table:
+    """The front for a terminal, thinned, and the presets."""
+    title = f"{result['name']}, {result['num_images']:,} images, words {','.join(result['words'])}"
+    caption = f"{_protection(result)}\n{result['command']}"
+    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left", box=SIMPLE_HEAD)
+    table.add_column("")
+    for heading in (f"{QUANTITIES[result['metric']]} / exact", "damage"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("plan")
+    for row in _thinned(result["front"], result["chosen"]):
+        table.add_row("chosen" if row == result["chosen"] else "", *_cells(row))
+    table.add_section()
+    for method, row in result["presets"].items():
+        table.add_row(method, *_cells(row))
+    return table
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, str, str]:
+    return f"{row['share']:.3f}", f"{row['damage']:.3g}", row["plan"]
+
+
+def _protection(result: dict[str, Any]) -> str:
+    """What became of the first and the last layer."""
+    protected, chosen = result["protected"], result["chosen"]
+    if protected == chosen:
+        return "first and last layer kept exact"
+    if protected is None:
+        return "first and last layer not kept exact: no plan that does meets the budget"
+    return f"first and last layer not kept exact: the best plan that does has a damage of {protected['damage']:.3g}"
+
+
+def _thinned(front: Sequence[dict[str, Any]], chosen: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of a front, evenly spread over its cost, with the first, the last and the chosen one."""
+    low, high = front[0]["cost"], front[-1]["cost"]
+    steps = [low + (high - low) * step / (MAX_ROWS - 2) for step in range(MAX_ROWS - 1)]
+    kept = [*(max((row for row in front if row["cost"] <= step), key=_cost) for step in steps), chosen]
+    return sorted({row["cost"]: row for row in kept}.values(), key=_cost)
+
+
+def _cost(row: dict[str, Any]) -> int:
+    return row["cost"]
