@@ -9,7 +9,7 @@ from cases import CASES, images
 from torch.nn import functional as F
 
 from vitreuse.attention import choice, maps
-from vitreuse.attention.choice import COST_NAMES, cost_at, cost_key, is_fused_faster, is_map_faster, load_costs
+from vitreuse.attention.choice import COST_NAMES, cost_at, cost_key, is_fused_faster, is_map_faster, load_costs, load_rates
 from vitreuse.backends import Conditions, layer_backends, sentence, summary
 
 CPU = torch.device("cpu")
@@ -103,6 +103,17 @@ def test_a_damaged_tuned_file_is_named_in_one_sentence(tuned, text):
     assert str(error.value) == f"{tuned} holds no costs: delete it, or write it anew with vitreuse tune."
 
 
+def test_rates_are_of_the_file_that_the_costs_are_of(tuned):
+    costs = {"cpu float32 inference": [[7, 1, 2, 3, 4]]}
+    tuned.write_text(json.dumps({"costs": costs}))  # of a time before there were rates
+    assert load_rates().keys() == {"cpu bfloat16 inference"}
+    tuned.write_text(json.dumps({"costs": costs, "rates": {"cpu float32 inference": [[64, 5, 7]]}}))
+    assert load_rates()["cpu float32 inference"] == [(64, 5, 7)]
+    tuned.write_text(json.dumps({"costs": costs, "rates": {"cpu float32 inference": [[64, 5]]}}))
+    with pytest.raises(ValueError, match=r"costs.json holds no rates: delete it, or write it anew with vitreuse tune\.$"):
+        load_rates()
+
+
 def test_the_shipped_costs_are_whole():
     costs = load_costs()
     names = {f"cpu {dtype} {mode}" for dtype in ("float32", "bfloat16") for mode in ("inference", "train")}
@@ -111,6 +122,7 @@ def test_the_shipped_costs_are_whole():
         keys = [point[0] for point in points]
         assert keys == sorted(set(keys)) and keys
         assert all(len(point) == 1 + len(COST_NAMES) and min(point) > 0 for point in points)
+    assert load_rates().keys() == {key for key in costs if key.endswith("inference")}
 
 
 def always(way):

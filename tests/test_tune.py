@@ -9,9 +9,9 @@ import torch
 from vitreuse import tune
 from vitreuse.__main__ import main
 from vitreuse.attention import choice
-from vitreuse.attention.choice import COST_NAMES, load_costs
+from vitreuse.attention.choice import COST_NAMES, RATE_NAMES, load_costs, load_rates
 from vitreuse.measure import Timing
-from vitreuse.tune import measure_costs, write_costs
+from vitreuse.tune import measure_costs, measure_rates, write_costs
 
 CPU = torch.device("cpu")
 
@@ -19,6 +19,8 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def small(tmp_path, monkeypatch):
     monkeypatch.setattr(tune, "PAIRS_PER_CALL", 1)
+    monkeypatch.setattr(tune, "TOKENS_PER_CALL", 3)
+    monkeypatch.setattr(tune, "CHANNELS", (64, 128))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
 
@@ -42,9 +44,26 @@ def test_costs_are_times_per_head_query_and_key(monkeypatch):
     assert told[0] == "cpu float32 inference, 5 keys" and len(told) == 4
 
 
+def test_rates_are_times_per_multiply_add_of_a_layer_without_its_attention(monkeypatch):
+    times_ms = dict(zip(RATE_NAMES, (3.0, 5.0), strict=True))
+
+    def time_interleaved(calls, device, num_repeats):
+        for call in calls.values():
+            call()
+        return {name: Timing(99.0, times_ms[name], 1.0, num_repeats) for name in calls}
+
+    monkeypatch.setattr(tune, "time_interleaved", time_interleaved)
+    told = []
+    rates = measure_rates(CPU, [torch.bfloat16], 1, told.append)
+    expected = [[dim, *(float(f"{1e6 * ms / (3 * dim**2):.4g}") for ms in (3 / 8, 5 / 4))] for dim in (64, 128)]
+    assert rates == {"cpu bfloat16 inference": expected}
+    assert told == ["cpu bfloat16 inference, 64 channels", "cpu bfloat16 inference, 128 channels"]
+
+
 def test_what_is_written_is_what_models_read():
     measured = {"cpu float32 train": [[7, 1.0, 2.0, 3.0, 4.0], [11, 0.5, 0.25, 3e-5, 4.0]]}
-    write_costs(choice.tuned_costs_path(), {"device": "a"}, measured)
+    write_costs(choice.tuned_costs_path(), {"device": "a"}, measured, {"cpu float32 train": [[64, 0.5, 3e-5]]})
+    assert load_rates()["cpu float32 train"] == [(64, 0.5, 3e-5)]
     assert load_costs()["cpu float32 train"] == [(7, 1.0, 2.0, 3.0, 4.0), (11, 0.5, 0.25, 3e-5, 4.0)]
     assert [path.name for path in choice.tuned_costs_path().parent.iterdir()] == ["costs.json"]
     model = timm.create_model("vit_reuse_tiny_patch16_224", device="meta")
@@ -79,9 +98,12 @@ def test_another_dtype_is_added_to_the_file(capsys, tmp_path):
     for dtype in ("float32", "bfloat16"):
         result = tune_json(capsys, "--dtype", dtype, "--keys", "5", "--output", str(path))
         assert (result["file"], result["is_default"], len(result["points"])) == (str(path), False, 2)
-    assert json.loads(path.read_text())["costs"].keys() == {
+    written = json.loads(path.read_text())
+    assert written["costs"].keys() == {
         f"cpu {dtype} {mode}" for dtype in ("float32", "bfloat16") for mode in ("inference", "train")
     }
+    assert written["rates"].keys() == {"cpu float32 inference", "cpu bfloat16 inference"}
+    assert written["rates"]["cpu bfloat16 inference"] == result["rates"]["cpu bfloat16 inference"]
     assert not choice.tuned_costs_path().exists()
 
 
@@ -90,7 +112,12 @@ def test_the_table_says_where_the_costs_went_and_progress_is_apart(capsys, tmp_p
     options = ["--device", "cpu", "--repeats", "1", "--dtype", "float32", "--keys", "5", "--output", str(path)]
     assert main(["tune", *options]) == 0
     shown = capsys.readouterr()
-    assert shown.err.splitlines() == ["measuring cpu float32 inference, 5 keys", "measuring cpu float32 train, 5 keys"]
+    assert shown.err.splitlines() == [
+        "measuring cpu float32 inference, 5 keys",
+        "measuring cpu float32 train, 5 keys",
+        "measuring cpu float32 inference, 64 channels",
+        "measuring cpu float32 inference, 128 channels",
+    ]
     assert "mine.json" in "".join(shown.out.split()) and "models read" in shown.out
     assert "carried to 5" in shown.out
 

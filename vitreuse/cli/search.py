@@ -197,7 +197,7 @@ def render(result: dict[str, Any]) -> Table:
     for heading in (f"{QUANTITIES[result['metric']]} / exact", "damage"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("plan")
-    for row in _thinned(result["front"], result["chosen"]):
+    for row in thinned(result["front"], result["chosen"]):
         table.add_row("chosen" if row == result["chosen"] else "", *_cells(row))
     table.add_section()
     for method, row in result["presets"].items():
@@ -219,7 +219,7 @@ def _protection(result: dict[str, Any]) -> str:
     return f"first and last layer not kept exact: the best plan that does has a damage of {protected['damage']:.3g}"
 
 
-def _thinned(front: Sequence[dict[str, Any]], chosen: dict[str, Any]) -> list[dict[str, Any]]:
+def thinned(front: Sequence[dict[str, Any]], chosen: dict[str, Any]) -> list[dict[str, Any]]:
     """Rows of a front, evenly spread over its cost, with the first, the last and the chosen one."""
     low, high = front[0]["cost"], front[-1]["cost"]
     steps = [low + (high - low) * step / (MAX_ROWS - 2) for step in range(MAX_ROWS - 1)]

@@ -24,7 +24,7 @@ from vitreuse.console import choose_device, local_path, positive
 from vitreuse.measure import describe_machine
 from vitreuse.tune import MODES, measure_costs, measure_rates, write_costs
 
-HELP = "measure which way of computing attention is faster on this device, and keep the result for its models"
+HELP = "measure which way of computing attention is faster on this device, and keep it for its models and for search"
 DTYPES = ("float32", "bfloat16", "float16")
 KEYS = (64, 197, 577, 1025)
 READERS = (1, 5)  # reuse layers of an anchor, for which the table shows the choice
@@ -54,7 +54,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     machine = describe_machine(device)
     write_costs(path, machine, {**kept, **costs}, {**kept_rates, **rates})
     points = [point for dtype in dtypes for mode in MODES for point in _points(costs, device, dtype, mode)]
-    return {"file": str(path), "is_default": path == tuned_costs_path(), "machine": machine, "points": points, "rates": rates}
+    place = {"file": str(path), "is_default": path == tuned_costs_path()}
+    return {**place, "machine": machine, "points": points, "rates": rates}
 
 
 def _say(text: str) -> None:
