@@ -9,7 +9,15 @@ from cases import CASES, images
 from torch.nn import functional as F
 
 from vitreuse.attention import choice, maps
-from vitreuse.attention.choice import COST_NAMES, cost_at, cost_key, is_fused_faster, is_map_faster, load_costs, load_rates
+from vitreuse.attention.choice import (
+    COST_NAMES,
+    cost_at,
+    cost_key,
+    is_fused_faster,
+    is_map_faster,
+    load_costs,
+    load_rates,
+)
 from vitreuse.backends import Conditions, layer_backends, sentence, summary
 
 CPU = torch.device("cpu")
@@ -110,7 +118,7 @@ def test_rates_are_of_the_file_that_the_costs_are_of(tuned):
     tuned.write_text(json.dumps({"costs": costs, "rates": {"cpu float32 inference": [[64, 5, 7]]}}))
     assert load_rates()["cpu float32 inference"] == [(64, 5, 7)]
     tuned.write_text(json.dumps({"costs": costs, "rates": {"cpu float32 inference": [[64, 5]]}}))
-    with pytest.raises(ValueError, match=r"costs.json holds no rates: delete it, or write it anew with vitreuse tune\.$"):
+    with pytest.raises(ValueError, match=r"costs.json holds no rates: delete it, or write it anew with vitreuse tune"):
         load_rates()
 
 

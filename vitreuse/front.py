@@ -5,11 +5,11 @@ from __future__ import annotations
 import io
 from typing import Any
 
-AXES = {"macs": "MACs", "latency": "latency", "memory": "memory of training"}
+from vitreuse.plan_costs import METRICS
 
 
 def front_plot(result: dict[str, Any]) -> bytes:
-    """What ``vitreuse search`` found as a PNG: the front as a line, the presets and the chosen plan as points by name."""
+    """What ``vitreuse search`` found as a PNG: the front as a line, presets and the chosen plan as points by name."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -25,7 +25,7 @@ def front_plot(result: dict[str, Any]) -> bytes:
     axes.axvline(result["budget"], color="0.6", linewidth=0.8, linestyle="--")
     smallest = min((row["damage"] for row in (*front, *points.values()) if row["damage"] > 0), default=1.0)
     axes.set_yscale("symlog", linthresh=smallest)  # the exact plan has none
-    axes.set(xlabel=f"{AXES[result['metric']]}, share of the exact model", ylabel="predicted damage")
+    axes.set(xlabel=f"{METRICS[result['metric']]}, share of the exact model", ylabel="predicted damage")
     axes.set_title(f"{result['name']}: {result['chosen']['plan']}", fontsize=9)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)

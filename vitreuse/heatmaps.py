@@ -15,7 +15,7 @@ def require_matplotlib() -> None:
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError(
-            "heat maps need matplotlib: install it with pip install 'vitreuse[plots]', or take --json without -o."
+            "pictures need matplotlib: install it with pip install 'vitreuse[plots]', or take --json without -o."
         )
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,7 @@ from vitreuse.measure import saved_storages
 from vitreuse.plan import Plan, Spec
 from vitreuse.shape import read_keywords
 
-METRICS = ("macs", "latency", "memory")
+METRICS = {"macs": "MACs", "latency": "latency", "memory": "training memory"}
 COST_CHANNELS = 64  # of a head, at which the costs of attention are measured
 
 
@@ -191,5 +192,5 @@ def _saved_by_layer(model: Any, batch_size: int) -> list[int]:
             block.register_forward_hook(reach)
         model.train()(images)
         reach()
-    grown = [after - before for before, after in zip(reached, reached[1:], strict=False)]
+    grown = [after - before for before, after in pairwise(reached)]
     return [*grown[:-1], reached[0] + grown[-1]]

@@ -71,7 +71,7 @@ def read_rates(path: Path) -> Rates:
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8")).get("rates", {})
-        return {key: [(int(channels), mlp, linear) for channels, mlp, linear in points] for key, points in found.items()}
+        return {key: [(int(dim), mlp, linear) for dim, mlp, linear in points] for key, points in found.items()}
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} holds no rates: delete it, or write it anew with vitreuse tune.") from error
 

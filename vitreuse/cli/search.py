@@ -27,7 +27,6 @@ from vitreuse.similarity import measure_redundancy
 HELP = "find the plan that does a trained model the least damage at a share of its cost"
 DTYPES = ("float32", "bfloat16", "float16")
 MAX_ROWS = 12  # of the front, on a terminal
-QUANTITIES = {"macs": "MACs", "latency": "latency", "memory": "training memory"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,7 +53,7 @@ def _share(text: str) -> float:
     except ValueError:
         share = math.nan
     if not 0 < share <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is no share of the exact model's cost: give a number above 0, up to 1")
+        raise argparse.ArgumentTypeError(f"{text} is no share of an exact model's cost: give a number above 0, up to 1")
     return share
 
 
@@ -104,28 +103,23 @@ def _costs(args: argparse.Namespace, source: Source, specs: Sequence[Spec]) -> P
     return plan_costs(source.model, specs, args.metric, source.device, getattr(torch, args.dtype or "float32"))
 
 
-def _refuse_unreachable(
-    args: argparse.Namespace, source: Source, specs: tuple[Spec, ...], costs: PlanCosts
-) -> None:
+def _refuse_unreachable(args: argparse.Namespace, source: Source, specs: tuple[Spec, ...], costs: PlanCosts) -> None:
     """Before anything is measured.
 
     Raises:
         ValueError: No plan meets the budget; it says the least share, and the word by which it would be less.
     """
     depth = len(source.model.blocks)
-
-    def least(specs: tuple[Spec, ...], costs: PlanCosts) -> float:
-        return least_cost(costs, specs, depth) / costs.of(Plan((EXACT,) * depth))
-
-    if least(specs, costs) <= args.budget:
+    exact, least = costs.of(Plan((EXACT,) * depth)), least_cost(costs, specs, depth)
+    if least <= args.budget * exact:
         return
-    more = [(*specs, spec) for spec in default_words(source.model) if spec not in specs]
-    shares = {str(wider[-1]): least(wider, _costs(args, source, wider)) for wider in more}
-    word = min(shares, key=lambda word: shares[word], default="")
-    help_ = f"with {word} too it is {_up(shares[word])}" if word else "no other word makes it less"
+    wider = {spec: (*specs, spec) for spec in default_words(source.model) if spec not in specs}
+    lower = {least_cost(_costs(args, source, more), more, depth): spec for spec, more in wider.items()}
+    best = min(lower, default=least)
+    hint = f"with {lower[best]} too it is {_up(best / exact)}" if best < least else "no other word makes it less"
     raise ValueError(
-        f"no plan of {','.join(map(str, specs))} has {args.budget:g} of the {QUANTITIES[args.metric]} of "
-        f"{source.target.label}: the least is {_up(least(specs, costs))}, {help_}."
+        f"no plan of {','.join(map(str, specs))} has {args.budget:g} of the {METRICS[args.metric]} of "
+        f"{source.target.label}: the least is {_up(least / exact)}, {hint}."
     )
 
 
@@ -194,7 +188,7 @@ def render(result: dict[str, Any]) -> Table:
     caption = f"{_protection(result)}\n{result['command']}"
     table = Table(title=title, caption=caption, title_justify="left", caption_justify="left", box=SIMPLE_HEAD)
     table.add_column("")
-    for heading in (f"{QUANTITIES[result['metric']]} / exact", "damage"):
+    for heading in (f"{METRICS[result['metric']]} / exact", "damage"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("plan")
     for row in thinned(result["front"], result["chosen"]):
