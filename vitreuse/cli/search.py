@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 from rich.box import SIMPLE_HEAD
+from rich.console import Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from vitreuse.cli.source import Source, add_source_arguments, load_source, words
 from vitreuse.console import WorkProgress, local_path
@@ -182,11 +184,10 @@ def _row(candidate: Candidate, exact: int) -> dict[str, Any]:
     }
 
 
-def render(result: dict[str, Any]) -> Table:
-    """The front for a terminal, thinned, and the presets."""
+def render(result: dict[str, Any]) -> RenderableType:
+    """The front for a terminal, thinned, the presets, and how to go on."""
     title = f"{result['name']}, {result['num_images']:,} images, words {','.join(result['words'])}"
-    caption = f"{_protection(result)}\n{result['command']}"
-    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left", box=SIMPLE_HEAD)
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
     table.add_column("")
     for heading in (f"{METRICS[result['metric']]} / exact", "damage"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -196,7 +197,7 @@ def render(result: dict[str, Any]) -> Table:
     table.add_section()
     for method, row in result["presets"].items():
         table.add_row(method, *_cells(row))
-    return table
+    return Group(table, Text(_protection(result)), Text(result["command"]))
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, str, str]:
