@@ -23,7 +23,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 from torch import Tensor, nn
 
 from eval import card
@@ -34,6 +33,7 @@ from train.trackers import Start, Trackers
 from vitreuse.config import Config, ConfigError, changed_settings, load_config, to_yaml
 from vitreuse.console import is_first_rank
 from vitreuse.durable import TEMPORARY_FILES, exclusive_lock, sync, write_durably
+from vitreuse.hub import WEIGHTS, pack_weights
 from vitreuse.measure import describe_machine
 
 LOCK_FILE = ".lock"
@@ -198,9 +198,8 @@ class RunFolder:
             seconds: Spent training, over all starts of the run.
         """
         settings = self.config.model
-        metadata = {"name": settings.name, "plan": _plan_text(model) or "", "keywords": json.dumps(settings.keywords)}
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-        write_durably(self.path / "model.safetensors", safetensors.torch.save(tensors, {**metadata, "format": "pt"}))
+        content = pack_weights(weights, settings.name, _plan_text(model), settings.keywords)
+        write_durably(self.path / WEIGHTS, content)
         write_durably(self.path / "predictions.csv", predictions.to_csv().encode())
         self._card(predictions, seconds).write(self.path / card.NAME)
         self.describe(status="completed")
