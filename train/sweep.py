@@ -27,7 +27,7 @@ from eval.card import NAME as CARD
 from eval.card import is_of, read_card
 from train.distributed import StopSignal
 from train.run import RunFolder
-from vitreuse.config import ConfigError, load_config
+from vitreuse.config import ConfigError
 from vitreuse.console import DONE, STOPPED, WRONG_INPUT, print_error, progress_bars
 from vitreuse.durable import write_durably
 
@@ -73,7 +73,7 @@ class Run:
     def _has_completed_folder(self) -> bool:
         """By a look at the folder: the process would take seconds to say so."""
         try:
-            folder = RunFolder(self.folder, load_config(self.config, self.overrides))
+            folder = RunFolder(self.folder, load_experiment(self.config, self.overrides))
             folder.refuse_other_run()
         except ConfigError:  # which its process will print
             return False
