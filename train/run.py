@@ -2,7 +2,7 @@
 
 RUN_DIR/config.yaml         the resolved experiment
         run.json            status, versions, commit, command, hardware, plan
-        metrics.jsonl       one object a line; kind is step, epoch or final
+        metrics.jsonl       one object a line; kind is step, epoch, heal or final
         ledger.jsonl        with train.ledger: step, rank and the keys of its samples
         tensorboard/ wandb/ with train.loggers: the same records, for those programs
         checkpoints/        see checkpoint.py
@@ -171,9 +171,10 @@ class RunFolder:
         with open(self.path / name, "a", encoding="utf-8") as file:
             file.write(json.dumps(record, allow_nan=False) + "\n")
 
-    def has_epoch(self, step: int) -> bool:
-        """Whether metrics.jsonl has the record of the epoch that ends with a step."""
-        return any((record["kind"], record["step"]) == ("epoch", step) for record in self.records())
+    def record(self, step: int, kind: str) -> dict[str, Any] | None:
+        """The record of a kind that metrics.jsonl has at a step, if it has one."""
+        found = (record for record in self.records() if (record["kind"], record["step"]) == (kind, step))
+        return next(found, None)
 
     def records(self) -> list[dict[str, Any]]:
         """What metrics.jsonl holds."""

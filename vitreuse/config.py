@@ -34,14 +34,14 @@ class ModelConfig:
     """Which network: a name of timm's registry, its attention plan, its constructor's keywords and its weights."""
 
     name: str = setting(
-        "a model name that timm.list_models() knows, or local-dir:DIR, the model of a run folder or a hub folder with its "
-        "plan, keywords and weights; plan and keywords given beside it lie over its own"
+        "a model name that timm.list_models() knows, or local-dir:DIR, the model of a run folder or a hub folder with "
+        "its plan, keywords and weights; plan and keywords given beside it lie over its own"
     )
     plan: str | None = setting("attention plan, one spec per layer; null for the model's own", None)
     keywords: dict = setting("further keywords of timm.create_model")
     weights: str | None = setting(
-        "what training starts from: a file of weights, a run folder, a hub folder, or a name of timm.list_pretrained(); "
-        "null for random ones",
+        "what training starts from: a file of weights, a run folder, a hub folder, or a name of "
+        "timm.list_pretrained(); null for random ones",
         None,
     )
     pos_embed: str = setting(
@@ -300,11 +300,38 @@ class DistillConfig:
     def __post_init__(self):
         if self.teacher.weights is None and not self.teacher.is_folder:
             raise ConfigError(
-                "teacher.weights is missing: an untrained teacher has nothing to teach, give a file, a folder or a name "
-                "of timm.list_pretrained()."
+                "teacher.weights is missing: an untrained teacher has nothing to teach, give a file, a folder or a "
+                "name of timm.list_pretrained()."
             )
         if self.kind != "soft" and self.temperature != DistillConfig.temperature:
             raise ConfigError(f"temperature {self.temperature:g} has no effect under kind {self.kind!r}: leave it out.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HealConfig:
+    """How a converted model wins back accuracy from its original, the teacher of train.distill."""
+
+    parameters: str = setting(
+        "what is trained. new: token projections; touched: those and the attention of layers that are not exact; all",
+        "all",
+        choices=("new", "touched", "all"),
+    )
+    outputs: float = setting(
+        "weight in the loss of the squared error of each layer's attention output, over the teacher's mean square; "
+        "0 is off",
+        0.0,
+        minimum=0,
+    )
+    anneal_epochs: float = setting(
+        "epochs, or a part of one, over which the plan's attention takes the place of the original's; 0 is at once",
+        0.0,
+        minimum=0,
+    )
+
+    @property
+    def compares_layers(self) -> bool:
+        """Whether layers are trained against, or together with, those of the original."""
+        return bool(self.outputs or self.anneal_epochs)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -384,6 +411,7 @@ class TrainConfig:
     resolution: ResolutionConfig | None = setting("progressive resolution", None)
     mixup: MixupConfig | None = setting("mixing of image pairs", None)
     distill: DistillConfig | None = setting("learning from a trained model", None)
+    heal: HealConfig | None = setting("winning back what a conversion cost", None)
     freeze: tuple[str, ...] = setting("parameters or modules that stay as they are, by name; * stands for any text", ())
     ema: EmaConfig | None = setting("moving average of the weights", None)
     clip: ClipConfig | None = setting("gradient clipping", None)
@@ -415,9 +443,32 @@ class TrainConfig:
             raise ConfigError(
                 f"loss.target_threshold {self.loss.target_threshold:g} has no effect without train.mixup: leave it out."
             )
+        if self.heal is not None:
+            self._check_heal(self.heal)
         if self.accumulation_steps > self.global_batch_size:
             raise ConfigError(
                 f"accumulation_steps {self.accumulation_steps} is more than the batch of {self.global_batch_size}."
+            )
+
+
+    def _check_heal(self, heal: HealConfig) -> None:
+        if self.distill is None:
+            raise ConfigError("heal needs the original as a teacher: give distill.teacher, or leave heal out.")
+        if heal.anneal_epochs >= self.epochs:
+            raise ConfigError(
+                f"heal.anneal_epochs {heal.anneal_epochs:g} leaves nothing of {self.epochs} epochs to the plan alone: "
+                "make it smaller, or train for longer."
+            )
+        excluded = {
+            "compile: true": self.compile,
+            "grad_checkpointing: true": self.grad_checkpointing,
+            "strategy: fsdp2": self.strategy == "fsdp2",
+            "resolution": self.resolution is not None,
+        }
+        for setting_name in (name for name, is_on in excluded.items() if is_on and heal.compares_layers):
+            raise ConfigError(
+                f"heal.outputs and anneal_epochs run the layers one by one, at the teacher's size, and exclude "
+                f"{setting_name}: leave that out, or set both to 0."
             )
 
 
