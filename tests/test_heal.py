@@ -190,6 +190,14 @@ def test_annealing_trains_values_by_both_paths_and_the_old_maps_by_none():
     assert all(parameter.grad is None for parameter in original.parameters())
 
 
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_every_parameter_has_a_gradient_at_every_share(share):
+    """Else a run of several ranks would end at its second step."""
+    model, original = _converted(CASES["mixture"])
+    Healing(model, original)(images(), share)[0].sum().backward()
+    assert not [name for name, parameter in model.named_parameters() if parameter.grad is None]
+
+
 def test_values_that_are_not_the_originals_are_refused():
     model, original = _converted(CASES["reuse"])
     with torch.no_grad():
@@ -207,6 +215,14 @@ def test_the_loss_of_outputs_by_hand():
     """Two layers, of which the second has only its first row: a twofold and a zero output of ones."""
     originals = {0: torch.ones(2, 3, 4), 1: torch.ones(2, 3, 4), 2: torch.full((1,), torch.nan)}
     assert outputs_loss({0: torch.full((2, 3, 4), 3.0), 1: torch.zeros(2, 1, 4)}, originals) == (4.0 + 1.0) / 2
+
+
+def test_the_loss_of_outputs_is_the_mean_of_its_parts():
+    """Else accumulated gradients and those of several ranks would not be those of the batch."""
+    found, original = torch.randn(3, 2, 5, 4) * torch.tensor([1.0, 5.0, 25.0]).view(3, 1, 1, 1), torch.randn(3, 2, 5, 4)
+    parts = [outputs_loss({0: found[i]}, {0: original[i] * 3**i}) for i in range(3)]
+    scaled = torch.cat([original[i] * 3**i for i in range(3)])
+    torch.testing.assert_close(outputs_loss({0: found.flatten(0, 1)}, {0: scaled}), torch.stack(parts).mean())
 
 
 def test_attention_outputs_are_those_of_one_pass():
@@ -228,13 +244,13 @@ def test_attention_outputs_are_those_of_one_pass():
 def test_the_shipped_example_builds_in_a_tenth_of_its_teachers_steps(tmp_path, monkeypatch):
     digits = Path(__file__).parent.parent / "configs" / "digits"
     exact = load_config(digits / "exact.yaml")
-    for folder, plan in (("exact", "exact*6"), ("converted", "exact reuse*2 exact reuse*2")):
+    for folder, plan in (("exact", "exact*6"), ("converted", "(exact reuse*2)*2")):
         (tmp_path / "runs").mkdir(exist_ok=True)
         save_hub_folder(replace(exact.model, plan=plan).create(), tmp_path / "runs" / folder)
     monkeypatch.chdir(tmp_path)
     config = load_experiment(digits / "heal.yaml")
     model: Any = config.model.create("meta")
-    assert str(model.plan) == "exact reuse*2 exact reuse*2" and config.train.heal is not None
+    assert str(model.plan) == "(exact reuse*2)*2" and config.train.heal is not None
     assert config.train.distill is not None and config.train.distill.teacher.weights == "runs/exact/model.safetensors"
     assert config.train.epochs <= exact.train.epochs / 10
     assert config.train.global_batch_size == exact.train.global_batch_size
@@ -245,13 +261,14 @@ def healed(tmp_path, write):
     """The arguments of a run that heals a converted model; its original is plain timm's."""
 
     def arguments(plan: str, *overrides: str) -> list[str]:
-        original = timm.create_model("vit_tiny_patch16_224", **{**SIZES, "depth": 3})
+        keywords: Any = {**SIZES, "depth": 3}
+        original = timm.create_model("vit_tiny_patch16_224", **keywords)
         torch.manual_seed(1)
         with torch.no_grad():
             for parameter in original.parameters():
                 parameter.add_(torch.randn_like(parameter), alpha=0.2)
         save_hub_folder(original, tmp_path / "original", crop_pct=1.0)
-        model: Any = timm.create_model("vit_reuse_tiny_patch16_224", **{**SIZES, "depth": 3, "plan": plan})
+        model: Any = timm.create_model("vit_reuse_tiny_patch16_224", plan=plan, **keywords)
         load_checkpoint(model, original.state_dict())
         save_hub_folder(model, tmp_path / "converted", crop_pct=1.0)
         teacher = f"{{kind: soft, alpha: 0.9, teacher: {{name: 'local-dir:{tmp_path / 'original'}'}}}}"
@@ -326,16 +343,17 @@ def test_only_the_chosen_parameters_move_and_the_outputs_come_nearer(tmp_path, h
             ["train.heal.parameters=new", "train.freeze=['*.key_proj']"],
             "train.freeze holds all that train.heal.parameters 'new' trains: freeze fewer.",
         ),
-        ("exact*3", ["train.heal={anneal_epochs: 0.5}"], "has no effect on the plan 'exact*3': set it to 0."),
+        ("exact*3", ["train.heal={anneal_epochs: 0.5}"], "has no effect on plan 'exact*3': set it to 0."),
+        ("none*3", [], "train.heal.outputs has no effect on plan 'none*3', without attention: set it to 0."),
         (
             "exact reuse exact",
-            ["model={name: vit_tiny_patch16_224, weights: null}"],
+            [f"model={{name: vit_tiny_patch16_224, keywords: {json.dumps(SIZES)}}}"],
             "train.heal needs a model with a plan, VisionTransformer has none: convert it first.",
         ),
         (
             "exact reuse exact",
-            ["train.distill.teacher.keywords={class_token: false, global_pool: avg}"],
-            "0 prefix tokens and 2 x 2 patches where the model is a ViT of 3 layers, 16 channels, 1 prefix tokens",
+            ["train.distill.teacher.keywords={img_size: 16}"],
+            "1 prefix tokens and 4 x 4 patches where the model is a ViT of 3 layers, 16 channels, 1 prefix tokens and",
         ),
     ],
 )

@@ -48,6 +48,8 @@ def create_healing(settings: HealConfig, model: Any, original: Any) -> Healing |
     if not settings.compares_layers:
         return None
     _check_original(model, original)
+    if settings.outputs and all(spec.word == "none" for spec in model.plan):
+        raise ConfigError(f"train.heal.outputs has no effect on plan '{model.plan}', without attention: set it to 0.")
     return Healing(model, original if settings.anneal_epochs else None)
 
 
@@ -127,14 +129,15 @@ def attention_outputs(model: Any) -> Iterator[Outputs]:
 
 
 def outputs_loss(outputs: Outputs, originals: Outputs) -> Tensor:
-    """Mean over the layers of the squared error of attention outputs, each over the mean square of the original's.
+    """Mean over layers and images of the squared error of attention outputs over the mean square of the original's.
 
-    Of the last layer a model may have computed the rows of its class tokens alone.
+    Of the last layer a model may have computed the rows of its class tokens alone. Each image has its own divisor, so
+    that the loss of a batch is the mean of those of its parts.
     """
     errors = []
     for layer, output in outputs.items():
         original = originals[layer][:, : output.shape[1]].float()
-        errors.append(F.mse_loss(output.float(), original) / original.square().mean())
+        errors.append((output.float() - original).square().mean((1, 2)) / original.square().mean((1, 2)))
     return torch.stack(errors).mean()
 
 
@@ -156,7 +159,7 @@ class Healing(nn.Module):
         if original is None:
             return
         if all(spec.word == "exact" for spec in model.plan):
-            raise ConfigError(f"train.heal.anneal_epochs has no effect on the plan '{model.plan}': set it to 0.")
+            raise ConfigError(f"train.heal.anneal_epochs has no effect on plan '{model.plan}': set it to 0.")
         for layer, block in enumerate(model.blocks):
             if block.spec.word != "exact":
                 self.held[str(layer)] = _held_layer(original.blocks[layer], block, layer)
@@ -169,8 +172,7 @@ class Healing(nn.Module):
         for layer, block in enumerate(model.blocks):
             is_last = layer == len(model.blocks) - 1
             num_queries = model.num_class_rows if is_last and model.reads_class_rows else None
-            held = self.held[str(layer)] if share < 1 and str(layer) in self.held else None
-            rows = x[:, :num_queries]
+            rows, held = x[:, :num_queries], self._held(layer, share)
             if block.has_attention:
                 tokens = block.norm1(x)
                 y, carry = block.attn(tokens, carry, grid, num_queries)
@@ -179,10 +181,14 @@ class Healing(nn.Module):
                 outputs[layer] = y
                 rows = rows + block.drop_path1(block.ls1(y))
             elif held is not None:
-                y = held.ls1(exact_output(held.attn, held.attn, held.norm1(x), num_queries))
-                rows = rows + block.drop_path1((1 - share) * y)
+                y = exact_output(held.attn, held.attn, held.norm1(x), num_queries)
+                rows = rows + block.drop_path1((1 - share) * held.ls1(y))
             x = rows + block.drop_path2(block.ls2(block.mlp(block.norm2(rows))))
         return model.forward_head(model.norm(x)), outputs
+
+    def _held(self, layer: int, share: float) -> Any:
+        """What a layer still holds on to at a share of the plan's; None for nothing."""
+        return self.held[str(layer)] if share < 1 and str(layer) in self.held else None
 
 
 def exact_output(held: Any, attn: Any, x: Tensor, num_queries: int | None) -> Tensor:

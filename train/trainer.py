@@ -224,16 +224,17 @@ class Trainer:
 
     def _loss(self, images: Tensor, targets: Tensor) -> Tensor:
         """The mean loss of some images; the last head learns from the teacher if there is one."""
-        (logits, outputs), distill, heal = self._run(images), self.config.train.distill, self.config.train.heal
+        logits, outputs = self._run(images)
+        distill, heal = self.config.train.distill, self.config.train.heal
         loss = self.criterion(logits[0], targets)
         if distill is None or self.teacher is None:
             return loss
-        compares_outputs = heal is not None and heal.outputs > 0
-        with self._autocast(), attention_outputs(self.teacher.model) if compares_outputs else nullcontext({}) as theirs:
+        weight = 0.0 if heal is None else heal.outputs
+        with self._autocast(), attention_outputs(self.teacher.model) if weight else nullcontext({}) as originals:
             answers = self.teacher(images)
         taught = distillation_loss(logits[-1], answers.float(), distill)
         loss = (1 - distill.alpha) * loss + distill.alpha * taught
-        return loss + heal.outputs * outputs_loss(outputs, theirs) if compares_outputs else loss
+        return loss + weight * outputs_loss(outputs, originals) if weight else loss
 
     def _autocast(self) -> torch.autocast:
         dtype = getattr(torch, self.config.train.precision)
