@@ -5,10 +5,18 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from vitreuse.cli import fold, models, plan, shards, similarity, tune
+from vitreuse.cli import convert, fold, models, plan, shards, similarity, tune
 from vitreuse.console import Parser, run_command
 
-COMMANDS = {"models": models, "plan": plan, "fold": fold, "tune": tune, "shards": shards, "similarity": similarity}
+COMMANDS = {
+    "models": models,
+    "plan": plan,
+    "fold": fold,
+    "tune": tune,
+    "shards": shards,
+    "similarity": similarity,
+    "convert": convert,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

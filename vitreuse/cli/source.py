@@ -49,13 +49,23 @@ def load_source(args: argparse.Namespace) -> Source:
     Raises:
         ValueError: The model is no ViT of timm or ours, has no weights, or there are no images.
     """
+    target, model, device = load_model(args)
+    sample = sample_images(target, model, args.data, args.images, args.split, args.seed)
+    return Source(target, model, sample, device, args.batch_size)
+
+
+def load_model(args: argparse.Namespace) -> tuple[Target, Any, torch.device]:
+    """The model that the arguments name, in evaluation mode on its device.
+
+    Raises:
+        ValueError: It is no ViT of timm or ours, or has no weights.
+    """
     device = choose_device(args.device)
     (target,) = resolve_targets([args.model])
     _refuse_other_than_vit(target)
     is_name = target.config is None and target.hub_dir is None
     model: Any = target.load_pretrained() if is_name and args.checkpoint is None else target.load(args.checkpoint)
-    sample = sample_images(target, model, args.data, args.images, args.split, args.seed)
-    return Source(target, model.to(device).eval(), sample, device, args.batch_size)
+    return target, model.to(device).eval(), device
 
 
 def words(text: str) -> tuple[Spec, ...]:
