@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from vitreuse.cli import export, fold, models, plan, shards, similarity, tune
+from vitreuse.cli import convert, export, fold, models, plan, shards, similarity, tune
 from vitreuse.console import Parser, run_command
 
 COMMANDS = {
@@ -15,6 +15,7 @@ COMMANDS = {
     "tune": tune,
     "shards": shards,
     "similarity": similarity,
+    "convert": convert,
     "export": export,
 }
 

@@ -19,8 +19,8 @@ from vitreuse.options import PlanOptions
 from vitreuse.plan import parse_plan
 from vitreuse.strict_yaml import nearest
 
-# Keywords that timm's own models do not have.
 PLAN_KEYWORDS = tuple(field.name for field in fields(PlanOptions))
+OWN_KEYWORDS = (*PLAN_KEYWORDS, "norm_eps")  # that timm's own models do not have
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ def _of_folder(model: ModelConfig, key: str) -> ModelConfig:
 def plain_model(model: ModelConfig) -> ModelConfig:
     """timm's own model of the same size and keywords, which ours is measured against."""
     name = plain_name(model.name) if model.name in default_cfgs else model.name
-    keywords = {key: value for key, value in model.keywords.items() if key not in PLAN_KEYWORDS}
+    keywords = {key: value for key, value in model.keywords.items() if key not in OWN_KEYWORDS}
     return replace(model, name=name, plan=None, keywords=keywords)
 
 
