@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import Any
 
 import timm
@@ -73,9 +74,7 @@ def read_keywords(model: Any) -> tuple[str, dict[str, Any]]:
     """
     layers_of(model)
     name = _name(model)
-    with torch.device("meta"):
-        usual = _shape(timm.create_model(name, plan="exact*" + str(_depth(name))))
-    found = _shape(model)
+    usual, found = _usual_shape(name), _shape(model)
     different = {key: value for key, value in found.items() if value != usual[key]}
     if "global_pool" in different:
         different["fc_norm"] = found["fc_norm"]  # which timm else derives from it
@@ -115,6 +114,13 @@ def _name(model: Any) -> str:
     if isinstance(model, VisionTransformerDistilled):
         return f"deit_reuse_{'base' if size == 'large' else size}_distilled_patch16_224"
     return f"vit_reuse_{size}_patch16_224"
+
+
+@cache
+def _usual_shape(name: str) -> dict[str, Any]:
+    """What a name of ours is without keywords."""
+    with torch.device("meta"):
+        return _shape(timm.create_model(name, plan="exact*" + str(_depth(name))))
 
 
 def _depth(name: str) -> int:
