@@ -70,10 +70,10 @@ def _of_features(wanted: Tensor, found: Tensor) -> dict[str, Tensor]:
 def _of_classes(wanted: Tensor, found: Tensor, labels: Tensor, has_labels: bool) -> dict[str, Tensor]:
     """A column per attribute of Agreement that logits have, a row per image."""
     classes, found_classes = (top_classes(logits, 1)[:, 0] for logits in (wanted, found))
-    log_probabilities = (logits.float().log_softmax(1) for logits in (found, wanted))
+    ours, theirs = (logits.float().log_softmax(1) for logits in (found, wanted))
     columns = {
         "equal_top1": 100.0 * (classes == found_classes),
-        "kl_divergence_nats": F.kl_div(*log_probabilities, reduction="none", log_target=True).sum(1),
+        "kl_divergence_nats": F.kl_div(ours, theirs, reduction="none", log_target=True).sum(1),
     }
     if has_labels:
         columns |= {"original_top1": 100.0 * (classes == labels), "converted_top1": 100.0 * (found_classes == labels)}

@@ -128,10 +128,12 @@ def _refuse_idle(args: argparse.Namespace, plan: Plan) -> None:
 
 def _samples(args: argparse.Namespace, target: Target, model: Any) -> _Samples | None:
     """None where nobody names images. What is learned from is the split train, where the images have one."""
-    if args.data is None and target.config is None:
-        return None
+    root = args.data
+    if root is None:
+        if target.config is None:
+            return None
+        root = Path(target.config.data.folder)
     shown = sample_images(target, model, args.data, args.images, args.split, args.seed)
-    root = args.data or Path(target.config.data.folder)
     split = "train" if (root / "train").is_dir() else args.split
     return _Samples(shown, sample_images(target, model, root, args.images, split, args.seed), split)
 
