@@ -17,14 +17,14 @@ from rich.console import RenderableType
 
 from eval.flops import model_macs, num_params
 from eval.table import Column, to_rich
-from vitreuse.config import ModelConfig, load_config
+from vitreuse.config import ModelConfig
 from vitreuse.console import choose_device, local_path, positive
 from vitreuse.durable import write_durably
 from vitreuse.inputs import DTYPES, example
 from vitreuse.measure import describe_machine, inference_call, time_interleaved
 from vitreuse.options import PlanOptions
 from vitreuse.plan import MAX_LAYERS, PRESETS, Plan, Spec, parse_plan, preset_plan
-from vitreuse.targets import exact_model
+from vitreuse.targets import exact_model, load_experiment
 from vitreuse.widen import LARGEST
 
 HELP = "configs of the models that a plan must beat at equal MACs, parameters or latency"
@@ -213,7 +213,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """The closest model of every control in every quantity, written to the output folder too."""
     device, path = choose_device(args.device), args.config
-    config = _checked(load_config(path).model, path)
+    config = _checked(load_experiment(path).model, path)
     latency_ms = partial(_latency_ms, device=device, dtype=args.dtype, num_repeats=args.repeats)
     measures = {"macs": _macs, "params": _params, "latency_ms": latency_ms}
     matches = []

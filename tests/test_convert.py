@@ -1,13 +1,35 @@
 """Trained models converted into plans: heads matched, tokens pooled, weights moved."""
 
 import itertools
+import json
+import math
+import re
+from dataclasses import asdict
 
+import numpy as np
+import pytest
+import timm
 import torch
+from cases import randomized
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
+from vitreuse import parse_plan
+from vitreuse.__main__ import main
+from vitreuse.agreement import agreement
 from vitreuse.attention.lowrank import grid_pooling
+from vitreuse.console import WorkProgress
+from vitreuse.convert import convert, fit_projections
+from vitreuse.durable import durable_folder
+from vitreuse.head_errors import measure_head_errors
 from vitreuse.heads import match_heads, order_of_heads, rows_of_heads
+from vitreuse.hub import save_hub_folder
+from vitreuse.images import sample_images
+from vitreuse.inputs import image_settings
+from vitreuse.shape import exact_copy
+from vitreuse.similarity import attention_maps, measure_redundancy
+from vitreuse.targets import resolve_targets
 
 
 def test_heads_are_matched_at_the_least_sum():
@@ -42,3 +64,340 @@ def test_grid_pooling_makes_square_cells():
 
 def test_grid_pooling_of_no_more_rows_than_prefix_tokens_is_a_mean():
     assert torch.allclose(grid_pooling((3, 3), 1, 1), torch.full((1, 10), 0.1))
+
+
+def trained(name="vit_tiny_patch16_224", **keywords):
+    """A small model of timm whose every parameter is random, in float64; a test's own keywords stand over these."""
+    torch.manual_seed(1)
+    sizes = {"depth": 3, "embed_dim": 24, "num_heads": 3, "img_size": 64, "num_classes": 5}
+    return randomized(timm.create_model(name, **{**sizes, **keywords})).double().eval()
+
+
+def pixels(model, num_images=3):
+    generator = torch.Generator().manual_seed(2)
+    return torch.randn(num_images, *image_settings(model)["input_size"], generator=generator, dtype=torch.float64)
+
+
+FAMILIES = {
+    "ViT with qk-norm": ("vit_tiny_patch16_224", {"qk_norm": True, "global_pool": "avg"}),
+    "other sizes": ("vit_tiny_patch16_224", {"img_size": (48, 80), "mlp_ratio": 2.3, "qkv_bias": False, "in_chans": 1}),
+    "DeiT III": ("deit3_small_patch16_224", {}),
+    "distilled DeiT": ("deit_tiny_distilled_patch16_224", {}),
+    "DINOv2 with registers": ("vit_small_patch14_reg4_dinov2", {"img_size": 56, "num_classes": 0}),
+    "any size": ("vit_small_patch14_dinov2", {"img_size": 56, "dynamic_img_size": True, "num_classes": 0}),
+    "all tokens": ("vit_tiny_patch16_224", {"global_pool": "", "num_classes": 0}),
+    "CLIP": ("vit_base_patch32_clip_quickgelu_224", {}),
+    "BEiT-3": ("beit3_base_patch16_224", {}),
+    "without class token": ("vit_wee_patch16_reg1_gap_256", {}),
+    "RMSNorm": ("test_vit4", {}),
+    "ours": ("vit_lazy_tiny_patch16_224", {"plan": "exact*3"}),
+}
+
+
+@pytest.mark.parametrize(("name", "keywords"), FAMILIES.values(), ids=FAMILIES)
+def test_a_plan_that_changes_nothing_converts_exactly(name, keywords, tmp_path):
+    model = trained(name, **keywords).float()
+    images = pixels(model).float()
+    converted = convert(model, "exact*3").model
+    state = model.state_dict()
+    assert state.keys() == converted.state_dict().keys()
+    assert all(torch.equal(value, state[key]) for key, value in converted.state_dict().items())
+    with torch.no_grad():
+        wanted = model.forward_head(model.forward_features(images))  # all rows of the last layer, as timm's forward
+        assert torch.equal(converted.forward_head(converted.forward_features(images)), wanted)
+        assert (converted(images) - wanted).abs().max() <= 1e-6 * wanted.abs().max()  # sums in another order
+        save_hub_folder(converted, tmp_path)
+        loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+        assert torch.equal(loaded(images), converted(images))
+
+
+FOREIGN = {
+    "swin_tiny_patch4_window7_224": "SwinTransformer cannot .* no VisionTransformer",
+    "convnext_atto": "ConvNeXt cannot",
+    "vit_small_patch16_18x2_224": "ParallelThingsBlock in layer 0",
+    "vit_dwee_patch16_reg1_gap_256": "DiffAttention in layer 0",
+    "vit_base_patch16_rpn_224": "ResPostBlock in layer 0",
+    "vit_giant_patch14_dinov2": "GluMlp in layer 0",
+    "vit_tiny_r_s16_p8_224": "HybridEmbed",
+    "test_vit3": "pools by attention",
+    "vit_reuse_tiny_patch16_224": "'reuse' already: give the model with exact attention",
+}
+
+
+@pytest.mark.parametrize(("name", "said"), FOREIGN.items())
+def test_what_no_plan_expresses_is_refused(name, said):
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    with pytest.raises(ValueError, match=said):
+        convert(model, "exact*12")
+
+
+def test_what_no_weight_shows_is_refused():
+    for change in (
+        lambda model: setattr(model.blocks[1].norm2, "eps", 1e-3),
+        lambda model: setattr(model.blocks[2].mlp, "act", torch.nn.ReLU()),
+        lambda model: model.blocks[1].register_forward_hook(lambda _, inputs, output: 2 * output),
+    ):
+        model = trained()
+        change(model)
+        with pytest.raises(ValueError, match=r"norm2 = LayerNorm\(eps=0.001\)|mlp.act = ReLU|makes something else"):
+            convert(model, "exact*3")
+
+
+PLANS = ["exact reuse reuse:1", "exact reuse:2 reuse:1 none reuse:2 reuse", "exact none reuse:0 reuse:3 exact reuse:1"]
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("keywords", [
+    {"qk_norm": True, "scale_attn_norm": True, "init_values": 0.1},
+    {"reg_tokens": 2},
+])
+def test_converted_heads_read_what_they_are_matched_to(plan, keywords):
+    model = trained(depth=len(parse_plan(plan)), **keywords)
+    depth = len(model.blocks)
+    distances = torch.rand(depth, depth, 3, 3, generator=torch.Generator().manual_seed(4))
+    conversion = convert(model, plan, distances)
+    assert any(matched != sorted(matched) for matched in conversion.matches.values())
+    images = pixels(model)
+    assert torch.allclose(conversion.model(images), by_hand(model, plan, conversion.matches, images))
+    assert not torch.allclose(convert(model, plan).model(images), conversion.model(images))
+
+
+def by_hand(model, plan, matches, images):
+    """The plan on the original's weights, no head moved: maps are handed on as a list, new ones first."""
+    x, handed = model._pos_embed(model.patch_embed(images)), []
+    for layer, (block, spec) in enumerate(zip(model.blocks, parse_plan(plan), strict=True)):
+        if spec.word != "none":
+            attn, y = block.attn, block.norm1(x)
+            q, k, v = attn.qkv(y).unflatten(2, (3, 3, 8)).permute(2, 0, 3, 1, 4)
+            maps = [*(attn.q_norm(q) @ attn.k_norm(k).mT * attn.scale).softmax(-1).unbind(1)]
+            matched = matches.get(layer, [])
+            own = [maps[head] for head in range(3) if head not in matched]
+            for head, read in zip(matched, handed, strict=False):
+                maps[head] = read
+            handed = own + handed[: len(matched)]
+            mixed = (torch.stack(maps, 1) @ v).transpose(1, 2).flatten(2)
+            x = x + block.ls1(attn.proj(attn.norm(mixed)))
+        x = x + block.ls2(block.mlp(block.norm2(x)))
+    return model.forward_head(model.norm(x))
+
+
+def test_heads_in_another_order_are_found():
+    """A second layer that computes the first one's maps in another order loses nothing by reading them."""
+    model = trained(depth=2)
+    first, second = model.blocks
+    with torch.no_grad():
+        for part in (first.attn.proj, first.mlp.fc2):  # so that both layers get the same tokens
+            part.weight.zero_()
+            part.bias.zero_()
+        second.norm1.load_state_dict(first.norm1.state_dict())
+        rows = rows_of_heads([2, 0, 1], 8)
+        for mine, its in zip(second.attn.qkv.parameters(), first.attn.qkv.parameters(), strict=True):
+            mine[:48] = its.unflatten(0, (3, 24))[:2, rows].flatten(0, 1)
+    images = pixels(model)
+    progress = WorkProgress("", "", 3, enabled=False)
+    for distances in (
+        measure_head_errors(exact_copy(model), [(images,)], progress),
+        measure_redundancy(model, [(images,)], progress).variation,
+    ):
+        conversion = convert(model, "exact reuse", distances)
+        assert conversion.matches == {1: [1, 2, 0]}
+        assert torch.allclose(conversion.model(images), model(images))
+    assert not torch.allclose(convert(model, "exact reuse").model(images), model(images))
+
+
+@pytest.mark.parametrize("keywords", [{"init_values": 0.3}, {"global_pool": "avg"}])
+def test_head_errors_are_those_of_the_layers_output(keywords):
+    model = exact_copy(trained(**keywords))
+    images = pixels(model)
+    errors = measure_head_errors(model, [(images[:2],), (images[2:],)], WorkProgress("", "", 3, enabled=False))
+    given = []
+    hook = model.blocks[2].attn.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
+    maps = [made.weights for made in attention_maps(model, images)]
+    hook.remove()
+    attn, ls1 = model.blocks[2].attn, model.blocks[2].ls1
+    values = attn.qkv(given[0])[..., 48:].unflatten(2, (3, 8)).transpose(1, 2)
+
+    def output(weights):
+        mixed = ls1(attn.proj((weights @ values).transpose(1, 2).flatten(2)))
+        return mixed if "global_pool" in keywords else mixed[:, :1]
+
+    for read, own in itertools.product(range(3), range(3)):
+        changed = maps[2].clone()
+        changed[:, own] = maps[1][:, read]
+        wanted = (output(changed) - output(maps[2])).square().sum() / 3
+        assert torch.isclose(errors[1, 2, read, own].double(), wanted, rtol=1e-5)
+    assert not errors[2, 1].any()
+
+
+@pytest.mark.parametrize("sharing", ["none", "headwise", "key_value", "layerwise"])
+def test_token_projections_start_as_pooling(sharing):
+    model = trained()
+    conversion = convert(model, "lowrank:9 exact lowrank:9", lowrank_sharing=sharing)
+    for key in conversion.new:
+        projection = conversion.model.get_parameter(key)
+        assert torch.equal(projection.float(), grid_pooling((4, 4), 1, 9).expand(projection.shape))
+    count = {"none": 4, "headwise": 4, "key_value": 2, "layerwise": 1}[sharing]
+    assert len(conversion.new) == count
+    names = [f"{part}.{kind}" for part in ("qkv", "proj") for kind in ("weight", "bias")]
+    assert conversion.touched == tuple(f"blocks.{layer}.attn.{name}" for layer in (0, 2) for name in names)
+
+
+@pytest.mark.parametrize("options", [{}, {"lowrank_sharing": "none"}, {"lowrank_projection": "conv"}])
+def test_fitted_projections_come_nearer_and_are_the_same_again(options, monkeypatch):
+    monkeypatch.setattr("vitreuse.convert.FIT_STEPS", 30)
+    model = trained()
+    images = pixels(model, 8)
+    pooled, fitted, again = (convert(model, "exact lowrank:5 lowrank:9", **options) for _ in range(3))
+    errors = fit_projections(fitted, [images[:4], images[4:]])
+    fit_projections(again, [images[:4], images[4:]])
+    assert list(errors) == [1, 2]
+    assert all(after < before for before, after in errors.values())
+    for key, value in fitted.model.state_dict().items():
+        assert torch.equal(value, again.model.state_dict()[key])
+        assert torch.equal(value, pooled.model.state_dict()[key]) == (key not in fitted.new)
+
+    def distance(conversion):
+        return (conversion.model.forward_features(images) - model.forward_features(images)).norm()
+
+    assert distance(fitted) < distance(pooled)
+
+
+def test_one_projection_for_all_layers_is_not_fitted():
+    conversion = convert(trained(), "lowrank:9*3", lowrank_sharing="layerwise")
+    with pytest.raises(ValueError, match="choose the pooled start"):
+        fit_projections(conversion, [pixels(conversion.model)])
+
+
+def test_agreement_is_that_of_probabilities_and_classes():
+    logits = torch.tensor([[2.0, 1.0], [0.0, 3.0], [1.0, 0.0]])
+    others = torch.tensor([[1.0, 2.0], [0.0, 3.0], [1.0, 0.0]])
+    labels = torch.tensor([1, 1, 1])
+    original, converted = (Said(said) for said in (logits, others))
+    batches = [(torch.arange(2), labels[:2]), (torch.arange(2, 3), labels[2:])]
+    found = agreement(original, converted, batches, has_labels=True)
+    p = 1 / (1 + math.exp(-1))
+    divergence = (p * math.log(p / (1 - p)) + (1 - p) * math.log((1 - p) / p)) / 3
+    expected = (200 / 3, divergence, 100 / 3, 200 / 3)
+    measured = (found.equal_top1, found.kl_divergence_nats, found.original_top1, found.converted_top1)
+    assert measured == pytest.approx(expected, rel=1e-5)
+    assert (found.num_images, found.cosine) == (3, None)
+    assert agreement(original, converted, batches, has_labels=False).original_top1 is None
+    features = agreement(Said(logits, 0), Said(others, 0), batches, has_labels=False)
+    assert features.cosine == pytest.approx((4 / 5 + 1 + 1) / 3) and features.equal_top1 is None
+
+
+class Said(torch.nn.Module):
+    """A model whose images are numbers of its answers."""
+
+    def __init__(self, answers, num_classes=2):
+        super().__init__()
+        self.answers, self.num_classes = torch.nn.Parameter(answers), num_classes
+
+    def forward(self, numbers):
+        return self.answers[numbers]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A hub folder of a small model of five classes, images of as many, and weights of a model."""
+    root = tmp_path_factory.mktemp("convert")
+    random = np.random.RandomState(0)
+    for split, label in itertools.product(("train", "val"), range(5)):
+        (root / "data" / split / str(label)).mkdir(parents=True)
+        pixels = random.randint(0, 255, (32, 32, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(root / "data" / split / str(label) / "0.png")
+    (root / "empty").mkdir()
+    save_hub_folder(trained(patch_size=8, img_size=32).float(), root / "model")
+    return root
+
+
+def command(folder, *argv):
+    return main(["convert", str(folder / "model"), *map(str, argv)])
+
+
+def test_the_command_writes_a_folder_that_timm_loads(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("vitreuse.convert.FIT_STEPS", 20)
+    argv = ("--plan", "exact reuse:2 lowrank:6", "-o", tmp_path / "new", "--data", folder / "data", "--json")
+    assert command(folder, *argv) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert json.loads((tmp_path / "new" / "conversion.json").read_text()) == {
+        key: value for key, value in result.items() if key != "output"
+    }
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == [
+        "config.json",
+        "conversion.json",
+        "model.safetensors",
+    ]
+    assert (result["heads"], result["lowrank_start"], result["images"]) == ("error", "fitted", {"train": 5, "val": 5})
+    assert result["new"] == ["blocks.2.attn.key_proj"] and result["macs"][0] > result["macs"][1]
+    model = timm.create_model(f"local-dir:{folder / 'model'}", pretrained=True).eval()
+    converted = timm.create_model(f"local-dir:{tmp_path / 'new'}", pretrained=True).eval()
+    assert result["params"] == [sum(p.numel() for p in of.parameters()) for of in (model, converted)]
+    (images, labels) = next(iter(read_images(folder, model)))
+    measured = asdict(agreement(model, converted, [(images, labels)], has_labels=True))
+    assert result["agreement"].pop("cosine") is measured.pop("cosine") is None
+    assert result["agreement"] == pytest.approx(measured, rel=1e-4)
+    capsys.readouterr()
+    assert main(["convert", str(tmp_path / "new"), "--plan", "exact*3", "-o", str(tmp_path / "again")]) == 2
+    assert "give the model with exact attention" in capsys.readouterr().err
+
+
+def read_images(folder, model):
+    (target,) = resolve_targets([str(folder / "model")])
+    return sample_images(target, model, folder / "data", 5).batches(5)
+
+
+@pytest.mark.parametrize(("argv", "heads", "start"), [
+    (("--data", "{tmp}/data", "--no-match-heads", "--lowrank-start", "random"), "in order", "random"),
+    (("--data", "{tmp}/data", "--match-by", "variation", "--lowrank-sharing", "layerwise"), "variation", "pooled"),
+    (("--lowrank-projection", "mean"), "in order", None),
+    ((), "in order", "pooled"),
+])
+def test_what_is_done_is_what_is_asked_and_said(folder, argv, heads, start, tmp_path, capsys):
+    argv = [text.format(tmp=folder) for text in argv]
+    assert command(folder, "--plan", "exact reuse lowrank:6", "-o", tmp_path / "new", *argv, "--json") == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["heads"], result["lowrank_start"]) == (heads, start)
+    assert (result["agreement"] is None) == ("--data" not in argv)
+
+
+@pytest.mark.parametrize(("argv", "said"), [
+    (("--plan", "exact*4"), "plan has 4 layers, the model has 3"),
+    (("--plan", "exact*3", "-o", "{tmp}/model"), "/model holds .* already: give a folder that is new or empty"),
+    (("--plan", "exact*3", "--data", "{tmp}/empty"), "neither shards, nor class folders, nor images"),
+    (("--plan", "exact*3", "--no-match-heads"), "--no-match-heads has no effect on plan 'exact[*]3'"),
+    (("--plan", "exact reuse*2", "--lowrank-start", "pooled"), "--lowrank-start has no effect"),
+    (("--plan", "exact reuse*2", "--match-by", "error"), "--match-by needs images"),
+    (("--plan", "lowrank:4*3", "--lowrank-start", "fitted"), "--lowrank-start fitted needs images.*give --data DIR"),
+    (("--plan", "exact*3", "--checkpoint", "{tmp}/empty"), "cannot be read as weights"),
+])
+def test_wrong_input_is_one_sentence(folder, argv, said, tmp_path, capsys):
+    assert command(folder, "-o", tmp_path / "new", *(text.format(tmp=folder) for text in argv)) == 2
+    told = capsys.readouterr().err
+    assert len(told.splitlines()) == 1 and re.search(said, told), told
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_name_without_weights_and_weights_of_another_size_are_one_sentence(folder, tmp_path, capsys):
+    for argv, said in (
+        (["swin_tiny_patch4_window7_224"], "whose attention takes no plan"),
+        (["vit_tiny_patch16_224", "--checkpoint", folder / "model" / "model.safetensors"], "does not fit"),
+        (["vit_reuse_tiny_patch16_224"], "neither a file nor pretrained weights"),
+    ):
+        assert main(["convert", *map(str, argv), "--plan", "exact*12", "-o", str(tmp_path / "new")]) == 2
+        told = capsys.readouterr().err
+        assert len(told.splitlines()) == 1 and said in told
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+    with pytest.raises(KeyboardInterrupt), durable_folder(tmp_path / "new") as folder:
+        (folder / "half").write_text("half")
+        assert not (tmp_path / "new").exists()
+        raise KeyboardInterrupt
+    assert not any(tmp_path.iterdir())
+    with durable_folder(tmp_path / "new") as folder:
+        (folder / "whole").write_text("whole")
+    assert [path.name for path in tmp_path.rglob("*")] == ["new", "whole"]
+    with pytest.raises(ValueError, match="new holds whole already"), durable_folder(tmp_path / "new"):
+        pass

@@ -418,7 +418,7 @@ def test_float16_steps_on_gradients_of_the_scaled_loss(make):
     assert all(parameter.dtype == torch.float32 for parameter in half.model.parameters())
     with half._autocast():
         assert half.model(next(half.remaining_batches()).images).dtype == torch.float16
-    assert half._logits(next(half.remaining_batches()).images)[0].dtype == torch.float32
+    assert half._run(next(half.remaining_batches()).images)[0][0].dtype == torch.float32
 
 
 def _overflowing(model: nn.Module) -> Any:

@@ -86,7 +86,7 @@ def test_the_command_measures_writes_and_says_what_auto_chooses(capsys):
         costs = point["costs_ns"]
         points = written[f"cpu {point['dtype']} {point['mode']}"]
         assert (point["num_keys"], *costs.values()) in points and min(costs.values()) > 0
-        assert point["attention"] == ("fused" if costs["fused"] <= costs["unfused"] else "unfused")
+        assert point["attention"] == ("fused" if costs["fused"] <= 1.05 * costs["unfused"] else "unfused")
         for readers, way in point["carried_by_readers"].items():
             uses = int(readers) + 1
             repays = costs["make"] + uses * costs["apply"] <= uses * min(costs["fused"], costs["unfused"])

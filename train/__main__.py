@@ -15,7 +15,7 @@ from train.doctor import doctor
 from train.loop import train
 from train.trainer import DivergedError
 from train.verify import verify_resume
-from vitreuse.config import ConfigError, load_config
+from vitreuse.config import ConfigError
 from vitreuse.console import (
     DONE,
     FAILED,
@@ -32,6 +32,7 @@ from vitreuse.console import (
 from vitreuse.data import DataError
 from vitreuse.local import refuse_idle_allow, refuse_url
 from vitreuse.strict_yaml import nearest
+from vitreuse.targets import load_experiment
 
 USAGE = "usage: python -m train CONFIG [section.key=value ...] [run_dir=PATH] [--allow KIND] [--doctor|--verify-resume]"
 HELP = f"""{USAGE}
@@ -54,7 +55,7 @@ def main(arguments: list[str]) -> int:
         return DONE
     try:
         path, overrides, run_dir, option, allow = _parse(arguments)
-        config = load_config(path, overrides)
+        config = load_experiment(path, overrides)
         refuse_idle_allow(allow, [config.data.root])
     except ConfigError as error:
         if is_first_of_machine():

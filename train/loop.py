@@ -151,6 +151,8 @@ class _Loop:
         trainer = self.trainer
         name, step, num_steps = self.folder.path.name, trainer.counters.step, trainer.num_steps
         with WorkProgress(name, "steps", num_steps, step, enabled=self.ranks.is_main) as self.progress:
+            if self.config.train.heal is not None and not step and not self._record(0, "heal"):
+                self._record_before_healing()
             if trainer.at_epoch_end and not self._epoch_is_recorded():
                 self._end_epoch()
             while trainer.counters.step < trainer.num_steps:
@@ -245,7 +247,21 @@ class _Loop:
     def _epoch_is_recorded(self) -> bool:
         """Whether nothing is left to do of the epoch before; a start that was stopped may have left its evaluation."""
         step = self.trainer.counters.step
-        return self.ranks.gather(step == 0 or (self.ranks.is_main and self.folder.has_epoch(step)))[0]
+        return step == 0 or self._record(step, "epoch") is not None
+
+    def _record(self, step: int, kind: str) -> dict[str, Any] | None:
+        """The record of a kind at a step, the same on all ranks."""
+        return self.ranks.gather(self.folder.record(step, kind) if self.ranks.is_main else None)[0]
+
+    def _record_before_healing(self) -> None:
+        """Measures the teacher, and the model as it was converted."""
+        assert self.trainer.teacher is not None  # the schema's rule
+        before = self._predict(self.trainer.final_model)
+        teacher = self._predict(self.trainer.teacher.model)
+        if self.ranks.is_main:
+            figures = {"teacher_top1": teacher.top1, "before_top1": before.top1}
+            self.folder.log("heal", step=0, epoch=0, **figures)
+            self.progress.line(f"top-1 {teacher.top1:.2f} % of the teacher, {before.top1:.2f} % before healing")
 
     def _end_epoch(self) -> None:
         counters, epoch = self.trainer.counters, self.trainer.epoch
@@ -283,6 +299,7 @@ class _Loop:
 
     def _finish(self) -> None:
         measured = self.measured or self._evaluate()  # resumed after the last step, nothing was measured
+        begun = self._record(0, "heal")
         weights = self.trainer.final_weights()
         if not self.ranks.is_main:
             return
@@ -295,8 +312,20 @@ class _Loop:
             skipped=counters.skipped,
             seconds=seconds,
             **measured.figures,
+            **(self._regained(begun, measured.figures["top1"]) if begun else {}),
         )
         self.folder.finish(self.trainer.final_model, weights, measured.predictions, seconds)
+
+
+    def _regained(self, begun: dict[str, Any], top1: float) -> dict[str, float | None]:
+        """What healing has won back, as it is said and recorded; of a model that had lost nothing no share is known."""
+        figures = {name: begun[name] for name in ("teacher_top1", "before_top1")}
+        teacher, before = figures.values()
+        share = 100 * (top1 - before) / (teacher - before) if teacher > before else None
+        regained = "nothing had been lost" if share is None else f"{share:.0f} % of the loss regained"
+        said = f"top-1 {teacher:.2f} % of the teacher, {before:.2f} % before healing, {top1:.2f} % after: {regained}."
+        _say(self.ranks, said)
+        return {**figures, "regained_percent": share}
 
 
 def _finite(number: float) -> float | None:

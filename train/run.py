@@ -2,7 +2,7 @@
 
 RUN_DIR/config.yaml         the resolved experiment
         run.json            status, versions, commit, command, hardware, plan
-        metrics.jsonl       one object a line; kind is step, epoch or final
+        metrics.jsonl       one object a line; kind is step, epoch, heal or final
         ledger.jsonl        with train.ledger: step, rank and the keys of its samples
         tensorboard/ wandb/ with train.loggers: the same records, for those programs
         checkpoints/        see checkpoint.py
@@ -23,7 +23,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 from torch import Tensor, nn
 
 from eval import card
@@ -34,6 +33,7 @@ from train.trackers import Start, Trackers
 from vitreuse.config import Config, ConfigError, changed_settings, load_config, to_yaml
 from vitreuse.console import is_first_rank
 from vitreuse.durable import TEMPORARY_FILES, exclusive_lock, sync, write_durably
+from vitreuse.hub import WEIGHTS, pack_weights
 from vitreuse.measure import describe_machine
 
 LOCK_FILE = ".lock"
@@ -171,9 +171,10 @@ class RunFolder:
         with open(self.path / name, "a", encoding="utf-8") as file:
             file.write(json.dumps(record, allow_nan=False) + "\n")
 
-    def has_epoch(self, step: int) -> bool:
-        """Whether metrics.jsonl has the record of the epoch that ends with a step."""
-        return any((record["kind"], record["step"]) == ("epoch", step) for record in self.records())
+    def record(self, step: int, kind: str) -> dict[str, Any] | None:
+        """The record of a kind that metrics.jsonl has at a step, if it has one."""
+        found = (record for record in self.records() if (record["kind"], record["step"]) == (kind, step))
+        return next(found, None)
 
     def records(self) -> list[dict[str, Any]]:
         """What metrics.jsonl holds."""
@@ -198,9 +199,8 @@ class RunFolder:
             seconds: Spent training, over all starts of the run.
         """
         settings = self.config.model
-        metadata = {"name": settings.name, "plan": _plan_text(model) or "", "keywords": json.dumps(settings.keywords)}
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-        write_durably(self.path / "model.safetensors", safetensors.torch.save(tensors, {**metadata, "format": "pt"}))
+        content = pack_weights(weights, settings.name, _plan_text(model), settings.keywords)
+        write_durably(self.path / WEIGHTS, content)
         write_durably(self.path / "predictions.csv", predictions.to_csv().encode())
         self._card(predictions, seconds).write(self.path / card.NAME)
         self.describe(status="completed")

@@ -27,9 +27,10 @@ from eval.card import NAME as CARD
 from eval.card import is_of, read_card
 from train.distributed import StopSignal
 from train.run import RunFolder
-from vitreuse.config import ConfigError, load_config
+from vitreuse.config import ConfigError
 from vitreuse.console import DONE, STOPPED, WRONG_INPUT, print_error, progress_bars
 from vitreuse.durable import write_durably
+from vitreuse.targets import load_experiment
 
 USAGE = "usage: python -m train.sweep CONFIG... [section.key=value ...] [runs=DIR] [jobs=N] [seeds=N] [cards=DIR]"
 SECONDS_BETWEEN_LOOKS = 0.5
@@ -63,7 +64,7 @@ class Run:
     def _has_card(self) -> bool:
         if self.card is None or not self.card.exists():
             return False
-        if not is_of(read_card(self.card), load_config(self.config, self.overrides)):
+        if not is_of(read_card(self.card), load_experiment(self.config, self.overrides)):
             raise ConfigError(
                 f"{self.card} is the card of another model, recipe or seed than {self.config}: remove it to train "
                 "again, or name another folder with cards=DIR."
@@ -73,7 +74,7 @@ class Run:
     def _has_completed_folder(self) -> bool:
         """By a look at the folder: the process would take seconds to say so."""
         try:
-            folder = RunFolder(self.folder, load_config(self.config, self.overrides))
+            folder = RunFolder(self.folder, load_experiment(self.config, self.overrides))
             folder.refuse_other_run()
         except ConfigError:  # which its process will print
             return False

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from eval.distributed import Ranks
 from train.distill import create_teacher, distillation_loss
 from train.distributed import replicated
+from train.heal import Outputs, attention_outputs, create_healing, outputs_loss, plan_share
 from train.order import RankBatches, Stream, seed_sequence
 from train.pipeline import Batch, Normalize, TrainingImages, create_loader, create_mixup, seed_generators
 from train.recipe import create_criterion, create_optimizer, create_scheduler, freeze
@@ -94,6 +95,9 @@ class Trainer:
         self.mixup = create_mixup(config, model.num_classes)
         self.teacher = None if recipe.distill is None else create_teacher(recipe.distill, model, settings)
         freeze(model, recipe.freeze)
+        self.healing = None
+        if recipe.heal is not None and self.teacher is not None:  # the schema has no healing without a teacher
+            self.healing = create_healing(recipe.heal, model, self.teacher.model)
         self.criterion = create_criterion(config)
         self.ema = ModelEmaV3(model, recipe.ema.decay, use_warmup=recipe.ema.warmup) if recipe.ema else None
         self._is_sharded = recipe.strategy == "fsdp2" and ranks.world_size > 1
@@ -132,7 +136,14 @@ class Trainer:
     @cached_property
     def replica(self) -> Any:
         """The model that exchanges gradients; making it takes all ranks, so that it waits for the first step."""
-        return self.model if self._is_sharded else replicated(self.model, self.ranks)
+        return self.model if self._is_sharded else replicated(self.healing or self.model, self.ranks)
+
+    @property
+    def plan_share(self) -> float:
+        """The plan's share of the attention of converted layers in the next step, under train.heal.anneal_epochs."""
+        heal = self.config.train.heal
+        anneal_epochs = 0.0 if heal is None else heal.anneal_epochs
+        return plan_share(self.counters.step, round(anneal_epochs * self.batches.steps_per_epoch))
 
     def remaining_batches(self) -> Iterator[Batch]:
         """This rank's batches from the next step to the end of its epoch, normalised and on its device."""
@@ -189,7 +200,7 @@ class Trainer:
         images, targets = batch.images, batch.labels
         loss_sum = torch.zeros((), device=device)
         if not len(images):
-            self.scaler.scale(torch.stack(self._logits(self._empty_images)).sum() * 0).backward()
+            self.scaler.scale(torch.stack(self._run(self._empty_images)[0]).sum() * 0).backward()
             return loss_sum
         if self.mixup is not None:
             images, targets = self.mixup(images, targets)
@@ -202,22 +213,28 @@ class Trainer:
             loss_sum += loss.detach()
         return loss_sum
 
-    def _logits(self, images: Tensor) -> tuple[Tensor, ...]:
-        """What each head of the model says: one, or under token distillation two."""
+    def _run(self, images: Tensor) -> tuple[tuple[Tensor, ...], Outputs]:
+        """What each head of the model says, under token distillation two; and, in healing, its attention outputs."""
         with self._autocast():
-            logits = self.replica(images)
-        return tuple(head.float() for head in (logits if isinstance(logits, tuple) else (logits,)))
+            if self.healing is None:
+                logits, outputs = self.replica(images), {}
+            else:
+                logits, outputs = self.replica(images, self.plan_share)
+        return tuple(head.float() for head in (logits if isinstance(logits, tuple) else (logits,))), outputs
 
     def _loss(self, images: Tensor, targets: Tensor) -> Tensor:
         """The mean loss of some images; the last head learns from the teacher if there is one."""
-        logits, distill = self._logits(images), self.config.train.distill
+        logits, outputs = self._run(images)
+        distill, heal = self.config.train.distill, self.config.train.heal
         loss = self.criterion(logits[0], targets)
         if distill is None or self.teacher is None:
             return loss
-        with self._autocast():
+        weight = 0.0 if heal is None else heal.outputs
+        with self._autocast(), attention_outputs(self.teacher.model) if weight else nullcontext({}) as originals:
             answers = self.teacher(images)
         taught = distillation_loss(logits[-1], answers.float(), distill)
-        return (1 - distill.alpha) * loss + distill.alpha * taught
+        loss = (1 - distill.alpha) * loss + distill.alpha * taught
+        return loss + weight * outputs_loss(outputs, originals) if weight else loss
 
     def _autocast(self) -> torch.autocast:
         dtype = getattr(torch, self.config.train.precision)

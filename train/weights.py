@@ -12,6 +12,7 @@ from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor
 
 from vitreuse.config import Config, ConfigError
+from vitreuse.hub import WEIGHTS
 from vitreuse.targets import load_exactly, pretrained_weights, read_weights
 from vitreuse.weights import LoadReport, load_checkpoint
 
@@ -23,7 +24,7 @@ def start_from(model: Any, source: str) -> str:
 
     Args:
         model: One of timm's or ours; a plain checkpoint fits any plan.
-        source: A file of ours, of timm or of DeiT, or a name of timm.list_pretrained().
+        source: A file of ours, of timm or of DeiT, a run folder, a hub folder, or a name of timm.list_pretrained().
 
     Returns:
         One line that names what is new, and what the model has no use for.
@@ -57,13 +58,20 @@ def weight_files(config: Config) -> dict[str, str]:
     """SHA-256 of each file of weights that an experiment reads, by its path."""
     distill = config.train.distill
     sources = [config.model.weights, distill.teacher.weights if distill is not None else None]
-    files = [Path(source) for source in sources if source is not None]
+    files = [_file(source) for source in sources if source is not None]
     return {str(file): hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()}
+
+
+def _file(source: str) -> Path:
+    """The file that a source means, if it means one: of a folder what a run or an export has left there."""
+    path = Path(source)
+    return path / WEIGHTS if path.is_dir() else path
 
 
 def _trained(source: str) -> State:
     try:
-        return read_weights(Path(source)) if Path(source).exists() else pretrained_weights(source)
+        file = _file(source)
+        return read_weights(file) if file.exists() or Path(source).is_dir() else pretrained_weights(source)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 

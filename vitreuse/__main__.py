@@ -1,11 +1,11 @@
-"""The ``vitreuse`` command: what a name or a plan means, what this device makes of it, and shards."""
+"""The ``vitreuse`` command: what a name or a plan means, what this device makes of it, trained models, and shards."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
 
-from vitreuse.cli import fold, models, plan, search, shards, similarity, tune
+from vitreuse.cli import convert, export, fold, models, plan, search, shards, similarity, tune
 from vitreuse.console import Parser, run_command
 
 COMMANDS = {
@@ -16,6 +16,8 @@ COMMANDS = {
     "shards": shards,
     "similarity": similarity,
     "search": search,
+    "convert": convert,
+    "export": export,
 }
 
 

@@ -26,22 +26,34 @@ from vitreuse.vit import PlanVisionTransformer
 
 __all__ = ["Config", "ConfigError", "load_config", "to_yaml"]
 
+LOCAL_DIR = "local-dir:"  # as timm spells the name of a hub folder on disk
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Which network: a name of timm's registry, its attention plan, its constructor's keywords and its weights."""
 
-    name: str = setting("a model name that timm.list_models() knows")
+    name: str = setting(
+        "a model name that timm.list_models() knows, or local-dir:DIR, the model of a run folder or a hub folder with "
+        "its plan, keywords and weights; plan and keywords given beside it lie over its own"
+    )
     plan: str | None = setting("attention plan, one spec per layer; null for the model's own", None)
     keywords: dict = setting("further keywords of timm.create_model")
     weights: str | None = setting(
-        "what training starts from: a file of weights or a name of timm.list_pretrained(); null for random ones", None
+        "what training starts from: a file of weights, a run folder, a hub folder, or a name of "
+        "timm.list_pretrained(); null for random ones",
+        None,
     )
     pos_embed: str = setting(
         "what it starts from: random numbers to learn, or timm's sines and cosines, which train.freeze can keep",
         "learned",
         choices=("learned", "sincos2d"),
     )
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether the name is that of a folder; targets.load_experiment puts in its place what the folder says."""
+        return self.name.startswith(LOCAL_DIR)
 
     def create(self, device: torch.device | str | None = None) -> nn.Module:
         """The model, randomly initialised from torch's global generator; train/weights.py fills in trained weights.
@@ -73,6 +85,8 @@ class ModelConfig:
         for word, key in {"plan": "plan", "pretrained": "weights", "checkpoint_path": "weights"}.items():
             if word in self.keywords:
                 raise ConfigError(f"keywords.{word} has a key of its own, {key} beside keywords.")
+        if self.is_folder and (self.weights is not None or self.pos_embed != "learned"):
+            raise ConfigError(f"name {self.name!r} brings weights of its own: leave out weights and pos_embed.")
         if self.pos_embed != "learned" and self.weights is not None:
             raise ConfigError(
                 f"pos_embed {self.pos_embed!r} has no effect beside weights, which hold a position embedding: "
@@ -284,13 +298,40 @@ class DistillConfig:
     temperature: float = setting("divides the logits of both under kind soft", 3.0, above=0)
 
     def __post_init__(self):
-        if self.teacher.weights is None:
+        if self.teacher.weights is None and not self.teacher.is_folder:
             raise ConfigError(
-                "teacher.weights is missing: an untrained teacher has nothing to teach, give a file or a name of "
-                "timm.list_pretrained()."
+                "teacher.weights is missing: an untrained teacher has nothing to teach, give a file, a folder or a "
+                "name of timm.list_pretrained()."
             )
         if self.kind != "soft" and self.temperature != DistillConfig.temperature:
             raise ConfigError(f"temperature {self.temperature:g} has no effect under kind {self.kind!r}: leave it out.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HealConfig:
+    """How a converted model wins back accuracy from its original, the teacher of train.distill."""
+
+    parameters: str = setting(
+        "what is trained. new: token projections; touched: those and the attention of layers that are not exact; all",
+        "all",
+        choices=("new", "touched", "all"),
+    )
+    outputs: float = setting(
+        "weight in the loss of the squared error of each layer's attention output, over the teacher's mean square; "
+        "0 is off",
+        0.0,
+        minimum=0,
+    )
+    anneal_epochs: float = setting(
+        "epochs, or a part of one, over which the plan's attention takes the place of the original's; 0 is at once",
+        0.0,
+        minimum=0,
+    )
+
+    @property
+    def compares_layers(self) -> bool:
+        """Whether layers are trained against, or together with, those of the original."""
+        return bool(self.outputs or self.anneal_epochs)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -370,6 +411,7 @@ class TrainConfig:
     resolution: ResolutionConfig | None = setting("progressive resolution", None)
     mixup: MixupConfig | None = setting("mixing of image pairs", None)
     distill: DistillConfig | None = setting("learning from a trained model", None)
+    heal: HealConfig | None = setting("winning back what a conversion cost", None)
     freeze: tuple[str, ...] = setting("parameters or modules that stay as they are, by name; * stands for any text", ())
     ema: EmaConfig | None = setting("moving average of the weights", None)
     clip: ClipConfig | None = setting("gradient clipping", None)
@@ -401,9 +443,32 @@ class TrainConfig:
             raise ConfigError(
                 f"loss.target_threshold {self.loss.target_threshold:g} has no effect without train.mixup: leave it out."
             )
+        if self.heal is not None:
+            self._check_heal(self.heal)
         if self.accumulation_steps > self.global_batch_size:
             raise ConfigError(
                 f"accumulation_steps {self.accumulation_steps} is more than the batch of {self.global_batch_size}."
+            )
+
+
+    def _check_heal(self, heal: HealConfig) -> None:
+        if self.distill is None:
+            raise ConfigError("heal needs the original as a teacher: give distill.teacher, or leave heal out.")
+        if heal.anneal_epochs >= self.epochs:
+            raise ConfigError(
+                f"heal.anneal_epochs {heal.anneal_epochs:g} leaves nothing of {self.epochs} epochs to the plan alone: "
+                "make it smaller, or train for longer."
+            )
+        excluded = {
+            "compile: true": self.compile,
+            "grad_checkpointing: true": self.grad_checkpointing,
+            "strategy: fsdp2": self.strategy == "fsdp2",
+            "resolution": self.resolution is not None,
+        }
+        for setting_name in (name for name, is_on in excluded.items() if is_on and heal.compares_layers):
+            raise ConfigError(
+                f"heal.outputs and anneal_epochs run the layers one by one, at the teacher's size, and exclude "
+                f"{setting_name}: leave that out, or set both to 0."
             )
 
 
@@ -431,7 +496,7 @@ class Config:
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """The experiment of a YAML file, its bases and overrides such as `train.epochs=5`.
+    """The experiment of a YAML file, its bases and overrides such as `train.epochs=5`, as they are written.
 
     Raises:
         ConfigError: One sentence with the file, the dotted path, the broken rule and the nearest valid spelling.

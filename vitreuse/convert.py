@@ -24,7 +24,9 @@ from vitreuse.plan import Plan, parse_plan
 from vitreuse.shape import exact_copy, layers_of, untrained_copy
 from vitreuse.weights import load_checkpoint
 
-FIT_STEPS, FIT_BATCH_SIZE, FIT_LR = 300, 16, 3e-3
+LOWRANK_STARTS = ("random", "pooled", "fitted")
+FIT_STEPS, FIT_BATCH_SIZE = 300, 16
+FIT_LR = 0.06  # of the share that one of N tokens has in a mean that makes k, k / N
 
 
 @dataclass(frozen=True)
@@ -48,14 +50,18 @@ class Conversion:
     dropped: tuple[str, ...]
 
 
-def convert(model: Any, plan: str | Plan, variation: Tensor | None = None, **options: Any) -> Conversion:
+def convert(
+    model: Any, plan: str | Plan, distances: Tensor | None = None, *, pooled: bool = True, **options: Any
+) -> Conversion:
     """A trained ViT under a plan.
 
     Args:
         model: A ViT, DeiT, DeiT III or DINO model of timm, or one of ours whose layers are exact; it stays as it is.
         plan: One spec per layer.
-        variation: (L, L, H, H), total variation between each head of a layer and each head of another, as
-            similarity.measure_redundancy has it; None leaves the heads in their order.
+        distances: (L, L, H, H), what it costs each head of the second layer to read the map of each head of the first:
+            head_errors.measure_head_errors, or the variation of similarity.measure_redundancy; None leaves the heads
+            in their order.
+        pooled: Whether token projections start as pooling, rather than from torch's global generator.
         options: Further keywords of a model with a plan, such as lowrank_sharing.
 
     Raises:
@@ -65,17 +71,18 @@ def convert(model: Any, plan: str | Plan, variation: Tensor | None = None, **opt
     plan = parse_plan(str(plan), len(model.blocks), num_heads)
     original = exact_copy(model)
     converted = untrained_copy(model, plan, **options).eval()
-    matches = match_plan(plan, num_heads, variation)
+    matches = match_plan(plan, num_heads, distances)
     state = original.state_dict()
     for layer, matched in matches.items():
         _reorder_heads(state, f"blocks.{layer}.attn.", order_of_heads(matched, num_heads))
     report = load_checkpoint(converted, state)
-    pool_projections(converted)
+    if pooled:
+        pool_projections(converted)
     return Conversion(converted, original, matches, report.new, _touched(converted, report.new), report.dropped)
 
 
-def match_plan(plan: Plan, num_heads: int, variation: Tensor | None) -> dict[int, list[int]]:
-    """Of each reuse layer, for each map that it reads, the layer's own head whose map is nearest, each head once.
+def match_plan(plan: Plan, num_heads: int, distances: Tensor | None) -> dict[int, list[int]]:
+    """Of each reuse layer, for each map that it reads, the layer's own head that it suits, each head once.
 
     A map passes through the layers as attention/reuse.py hands it on; it is known here by the layer and head that it
     has in the original.
@@ -85,7 +92,7 @@ def match_plan(plan: Plan, num_heads: int, variation: Tensor | None) -> dict[int
     for layer, spec in enumerate(plan):
         if spec.word == "reuse":
             read = handed[: num_heads if spec.number is None else spec.number]
-            matches[layer] = _matched(read, layer, variation)
+            matches[layer] = _matched(read, layer, distances)
             own = order_of_heads(matches[layer], num_heads)[len(read) :]
             handed = [*((layer, head) for head in own), *read]
         elif spec.word != "none":
@@ -93,10 +100,10 @@ def match_plan(plan: Plan, num_heads: int, variation: Tensor | None) -> dict[int
     return matches
 
 
-def _matched(read: list[tuple[int, int]], layer: int, variation: Tensor | None) -> list[int]:
-    if variation is None or not read:
+def _matched(read: list[tuple[int, int]], layer: int, distances: Tensor | None) -> list[int]:
+    if distances is None or not read:
         return [*range(len(read))]
-    return match_heads(torch.stack([variation[anchor, layer, head] for anchor, head in read]))
+    return match_heads(torch.stack([distances[anchor, layer, head] for anchor, head in read]))
 
 
 def _reorder_heads(state: dict[str, Tensor], prefix: str, order: list[int]) -> None:
@@ -175,7 +182,7 @@ def fit_projections(
 
 @torch.no_grad()
 def _attention_pairs(model: Any, layer: int, batches: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """What the attention of a layer is given and gives back, over all images: (B, N, C) each."""
+    """What the attention of a layer is given, and gives back in the rows that are read, over all images."""
     given, returned = [], []
 
     def record(_: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
@@ -185,7 +192,7 @@ def _attention_pairs(model: Any, layer: int, batches: list[Tensor]) -> tuple[Ten
     hook = model.blocks[layer].attn.register_forward_hook(record)
     try:
         for images in batches:
-            model.forward_features(images.to(next(model.parameters()).device))
+            model(images.to(next(model.parameters()).device))
     finally:
         hook.remove()
     return torch.cat(given), torch.cat(returned)
@@ -194,12 +201,12 @@ def _attention_pairs(model: Any, layer: int, batches: list[Tensor]) -> tuple[Ten
 def _fit(attn: Any, projections: list[Any], tokens: Tensor, outputs: Tensor, seed: int) -> tuple[float, float]:
     """Fits the projections of one attention; its error before and after. The better ones stay."""
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.Adam(projections, lr=FIT_LR)
+    optimizer = torch.optim.Adam(projections, lr=FIT_LR * attn.projected_dim / tokens.shape[1])
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, FIT_STEPS)
     before, start = _error(attn, tokens, outputs), copy.deepcopy(attn.state_dict())
     for _ in range(FIT_STEPS):
         chosen = torch.randint(len(tokens), (min(FIT_BATCH_SIZE, len(tokens)),), generator=generator)
-        loss = F.mse_loss(attn(tokens[chosen], EMPTY_CARRY)[0], outputs[chosen]) / outputs.square().mean()
+        loss = F.mse_loss(_output(attn, tokens[chosen], outputs), outputs[chosen]) / outputs.square().mean()
         optimizer.zero_grad()
         loss.backward(inputs=projections)
         optimizer.step()
@@ -212,5 +219,9 @@ def _fit(attn: Any, projections: list[Any], tokens: Tensor, outputs: Tensor, see
 
 @torch.no_grad()
 def _error(attn: Any, tokens: Tensor, outputs: Tensor) -> float:
-    found = torch.cat([attn(part, EMPTY_CARRY)[0] for part in tokens.split(FIT_BATCH_SIZE)])
+    found = torch.cat([_output(attn, part, outputs) for part in tokens.split(FIT_BATCH_SIZE)])
     return float(F.mse_loss(found, outputs) / outputs.square().mean())
+
+
+def _output(attn: Any, tokens: Tensor, wanted: Tensor) -> Tensor:
+    return attn(tokens, EMPTY_CARRY, None, wanted.shape[1])[0]

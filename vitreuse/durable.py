@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,6 +37,39 @@ def write_durably(path: Path, content: bytes) -> None:
     """Writes a whole file, see ``durable_file``."""
     with durable_file(path) as file:
         file.write(content)
+
+
+def refuse_filled(folder: Path) -> None:
+    """Refuses a place for a new folder where something is already.
+
+    Raises:
+        ValueError: It is a file, or a folder that is not empty.
+    """
+    if folder.is_dir() and (held := next(folder.iterdir(), None)) is not None:
+        raise ValueError(f"{folder} holds {held.name} already: give a folder that is new or empty.")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file: give a folder that is new or empty.")
+
+
+@contextmanager
+def durable_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill, which appears as ``path`` at the end, whole: temporary name, fsync, rename.
+
+    Raises:
+        ValueError: Something is there already.
+        OSError: It cannot be written.
+    """
+    refuse_filled(path)
+    temporary = path.absolute().with_name(f".{path.absolute().name}.{os.getpid()}.tmp")
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        sync(temporary)
+        os.replace(temporary, path)  # an empty folder gives way
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    sync(path.absolute().parent)
 
 
 def sync(path: Path) -> None:

@@ -7,12 +7,15 @@ imported; pushed to a hub, "hf-hub:OWNER/NAME" does.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from safetensors.torch import save
+from timm.models import get_model_args
 from timm.models._hub import load_model_config_from_path, save_config_for_hf
+from torch import Tensor
 
 from vitreuse.config import ModelConfig
 from vitreuse.durable import write_durably
@@ -40,18 +43,34 @@ def save_hub_folder(model: Any, folder: Path, crop_pct: float | None = None) -> 
         OSError: The folder cannot be written.
     """
     plan = {"plan": str(model.plan)} if hasattr(model, "plan") else {}
-    images = image_settings(model)
-    settings = {key: images[key] for key in ("input_size", *PREPROCESSING)}
     with TemporaryDirectory() as temporary:  # timm's function takes a path alone
         path = Path(temporary, CONFIG)
-        if crop_pct is not None:
-            settings["crop_pct"] = crop_pct
-        save_config_for_hf(model, str(path), model_args=plan, data_config=settings)
+        save_config_for_hf(model, str(path), model_args=plan, data_config=preprocessing(model, crop_pct))
         config = path.read_bytes()
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {key: tensor.contiguous() for key, tensor in model.state_dict().items()}
-    write_durably(folder / WEIGHTS, save(tensors, {"format": "pt", **plan}))
+    write_durably(folder / WEIGHTS, model_weights(model))
     write_durably(folder / CONFIG, config)
+
+
+def preprocessing(model: Any, crop_pct: float | None = None) -> dict[str, Any]:
+    """Size and statistics of a model's images and how evaluation crops them, by its own share of them or another."""
+    settings = image_settings(model)
+    return {key: settings[key] for key in ("input_size", *PREPROCESSING)} | ({"crop_pct": crop_pct} if crop_pct else {})
+
+
+def model_weights(model: Any) -> bytes:
+    """The content of a model's model.safetensors."""
+    keywords = {key: value for key, value in get_model_args(model).items() if key != "plan"}
+    plan = str(model.plan) if hasattr(model, "plan") else None
+    return pack_weights(model.state_dict(), model.pretrained_cfg["architecture"], plan, keywords)
+
+
+def pack_weights(
+    tensors: Mapping[str, Tensor], name: str, plan: str | None, keywords: Mapping[str, Any]
+) -> bytes:
+    """The content of a model.safetensors, of a run too: weights, and as metadata which model they are of."""
+    metadata = {"name": name, "plan": plan or "", "keywords": json.dumps(keywords), "format": "pt"}
+    return save({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, metadata)
 
 
 def read_hub_folder(folder: Path) -> ModelConfig:

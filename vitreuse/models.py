@@ -6,6 +6,7 @@ without its weights.
 from functools import partial
 from typing import Any, Callable, Optional
 
+from timm.layers import LayerNorm, get_norm_layer
 from timm.models import build_model_with_cfg, generate_default_cfgs, get_pretrained_cfg, register_model
 from torch import nn
 
@@ -79,11 +80,23 @@ def _default_cfg(plain: str) -> dict[str, Any]:
 
 
 def _create(
-    name: str, distilled: bool, pretrained: bool, plan: Optional[str], method: str, out_indices: Any = 3, **kwargs: Any
+    name: str,
+    distilled: bool,
+    pretrained: bool,
+    plan: Optional[str],
+    method: str,
+    out_indices: Any = 3,
+    norm_eps: Optional[float] = None,
+    **kwargs: Any,
 ) -> nn.Module:
-    """Builds a registered model with its method's preset plan, or another plan."""
+    """Builds a registered model with its method's preset plan, or another plan.
+
+    ``norm_eps`` is of all norms: JSON, and so a hub folder, cannot hold timm's ``norm_layer=partial(...)``.
+    """
     if plan is None:
         plan = str(preset_plan(method, kwargs["depth"]))
+    if norm_eps is not None:
+        kwargs["norm_layer"] = partial(get_norm_layer(kwargs.get("norm_layer")) or LayerNorm, eps=norm_eps)
     return build_model_with_cfg(
         PlanVisionTransformerDistilled if distilled else PlanVisionTransformer,
         name,

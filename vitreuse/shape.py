@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
+import math
+from functools import cache
 from typing import Any
 
 import timm
 import torch
 from timm.layers import Attention as TimmAttention
-from timm.layers import LayerScale, Mlp, PatchEmbed
+from timm.layers import DropPath, LayerScale, Mlp, PatchDropout, PatchEmbed
 from timm.models import VisionTransformer
 from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import Block
 from torch import nn
 
 from vitreuse.attention import ExactAttention
 from vitreuse.block import PlanBlock
 from vitreuse.hub import PREPROCESSING
+from vitreuse.mlp import InplaceMlp
 from vitreuse.models import SIZES, variant_of
 from vitreuse.plan import Plan
 
-LARGEST_DIFFERENCE = 1e-4  # of outputs, in their standard deviations, between kernels that add up in another order
-SUPPORTED = "vit, deit, deit3 and dino models of timm with GELU and LayerNorm can, and ours with exact layers"
+NORMS = {"LayerNorm": "layernorm", "RmsNorm": "rmsnorm"}  # timm's names of classes, as of the next
+ACTIVATIONS = {"GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu"}
+KINDS = {"": (Block, PlanBlock), "attn": (TimmAttention, ExactAttention), "mlp": (Mlp, InplaceMlp)}  # of a layer
+IDLE = (nn.Identity, nn.Dropout, DropPath, PatchDropout)  # in inference
+SUPPORTED = "vit, deit, deit3, clip and dino models of timm can, and ours with exact layers"
 
 
 def exact_copy(model: Any) -> Any:
-    """A trained ViT as a model of ours with exact attention in all layers, in evaluation mode; its outputs are the same.
+    """A trained ViT as a model of ours with exact attention in all layers and equal outputs, in evaluation mode.
 
     Raises:
         ValueError: It is no ViT of timm or ours, or has parts that a model with a plan lacks.
@@ -36,8 +43,8 @@ def exact_copy(model: Any) -> Any:
     copy.load_state_dict(given)
     _check_parts(model, copy)
     difference = _difference(copy, model)
-    if difference > LARGEST_DIFFERENCE:
-        raise _unsupported(model, f"makes something else of the same weights, {difference:.1g} standard deviations apart")
+    if not difference < torch.finfo(next(model.parameters()).dtype).eps ** 0.5:  # sums in another order
+        raise _unsupported(model, f"makes something else of the same weights, {difference:.1g} of its largest output")
     return copy
 
 
@@ -67,9 +74,7 @@ def read_keywords(model: Any) -> tuple[str, dict[str, Any]]:
     """
     layers_of(model)
     name = _name(model)
-    with torch.device("meta"):
-        usual = _shape(timm.create_model(name, plan="exact*" + str(_depth(name))))
-    found = _shape(model)
+    usual, found = _usual_shape(name), _shape(model)
     different = {key: value for key, value in found.items() if value != usual[key]}
     if "global_pool" in different:
         different["fc_norm"] = found["fc_norm"]  # which timm else derives from it
@@ -84,15 +89,18 @@ def layers_of(model: Any) -> list[Any]:
     """
     if not isinstance(model, VisionTransformer):
         raise _unsupported(model, "is no VisionTransformer of timm")
+    if model.attn_pool is not None:
+        raise _unsupported(model, f"pools by attention (global_pool={model.global_pool!r})")
+    if type(model.patch_embed) is not PatchEmbed:
+        raise _unsupported(model, f"embeds patches by a {type(model.patch_embed).__name__}")
     layers: list[Any] = list(model.blocks)
     for number, layer in enumerate(layers):
-        attn = getattr(layer, "attn", layer)
         if isinstance(layer, PlanBlock) and layer.spec.word != "exact":
-            raise ValueError(f"layer {number} is '{layer.spec}' already: give the model that has exact attention in all.")
-        if type(attn) is not TimmAttention and type(attn) is not ExactAttention:
-            raise _unsupported(model, f"has a {type(attn).__name__} in layer {number}")
-        if not isinstance(layer.mlp, Mlp):
-            raise _unsupported(model, f"has a {type(layer.mlp).__name__} in layer {number}")
+            raise ValueError(f"layer {number} is '{layer.spec}' already: give the model with exact attention in all.")
+        for name, kinds in KINDS.items():
+            part = layer.get_submodule(name)
+            if type(part) not in kinds:
+                raise _unsupported(model, f"has a {type(part).__name__} in layer {number}")
     return layers
 
 
@@ -106,6 +114,13 @@ def _name(model: Any) -> str:
     if isinstance(model, VisionTransformerDistilled):
         return f"deit_reuse_{'base' if size == 'large' else size}_distilled_patch16_224"
     return f"vit_reuse_{size}_patch16_224"
+
+
+@cache
+def _usual_shape(name: str) -> dict[str, Any]:
+    """What a name of ours is without keywords."""
+    with torch.device("meta"):
+        return _shape(timm.create_model(name, plan="exact*" + str(_depth(name))))
 
 
 def _depth(name: str) -> int:
@@ -124,7 +139,7 @@ def _shape(model: Any) -> dict[str, Any]:
         "embed_dim": model.embed_dim,
         "depth": len(model.blocks),
         "num_heads": attn.num_heads,
-        "mlp_ratio": block.mlp.fc1.out_features / model.embed_dim,
+        "mlp_ratio": _ratio(block.mlp.fc1.out_features, model.embed_dim),
         "qkv_bias": attn.qkv.bias is not None,
         "qk_norm": _is_there(attn.q_norm),
         "scale_attn_norm": _is_there(attn.norm),
@@ -140,34 +155,50 @@ def _shape(model: Any) -> dict[str, Any]:
         "fc_norm": _is_there(model.fc_norm),
         "pool_include_prefix": model.pool_include_prefix,
         "dynamic_img_size": model.dynamic_img_size,
+        "dynamic_img_pad": patches.dynamic_img_pad,
+        "norm_layer": NORMS.get(type(block.norm1).__name__, "layernorm"),
+        "norm_eps": block.norm1.eps,
+        "act_layer": ACTIVATIONS.get(type(block.mlp.act).__name__, "gelu"),
     }
+
+
+def _ratio(hidden: int, dim: int) -> float:
+    """The ratio of which timm makes so many hidden units, rounding down."""
+    ratio = hidden / dim
+    return ratio if int(dim * ratio) == hidden else math.nextafter(ratio, math.inf)
 
 
 def _is_there(module: nn.Module) -> bool:
     return not isinstance(module, nn.Identity)
 
 
-def _check_parts(model: Any, copy: Any) -> None:
+def _check_parts(model: nn.Module, copy: nn.Module) -> None:
     """Compares what no weight shows: activations, and what norms add to a variance."""
-    for name, part in copy.named_modules():
-        given = model.get_submodule(name)
-        if isinstance(part, nn.LayerNorm) and (not isinstance(given, nn.LayerNorm) or given.eps != part.eps):
-            raise _unsupported(model, f"has {name} = {given}")
-        if isinstance(part, nn.GELU) and repr(part) != repr(given):
-            raise _unsupported(model, f"has {name} = {given}")
-        if isinstance(part, PatchEmbed) and (type(given) is not PatchEmbed or given.dynamic_img_pad):
-            raise _unsupported(model, f"has {name} = {type(given).__name__} with padding of its own")
+    given, own = _parts(model), _parts(copy)
+    for name in {**given, **own}:
+        if given.get(name) != own.get(name):
+            raise _unsupported(model, f"has {name} = {given.get(name)} where ours would have {own.get(name)}")
+
+
+def _parts(model: nn.Module) -> dict[str, str]:
+    """The kind of each module without modules in it that does something in inference; the epsilon of a norm."""
+    leaves = {name: part for name, part in model.named_modules() if not any(part.children())}
+    return {
+        name: f"{type(part).__name__}(eps={part.eps})" if hasattr(part, "eps") else type(part).__name__
+        for name, part in leaves.items()
+        if not isinstance(part, IDLE)
+    }
 
 
 @torch.no_grad()
 def _difference(copy: Any, model: Any) -> float:
-    """Largest difference of the outputs for a random image, in their standard deviations."""
+    """Largest difference of the outputs for a random image, as a part of the largest output."""
     size = (1, model.patch_embed.proj.in_channels, *model.patch_embed.img_size)
     images = torch.randn(size, generator=torch.Generator().manual_seed(0)).to(next(model.parameters()))
     was_training = model.training
     expected, found = model.eval()(images), copy(images)
     model.train(was_training)
-    return float((found - expected).abs().max() / expected.std())
+    return float((found - expected).abs().max() / expected.abs().max())
 
 
 def _unsupported(model: Any, reason: str) -> ValueError:

@@ -12,15 +12,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from vitreuse.config import Config, ModelConfig, load_config
+from vitreuse.config import LOCAL_DIR, Config, ConfigError, ModelConfig, load_config
 from vitreuse.hub import WEIGHTS, is_hub_folder, read_hub_folder
 from vitreuse.models import default_cfgs, plain_name, variant_of
 from vitreuse.options import PlanOptions
 from vitreuse.plan import parse_plan
 from vitreuse.strict_yaml import nearest
 
-# Keywords that timm's own models do not have.
 PLAN_KEYWORDS = tuple(field.name for field in fields(PlanOptions))
+OWN_KEYWORDS = (*PLAN_KEYWORDS, "norm_eps")  # that timm's own models do not have
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def _planned(target: Target, plan: str) -> Target:
 
 
 def _resolve(text: str) -> Target:
-    path = Path(text.removeprefix("local-dir:"))
+    path = Path(text.removeprefix(LOCAL_DIR))
     if path.is_dir():
         if is_hub_folder(path):
             return Target(path.resolve().name, read_hub_folder(path), hub_dir=path)
@@ -116,7 +116,7 @@ def _resolve(text: str) -> Target:
         config = load_config(path / "config.yaml")
         return Target(path.resolve().name, config.model, config, path)
     if path.suffix in (".yaml", ".yml"):
-        config = load_config(path)
+        config = load_experiment(path)
         return Target(path.stem, config.model, config)
     if path.exists() or len(path.parts) > 1:
         raise ValueError(f"{text} is neither a run folder nor a config: give one, or a name of timm.list_models().")
@@ -125,10 +125,42 @@ def _resolve(text: str) -> Target:
     return Target(text, model)
 
 
+def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The experiment of a YAML file, with what a folder says of a model in place of its name local-dir:DIR.
+
+    Raises:
+        ConfigError: As load_config; or a folder holds no trained model.
+    """
+    config = load_config(path, overrides)
+    config = replace(config, model=_of_folder(config.model, "model"))
+    distill = config.train.distill
+    if distill is None:
+        return config
+    teacher = _of_folder(distill.teacher, "train.distill.teacher")
+    return replace(config, train=replace(config.train, distill=replace(distill, teacher=teacher)))
+
+
+def _of_folder(model: ModelConfig, key: str) -> ModelConfig:
+    """A model named local-dir:DIR by the name, plan, keywords and weights of the folder; any other as it is."""
+    if not model.is_folder:
+        return model
+    folder = Path(model.name.removeprefix(LOCAL_DIR))
+    try:
+        if not folder.is_dir():
+            raise ValueError(f"{folder} is no folder: give a run folder, or one that vitreuse convert or export wrote.")
+        own = _resolve(str(folder)).model
+        if not (folder / WEIGHTS).is_file():
+            raise ValueError(f"{folder} has no {WEIGHTS} yet: go on with its training.")
+    except ValueError as error:
+        raise ConfigError(f"{key}.name {model.name!r}: {error}") from error
+    keywords = {**own.keywords, **model.keywords}
+    return ModelConfig(name=own.name, plan=model.plan or own.plan, keywords=keywords, weights=str(folder / WEIGHTS))
+
+
 def plain_model(model: ModelConfig) -> ModelConfig:
     """timm's own model of the same size and keywords, which ours is measured against."""
     name = plain_name(model.name) if model.name in default_cfgs else model.name
-    keywords = {key: value for key, value in model.keywords.items() if key not in PLAN_KEYWORDS}
+    keywords = {key: value for key, value in model.keywords.items() if key not in OWN_KEYWORDS}
     return replace(model, name=name, plan=None, keywords=keywords)
 
 

@@ -32,15 +32,27 @@ class Source(NamedTuple):
 
 def add_source_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares MODEL and its weights, the images and the device."""
+    add_model_arguments(parser)
+    add_image_arguments(parser)
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares MODEL and its weights."""
     meaning = "a name, with timm's weights or --checkpoint; a run folder or a hub folder, with its own"
     parser.add_argument("model", metavar="MODEL", help=meaning)
     parser.add_argument("--checkpoint", type=local_path, metavar="FILE", help="weights of a name or config")
+
+
+def add_image_arguments(parser: argparse.ArgumentParser, num_images: int = 256, batch_size: int = 32) -> None:
+    """Declares the images, with how many there are by default."""
     parser.add_argument("--data", type=local_path, metavar="DIR", help="images (default: those a run was trained on)")
     parser.add_argument("--split", default="val", help="sub-folder of DIR, where there is one; default: %(default)s")
-    parser.add_argument("--images", type=positive, default=256, metavar="N", help="how many; default: %(default)s")
+    text = "how many; default: %(default)s"
+    parser.add_argument("--images", type=positive, default=num_images, metavar="N", help=text)
     parser.add_argument("--seed", type=int, default=0, help="of the choice of images; default: %(default)s")
-    parser.add_argument("--batch-size", type=positive, default=32, help="images per forward pass; default: %(default)s")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
+    text = "images per forward pass; default: %(default)s"
+    parser.add_argument("--batch-size", type=positive, default=batch_size, help=text)
 
 
 def load_source(args: argparse.Namespace) -> Source:
@@ -50,12 +62,21 @@ def load_source(args: argparse.Namespace) -> Source:
         ValueError: The model is no ViT of timm or ours, has no weights, or there are no images.
     """
     device = choose_device(args.device)
+    target, model = load_model(args)
+    sample = sample_images(target, model, args.data, args.images, args.split, args.seed)
+    return Source(target, model.to(device).eval(), sample, device, args.batch_size)
+
+
+def load_model(args: argparse.Namespace) -> tuple[Target, Any]:
+    """What the arguments name, and its model with weights.
+
+    Raises:
+        ValueError: The model is no ViT of timm or ours, or has no weights.
+    """
     (target,) = resolve_targets([args.model])
     _refuse_other_than_vit(target)
     is_name = target.config is None and target.hub_dir is None
-    model: Any = target.load_pretrained() if is_name and args.checkpoint is None else target.load(args.checkpoint)
-    sample = sample_images(target, model, args.data, args.images, args.split, args.seed)
-    return Source(target, model.to(device).eval(), sample, device, args.batch_size)
+    return target, target.load_pretrained() if is_name and args.checkpoint is None else target.load(args.checkpoint)
 
 
 def words(text: str) -> tuple[Spec, ...]:

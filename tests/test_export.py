@@ -1,0 +1,236 @@
+"""Models exported in every format: the same logits where they run, the map once, refusals in one sentence."""
+
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+
+import onnx
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import vitreuse.export
+from vitreuse.__main__ import main
+from vitreuse.config import ModelConfig, load_config, to_yaml
+from vitreuse.export import load_onnx, load_torch
+from vitreuse.hub import save_hub_folder
+from vitreuse.images import sample_images
+from vitreuse.inputs import image_settings
+from vitreuse.targets import resolve_targets
+
+ROOT = Path(__file__).resolve().parents[1]
+PLAN = "exact reuse:2 lowrank:8 span:3 reuse none"
+TILED = (13 * 4, 17 * 4)  # pixels: the span runs as tiles
+SMALL = {"img_size": 24, "patch_size": 4, "embed_dim": 32, "depth": 4, "num_heads": 4, "num_classes": 5}
+KEYWORDS = {**SMALL, "img_size": list(TILED), "depth": 6, "in_chans": 1, "global_pool": "avg", "reg_tokens": 2}
+
+
+def moved(model):
+    """The model with every parameter away from its initial value."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run folder as training leaves it, of a plan with every kind of layer, and its images."""
+    root = tmp_path_factory.mktemp("runs")
+    (root / "data/val/some").mkdir(parents=True)
+    for number in range(5):
+        noise = torch.randint(0, 255, (60, 80), generator=torch.Generator().manual_seed(number), dtype=torch.uint8)
+        Image.fromarray(noise.numpy()).save(root / f"data/val/some/{number}.png")
+    keywords = [f"model.keywords.{key}={json.dumps(value)}" for key, value in {**KEYWORDS, "class_token": True}.items()]
+    more = ["model.name=vit_lazy_tiny_patch16_224", f"model.plan={PLAN}", "eval.crop_pct=0.7"]
+    data = ["data.source=null", f"data.root={root / 'data'}"]
+    config = load_config(ROOT / "configs/digits/_base.yaml", [*keywords, *more, *data])
+    (root / "mine").mkdir()
+    (root / "mine/config.yaml").write_text(to_yaml(config))
+    (root / "mine/card.json").write_text(json.dumps({"top1": 91.25, "n": 1360, "data": "some/val"}))
+    save_file(moved(config.model.create()).state_dict(), root / "mine/model.safetensors")
+    return root / "mine"
+
+
+@pytest.fixture(scope="module")
+def exported(run, tmp_path_factory):
+    """The folder with all formats of the run, and what the command said."""
+    folder = tmp_path_factory.mktemp("exported") / "out"
+    argv = ["--format", "safetensors", "hub", "torch", "onnx", "--batch-size", "3", "--repeats", "2", "--json"]
+    with pytest.MonkeyPatch.context() as patch:
+        said = []
+        patch.setattr("vitreuse.console._print_whole", said.append)
+        assert main(["export", str(run), "-o", str(folder), *argv]) == 0
+    return folder, json.loads(said[0])
+
+
+@pytest.fixture(scope="module")
+def reused(tmp_path_factory):
+    """A hub folder of a distilled model whose (q, k) would be carried."""
+    folder = tmp_path_factory.mktemp("hub") / "reused"
+    model = timm.create_model(
+        "deit_reuse_tiny_distilled_patch16_224", plan="exact reuse exact", reuse_backend="qk", **{**SMALL, "depth": 3}
+    )
+    save_hub_folder(moved(model), folder)
+    return folder
+
+
+def images_of(run, num_images):
+    (target,) = resolve_targets([str(run)])
+    model = target.load().eval()
+    (images, _), = sample_images(target, model, None, num_images).batches(num_images)
+    return model, images
+
+
+def maps_of(path):
+    """How many attention maps an ONNX file computes, and its number of nodes."""
+    nodes = Counter(node.op_type for node in onnx.load(path).graph.node)
+    return nodes["Softmax"] + nodes["Attention"], nodes.total()
+
+
+@torch.no_grad()
+def test_every_format_has_the_logits_of_the_run(run, exported):
+    folder, said = exported
+    model, images = images_of(run, 4)  # traced with 4, checked with 3
+    for predict in (load_torch((folder / "model.pt2").read_bytes()), load_onnx((folder / "model.onnx").read_bytes())):
+        for batch in (images[:1], images[:2], images):
+            torch.testing.assert_close(predict(batch), model(batch), atol=1e-5, rtol=1e-4)
+    assert {of: difference < 1e-5 for of, difference in said["differences"].items()} == {"torch": True, "onnx": True}
+    assert said["images"] == "5 images" and model(images).std() > 0.1
+    loaded = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    assert torch.equal(loaded(images), model(images)) and str(loaded.plan) == PLAN
+    assert image_settings(loaded)["crop_pct"] == 0.7
+
+
+def test_weights_say_what_they_are_of(run, exported):
+    folder, _ = exported
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        metadata = file.metadata()
+    config = ModelConfig(name=metadata["name"], plan=metadata["plan"], keywords=json.loads(metadata["keywords"]))
+    config.create().load_state_dict(load_file(run / "model.safetensors"))
+    props = {entry.key: entry.value for entry in onnx.load(folder / "model.onnx").metadata_props}
+    assert (props["name"], props["plan"]) == ("vit_lazy_tiny_patch16_224", PLAN)
+    assert json.loads(props["preprocessing"])["crop_pct"] == 0.7
+
+
+def test_the_model_card_has_plan_cost_and_accuracy(exported):
+    text = (exported[0] / "README.md").read_text()
+    assert text.startswith("---\ntags:\n- image-classification\n") and "# Model card for mine" in text
+    assert f"`{PLAN}`" in text and "91.25 % of the 1,360 images of some/val" in text
+    assert "1 x 52 x 68" in text and 'timm.create_model("hf-hub:' in text
+    model = timm.create_model(f"local-dir:{exported[0]}")
+    macs = sum(vitreuse.count_macs(model).values())
+    assert f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M" in text and f"{macs / 1e6:,.1f} M per" in text
+
+
+def test_the_files_tell_nothing_of_this_machine(exported):
+    for name in ("model.pt2", "model.onnx"):
+        assert str(ROOT).encode() not in (exported[0] / name).read_bytes()
+
+
+def test_onnx_is_timed_beside_eager(exported):
+    speed = exported[1]["speed"]
+    assert set(speed["images_per_second"]) == {"eager", "onnxruntime"} and speed["speedup"]["eager"] == 1
+    assert (speed["batch_size"], speed["threads"], exported[1]["opset"]) == (3, 1, 23)
+
+
+def test_a_map_is_computed_once_and_carried(exported, reused, tmp_path, capsys):
+    maps, num_nodes = maps_of(exported[0] / "model.onnx")
+    assert maps == 1 + 1 + 1 + 2  # exact, reuse:2's own heads, lowrank, span: its tiles and its prefix tokens' rows
+    assert num_nodes < 50 * 6  # no loop over blocks of a map
+    assert main(["export", str(reused), "-o", str(tmp_path), "--format", "onnx", "--repeats", "1"]) == 0
+    assert maps_of(tmp_path / "model.onnx")[0] == 2
+    assert "8 random images, for want of --data DIR" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_folded_program_has_the_logits_of_the_model(reused, tmp_path, capsys):
+    assert main(["export", str(reused), "-o", str(tmp_path), "--format", "torch", "--fold"]) == 0
+    images = torch.randn(3, 3, 24, 24)
+    model = timm.create_model(f"local-dir:{reused}", pretrained=True).eval()
+    program = torch.export.load(tmp_path / "model.pt2")
+    torch.testing.assert_close(program.module()(images), model(images), atol=1e-5, rtol=1e-4)
+    assert "blocks.2.attn.key_heads" in program.state_dict  # of fold's class_rows
+
+
+@pytest.mark.parametrize("left, is_replaced", [
+    ([], True),
+    (["model.safetensors", "config.json", "README.md"], True),
+    (["model.safetensors", ".config.json.123.tmp"], True),
+    (["README.md"], False),
+    (["model.safetensors", "notes.txt"], False),
+    (["model.safetensors", "model.onnx"], False),
+])  # fmt: skip
+def test_only_an_earlier_export_is_replaced(reused, tmp_path, capsys, left, is_replaced):
+    for name in left:
+        (tmp_path / name).write_text("before")
+    code = main(["export", str(reused), "-o", str(tmp_path)])
+    told = capsys.readouterr().err
+    if is_replaced:
+        assert code == 0 and "before" not in (tmp_path / "config.json").read_text()
+    else:
+        assert code == 2 and f"{tmp_path} holds " in told and "choose another -o DIR" in told
+        assert {path.read_text() for path in tmp_path.iterdir()} == {"before"}
+
+
+@pytest.mark.parametrize("argv, said", [
+    (["vit_lazy_tiny_patch16_224"], "neither a file nor pretrained weights of timm"),
+    (["{reused}", "--opset", "20"], "--opset has no effect without --format onnx: leave it out."),
+    (["{reused}", "--format", "safetensors", "--fold"], "--fold has no effect without --format torch or onnx"),
+    (["{reused}", "--data", "{tmp}"], "--data has no effect without --format torch or onnx: leave it out."),
+    (["{reused}", "-o", "{reused}/config.json"], "config.json cannot be made (File exists): choose another -o DIR."),
+    (["{reused}", "--format", "torch", "--data", "{tmp}/none"], "no folder"),
+])  # fmt: skip
+def test_wrong_input_is_one_sentence(reused, tmp_path, capsys, argv, said):
+    argv = [text.format(reused=reused, tmp=tmp_path) for text in argv]
+    assert main(["export", "-o", str(tmp_path / "out"), *argv]) == 2
+    told = capsys.readouterr().err
+    assert said in told and told.count("\n") == 1
+    assert not list(tmp_path.glob("out/*"))
+
+
+@pytest.mark.parametrize("argv", [["--format", "coreml"], ["--format", "onnx", "--opset", "17"]])
+def test_an_unknown_format_is_one_sentence(reused, tmp_path, capsys, argv):
+    with pytest.raises(SystemExit, match="2"):
+        main(["export", str(reused), "-o", str(tmp_path), *argv])
+    told = capsys.readouterr().err
+    assert "invalid choice" in told and told.count("\n") == 1
+
+
+def test_a_folder_that_cannot_be_written_is_one_sentence(reused, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    assert main(["export", str(reused), "-o", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"vitreuse export: {tmp_path} cannot be written: choose another -o DIR.\n"
+
+
+def test_a_model_that_cannot_be_traced_says_why(reused, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(vitreuse.PlanVisionTransformer, "forward", lambda self, x: x if x.sum() > 0 else -x)
+    assert main(["export", str(reused), "-o", str(tmp_path), "--format", "hub", "torch"]) == 2
+    told = capsys.readouterr().err
+    assert "torch.export cannot take this PlanVisionTransformerDistilled (" in told and told.count("\n") == 1
+    assert "data-dependent" in told and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("wrong", [1e-2, float("nan")])
+def test_a_program_with_other_logits_is_not_kept(reused, tmp_path, capsys, monkeypatch, wrong):
+    model = timm.create_model(f"local-dir:{reused}", pretrained=True).eval()
+    monkeypatch.setattr(vitreuse.export, "trace", lambda *_: None)
+    monkeypatch.setattr(vitreuse.export, "pack_torch", lambda *_: b"")
+    other = lambda images: model(images) + wrong * (len(images) > 1)  # noqa: E731
+    monkeypatch.setattr(vitreuse.export, "load_torch", lambda _: other)
+    assert main(["export", str(reused), "-o", str(tmp_path), "--format", "torch"]) == 2
+    told = capsys.readouterr().err
+    assert "the torch program's logits differ" in told and not list(tmp_path.iterdir())
+
+
+def test_a_missing_package_is_one_sentence(reused, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    assert main(["export", str(reused), "-o", str(tmp_path), "--format", "onnx"]) == 2
+    told = capsys.readouterr().err
+    assert told == (
+        "vitreuse export: the format onnx needs onnxruntime: install it with pip install 'vitreuse[export]'.\n"
+    )

@@ -1,0 +1,218 @@
+"""``vitreuse convert MODEL --plan TEXT -o DIR``: a trained ViT in a plan, as a hub folder, and what that did to it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from torch import Tensor
+
+from vitreuse.agreement import agreement
+from vitreuse.attention.lowrank import PROJECTIONS, SHARINGS
+from vitreuse.cli.source import add_source_arguments, load_model
+from vitreuse.console import WorkProgress, choose_device, local_path
+from vitreuse.convert import LOWRANK_STARTS, Conversion, convert, fit_projections
+from vitreuse.durable import durable_folder, refuse_filled, write_durably
+from vitreuse.head_errors import measure_head_errors
+from vitreuse.hub import save_hub_folder
+from vitreuse.images import ImageSample, sample_images
+from vitreuse.macs import count_macs, count_params
+from vitreuse.plan import Plan, parse_plan
+from vitreuse.shape import exact_copy
+from vitreuse.similarity import measure_redundancy
+from vitreuse.targets import Target
+
+HELP = "convert a trained ViT into a plan: a folder that timm.create_model loads"
+DISTANCES = ("error", "variation")
+POOLS = ("mean", "max")  # projections without parameters
+OPTIONS = ("lowrank_sharing", "lowrank_projection")
+AGREEMENT = {
+    "equal_top1": "{:.2f} % equal top-1",
+    "kl_divergence_nats": "KL divergence {:.4f} nats",
+    "cosine": "cosine of features {:.4f}",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's own arguments."""
+    add_source_arguments(parser)
+    parser.add_argument("--plan", required=True, metavar="TEXT", help="such as 'exact reuse*6 exact*5'")
+    parser.add_argument("-o", "--output", type=local_path, required=True, metavar="DIR", help="a new or empty folder")
+    meaning = "let the heads of a reuse layer read maps in their order; default: matched on images, where there are any"
+    parser.add_argument("--no-match-heads", action="store_true", help=meaning)
+    meaning = "match by the error of the layer's output, or by the total variation of the maps; default: error"
+    parser.add_argument("--match-by", choices=DISTANCES, help=meaning)
+    meaning = "what token projections start as; default: fitted on images, where there are any, else pooled"
+    parser.add_argument("--lowrank-start", choices=LOWRANK_STARTS, help=meaning)
+    parser.add_argument("--lowrank-sharing", choices=SHARINGS, help="what shares a token projection")
+    parser.add_argument("--lowrank-projection", choices=PROJECTIONS, help="how tokens are projected")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """The conversion, written to its folder, beside what it changed.
+
+    Raises:
+        ValueError: The model, its weights, its images, the plan or the folder cannot be used.
+    """
+    refuse_filled(args.output)
+    device = choose_device(args.device)
+    target, model = load_model(args)
+    model = model.to(device).eval()
+    original = exact_copy(model)
+    plan = parse_plan(args.plan, len(original.blocks), original.blocks[0].attn.num_heads)
+    _refuse_idle(args, plan)
+    samples = _samples(args, target, model)
+    how = _choose(args, plan, samples is not None)
+    conversion, fits = _convert(args, original, plan, how, samples)
+    result = {
+        "name": target.label,
+        "plan": str(plan),
+        **how._asdict(),
+        "matches": conversion.matches,
+        "fits": fits,
+        **{key: list(getattr(conversion, key)) for key in ("new", "touched", "dropped")},
+        "macs": [sum(count_macs(of, theoretical=True).values()) for of in (original, conversion.model)],
+        "params": [count_params(of) for of in (original, conversion.model)],
+        "images": None if samples is None else {samples.split: len(samples.learned), args.split: len(samples.shown)},
+        "agreement": None if samples is None else _agreement(args, model, conversion.model, samples.shown),
+    }
+    crop_pct = None if target.config is None else target.config.eval.crop_pct
+    with durable_folder(args.output) as folder:
+        save_hub_folder(conversion.model, folder, crop_pct)
+        write_durably(folder / "conversion.json", json.dumps(result, indent=2).encode())
+    return {"output": str(args.output), **result}
+
+
+class _How(NamedTuple):
+    """How a model is converted.
+
+    Attributes:
+        heads: What the heads of reuse layers are matched by, or in order; None in a plan without reuse.
+        lowrank_start: Of token projections; None where a plan has none with parameters.
+    """
+
+    heads: str | None
+    lowrank_start: str | None
+
+
+class _Samples(NamedTuple):
+    """Images to measure the conversion on, and those that it may learn from, of their split."""
+
+    shown: ImageSample
+    learned: ImageSample
+    split: str
+
+
+def _refuse_idle(args: argparse.Namespace, plan: Plan) -> None:
+    """Raises ValueError for an argument that the plan, or another argument, leaves without effect."""
+    words = {spec.word for spec in plan}
+    idle: dict[str, Any] = {}
+    if "reuse" not in words:
+        idle |= {"--no-match-heads": args.no_match_heads, "--match-by": args.match_by}
+    if args.no_match_heads:
+        idle["--match-by"] = args.match_by
+    if "lowrank" not in words:
+        idle |= {"--lowrank-sharing": args.lowrank_sharing, "--lowrank-projection": args.lowrank_projection}
+    if "lowrank" not in words or args.lowrank_projection in POOLS:
+        idle["--lowrank-start"] = args.lowrank_start
+    for flag, given in idle.items():
+        if given:
+            raise ValueError(f"{flag} has no effect on plan '{plan}' beside the other arguments: leave it out.")
+
+
+def _samples(args: argparse.Namespace, target: Target, model: Any) -> _Samples | None:
+    """None where nobody names images. What is learned from is the split train, where the images have one."""
+    root = args.data
+    if root is None:
+        if target.config is None:
+            return None
+        root = Path(target.config.data.folder)
+    shown = sample_images(target, model, args.data, args.images, args.split, args.seed)
+    split = "train" if (root / "train").is_dir() else args.split
+    return _Samples(shown, sample_images(target, model, root, args.images, split, args.seed), split)
+
+
+def _choose(args: argparse.Namespace, plan: Plan, has_images: bool) -> _How:
+    """What is asked for, else the best that images allow.
+
+    Raises:
+        ValueError: It takes images, and there are none.
+    """
+    asked = {"--match-by": args.match_by, "--lowrank-start fitted": args.lowrank_start == "fitted"}
+    for flag, needs_images in asked.items():
+        if needs_images and not has_images:
+            raise ValueError(f"{flag} needs images and {args.model} is no run, which would know some: give --data DIR.")
+    words = {spec.word for spec in plan}
+    heads = (args.match_by or DISTANCES[0]) if has_images and not args.no_match_heads else "in order"
+    can_fit = has_images and args.lowrank_sharing != "layerwise"
+    start = args.lowrank_start or ("fitted" if can_fit else "pooled")
+    has_projections = "lowrank" in words and args.lowrank_projection not in POOLS
+    return _How(heads if "reuse" in words else None, start if has_projections else None)
+
+
+def _convert(
+    args: argparse.Namespace, original: Any, plan: Plan, how: _How, samples: _Samples | None
+) -> tuple[Conversion, dict[int, tuple[float, float]]]:
+    """The conversion, and what a fit of its projections gained by layer."""
+    options = {key: getattr(args, key) for key in OPTIONS if getattr(args, key) is not None}
+    distances = None
+    if samples is not None and how.heads in DISTANCES:
+        distances = _distances(args, original, how.heads, samples.learned)
+    torch.manual_seed(args.seed)
+    conversion = convert(original, plan, distances, pooled=how.lowrank_start != "random", **options)
+    if samples is None or how.lowrank_start != "fitted":
+        return conversion, {}
+    batches = (images for images, _ in samples.learned.batches(args.batch_size))
+    with WorkProgress("fitting", "layers", sum(spec.word == "lowrank" for spec in plan)) as progress:
+        return conversion, fit_projections(conversion, batches, args.seed, lambda _: progress.reach(progress.done + 1))
+
+
+def _distances(args: argparse.Namespace, original: Any, by: str, sample: ImageSample) -> Tensor:
+    """(L, L, H, H) between the heads of any two layers."""
+    with WorkProgress("matching heads", "images", len(sample)) as progress:
+        batches = sample.batches(args.batch_size)
+        if by == "variation":
+            return measure_redundancy(original, batches, progress).variation
+        return measure_head_errors(original, batches, progress)
+
+
+def _agreement(args: argparse.Namespace, model: Any, converted: Any, sample: ImageSample) -> dict[str, Any]:
+    """Of the converted model with the original; top-1 where the images have the model's number of classes."""
+    has_labels = len(sample.class_names) == model.num_classes > 0
+    return asdict(agreement(model, converted, sample.batches(args.batch_size), has_labels))
+
+
+def render(result: dict[str, Any]) -> Table:
+    """The table for a terminal."""
+    found = result["agreement"] or {}
+    table = Table(title=f"{result['name']} as '{result['plan']}'", title_justify="left", box=SIMPLE_HEAD)
+    table.caption, table.caption_justify = "\n".join(_remarks(result)), "left"
+    table.add_column("", no_wrap=True)
+    for heading in ("GMACs", "M params", "top-1 (%)"):
+        table.add_column(heading, justify="right")
+    for number, name in enumerate(("original", "converted")):
+        top1 = found.get(f"{name}_top1")
+        shown = "-" if top1 is None else f"{top1:.2f}"
+        table.add_row(name, f"{result['macs'][number] / 1e9:.3f}", f"{result['params'][number] / 1e6:.2f}", shown)
+    return table
+
+
+def _remarks(result: dict[str, Any]) -> list[str]:
+    """What the table has no column for."""
+    remarks = [f"{result['output']}: {len(result['new'])} new, {len(result['touched'])} touched parameters, untrained"]
+    if result["agreement"] is not None:
+        values = {name: value for name, value in result["agreement"].items() if value is not None}
+        said = [form.format(values[name]) for name, form in AGREEMENT.items() if name in values]
+        remarks.append(f"{', '.join(said)} over {values['num_images']:,} images")
+    if result["heads"] is not None:
+        by = "in their order" if result["heads"] == "in order" else f"matched by {result['heads']}"
+        remarks.append(f"heads of reuse layers: {by}")
+    if result["lowrank_start"] is not None:
+        remarks.append(f"token projections: {result['lowrank_start']}")
+    return remarks

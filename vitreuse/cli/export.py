@@ -1,0 +1,144 @@
+"""``vitreuse export MODEL -o DIR``: a trained model as files that others load, checked, and timed where they run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.filesize import decimal
+from rich.table import Table
+from torch import Tensor
+
+from vitreuse.cli.source import add_image_arguments, add_model_arguments, load_model
+from vitreuse.console import local_path, positive
+from vitreuse.export import FILES, OPSETS, PROGRAMS, export, load_onnx
+from vitreuse.fold import fold
+from vitreuse.images import sample_images
+from vitreuse.inputs import example
+from vitreuse.measure import inference_call, time_interleaved
+from vitreuse.targets import Target
+
+HELP = "write a trained model as a hub folder, safetensors, a program of torch.export, or ONNX"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's own arguments."""
+    add_model_arguments(parser)
+    text = "for the files; new, empty, or an earlier export"
+    parser.add_argument("-o", "--output", type=local_path, required=True, metavar="DIR", help=text)
+    text = f"any of {', '.join(FILES)}; default: hub"
+    parser.add_argument("--format", nargs="+", choices=FILES, default=["hub"], metavar="FORMAT", help=text)
+    text = f"version of ONNX's operators, {OPSETS[0]} to {OPSETS[-1]}; default: {OPSETS[-1]}"
+    parser.add_argument("--opset", type=int, choices=OPSETS, metavar="N", help=text)
+    parser.add_argument("--fold", action="store_true", help="fold what torch and onnx run, see vitreuse fold")
+    add_image_arguments(parser, num_images=32, batch_size=8)
+    parser.add_argument("--repeats", type=positive, default=10, help="timed calls of each; default: %(default)s")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Writes the files and says what they are, how exact, and how fast ONNX is.
+
+    Raises:
+        ValueError: The model, its weights, its images or the folder cannot be used.
+    """
+    _refuse_idle(args)
+    target, model = load_model(args)
+    batches, shown = _batches(args, target, model) if {*args.format} & {*PROGRAMS} else ([], None)
+    crop_pct = None if target.config is None else target.config.eval.crop_pct
+    opset = args.opset or OPSETS[-1]
+    accuracy = _accuracy(target) if args.checkpoint is None else None
+    label = target.label
+    differences = export(model, args.output, args.format, batches, args.fold, opset, crop_pct, label, accuracy)
+    return {
+        "name": target.label,
+        "plan": str(model.plan) if hasattr(model, "plan") else None,
+        "files": _files(args),
+        "opset": opset if "onnx" in args.format else None,
+        "images": shown,
+        "differences": differences,
+        "speed": _speed(args, model, batches[0]) if "onnx" in args.format else None,
+    }
+
+
+def _files(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """What was written: each file once, with the first format that it is of."""
+    formats = {args.output / file: of for of in reversed(args.format) for file in FILES[of]}
+    return [
+        {"path": str(path), "format": of, "num_bytes": path.stat().st_size} for path, of in sorted(formats.items())
+    ]
+
+
+def _refuse_idle(args: argparse.Namespace) -> None:
+    """An argument that only a program or only ONNX reads has no effect elsewhere."""
+    for given, name, formats in (
+        (args.opset is not None, "--opset", ("onnx",)),
+        (args.fold, "--fold", PROGRAMS),
+        (args.data is not None, "--data", PROGRAMS),
+    ):
+        if given and not {*formats} & {*args.format}:
+            raise ValueError(f"{name} has no effect without --format {' or '.join(formats)}: leave it out.")
+
+
+def _batches(args: argparse.Namespace, target: Target, model: Any) -> tuple[list[Tensor], str]:
+    """Images to check on, and what they are."""
+    if target.config is None and args.data is None:
+        return [example(model, args.batch_size)], f"{args.batch_size} random images, for want of --data DIR"
+    sample = sample_images(target, model, args.data, args.images, args.split, args.seed)
+    return [images for images, _ in sample.batches(args.batch_size)], f"{len(sample)} images"
+
+
+def _accuracy(target: Target) -> str | None:
+    """What a completed run's card says of its last evaluation."""
+    path = Path() if target.run_dir is None else target.run_dir / "card.json"
+    if not path.is_file():
+        return None
+    card = json.loads(path.read_text(encoding="utf-8"))
+    return f"{card['top1']:.2f} % of the {card['n']:,} images of {card['data']}"
+
+
+def _speed(args: argparse.Namespace, model: Any, images: Tensor) -> dict[str, Any]:
+    """Images per second of the model and of its ONNX file, from turns on the same threads."""
+    predict = load_onnx((args.output / FILES["onnx"][0]).read_bytes())
+    candidates = {"eager": model, **({"folded eager": fold(model)} if args.fold else {}), "onnxruntime": predict}
+    calls = {label: inference_call(function, images) for label, function in candidates.items()}
+    timings = time_interleaved(calls, torch.device("cpu"), args.repeats)
+    eager_ms = timings["eager"].median_ms
+    return {
+        "batch_size": len(images),
+        "threads": torch.get_num_threads(),
+        "images_per_second": {label: timing.images_per_second(len(images)) for label, timing in timings.items()},
+        "speedup": {label: eager_ms / timing.median_ms for label, timing in timings.items()},
+    }
+
+
+def render(result: dict[str, Any]) -> Table:
+    """The table for a terminal."""
+    plan = f", plan {result['plan']}" if result["plan"] else ""
+    table = Table(title=f"{result['name']}{plan}", caption=_caption(result), box=SIMPLE_HEAD)
+    table.title_justify = table.caption_justify = "left"
+    table.add_column("file")
+    for heading in ("size", "difference"):
+        table.add_column(heading, justify="right")
+    for file in result["files"]:
+        difference = result["differences"].get(file["format"])
+        table.add_row(file["path"], decimal(file["num_bytes"]), "-" if difference is None else f"{difference:.1e}")
+    return table
+
+
+def _caption(result: dict[str, Any]) -> str:
+    """What the programs were checked on, and how fast ONNX is."""
+    lines = []
+    if result["images"] is not None:
+        lines.append(f"difference: largest of the logits over their standard deviation, on {result['images']}")
+    if speed := result["speed"]:
+        rates = [
+            f"{label} {rate:,.1f} ({speed['speedup'][label]:.2f})"
+            for label, rate in speed["images_per_second"].items()
+        ]
+        lines.append(f"images/s (over eager): {', '.join(rates)}")
+        lines.append(f"float32, batch {speed['batch_size']}, CPU threads: {speed['threads']}, medians of turns")
+    return "\n".join(lines)
