@@ -238,7 +238,8 @@ def test_the_command_finds_the_same_plan_every_time(folder, capsys, tmp_path):
     assert found["chosen"] in found["front"] and found["chosen"]["share"] <= 0.8
     assert found["chosen"]["cost"] == sum(count_macs(build("class token", chosen), theoretical=True).values())
     assert found["front"][-1] == {**found["front"][-1], "plan": "exact*4", "share": 1.0, "damage": 0.0}
-    assert found["command"] == f'vitreuse convert {folder / "hub"} --plan "{chosen}"'
+    images = folder / "images"
+    assert found["command"] == f"vitreuse convert {folder / 'hub'} --data {images} --plan '{chosen}' -o hub-macs-0.8"
     assert Counter(row["plan"] for row in found["presets"].values()) == Counter(
         ["exact reuse*2 exact", "exact reuse*2 exact", "lowrank:5*4", "span:3*2 exact span:3"]
     )
@@ -251,7 +252,7 @@ def test_the_table_shows_a_dozen_rows_and_the_command_to_go_on_with(folder, caps
     shown = capsys.readouterr().out
     assert shown.count("chosen") == 1 and "lowrank" not in shown
     assert "first and last layer" in shown and "exact reuse*2 exact" in shown
-    assert shown.splitlines()[-1].startswith(f"vitreuse convert {folder / 'hub'} --plan \"")
+    assert shown.splitlines()[-1].startswith(f"vitreuse convert {folder / 'hub'} --data")
     rows = [{"cost": number} for number in range(1000)]
     few = thinned(rows, rows[17])
     assert len(few) == 12 and {0, 17, 999} <= {row["cost"] for row in few}

@@ -116,7 +116,7 @@ def _as_lines(points_by_key: Points) -> str:
 @torch.inference_mode()
 def _layer_calls(device: torch.device, dtype: torch.dtype, dim: int) -> dict[str, Call]:
     """A call for each rate: a layer's MLP, and its attention without the attention."""
-    sizes = {"embed_dim": dim, "num_heads": dim // HEAD_DIM, "depth": 1}
+    sizes: Any = {"embed_dim": dim, "num_heads": dim // HEAD_DIM, "depth": 1}
     model: Any = timm.create_model("vit_reuse_tiny_patch16_224", plan="exact", **sizes)
     layer = model.to(device, dtype).eval().blocks[0]
     x = torch.randn(1, TOKENS_PER_CALL, dim, device=device, dtype=dtype)

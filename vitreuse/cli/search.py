@@ -159,7 +159,6 @@ def _result(
     presets: Mapping[str, Candidate],
 ) -> dict[str, Any]:
     exact = costs.of(Plan((EXACT,) * len(source.model.blocks)))
-    weights = "" if args.checkpoint is None else f" --checkpoint {shlex.quote(str(args.checkpoint))}"
     return {
         "name": source.target.label,
         "metric": args.metric,
@@ -168,10 +167,18 @@ def _result(
         "num_images": len(source.sample),
         "chosen": _row(found.chosen, exact),
         "protected": None if found.protected is None else _row(found.protected, exact),
-        "command": f'vitreuse convert {shlex.quote(args.model)}{weights} --plan "{found.chosen.plan}"',
+        "command": _conversion(args, source, found.chosen),
         "presets": {method: _row(candidate, exact) for method, candidate in presets.items()},
         "front": [_row(candidate, exact) for candidate in found.front],
     }
+
+
+def _conversion(args: argparse.Namespace, source: Source, chosen: Candidate) -> str:
+    """The command that goes on from here."""
+    given = {"--checkpoint": args.checkpoint, "--data": args.data}
+    options = [part for name, path in given.items() if path is not None for part in (name, str(path))]
+    folder = f"{source.target.label}-{args.metric}-{args.budget:g}"
+    return shlex.join(["vitreuse", "convert", args.model, *options, "--plan", str(chosen.plan), "-o", folder])
 
 
 def _row(candidate: Candidate, exact: int) -> dict[str, Any]:
