@@ -80,18 +80,18 @@ def plan_costs(
     Raises:
         ValueError: The model takes no plan, or nothing was measured of latency on this device.
     """
-    device = device or next(model.parameters()).device
+    place = device or next(model.parameters()).device
     name, keywords = read_keywords(model)
     depth = len(model.blocks)
 
     def layers_of(first: Spec, other: Spec) -> list[int]:
         """The costs of a first, a middle and a last layer, where there are so many, and of stem and head."""
         plan = Plan((first, other, other)[:depth])
-        with torch.device(device if metric == "memory" else "meta"):
+        with torch.device(place if metric == "memory" else "meta"):
             made: Any = timm.create_model(name, plan=str(plan), **{**keywords, "depth": len(plan)})
         if metric == "memory":
             return _saved_bytes(made)
-        return _macs(made) if metric == "macs" else _nanoseconds(made, Conditions(device, dtype, training=False))
+        return _macs(made) if metric == "macs" else _nanoseconds(made, Conditions(place, dtype, training=False))
 
     layers: dict[tuple[int, Spec, Spec | None], int] = {}
     handing_on: dict[Spec, int] = {}
