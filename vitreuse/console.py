@@ -19,9 +19,11 @@ from types import ModuleType, TracebackType
 from typing import NoReturn
 
 import torch
-from rich.console import Console, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
 
 from vitreuse.local import FETCHED, refuse_url
 from vitreuse.strict_yaml import ConfigError
@@ -146,6 +148,12 @@ def run_command(
         print(f"{prog} {args.command}: interrupted.", file=sys.stderr)
         return INTERRUPTED
     return DONE
+
+
+def titled(title: str, table: Table, *remarks: str) -> Group:
+    """A table under its title and over remarks, which may be wider than it is."""
+    above = [Text(title, "table.title")] if title else []
+    return Group(*above, table, *(Text(remark, "table.caption") for remark in remarks))
 
 
 def positive(text: str) -> int:

@@ -10,13 +10,14 @@ from typing import Any, NamedTuple
 
 import torch
 from rich.box import SIMPLE_HEAD
+from rich.console import Group
 from rich.table import Table
 from torch import Tensor
 
 from vitreuse.agreement import agreement
 from vitreuse.attention.lowrank import PROJECTIONS, SHARINGS
 from vitreuse.cli.source import add_source_arguments, load_model
-from vitreuse.console import WorkProgress, choose_device, local_path
+from vitreuse.console import WorkProgress, choose_device, local_path, titled
 from vitreuse.convert import LOWRANK_STARTS, Conversion, convert, fit_projections
 from vitreuse.durable import durable_folder, refuse_filled, write_durably
 from vitreuse.head_errors import measure_head_errors
@@ -188,19 +189,18 @@ def _agreement(args: argparse.Namespace, model: Any, converted: Any, sample: Ima
     return asdict(agreement(model, converted, sample.batches(args.batch_size), has_labels))
 
 
-def render(result: dict[str, Any]) -> Table:
+def render(result: dict[str, Any]) -> Group:
     """The table for a terminal."""
     found = result["agreement"] or {}
-    table = Table(title=f"{result['name']} as '{result['plan']}'", title_justify="left", box=SIMPLE_HEAD)
-    table.caption, table.caption_justify = "\n".join(_remarks(result)), "left"
+    table = Table(box=SIMPLE_HEAD)
     table.add_column("", no_wrap=True)
     for heading in ("GMACs", "M params", "top-1 (%)"):
         table.add_column(heading, justify="right")
     for number, name in enumerate(("original", "converted")):
         top1 = found.get(f"{name}_top1")
         shown = "-" if top1 is None else f"{top1:.2f}"
-        table.add_row(name, f"{result['macs'][number] / 1e9:.3f}", f"{result['params'][number] / 1e6:.2f}", shown)
-    return table
+        table.add_row(name, f"{result['macs'][number] / 1e9:.4g}", f"{result['params'][number] / 1e6:.2f}", shown)
+    return titled(f"{result['name']} as '{result['plan']}'", table, *_remarks(result))
 
 
 def _remarks(result: dict[str, Any]) -> list[str]:

@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 from rich.box import SIMPLE_HEAD
+from rich.console import Group
 from rich.filesize import decimal
 from rich.table import Table
 from torch import Tensor
 
 from vitreuse.cli.source import add_image_arguments, add_model_arguments, load_model
-from vitreuse.console import local_path, positive
+from vitreuse.console import local_path, positive, titled
 from vitreuse.export import FILES, OPSETS, PROGRAMS, export, load_onnx
 from vitreuse.fold import fold
 from vitreuse.images import sample_images
@@ -115,21 +116,20 @@ def _speed(args: argparse.Namespace, model: Any, images: Tensor) -> dict[str, An
     }
 
 
-def render(result: dict[str, Any]) -> Table:
+def render(result: dict[str, Any]) -> Group:
     """The table for a terminal."""
     plan = f", plan {result['plan']}" if result["plan"] else ""
-    table = Table(title=f"{result['name']}{plan}", caption=_caption(result), box=SIMPLE_HEAD)
-    table.title_justify = table.caption_justify = "left"
+    table = Table(box=SIMPLE_HEAD)
     table.add_column("file")
     for heading in ("size", "difference"):
         table.add_column(heading, justify="right")
     for file in result["files"]:
         difference = result["differences"].get(file["format"])
         table.add_row(file["path"], decimal(file["num_bytes"]), "-" if difference is None else f"{difference:.1e}")
-    return table
+    return titled(f"{result['name']}{plan}", table, *_remarks(result))
 
 
-def _caption(result: dict[str, Any]) -> str:
+def _remarks(result: dict[str, Any]) -> list[str]:
     """What the programs were checked on, and how fast ONNX is."""
     lines = []
     if result["images"] is not None:
@@ -141,4 +141,4 @@ def _caption(result: dict[str, Any]) -> str:
         ]
         lines.append(f"images/s (over eager, by minimum times): {', '.join(rates)}")
         lines.append(f"float32, batch {speed['batch_size']}, CPU threads: {speed['threads']}, medians of turns")
-    return "\n".join(lines)
+    return lines

@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from rich.box import SIMPLE_HEAD
+from rich.console import Group
 from rich.table import Table
 from torch import Tensor
 
 from vitreuse.config import ModelConfig
-from vitreuse.console import choose_device, positive
+from vitreuse.console import choose_device, positive, titled
 from vitreuse.fold import DEFAULT_STEPS, STEPS, fold
 from vitreuse.measure import inference_call, time_interleaved
 from vitreuse.models import variant_of
@@ -97,15 +98,16 @@ def _relative_difference(actual: Tensor, wanted: Tensor) -> float:
     return float((actual - wanted).abs().max() / wanted.std())
 
 
-def render(result: dict[str, Any]) -> Table:
+def render(result: dict[str, Any]) -> Group:
     """The table for a terminal."""
     rows, columns = result["image_size_px"]
     title = f"{result['name']} at {rows} x {columns} px in {result['dtype']}, batch {result['batch_size']}"
-    caption = (
+    remarks = (
         f"speed-up: minimum time of the unfolded model over its own, on {result['device']}, CPU threads: "
-        f"{result['threads']}\ndifference: largest of the logits over their standard deviation, float32, random weights"
+        f"{result['threads']}",
+        "difference: largest of the logits over their standard deviation, float32, random weights",
     )
-    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left", box=SIMPLE_HEAD)
+    table = Table(box=SIMPLE_HEAD)
     table.add_column("step", no_wrap=True)
     for heading in ("minimum (ms)", "speed-up", "difference"):
         table.add_column(heading, justify="right")
@@ -113,4 +115,4 @@ def render(result: dict[str, Any]) -> Table:
         difference = step["relative_difference"]
         shown = "-" if difference is None else f"{difference:.1e}"
         table.add_row(step["step"], f"{step['minimum_ms']:.2f}", f"{step['speedup']:.3f}", shown)
-    return table
+    return titled(title, table, *remarks)

@@ -7,8 +7,10 @@ from typing import Any
 
 import timm
 from rich.box import SIMPLE_HEAD
+from rich.console import Group
 from rich.table import Table
 
+from vitreuse.console import titled
 from vitreuse.describe import describe
 from vitreuse.models import plain_name
 
@@ -38,10 +40,10 @@ def _summary(name: str) -> dict[str, Any]:
     return {"plain": plain_name(name), **{key: found[key] for key in kept}}
 
 
-def render(result: dict[str, Any]) -> Table:
+def render(result: dict[str, Any]) -> Group:
     """The table for a terminal."""
-    caption = "theoretical MACs of one image (maps carried, neighbourhoods exact); ratios to the exact plan"
-    table = Table(caption=caption, caption_justify="left", box=SIMPLE_HEAD)
+    remark = "theoretical MACs of one image (maps carried, neighbourhoods exact); ratios to the exact plan"
+    table = Table(box=SIMPLE_HEAD)
     for heading in ("name", "plan"):
         table.add_column(heading, no_wrap=True)
     for heading in ("M params", "ratio", "GMACs", "ratio"):
@@ -55,4 +57,4 @@ def render(result: dict[str, Any]) -> Table:
             f"{model['theoretical_macs'] / 1e9:.3f}",
             f"{model['macs_ratio']:.3f}",
         )
-    return table
+    return titled("", table, remark)

@@ -7,8 +7,10 @@ from itertools import groupby
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
+from rich.console import Group
 from rich.table import Table
 
+from vitreuse.console import titled
 from vitreuse.describe import describe
 from vitreuse.widen import PARTS, equal_macs
 
@@ -48,25 +50,25 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return describe(args.model, args.plan, args.image_size, larger)
 
 
-def render(result: dict[str, Any]) -> Table:
+def render(result: dict[str, Any]) -> Group:
     """The table for a terminal: MACs in millions, equal layers in one row."""
     gmacs = result["theoretical_macs"] / 1e9
-    caption = (
+    remarks = (
         f"{result['params'] / 1e6:.2f} M params ({result['params_ratio']:.3f} of exact), "
-        f"{gmacs:.3f} GMACs, {2 * gmacs:.3f} GFLOPs ({result['macs_ratio']:.3f} of exact)\n"
-        f"{result['macs'] / 1e9:.3f} GMACs run on a CPU; layers in MMACs of one image"
+        f"{gmacs:.3f} GMACs, {2 * gmacs:.3f} GFLOPs ({result['macs_ratio']:.3f} of exact)",
+        f"{result['macs'] / 1e9:.3f} GMACs run on a CPU; layers in MMACs of one image",
     )
     larger = "".join(f", {keyword} {value:g}" for keyword, value in result["keywords"].items())
     rows, columns = result["image_size_px"]
     title = f"{result['plan']}  in {result['name']} at {rows} x {columns} px{larger}"
-    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left", box=SIMPLE_HEAD)
+    table = Table(box=SIMPLE_HEAD)
     for heading in ("layer", "attention", "map of"):
         table.add_column(heading, no_wrap=True)
     for heading in (*HEADINGS.values(), "total", "of exact"):
         table.add_column(heading, justify="right", no_wrap=True)
     for _, group in groupby(result["layers"], key=lambda row: {**row, "layer": None}):
         table.add_row(*_cells(list(group)))
-    return table
+    return titled(title, table, *remarks)
 
 
 def _cells(equal_layers: list[dict[str, Any]]) -> list[str]:

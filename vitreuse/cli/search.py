@@ -11,12 +11,11 @@ from typing import Any
 
 import torch
 from rich.box import SIMPLE_HEAD
-from rich.console import Group, RenderableType
+from rich.console import Group
 from rich.table import Table
-from rich.text import Text
 
 from vitreuse.cli.source import Source, add_source_arguments, load_source, words
-from vitreuse.console import WorkProgress, local_path
+from vitreuse.console import WorkProgress, local_path, titled
 from vitreuse.damage import EXACT, Change, check_specs, measure_damage
 from vitreuse.durable import write_durably
 from vitreuse.front import front_plot
@@ -191,10 +190,10 @@ def _row(candidate: Candidate, exact: int) -> dict[str, Any]:
     }
 
 
-def render(result: dict[str, Any]) -> RenderableType:
+def render(result: dict[str, Any]) -> Group:
     """The front for a terminal, thinned, the presets, and how to go on."""
     title = f"{result['name']}, {result['num_images']:,} images, words {','.join(result['words'])}"
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+    table = Table(box=SIMPLE_HEAD)
     table.add_column("")
     for heading in (f"{METRICS[result['metric']]} / exact", "damage"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -204,7 +203,7 @@ def render(result: dict[str, Any]) -> RenderableType:
     table.add_section()
     for method, row in result["presets"].items():
         table.add_row(method, *_cells(row))
-    return Group(table, Text(_protection(result)), Text(result["command"]))
+    return titled(title, table, _protection(result), result["command"])
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, str, str]:

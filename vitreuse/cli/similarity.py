@@ -8,11 +8,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
+from rich.console import Group
 from rich.table import Table
 from torch import Tensor
 
 from vitreuse.cli.source import Source, add_source_arguments, load_source, words
-from vitreuse.console import WorkProgress, local_path
+from vitreuse.console import WorkProgress, local_path, titled
 from vitreuse.damage import EXACT, Change, check_specs, has_exact_layers, measure_damage
 from vitreuse.durable import write_durably
 from vitreuse.heads import match_heads
@@ -136,23 +137,23 @@ def _numbers(matrix: Tensor) -> list[list[float | None]]:
     return [[_number(value) for value in row] for row in matrix]
 
 
-def render(result: dict[str, Any]) -> Table:
+def render(result: dict[str, Any]) -> Group:
     """The table for a terminal."""
     plan = "" if result["plan"] is None else f", {result['plan']}"
-    caption = (
-        "entropy in nats, distance in patches, means over heads; same head, best head: the earlier\n"
-        "layer whose maps are most alike, from 0 to 1, with heads as they stand and matched"
-    )
+    remarks = [
+        "entropy in nats, distance in patches, means over heads",
+        "same head, best head: the earlier layer of most alike maps, 0 to 1, as they stand and matched",
+    ]
     specs = [*result["layers"][-1]["damage"]]
     if specs:
-        caption += f"\n{', '.join(specs)}: the damage, which ranks changes; of reuse the best exact anchor's"
+        remarks.append(f"{', '.join(specs)}: the damage, which ranks changes; of reuse the best exact anchor's")
     title = f"{result['name']}{plan}, {result['num_images']:,} images"
-    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left", box=SIMPLE_HEAD)
+    table = Table(box=SIMPLE_HEAD)
     for heading in ("layer", "entropy", "distance", "same head", "best head", *specs):
         table.add_column(heading, justify="right", no_wrap=True)
     for layer in result["layers"]:
         table.add_row(*_cells(layer, specs))
-    return table
+    return titled(title, table, *remarks)
 
 
 def _cells(layer: dict[str, Any], specs: list[str]) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from rich.box import SIMPLE_HEAD
+from rich.console import Group
 from rich.table import Table
 
 from vitreuse.attention.choice import (
@@ -20,7 +21,7 @@ from vitreuse.attention.choice import (
     read_rates,
     tuned_costs_path,
 )
-from vitreuse.console import choose_device, local_path, positive
+from vitreuse.console import choose_device, local_path, positive, titled
 from vitreuse.measure import describe_machine
 from vitreuse.tune import MODES, measure_costs, measure_rates, write_costs
 
@@ -85,12 +86,12 @@ def _points(
     return found
 
 
-def render(result: dict[str, Any]) -> Table:
+def render(result: dict[str, Any]) -> Group:
     """The table for a terminal."""
-    caption = f"nanoseconds per head, query and key; written to {result['file']}"
+    remarks = ["nanoseconds per head, query and key", f"written to {result['file']}"]
     if not result["is_default"]:
-        caption += f"; models read {tuned_costs_path()}"
-    table = Table(caption=caption, caption_justify="left", box=SIMPLE_HEAD)
+        remarks.append(f"models read {tuned_costs_path()}")
+    table = Table(box=SIMPLE_HEAD)
     for heading in ("dtype", "mode"):
         table.add_column(heading)
     for heading in ("keys", *COST_NAMES):
@@ -101,4 +102,4 @@ def render(result: dict[str, Any]) -> Table:
         costs = (f"{cost:.4g}" for cost in point["costs_ns"].values())
         carried = ({"map": "map", "qk": "(q, k)"}[way] for way in point["carried_by_readers"].values())
         table.add_row(point["dtype"], point["mode"], str(point["num_keys"]), *costs, point["attention"], *carried)
-    return table
+    return titled("", table, *remarks)
