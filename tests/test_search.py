@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+import shutil
 from collections import Counter
 from functools import partial
 
@@ -245,6 +246,19 @@ def test_the_command_finds_the_same_plan_every_time(folder, capsys, tmp_path):
     )
     for row in found["presets"].values():  # none is better than what was searched for
         assert all(better["damage"] <= row["damage"] for better in found["front"] if better["share"] == 1.0)
+
+
+def test_a_plan_is_chosen_on_images_to_learn_from(folder, capsys, tmp_path):
+    for split, number in (("train", 2), ("val", 3)):
+        shutil.copytree(folder / "images", tmp_path / split)
+        for path in sorted((tmp_path / split).iterdir())[number:]:
+            path.unlink()
+    found = []
+    for more in ([], ["--split", "val"]):
+        command = ["search", str(folder / "hub"), "--data", str(tmp_path), "--budget", "0.8", "--json", *more]
+        assert main(command) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    assert [(one["split"], one["num_images"]) for one in found] == [("train", 2), ("val", 3)]
 
 
 def test_the_table_shows_a_dozen_rows_and_the_command_to_go_on_with(folder, capsys):

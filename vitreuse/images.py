@@ -68,6 +68,11 @@ def sample_images(
     return ImageSample(dataset, evaluation_transform(model, crop_pct), num_images, seed)
 
 
+def learning_split(target: Target, root: Path | None, otherwise: str = "val") -> str:
+    """The split that a model may learn from, or a plan be chosen on: train where there is one; arguments as above."""
+    return "train" if ((root or _own_root(target)) / "train").is_dir() else otherwise
+
+
 def _own_root(target: Target) -> Path:
     if target.config is None:
         raise DataError(f"{target.label} is no run, which would know its data: give --data DIR with images.")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +21,7 @@ from vitreuse.convert import LOWRANK_STARTS, Conversion, convert, fit_projection
 from vitreuse.durable import durable_folder, refuse_filled, write_durably
 from vitreuse.head_errors import measure_head_errors
 from vitreuse.hub import save_hub_folder
-from vitreuse.images import ImageSample, sample_images
+from vitreuse.images import ImageSample, learning_split, sample_images
 from vitreuse.macs import count_macs, count_params
 from vitreuse.plan import Plan, parse_plan
 from vitreuse.shape import exact_copy
@@ -129,14 +128,11 @@ def _refuse_idle(args: argparse.Namespace, plan: Plan) -> None:
 
 def _samples(args: argparse.Namespace, target: Target, model: Any) -> _Samples | None:
     """None where nobody names images. What is learned from is the split train, where the images have one."""
-    root = args.data
-    if root is None:
-        if target.config is None:
-            return None
-        root = Path(target.config.data.folder)
+    if args.data is None and target.config is None:
+        return None
     shown = sample_images(target, model, args.data, args.images, args.split, args.seed)
-    split = "train" if (root / "train").is_dir() else args.split
-    return _Samples(shown, sample_images(target, model, root, args.images, split, args.seed), split)
+    split = learning_split(target, args.data, args.split)
+    return _Samples(shown, sample_images(target, model, args.data, args.images, split, args.seed), split)
 
 
 def _choose(args: argparse.Namespace, plan: Plan, has_images: bool) -> _How:

@@ -32,7 +32,7 @@ MAX_ROWS = 12  # of the front, on a terminal
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's own arguments."""
-    add_source_arguments(parser)
+    add_source_arguments(parser, split=None)
     meaning = "the most that the plan may cost, as a share of the exact model; default: %(default)s"
     parser.add_argument("--budget", type=_share, default=0.75, metavar="SHARE", help=meaning)
     meaning = (
@@ -164,6 +164,7 @@ def _result(
         "budget": args.budget,
         "words": [str(spec) for spec in specs],
         "num_images": len(source.sample),
+        "split": source.split,
         "chosen": _row(found.chosen, exact),
         "protected": None if found.protected is None else _row(found.protected, exact),
         "command": _conversion(args, source, found.chosen),
@@ -192,7 +193,7 @@ def _row(candidate: Candidate, exact: int) -> dict[str, Any]:
 
 def render(result: dict[str, Any]) -> Group:
     """The front for a terminal, thinned, the presets, and how to go on."""
-    title = f"{result['name']}, {result['num_images']:,} images, words {','.join(result['words'])}"
+    title = f"{result['name']}, {result['num_images']:,} images of {result['split']}, words {','.join(result['words'])}"
     table = Table(box=SIMPLE_HEAD)
     table.add_column("")
     for heading in (f"{METRICS[result['metric']]} / exact", "damage"):

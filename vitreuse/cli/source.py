@@ -11,17 +11,20 @@ from timm.models import VisionTransformer
 from torch import Tensor
 
 from vitreuse.console import choose_device, local_path, positive
-from vitreuse.images import ImageSample, sample_images
+from vitreuse.images import ImageSample, learning_split, sample_images
 from vitreuse.plan import Spec, parse_plan
 from vitreuse.targets import Target, resolve_targets
 
+OWN = "train, for what is chosen on them should not be measured on them; val where there is no train"
+
 
 class Source(NamedTuple):
-    """A model that was trained, for inference on its device, and images for it."""
+    """A model that was trained, for inference on its device, and images of a split for it."""
 
     target: Target
     model: Any
     sample: ImageSample
+    split: str
     device: torch.device
     batch_size: int
 
@@ -30,10 +33,10 @@ class Source(NamedTuple):
         return self.sample.batches(self.batch_size)
 
 
-def add_source_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares MODEL and its weights, the images and the device."""
+def add_source_arguments(parser: argparse.ArgumentParser, split: str | None = "val") -> None:
+    """Declares MODEL and its weights, the images, by default of that split, and the device."""
     add_model_arguments(parser)
-    add_image_arguments(parser)
+    add_image_arguments(parser, split=split)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
 
 
@@ -44,10 +47,13 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", type=local_path, metavar="FILE", help="weights of a name or config")
 
 
-def add_image_arguments(parser: argparse.ArgumentParser, num_images: int = 256, batch_size: int = 32) -> None:
-    """Declares the images, with how many there are by default."""
+def add_image_arguments(
+    parser: argparse.ArgumentParser, num_images: int = 256, batch_size: int = 32, split: str | None = "val"
+) -> None:
+    """Declares the images, with how many there are by default, and of which split; None: one to learn from."""
     parser.add_argument("--data", type=local_path, metavar="DIR", help="images (default: those a run was trained on)")
-    parser.add_argument("--split", default="val", help="sub-folder of DIR, where there is one; default: %(default)s")
+    meaning = f"sub-folder of DIR, where there is one; default: {split or OWN}"
+    parser.add_argument("--split", default=split, help=meaning)
     text = "how many; default: %(default)s"
     parser.add_argument("--images", type=positive, default=num_images, metavar="N", help=text)
     parser.add_argument("--seed", type=int, default=0, help="of the choice of images; default: %(default)s")
@@ -63,8 +69,9 @@ def load_source(args: argparse.Namespace) -> Source:
     """
     device = choose_device(args.device)
     target, model = load_model(args)
-    sample = sample_images(target, model, args.data, args.images, args.split, args.seed)
-    return Source(target, model.to(device).eval(), sample, device, args.batch_size)
+    split = args.split or learning_split(target, args.data)
+    sample = sample_images(target, model, args.data, args.images, split, args.seed)
+    return Source(target, model.to(device).eval(), sample, split, device, args.batch_size)
 
 
 def load_model(args: argparse.Namespace) -> tuple[Target, Any]:
