@@ -1,7 +1,6 @@
 """Healing: models of folders, and what wins back the accuracy that a conversion cost."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from storms.processes import Run
 
 from train.__main__ import main
 from train.heal import Healing, attention_outputs, outputs_loss, plan_share
-from vitreuse.config import ConfigError, load_config
+from vitreuse.config import ConfigError
 from vitreuse.heads import rows_of_heads
 from vitreuse.hub import save_hub_folder
 from vitreuse.targets import load_experiment, resolve_targets
@@ -239,21 +238,6 @@ def test_attention_outputs_are_those_of_one_pass():
 
 
 # ---- runs
-
-
-def test_the_shipped_example_builds_in_a_tenth_of_its_teachers_steps(tmp_path, monkeypatch):
-    digits = Path(__file__).parent.parent / "configs" / "digits"
-    exact = load_config(digits / "exact.yaml")
-    for folder, plan in (("exact", "exact*6"), ("converted", "(exact reuse*2)*2")):
-        (tmp_path / "runs").mkdir(exist_ok=True)
-        save_hub_folder(replace(exact.model, plan=plan).create(), tmp_path / "runs" / folder)
-    monkeypatch.chdir(tmp_path)
-    config = load_experiment(digits / "heal.yaml")
-    model: Any = config.model.create("meta")
-    assert str(model.plan) == "(exact reuse*2)*2" and config.train.heal is not None
-    assert config.train.distill is not None and config.train.distill.teacher.weights == "runs/exact/model.safetensors"
-    assert config.train.epochs <= exact.train.epochs / 10
-    assert config.train.global_batch_size == exact.train.global_batch_size
 
 
 @pytest.fixture

@@ -5,8 +5,11 @@ import shlex
 from pathlib import Path
 
 import pytest
+import timm
 
+from train.__main__ import main as train
 from vitreuse.__main__ import main
+from vitreuse.config import load_config
 from vitreuse.describe import describe
 
 ROOT = Path(__file__).parent.parent
@@ -21,6 +24,17 @@ def fenced(language):
 def commands():
     lines = "\n".join(fenced("sh")).splitlines()
     return [shlex.split(line, comments=True) for line in lines if line.strip()]
+
+
+def five_commands():
+    """Those for a trained model, of which each takes what the one before has left."""
+    (block,) = [block for block in fenced("sh") if "vitreuse similarity" in block]
+    return [shlex.split(line) for line in block.splitlines()]
+
+
+def other_commands(is_ours):
+    five = five_commands()
+    return [argv for argv in commands() if argv not in five and (argv[0] == ".venv/bin/vitreuse") is is_ours]
 
 
 def test_the_python_runs(capsys):
@@ -39,13 +53,13 @@ def test_the_ratios_are_computed():
         assert (f"{found['macs_ratio']:.3f}", f"{found['params_ratio']:.3f}") == (macs_ratio, params_ratio)
 
 
-@pytest.mark.parametrize("argv", [argv for argv in commands() if argv[0] == ".venv/bin/vitreuse"], ids=shlex.join)
+@pytest.mark.parametrize("argv", other_commands(True), ids=shlex.join)
 def test_the_vitreuse_commands_work(argv, capsys):
     assert main(argv[1:]) == 0
     assert capsys.readouterr().out
 
 
-@pytest.mark.parametrize("argv", [argv for argv in commands() if argv[0] != ".venv/bin/vitreuse"], ids=shlex.join)
+@pytest.mark.parametrize("argv", other_commands(False), ids=shlex.join)
 def test_the_other_commands_name_what_exists(argv):
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
     if argv[0] == "make":
@@ -54,6 +68,20 @@ def test_the_other_commands_name_what_exists(argv):
         assert "-m" in argv and (ROOT / argv[argv.index("-m") + 1] / "__main__.py").exists()
         for word in argv:
             assert not word.endswith(".yaml") or (ROOT / word).exists()
+
+
+def test_the_five_commands_make_a_trained_model_faster(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    assert train(["configs/digits/exact.yaml", "train.epochs=3", "run_dir=runs/demo/exact"]) == 0
+    for argv in five_commands():
+        run, arguments = (main, argv[1:]) if argv[0] == ".venv/bin/vitreuse" else (train, argv[3:])
+        assert run(arguments) == 0, argv
+    assert " % before healing, " in capsys.readouterr().err
+    exported = timm.create_model(f"local-dir:{tmp_path / 'runs/exported'}", pretrained=True)
+    assert str(exported.plan) in shlex.join(five_commands()[2])
+    teacher, healed = (load_config(tmp_path / "configs/digits" / f"{name}.yaml").train for name in ("exact", "heal"))
+    assert healed.epochs <= teacher.epochs / 10 and healed.global_batch_size == teacher.global_batch_size
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/training.md", "docs/evaluation.md", "experiments.md"])

@@ -247,7 +247,7 @@ def test_the_table_is_readable(folder, capsys):
 def test_words_are_few_enough_for_the_model_by_default(folder, capsys):
     assert similarity(folder, "plain", "--json") == 0
     result = json.loads(capsys.readouterr().out)
-    assert [*result["layers"][1]["damage"]] == ["reuse", "lowrank:13", "span:7", "none"]
+    assert [*result["layers"][1]["damage"]] == ["reuse", "lowrank:8", "span:3", "none"]
 
 
 def test_a_plan_that_reuses_has_no_damage(folder, capsys):

@@ -316,13 +316,12 @@ class _Loop:
         )
         self.folder.finish(self.trainer.final_model, weights, measured.predictions, seconds)
 
-
     def _regained(self, begun: dict[str, Any], top1: float) -> dict[str, float | None]:
         """What healing has won back, as it is said and recorded; of a model that had lost nothing no share is known."""
         figures = {name: begun[name] for name in ("teacher_top1", "before_top1")}
         teacher, before = figures.values()
         share = 100 * (top1 - before) / (teacher - before) if teacher > before else None
-        regained = "nothing had been lost" if share is None else f"{share:.0f} % of the loss regained"
+        regained = "nothing had been lost" if share is None else f"{share:.0f} % of what was lost is regained"
         said = f"top-1 {teacher:.2f} % of the teacher, {before:.2f} % before healing, {top1:.2f} % after: {regained}."
         _say(self.ranks, said)
         return {**figures, "regained_percent": share}

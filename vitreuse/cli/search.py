@@ -14,7 +14,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.table import Table
 
-from vitreuse.cli.source import Source, add_source_arguments, load_source, words
+from vitreuse.cli.source import Source, add_source_arguments, default_words, load_source, words
 from vitreuse.console import WorkProgress, local_path, titled
 from vitreuse.damage import EXACT, Change, check_specs, measure_damage
 from vitreuse.durable import write_durably
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--metric", choices=METRICS, default="macs", help=meaning)
     parser.add_argument("--dtype", choices=DTYPES, help="of the latency; default: float32")
-    meaning = "what a layer may become; default: exact,reuse,lowrank:64,span:7,none, less for images of few patches"
+    meaning = "what a layer may become; default: exact,reuse,lowrank:64,span:7,none, less for few patches"
     parser.add_argument("--words", type=_words_with_exact, metavar="TEXT", help=meaning)
     meaning = "write search.json and front.png, damage over cost"
     parser.add_argument("-o", "--output", type=local_path, metavar="DIR", help=meaning)
@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         require_matplotlib()
         args.output.mkdir(parents=True, exist_ok=True)
     source = load_source(args)
-    specs = args.words or default_words(source.model)
+    specs = args.words or (EXACT, *default_words(source.model))
     check_specs(source.model, specs)
     costs = _costs(args, source, specs)
     _refuse_unreachable(args, source, specs, costs)
@@ -91,13 +91,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         write_durably(args.output / "search.json", json.dumps(result).encode())
         write_durably(args.output / "front.png", front_plot(result))
     return result
-
-
-def default_words(model: Any) -> tuple[Spec, ...]:
-    """What a layer may become: with 14 x 14 patches or more lowrank:64 and span:7 beside exact, reuse and none."""
-    num_tokens = model.num_prefix_tokens + model.patch_embed.num_patches
-    k, width = max(1, min(64, num_tokens // 3)), min(7, max(model.patch_embed.grid_size) // 2 | 1)
-    return words(f"exact,reuse,lowrank:{k},span:{width},none")
 
 
 def _costs(args: argparse.Namespace, source: Source, specs: Sequence[Spec]) -> PlanCosts:

@@ -12,23 +12,21 @@ from rich.console import Group
 from rich.table import Table
 from torch import Tensor
 
-from vitreuse.cli.source import Source, add_source_arguments, load_source, words
+from vitreuse.cli.source import Source, add_source_arguments, default_words, load_source, words
 from vitreuse.console import WorkProgress, local_path, titled
 from vitreuse.damage import EXACT, Change, check_specs, has_exact_layers, measure_damage
 from vitreuse.durable import write_durably
 from vitreuse.heads import match_heads
 from vitreuse.heatmaps import heatmaps, require_matplotlib
-from vitreuse.plan import Spec
 from vitreuse.similarity import Redundancy, measure_redundancy
 
 HELP = "measure how alike the attention maps of a model's layers are, and what a change of each layer would do"
-WORDS = "reuse,lowrank:64,span:7,none"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's own arguments."""
     add_source_arguments(parser)
-    meaning = f"what a layer may become, for its damage; default: {WORDS}, with k at most half of the tokens"
+    meaning = "what a layer may become, for its damage; default: reuse,lowrank:64,span:7,none, less for few patches"
     parser.add_argument("--words", type=words, metavar="TEXT", help=meaning)
     meaning = "write similarity.json and similarity.png, heat maps"
     parser.add_argument("-o", "--output", type=local_path, metavar="DIR", help=meaning)
@@ -44,9 +42,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         require_matplotlib()
         args.output.mkdir(parents=True, exist_ok=True)
     source = load_source(args)
-    specs = args.words or _default_words(source.model)
-    if specs:
-        check_specs(source.model, specs)
+    if args.words:
+        check_specs(source.model, args.words)
+    specs = args.words or (default_words(source.model) if has_exact_layers(source.model) else ())
     with WorkProgress("similarity", "images", len(source.sample)) as progress:
         redundancy = measure_redundancy(source.model, source.batches(), progress)
     damage: dict[Change, float] = {}
@@ -58,15 +56,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         write_durably(args.output / "similarity.json", json.dumps(result).encode())
         write_durably(args.output / "similarity.png", heatmaps(result))
     return result
-
-
-def _default_words(model: Any) -> tuple[Spec, ...]:
-    """What fits a model; nothing where its layers are not exact, so that no damage can be measured."""
-    if not has_exact_layers(model):
-        return ()
-    half = (model.num_prefix_tokens + model.patch_embed.num_patches) // 2
-    specs = words(WORDS)
-    return tuple(Spec(of.word, min(of.number or 0, half)) if of.word == "lowrank" else of for of in specs)
 
 
 def _result(source: Source, redundancy: Redundancy, damage: Mapping[Change, float]) -> dict[str, Any]:

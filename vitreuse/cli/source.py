@@ -94,6 +94,13 @@ def words(text: str) -> tuple[Spec, ...]:
         raise argparse.ArgumentTypeError(f"in {text}, {str(error).rstrip('.')}") from error
 
 
+def default_words(model: Any) -> tuple[Spec, ...]:
+    """What an exact layer of a model may become: with 14 x 14 patches or more reuse, lowrank:64, span:7 and none."""
+    num_tokens = model.num_prefix_tokens + model.patch_embed.num_patches
+    k, width = max(1, min(64, num_tokens // 3)), min(7, max(model.patch_embed.grid_size) // 2 | 1)
+    return words(f"reuse,lowrank:{k},span:{width},none")
+
+
 def _refuse_other_than_vit(target: Target) -> None:
     """Before its weights are fetched."""
     model = target.model.create("meta")
