@@ -110,10 +110,10 @@ def _refuse_unreachable(args: argparse.Namespace, source: Source, specs: tuple[S
     wider = {spec: (*specs, spec) for spec in default_words(source.model) if spec not in specs}
     lower = {least_cost(_costs(args, source, more), more, depth): spec for spec, more in wider.items()}
     best = min(lower, default=least)
-    hint = f"with {lower[best]} too it is {_up(best / exact)}" if best < least else "no other word makes it less"
+    hint = f", and {_up(best / exact)} with {lower[best]} too" if best < least else ""
     raise ValueError(
         f"no plan of {','.join(map(str, specs))} has {args.budget:g} of the {METRICS[args.metric]} of "
-        f"{source.target.label}: the least is {_up(least / exact)}, {hint}."
+        f"{source.target.label}: the least is {_up(least / exact)}{hint}: raise --budget."
     )
 
 
