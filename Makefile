@@ -28,6 +28,7 @@ study: $(READY)
 		$(RUN) -m train.sweep configs/study/$${task}_*.yaml seeds=5 runs=runs/study cards=docs/study/$$task/cards jobs=2 && \
 		$(RUN) -m eval compare docs/study/$$task/cards --baseline $${task}_exact -o docs/study/$$task || exit $$?; \
 	done
+	@$(RUN) -m docs.study.conversion
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2

@@ -210,8 +210,8 @@ def _protection(result: dict[str, Any]) -> str:
     if protected == chosen:
         return "first and last layer kept exact"
     if protected is None:
-        return "first and last layer not kept exact: no plan that does meets the budget"
-    return f"first and last layer not kept exact: the best plan that does has a damage of {protected['damage']:.3g}"
+        return "first and last layer not kept exact: no plan that keeps them meets the budget"
+    return f"first and last layer not kept exact: the best plan that keeps them has a damage of {protected['damage']:.3g}"
 
 
 def thinned(front: Sequence[dict[str, Any]], chosen: dict[str, Any]) -> list[dict[str, Any]]:
