@@ -154,8 +154,8 @@ def _table(task: str, lines: Lines) -> str:
     rows = [_row(variant.name, [lines[task, seed, variant.name] for seed in SEEDS], teachers) for variant in VARIANTS]
     caption = (
         f"Teachers: {100 * teachers.mean():.2f} % of {teachers.shape[1]:,} images. Means over {len(SEEDS)} of them; "
-        "the worst is against its own teacher. Verdicts, as those of eval compare, are of the teachers' recipe under "
-        "other seeds and on other images. The plan is the one that most teachers got."
+        "the worst is against its own teacher. Verdicts are those of eval compare: over images and seeds. The plan is "
+        "the one that most teachers got."
     )
     return to_markdown(rows, COLUMNS, caption)
 

@@ -211,7 +211,7 @@ def _protection(result: dict[str, Any]) -> str:
         return "first and last layer kept exact"
     if protected is None:
         return "first and last layer not kept exact: no plan that keeps them meets the budget"
-    return f"first and last layer not kept exact: the best plan that keeps them has a damage of {protected['damage']:.3g}"
+    return f"first and last layer not kept exact: the best plan with both has a damage of {protected['damage']:.3g}"
 
 
 def thinned(front: Sequence[dict[str, Any]], chosen: dict[str, Any]) -> list[dict[str, Any]]:
