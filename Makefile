@@ -13,8 +13,8 @@ help:
 	@echo "make study   what docs/study lacks of its runs, and its tables and figures; from nothing two hours on two cores"
 	@echo "make test    the tests"
 	@echo "make lint    ruff and pyright"
-	@echo "make proof   timm's own tests and loader beside ours; training killed and broken in every way; the report in a"
-	@echo "             browser, Debian's chromium, which root installs where it is missing"
+	@echo "make proof   the tests that take longer; timm's own tests and loader beside ours; training killed and broken in"
+	@echo "             every way; the report in a browser, Debian's chromium, which root installs where it is missing"
 	@echo "make clean   remove the environment and what was built; runs/ and data/ stay"
 
 # Two runs at a time, one thread each (configs/digits).
@@ -38,6 +38,7 @@ lint: $(READY)
 	$(RUN) -m pyright --pythonpath $(RUN)
 
 proof: $(READY)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 -m proof
 	$(RUN) tests/conformance -n 2
 	$(RUN) tests/storms
 	$(RUN) -m tests.loader

@@ -10,7 +10,7 @@ import vitreuse
 from vitreuse.flops import fvcore_macs, torch_flops, training_flops
 
 NAMES = timm.list_models(module="models")
-RESOLUTIONS = (224, 384)  # px
+RESOLUTIONS = (224, pytest.param(384, marks=pytest.mark.proof))  # px
 # Of each method and family, without the time that large models take where products are really computed.
 SMALL_NAMES = [name for name in NAMES if "_tiny_" in name or ("deit3" in name and "_small_" in name)]
 SIZES = ((112, 512), (160, 160))  # px; a span of 7 cuts the first, 7 x 32 patches, into tiles and not the second

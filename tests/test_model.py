@@ -34,6 +34,7 @@ def gradients(model: nn.Module, logits: Tensor) -> tuple[Tensor, ...]:
     return torch.autograd.grad(logits.sin().sum(), list(model.parameters()))
 
 
+@pytest.mark.proof
 @pytest.mark.parametrize(("name", "backend"), REPRESENTATIVE[:3])
 def test_compiled_in_one_graph_outputs_and_gradients_stay(name, backend):
     torch._dynamo.reset()
