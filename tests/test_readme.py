@@ -70,6 +70,7 @@ def test_the_other_commands_name_what_exists(argv):
             assert not word.endswith(".yaml") or (ROOT / word).exists()
 
 
+@pytest.mark.proof
 def test_the_five_commands_make_a_trained_model_faster(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(ROOT / "configs")

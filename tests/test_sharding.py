@@ -21,6 +21,8 @@ from train.trainer import Trainer
 from vitreuse.config import ConfigError, load_config
 from vitreuse.inputs import evaluation_transform, image_settings
 
+pytestmark = pytest.mark.proof  # each rank is a process
+
 NUM_STEPS = 20  # the last step of an epoch, every third, has one image and so none for the second rank
 RECIPES = {
     "plain": [],

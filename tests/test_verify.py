@@ -70,6 +70,7 @@ def test_a_recipe_with_everything_resumes_exactly(config_path, tmp_path, capfd):
     assert _left(tmp_path) == {"data", "tiny.yaml"}
 
 
+@pytest.mark.proof
 def test_two_ranks_resume_exactly(config_path, tmp_path):
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "train", str(config_path)]
     settings = [f"run_dir={tmp_path / 'run'}", "model.keywords.proj_drop_rate=0.1"]
