@@ -8,7 +8,7 @@ import torch
 from cases import CASES, images
 from torch.nn import functional as F
 
-from vitreuse.attention import choice, maps
+from vitreuse.attention import EMPTY_CARRY, choice, maps
 from vitreuse.attention.choice import (
     COST_NAMES,
     cost_at,
@@ -158,8 +158,8 @@ def test_maps_that_do_not_fit_are_recomputed_from_q_and_k(monkeypatch):
     monkeypatch.setattr(maps, "memory_bytes", lambda device_type: 4 * num_bytes - 1)
     assert summary(model, conditions).startswith("qk + ")
     assert "maps would fill over a quarter of the memory" in sentence(model, conditions)
-    handed = model.blocks[0](torch.randn(2, 16, 15, dtype=torch.float64))
-    assert handed[1] is None and handed[3] is not None and handed[4] is not None
+    _, handed = model.blocks[0](torch.randn(2, 16, 15, dtype=torch.float64), EMPTY_CARRY)
+    assert handed.made.weights is None and handed.made.q is not None and handed.made.k is not None
     torch.testing.assert_close(model(x), wanted, rtol=1e-9, atol=1e-9)
 
 
@@ -200,7 +200,7 @@ def test_what_is_said_is_what_runs(name, way, training, backend, monkeypatch):
     fused = counted(monkeypatch, F, "scaled_dot_product_attention")
     blocked = counted(monkeypatch, maps, "blocked_attention")
     with torch.set_grad_enabled(training):
-        model(images(case.grid))
+        model.train(training)(images(case.grid))
     assert (len(fused), len(blocked)) == (kernels.count("fused"), kernels.count("blocked"))
     for block, layer in zip(model.blocks, layers, strict=True):
         assert (layer is None) == (block.spec.word == "none")

@@ -191,12 +191,13 @@ def test_a_carry_is_made_only_for_a_layer_that_reads_it(name, backend):
     words = [spec.word for spec in parse_plan(CASES[name].plan)]
     handed = {}
     for layer, block in enumerate(model.blocks):
-        block.register_forward_hook(lambda module, args, output, layer=layer: handed.update({layer: output[1:-2]}))
-    model(images())  # the last two fields of a carry are the model's, passed on by every layer
+        block.register_forward_hook(lambda module, args, output, layer=layer: handed.update({layer: output[1]}))
+    model(images())
     for layer, carry in handed.items():
         following = [word for word in words[layer + 1 :] if word != "none"]
         is_read = following[:1] == ["reuse"]
-        assert any(field is not None for field in carry) == is_read, layer
+        made = (*carry.made, carry.key_proj, carry.value_proj)
+        assert any(field is not None for field in made) == is_read, layer
 
 
 overruled_by_dropout = pytest.mark.filterwarnings("ignore:reuse_backend='qk' has no effect while training:UserWarning")
@@ -216,9 +217,9 @@ overruled_by_dropout = pytest.mark.filterwarnings("ignore:reuse_backend='qk' has
 def test_a_backend_carries_either_the_map_or_queries_and_keys(backend, attn_drop_rate, training, carried):
     model = CASES["reuse"].build(reuse_backend=backend, attn_drop_rate=attn_drop_rate).train(training)
     carries = []
-    model.blocks[0].register_forward_hook(lambda module, args, output: carries.append(output[1:]))
+    model.blocks[0].register_forward_hook(lambda module, args, output: carries.append(output[1]))
     model(images())
-    weights, _, q, k, *_ = carries[0]
+    weights, _, q, k = carries[0].made
     assert [weights is not None, q is not None, k is not None] == [carried == "map", *[carried == "q and k"] * 2]
 
 

@@ -9,6 +9,7 @@ from timm.models._features_fx import create_feature_extractor
 from torch import Tensor, nn
 
 from vitreuse import count_macs, count_params
+from vitreuse.attention import EMPTY_CARRY, Carry
 from vitreuse.flops import fvcore_macs, torch_flops
 
 OTHER_GRIDS = {(3, 5): (5, 7), (13, 17): (17, 13), (14, 14): (13, 17), (17, 19): (14, 14), (2, 29): (3, 31)}
@@ -59,13 +60,6 @@ def test_an_export_runs_at_any_batch_size(name, backend):
     batch = {"x": {0: torch.export.Dim.DYNAMIC}}
     exported = torch.export.export(model, (x[:2],), dynamic_shapes=batch).module()
     assert_close(exported(x), model(x))
-
-
-@pytest.mark.parametrize(("name", "backend"), REPRESENTATIVE[1:])
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:FutureWarning")
-def test_scripted_models_agree(name, backend):
-    model, x = CASES[name].build(reuse_backend=backend).eval(), images(CASES[name].grid)
-    assert_close(torch.jit.script(model)(x), model(x))
 
 
 @pytest.mark.parametrize(("name", "backend"), [*REPRESENTATIVE, ("exact", "auto"), ("span dense", "auto")])
@@ -209,10 +203,10 @@ def test_intermediates_are_the_layers_outputs(name, backend):
 def test_layers_run_in_pieces_give_the_carry_to_each_other(name, backend):
     model, x = CASES[name].build(reuse_backend=backend), images()
     tokens, _ = model.embed(x)
-    state = (tokens, *[None] * 6, model.key_proj)
+    carry = Carry(layerwise_proj=model.key_proj)
     for block in model.blocks:
-        state = block(*state)
-    assert_close(model.norm(state[0]), model.forward_features(x))
+        tokens, carry = block(tokens, carry)
+    assert_close(model.norm(tokens), model.forward_features(x))
 
 
 @every_case
@@ -299,9 +293,9 @@ def test_the_last_layer_left_by_pruning_hands_nothing_on():
     model = Case("exact reuse exact reuse*2").build()
     model.prune_intermediate_layers([2])
     tokens, _ = model.embed(images())
-    state = model.blocks[1](*model.blocks[0](tokens))
-    assert state[1] is None
-    assert all(field is None for field in model.blocks[2](*state)[1:])
+    tokens, carry = model.blocks[1](*model.blocks[0](tokens, EMPTY_CARRY))
+    assert carry == EMPTY_CARRY
+    assert model.blocks[2](tokens, carry)[1] == EMPTY_CARRY
 
 
 def test_layers_of_one_projection_run_alone_when_they_are_given_it():

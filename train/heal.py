@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitreuse.attention import EMPTY_CARRY, ReuseAttention
-from vitreuse.attention.base import rows_of, split_heads
+from vitreuse.attention.base import split_heads
+from vitreuse.attention.submodules import rows_of
 from vitreuse.config import ConfigError, HealConfig
 from vitreuse.heads import rows_of_heads
 

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from vitreuse.attention import Attention, ReuseAttention, maps
 from vitreuse.attention.choice import cost_at, cost_key, is_fused_faster
-from vitreuse.attention.lowrank import projected_length
 
 
 @dataclass(frozen=True)
@@ -95,7 +94,7 @@ def _counted(count: int, noun: str) -> str:
 def _computed(attn: Attention, width: int, conditions: Conditions) -> LayerBackend:
     """The way of a layer that is handed no map: one that computes its own, or is handed (q, k)."""
     q = _queries(attn, conditions)
-    num_keys = keys_of(attn)
+    num_keys = attn.num_keys
     kernel, why = _kernel(attn, q, width, num_keys, conditions)
     if attn.num_readers == 0 or isinstance(attn, ReuseAttention):
         return LayerBackend(kernel, why)
@@ -111,29 +110,19 @@ def _queries(attn: Attention, conditions: Conditions) -> Tensor:
     return q.requires_grad_(conditions.training)
 
 
-def keys_of(attn: Any) -> int:
-    """Keys of a query over the whole grid: the tokens, or those that a low-rank layer has made of them."""
-    num_tokens = attn.num_prefix_tokens + attn.grid[0] * attn.grid[1]
-    projected_dim = getattr(attn, "projected_dim", 0)
-    return projected_length(num_tokens, attn.kind, projected_dim) if projected_dim else num_tokens
-
-
-def _dropout_p(attn: Attention, q: Tensor) -> float:
-    return attn.attn_drop.p if q.requires_grad else 0.0
-
-
 def _carried(attn: Attention, q: Tensor, width: int, num_keys: int) -> tuple[str, str]:
     """What an anchor hands on, and why."""
-    dropout_p = _dropout_p(attn, q)
-    setting = attn.reuse_backend, attn.costs, q.device.type, q.dtype, q.requires_grad
-    carries_map = maps.carries_map(*setting, num_keys, width, attn.num_readers, dropout_p)
-    if dropout_p > 0.0:
-        return "map", f"attn_drop_rate={dropout_p:g}"
+    training = q.requires_grad
+    dropout = attn.attn_drop.p if training else 0.0
+    settings = attn.settings._replace(training=training)
+    carries_map = maps.carries_map(settings, q.device.type, q.dtype, num_keys, width, dropout)
+    if dropout > 0.0:
+        return "map", f"attn_drop_rate={dropout:g}"
     if attn.reuse_backend != "auto":
         return attn.reuse_backend, f"reuse_backend={attn.reuse_backend}"
     if width > 0:
         return ("map" if carries_map else "qk"), "windows have no fused kernel"
-    if carries_map and not maps.fits_in_memory(q, num_keys, attn.num_maps):
+    if carries_map and not maps.fits_in_memory(q, num_keys, attn.num_maps if training else 1):
         return "qk", "maps would fill over a quarter of the memory"
     return ("map" if carries_map else "qk"), _compared(attn, q, num_keys)
 
@@ -152,9 +141,9 @@ def _kernel(attn: Attention, q: Tensor, width: int, num_keys: int, conditions: C
     """What mixes the values where no map is carried, and why."""
     key = cost_key(q.device.type, q.dtype, q.requires_grad)
     is_fused = attn.fused_attn and is_fused_faster(attn.costs, q.device.type, q.dtype, q.requires_grad, num_keys)
-    if maps.is_tiled(attn.grid, width):
+    if maps.Layout(attn.grid, width, attn.num_prefix_tokens).is_tiled:
         return "tiles", f"span of {width}"
-    way = "blocked" if maps.is_blockable(q, q) and not conditions.compiled else "unfused"
+    way = "blocked" if maps.is_blockable(q) and not conditions.compiled else "unfused"
     if width > 0:
         return way, f"span of {width}"
     if not attn.fused_attn:

@@ -4,36 +4,20 @@ Shapes: B images, N tokens, C channels.
 """
 from typing import Any, Dict, List, Optional, Tuple, Type
 
-import torch
 from timm.layers import DropPath, LayerScale, Mlp
 from timm.models import checkpoint
 from torch import Tensor, nn
 
-from vitreuse.attention import ATTENTION, AttentionConfig, Carry
+from vitreuse.attention import ATTENTION, EMPTY_CARRY, AttentionConfig, Carry
 from vitreuse.attention.base import linear_params, norm_params
 from vitreuse.mlp import InplaceMlp
-
-# tokens, then the fields of the carry: flat, since re-entrant checkpointing loses gradients inside a tuple
-LayerOutput = Tuple[
-    Tensor,
-    Optional[Tensor],
-    Optional[Tensor],
-    Optional[Tensor],
-    Optional[Tensor],
-    Optional[Tensor],
-    Optional[Tensor],
-    Optional[Tensor],
-    Optional[Tensor],
-]
 
 
 class PlanBlock(nn.Module):
     """timm's pre-norm block, with its submodule names, around the attention that the plan asks for.
 
-    A ``none`` layer has no norm1, attn, ls1 and drop_path1 parameters: it is the MLP half alone.
+    A ``none`` layer has no norm1, attn, ls1 and drop_path1: it is the MLP half alone.
     """
-
-    has_attention: torch.jit.Final[bool]
 
     def __init__(
         self,
@@ -55,7 +39,7 @@ class PlanBlock(nn.Module):
         self.ls1 = nn.Identity()
         if init_values and self.has_attention:
             self.ls1 = LayerScale(dim, init_values=init_values, **factory)
-        self.drop_path1 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
+        self.drop_path1 = DropPath(drop_path) if drop_path > 0.0 and self.has_attention else nn.Identity()
 
         self.norm2 = attention.norm_layer(dim, **factory)
         mlp_class: Type[Any] = InplaceMlp if mlp_layer is Mlp else mlp_layer
@@ -74,37 +58,26 @@ class PlanBlock(nn.Module):
     def forward(
         self,
         x: Tensor,
-        weights: Optional[Tensor] = None,
-        prefix_weights: Optional[Tensor] = None,
-        q: Optional[Tensor] = None,
-        k: Optional[Tensor] = None,
-        key_proj: Optional[Tensor] = None,
-        value_proj: Optional[Tensor] = None,
-        layerwise_proj: Optional[Tensor] = None,
-        span_bias: Optional[Tensor] = None,
-        grid: Optional[Tuple[int, int]] = None,
-        num_queries: Optional[int] = None,
-        attn_mask: Optional[Tensor] = None,
+        carry: Carry | None = None,
+        grid: tuple[int, int] | None = None,
+        num_queries: int | None = None,
+        attn_mask: Tensor | None = None,
         is_causal: bool = False,
-    ) -> LayerOutput:
-        """Tokens (B, num_queries, C), all when None, and the carry's fields for the next layer."""
-        carry = Carry(weights, prefix_weights, q, k, key_proj, value_proj, layerwise_proj, span_bias)
+    ) -> Any:
+        """Tokens (B, num_queries, C), all when None, and the carry for the next layer where one was given.
+
+        Without a carry, as code written for timm's block calls it, tokens alone.
+
+        Raises:
+            ValueError: the layer needs what an earlier one hands on, and no carry was given.
+        """
+        handed = EMPTY_CARRY if carry is None else carry
         rows = x if num_queries is None else x[:, :num_queries]
         if self.has_attention:
-            y, carry = self.attn(self.norm1(x), carry, grid, num_queries, attn_mask, is_causal)
+            y, handed = self.attn(self.norm1(x), handed, grid, num_queries, attn_mask, is_causal)
             rows = rows + self.drop_path1(self.ls1(y))
         rows = rows + self.drop_path2(self.ls2(self.mlp(self.norm2(rows))))
-        return (
-            rows,
-            carry.weights,
-            carry.prefix_weights,
-            carry.q,
-            carry.k,
-            carry.key_proj,
-            carry.value_proj,
-            carry.layerwise_proj,
-            carry.span_bias,
-        )
+        return rows if carry is None else (rows, handed)
 
     def macs(self, grid: Tuple[int, int], num_queries: int, theoretical: bool) -> Dict[str, int]:
         """MACs of one image by part, see Attention.macs."""
@@ -156,15 +129,14 @@ class PlanBlocks(nn.Sequential):
         checkpointing: bool = False,
     ) -> Tuple[Tensor, List[Tensor]]:
         """Tokens after the last layer, and those after each layer of ``indices``."""
-        state: LayerOutput = (x, None, None, None, None, None, None, layerwise_proj, None)
+        carry = Carry(layerwise_proj=layerwise_proj)
         collected: List[Tensor] = []
-        last = len([0 for _ in self]) - 1  # TorchScript has no len() of a Sequential
         for i, block in enumerate(self):
-            rows = num_queries if i == last else None
-            if checkpointing and not torch.jit.is_scripting():
-                state = checkpoint(block, *state, grid, rows, attn_mask, is_causal)
+            rows = num_queries if i == len(self) - 1 else None
+            if checkpointing:  # the other, re-entrant kind loses the gradients of what is handed on
+                x, carry = checkpoint(block, x, carry, grid, rows, attn_mask, is_causal, use_reentrant=False)
             else:
-                state = block(*state, grid, rows, attn_mask, is_causal)
+                x, carry = block(x, carry, grid, rows, attn_mask, is_causal)
             if i in indices:
-                collected.append(state[0])
-        return state[0], collected
+                collected.append(x)
+        return x, collected

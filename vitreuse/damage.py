@@ -25,9 +25,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vitreuse.attention import ExactAttention
-from vitreuse.attention.base import rows_of, split_heads
+from vitreuse.attention.base import split_heads
 from vitreuse.attention.lowrank import grid_pooling
-from vitreuse.attention.maps import softmax_map
+from vitreuse.attention.maps import Mask, softmax_map
+from vitreuse.attention.submodules import rows_of
 from vitreuse.attention.tiles import neighbourhood_bias
 from vitreuse.block import PlanBlock
 from vitreuse.console import WorkProgress
@@ -239,7 +240,7 @@ def _mixture(layer: _Layer, spec: Spec, view: Tensor | None) -> _Mixture:
     k, v = F.linear(seen, weight[dim:], rows_of(bias, dim, 3 * dim)).chunk(2, dim=-1)
     q, k, v = (split_heads(part, attn.head_dim) for part in (q, k, v))
     mask = view if spec.word == "span" else None
-    weights = softmax_map(attn.q_norm(q), attn.k_norm(k), attn.scale, mask, False)
+    weights = softmax_map(attn.q_norm(q), attn.k_norm(k), attn.scale, Mask(mask))
     return _Mixture(weights, v, weights @ v)
 
 

@@ -296,23 +296,24 @@ class ClassAttention(nn.Module):
     def forward(
         self,
         x: Tensor,
-        carry: Carry,
+        carry: Optional[Carry] = None,
         grid: Optional[Tuple[int, int]] = None,
         num_queries: Optional[int] = None,
         attn_mask: Optional[Tensor] = None,
         is_causal: bool = False,
-    ) -> Tuple[Tensor, Carry]:
+    ) -> Any:
         assert num_queries is not None
         if attn_mask is not None or is_causal:
             raise ValueError("a model folded with class_rows takes no attn_mask and no is_causal: leave this step out.")
         q = self.q(x[:, :num_queries]).unflatten(-1, (self.num_heads, self.head_dim))  # (B, R, H, D)
-        queries = torch.einsum("brhd,hdc->brhc", q * self.scale, self.key_heads).flatten(1, 2)  # (B, R * H, C)
-        weights = (queries @ x.mT).softmax(dim=-1)
-        pooled = (weights @ x).unflatten(1, (num_queries, self.num_heads))
-        mixed = torch.einsum("brhc,hcd->brhd", pooled, self.value_heads).flatten(2)
+        queries = (q * self.scale).transpose(1, 2) @ self.key_heads  # (B, H, R, C)
+        weights = (queries.flatten(1, 2) @ x.mT).softmax(dim=-1)
+        pooled = (weights @ x).unflatten(1, (self.num_heads, num_queries))
+        mixed = (pooled @ self.value_heads).transpose(1, 2).flatten(2)
         if self.value_bias is not None:
             mixed = mixed + self.value_bias
-        return self.proj(self.norm(mixed)), carry
+        y = self.proj(self.norm(mixed))
+        return y if carry is None else (y, carry)
 
 
 STEPS = {

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vitreuse.attention.base import rows_of, split_heads
+from vitreuse.attention.base import split_heads
+from vitreuse.attention.submodules import rows_of
 from vitreuse.console import WorkProgress
 from vitreuse.similarity import Batches, attention_maps, evaluated, few_at_a_time
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from vitreuse.attention.maps import overwrites
+from vitreuse.attention.submodules import is_watched
 
 
 class InplaceMlp(Mlp):
@@ -20,16 +21,12 @@ class InplaceMlp(Mlp):
     def forward(self, x: Tensor) -> Tensor:
         """Tokens (B, N, C) to tokens (B, N, C)."""
         x = self.fc1(x)
-        in_place = not torch.jit.is_scripting() and self._owns_hidden(x)
-        x = torch.ops.aten.gelu_(x) if in_place else self.act(x)
+        x = torch.ops.aten.gelu_(x) if self._owns_hidden(x) else self.act(x)
         return self.drop2(self.fc2(self.norm(self.drop1(x))))
 
-    @torch.jit.unused
     def _owns_hidden(self, hidden: Tensor) -> bool:
-        """Whether nobody else sees the hidden units: in an eager call of submodules without hooks or replacement."""
+        """Whether nobody else sees the hidden units: in an eager call of submodules that nobody watches or replaced."""
         if not (isinstance(hidden, Tensor) and overwrites(hidden)):  # FX traces proxies
             return False
-        fc1, act = self.fc1, self.act
-        is_plain = type(fc1) is nn.Linear and type(act) is nn.GELU and act.approximate == "none"
-        watched = fc1._forward_hooks or act._forward_hooks or act._forward_pre_hooks or _has_any_global_hook()
-        return is_plain and not watched
+        is_plain = type(self.fc1) is nn.Linear and type(self.act) is nn.GELU and self.act.approximate == "none"
+        return is_plain and not (is_watched(self.fc1) or is_watched(self.act) or _has_any_global_hook())

@@ -23,9 +23,8 @@ from torch import nn
 
 from vitreuse.attention import Attention, ReuseAttention
 from vitreuse.attention.choice import cost_at, cost_key, load_costs, load_rates
-from vitreuse.attention.maps import is_tiled
 from vitreuse.attention.tiles import tile_size
-from vitreuse.backends import Conditions, LayerBackend, keys_of, layer_backends
+from vitreuse.backends import Conditions, LayerBackend, layer_backends
 from vitreuse.inputs import example
 from vitreuse.macs import count_macs
 from vitreuse.measure import saved_storages
@@ -157,8 +156,8 @@ def _nanoseconds(model: Any, conditions: Conditions) -> list[int]:
 
 def _row_length(attn: Attention) -> int:
     """Keys that a query sees at a time: of windows in tiles, those of a tile."""
-    if not is_tiled(attn.grid, attn.width):
-        return keys_of(attn)
+    if not attn.layout(attn.grid, None).is_tiled:
+        return attn.num_keys
     rows, columns = tile_size(attn.grid, attn.width)
     return attn.num_prefix_tokens + (rows + attn.width - 1) * (columns + attn.width - 1)
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from vitreuse.attention import Attention, LowRankAttention, ReuseAttention
 from vitreuse.attention.base import Carry, split_heads
-from vitreuse.attention.maps import join_heads, softmax_map
+from vitreuse.attention.maps import Mask, join_heads, softmax_map
 from vitreuse.attention.tiles import neighbourhood_bias
 from vitreuse.console import WorkProgress
 from vitreuse.heads import match_heads
@@ -195,7 +195,7 @@ def _recorded(model: Any, maps: list[AttentionMap | None]) -> Iterator[None]:
 
 def _timm_map(attn: TimmAttention, x: Tensor) -> AttentionMap:
     q, k, _ = (split_heads(part, attn.attn_dim // attn.num_heads) for part in attn.qkv(x).chunk(3, dim=-1))
-    return AttentionMap(softmax_map(attn.q_norm(q), attn.k_norm(k), attn.scale, None, False), "tokens")
+    return AttentionMap(softmax_map(attn.q_norm(q), attn.k_norm(k), attn.scale), "tokens")
 
 
 def _own_map(
@@ -204,16 +204,16 @@ def _own_map(
     """A layer's map as its values read it, and as it would hand it on."""
     x: Tensor = inputs[0]
     carry: Carry = inputs[1]
-    grid = attn.grid if inputs[2] is None else inputs[2]
+    grid = inputs[2] or attn.grid
     if not isinstance(attn, ReuseAttention):
         q, k, *_ = attn.project(x, None, grid, carry.layerwise_proj)
         made = AttentionMap(_softmax(attn, attn.q_norm(q), attn.k_norm(k), grid), _keys(layer, attn))
         return made, made
     (anchor,) = carried
-    q, k = attn.own_queries_and_keys(x, None, carry.key_proj)
-    if q is None or k is None:
+    own = attn.own_queries_and_keys(x, None, carry.key_proj)
+    if own is None:
         return anchor, anchor
-    read, handed = join_heads(anchor.weights, _softmax(attn, q, k, grid), attn.num_reused_heads)
+    read, handed = join_heads(anchor.weights, _softmax(attn, *own, grid), attn.num_reused_heads)
     return anchor._replace(weights=read), anchor._replace(weights=handed)
 
 
@@ -222,7 +222,7 @@ def _softmax(attn: Attention, q: Tensor, k: Tensor, grid: tuple[int, int]) -> Te
     bias = None
     if attn.width > 0:
         bias = neighbourhood_bias(grid, attn.width, attn.num_prefix_tokens, q.dtype, q.device)
-    return softmax_map(q, k, attn.scale, bias, False)
+    return softmax_map(q, k, attn.scale, Mask(bias))
 
 
 def _keys(layer: int, attn: Attention) -> Hashable:

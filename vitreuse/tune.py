@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from vitreuse.attention.blocked import blocked_attention
 from vitreuse.attention.choice import COST_NAMES, RATE_NAMES, cost_key
-from vitreuse.attention.maps import apply_map, softmax_map
+from vitreuse.attention.maps import Layout, apply_map, softmax_map
 from vitreuse.durable import write_durably
 from vitreuse.measure import Call, inference_call, time_interleaved
 
@@ -140,7 +140,7 @@ def _calls(
         torch.randn(num_images, length, HEADS, HEAD_DIM, device=device, dtype=dtype).transpose(1, 2)
         for length in (max(num_keys, MIN_QUERIES), num_keys, num_keys)
     )
-    weights = softmax_map(q, k, HEAD_DIM**-0.5, None, False)
+    weights = softmax_map(q, k, HEAD_DIM**-0.5)
     functions: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = {
         "fused": (F.scaled_dot_product_attention, (q, k, v)),
         "unfused": (_unfused, (q, k, v)),
@@ -163,11 +163,11 @@ def _call(function: Callable[..., Tensor], inputs: tuple[Tensor, ...], training:
 
 
 def _make(q: Tensor, k: Tensor) -> Tensor:
-    return softmax_map(q, k, HEAD_DIM**-0.5, None, False)
+    return softmax_map(q, k, HEAD_DIM**-0.5)
 
 
 def _apply(weights: Tensor, v: Tensor) -> Tensor:
-    return apply_map(weights, None, v, (0, 0), 0, 0, 0.0)
+    return apply_map(weights, None, v, Layout((0, 0), 0, 0))
 
 
 def _unfused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

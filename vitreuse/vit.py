@@ -24,8 +24,6 @@ from vitreuse.plan import Plan, parse_plan
 class PlanVisionTransformer(timm_vit.VisionTransformer):
     """timm's VisionTransformer (ViT, DeiT, DeiT III) with a plan, whose carry is threaded through the layers."""
 
-    __constants__ = ("num_class_rows",)  # TorchScript reads no other attribute of a class
-    __jit_unused_properties__ = ("plan",)
     num_class_rows = 1  # rows of the last layer that the head reads under token pooling
 
     def __init__(

@@ -3,19 +3,20 @@
 ``y, carry = attention(x, carry, grid, num_queries, attn_mask, is_causal)`` is the contract. Tokens x are (B, N, C),
 prefix tokens first, then the patches row by row; y has the first ``num_queries`` rows, all when None; ``grid`` is this
 input's (rows, columns) of patches, the one built for when None. State between layers is this argument and this return
-value and nothing else.
+value and nothing else. ``y = attention(x)``, as code written for timm calls it, hands nothing on.
 
 Shapes: B images, N tokens, M keys, C channels, H heads, D = C / H, P prefix tokens.
 """
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Callable, Dict, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, NamedTuple, Optional, Tuple
 
 import torch
 from timm.layers import register_notrace_function, use_fused_attn
 from torch import Tensor, nn
 
 from vitreuse.attention.choice import Costs
+from vitreuse.attention.maps import NO_MASK, Carried, Layout, Mask, Settings
 from vitreuse.attention.tiles import span_pairs
 from vitreuse.plan import Plan, Spec
 
@@ -23,17 +24,14 @@ from vitreuse.plan import Plan, Spec
 class Carry(NamedTuple):
     """What a layer hands to the next besides its tokens; None where no later layer reads it."""
 
-    weights: Optional[Tensor]  # the map (B, H, N, M); of a tiled span layer (B, H, tiles, queries, keys)
-    prefix_weights: Optional[Tensor]  # the prefix tokens' rows (B, H, P, N) of a tiled map
-    q: Optional[Tensor]  # (B, H, N, D), after qk-norm
-    k: Optional[Tensor]  # (B, H, M, D), after qk-norm
-    key_proj: Optional[Tensor]  # the anchor's token projections, see lowrank.py
-    value_proj: Optional[Tensor]
-    layerwise_proj: Optional[Tensor]  # the model's one projection under layerwise sharing, passed on by every layer
-    span_bias: Optional[Tensor]  # of the newest span layer, see maps.span_bias; passed on by every layer
+    made: Carried = Carried()  # the map that later layers reuse, or its queries and keys
+    key_proj: Optional[Tensor] = None  # the anchor's token projections, see lowrank.py
+    value_proj: Optional[Tensor] = None
+    layerwise_proj: Optional[Tensor] = None  # the model's one under layerwise sharing, passed on by every layer
+    span_bias: Optional[Tensor] = None  # of the newest span layer, see maps.span_bias; passed on by every layer
 
 
-EMPTY_CARRY = Carry(None, None, None, None, None, None, None, None)
+EMPTY_CARRY = Carry()
 
 
 @dataclass(frozen=True)
@@ -80,18 +78,18 @@ class AttentionConfig:
 
 @torch.fx.wrap
 @register_notrace_function
-def without_mask(kind: str, attn_mask: Optional[Tensor], is_causal: bool) -> Optional[Tensor]:
-    """None, for a kind of layer whose keys are not the tokens that a mask speaks of.
+def without_mask(kind: str, mask: Mask) -> Mask:
+    """No mask, for a kind of layer whose keys are not the tokens that a mask speaks of.
 
     Raises:
         ValueError: a mask or causal attention was asked for.
     """
-    if attn_mask is not None or is_causal:
+    if mask.is_given:
         raise ValueError(
             f"{kind} layers take no attn_mask and no is_causal, since their keys are not all the tokens: "
             "use exact and reuse layers with a mask."
         )
-    return None
+    return NO_MASK
 
 
 @torch.fx.wrap
@@ -108,13 +106,6 @@ def with_all_tokens(kind: str, x: Tensor, grid: Tuple[int, int], num_prefix_toke
             "set patch_drop_rate to 0, or use exact and reuse layers."
         )
     return x
-
-
-@torch.fx.wrap
-@register_notrace_function
-def rows_of(parameter: Optional[Tensor], start: int, stop: int) -> Optional[Tensor]:
-    """Rows ``start:stop`` of a layer's weight or bias, or the heads of a projection."""
-    return None if parameter is None else parameter[start:stop]
 
 
 def split_heads(x: Tensor, head_dim: int) -> Tensor:
@@ -172,9 +163,47 @@ class Attention(nn.Module):
         self.num_maps = plan.num_maps  # that are alive at the same time in training
         self.takes_span_bias = plan.repeats_span[layer]
 
-    def dropout_p(self) -> float:
-        """Dropout rate of the map in the current mode."""
-        return self.attn_drop.p if self.training else 0.0
+    def forward(
+        self,
+        x: Tensor,
+        carry: Optional[Carry] = None,
+        grid: Optional[Tuple[int, int]] = None,
+        num_queries: Optional[int] = None,
+        attn_mask: Optional[Tensor] = None,
+        is_causal: bool = False,
+    ) -> Any:
+        """Tokens (B, num_queries, C), and the carry for the next layer where one was given."""
+        y, handed = self.attend(x, carry or EMPTY_CARRY, grid or self.grid, num_queries, Mask(attn_mask, is_causal))
+        return y if carry is None else (y, handed)
+
+    @abstractmethod
+    def attend(
+        self, x: Tensor, carry: Carry, grid: Tuple[int, int], num_queries: Optional[int], mask: Mask
+    ) -> Tuple[Tensor, Carry]:
+        """Tokens (B, num_queries, C), and the carry for the next layer."""
+
+    @property
+    def settings(self) -> Settings:
+        """What decides how this layer computes attention in its mode."""
+        return Settings(
+            self.scale,
+            self.training,
+            self.fused_attn,
+            self.costs,
+            self.reuse_backend,
+            self.num_readers,
+            self.num_maps,
+            self.num_keys,
+        )
+
+    @property
+    def num_keys(self) -> int:
+        """Keys of a query over the grid that the layer is built for."""
+        return self.num_prefix_tokens + self.grid[0] * self.grid[1]
+
+    def layout(self, grid: Tuple[int, int], num_rows: Optional[int]) -> Layout:
+        """Where the tokens lie; the first rows, where only these are computed, see every key."""
+        return Layout(grid, self.width if num_rows is None else 0, self.num_prefix_tokens)
 
     def computed_rows(self, num_queries: Optional[int]) -> Optional[int]:
         """How many query rows to compute: those asked for, or all (None) where windows need whole tiles."""

@@ -19,6 +19,8 @@ import torch
 
 COST_NAMES = ("fused", "unfused", "make", "apply")
 RATE_NAMES = ("mlp", "linear")
+TIE = 1.05  # how much slower the fused kernel may be and still be taken
+SHORT_ROW = 128  # keys of a map that is worth carrying on any device
 Rates = Dict[str, List[Tuple[int, float, float]]]  # as costs, of channels of a token and the two rates; inference alone
 Point = Tuple[int, float, float, float, float]  # keys of a query, then the four costs
 Costs = Dict[str, List[Point]]  # by device type, dtype and mode, such as "cpu bfloat16 inference"
@@ -77,7 +79,7 @@ def read_rates(path: Path) -> Rates:
 
 
 def as_costs(found: Mapping[str, Sequence[Sequence[float]]]) -> Costs:
-    """Costs as the functions below take them, which TorchScript reads too."""
+    """Costs as the functions below take them."""
     return {
         key: [(int(keys), fused, unfused, make, apply) for keys, fused, unfused, make, apply in points]
         for key, points in found.items()
@@ -116,12 +118,11 @@ def is_fused_faster(costs: Costs, device_type: str, dtype: torch.dtype, training
 
     Near ties go to the fused kernel: in a whole model it is ahead by what it does not write to memory.
     """
-    tie = 1.05  # local, since TorchScript reads no module-level numbers
     key = cost_key(device_type, dtype, training)
     if key not in costs:
         return True
     fused, unfused, _, _ = cost_at(costs[key], num_keys)
-    return fused <= tie * unfused
+    return fused <= TIE * unfused
 
 
 def is_map_faster(
@@ -132,9 +133,8 @@ def is_map_faster(
     Where nothing was measured only a short row is carried: on paper, reading a longer one on a GPU costs more than
     recomputing it.
     """
-    short_row = 128  # local, since TorchScript reads no module-level numbers
     key = cost_key(device_type, dtype, training)
     if key not in costs:
-        return num_keys <= short_row
+        return num_keys <= SHORT_ROW
     fused, unfused, make, apply = cost_at(costs[key], num_keys)
     return make + (1 + num_readers) * apply <= (1 + num_readers) * min(fused, unfused)

@@ -2,10 +2,11 @@
 from typing import Dict, Optional, Tuple
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from vitreuse.attention import maps
-from vitreuse.attention.base import Attention, AttentionConfig, Carry, linear_params, rows_of, split_heads
+from vitreuse.attention.base import Attention, AttentionConfig, Carry, linear_params, split_heads
+from vitreuse.attention.maps import Mask
+from vitreuse.attention.submodules import is_plain_linear, linear_rows
 
 # queries, keys, values, key_proj, value_proj
 Inputs = Tuple[Tensor, Tensor, Tensor, Optional[Tensor], Optional[Tensor]]
@@ -25,70 +26,29 @@ class ExactAttention(Attention):
         self.qkv = nn.Linear(self.dim, 3 * self.dim, bias=config.qkv_bias, device=config.device, dtype=config.dtype)
         self.build_output(config, computes_map=True)
 
-    def forward(
-        self,
-        x: Tensor,
-        carry: Carry,
-        grid: Optional[Tuple[int, int]] = None,
-        num_queries: Optional[int] = None,
-        attn_mask: Optional[Tensor] = None,
-        is_causal: bool = False,
+    def attend(
+        self, x: Tensor, carry: Carry, grid: Tuple[int, int], num_queries: Optional[int], mask: Mask
     ) -> Tuple[Tensor, Carry]:
-        return self.attend_tokens(x, carry, grid, num_queries, attn_mask, is_causal)
-
-    def attend_tokens(
-        self,
-        x: Tensor,
-        carry: Carry,
-        grid: Optional[Tuple[int, int]],
-        num_queries: Optional[int],
-        attn_mask: Optional[Tensor],
-        is_causal: bool,
-    ) -> Tuple[Tensor, Carry]:
-        """The forward pass of every layer that computes its own map."""
-        if grid is None:
-            grid = self.grid
+        """The way of every layer that computes its own map."""
         rows = self.computed_rows(num_queries)
         q, k, v, key_proj, value_proj = self.project(x, rows, grid, carry.layerwise_proj)
-        width = self.width if rows is None else 0
-        bias = carry.span_bias
-        if width > 0:
-            bias = maps.span_bias(bias if self.takes_span_bias else None, q, grid, width, self.num_prefix_tokens)
-            attn_mask = bias
-        mixed, weights, prefix_weights, handed_q, handed_k = maps.attend(  # in maps, where a trace wraps it
-            self.q_norm(q),
-            self.k_norm(k),
-            v,
-            self.scale,
-            grid,
-            width,
-            self.num_prefix_tokens,
-            attn_mask,
-            is_causal,
-            self.dropout_p(),
-            self.fused_attn,
-            self.num_readers,
-            self.num_maps,
-            self.reuse_backend,
-            self.costs,
-        )
-        handed = Carry(weights, prefix_weights, handed_q, handed_k, key_proj, value_proj, carry.layerwise_proj, bias)
-        return self.output(mixed, num_queries), handed
+        layout, bias = self.layout(grid, rows), carry.span_bias
+        if layout.width > 0:
+            bias = maps.span_bias(bias if self.takes_span_bias else None, v, layout)
+            mask = Mask(bias)
+        mixed, made = maps.attend(self.q_norm(q), self.k_norm(k), v, mask, layout, self.attn_drop, self.settings)
+        return self.output(mixed, num_queries), Carry(made, key_proj, value_proj, carry.layerwise_proj, bias)
 
     def project(
         self, x: Tensor, rows: Optional[int], grid: Tuple[int, int], layerwise_proj: Optional[Tensor]
     ) -> Inputs:
         """Queries (B, H, rows, D) of the first rows, keys and values (B, H, N, D); no token projections."""
-        if rows is None:
+        if rows is None or not is_plain_linear(self.qkv):
             q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
-        else:
-            q = split_heads(self.project_rows(x[:, :rows], 0, self.dim), self.head_dim)
-            k, v = split_heads(self.project_rows(x, self.dim, 3 * self.dim), self.head_dim).chunk(2, dim=1)
+            return (q if rows is None else q[:, :, :rows]), k, v, None, None
+        q = split_heads(linear_rows(self.qkv, x[:, :rows], 0, self.dim), self.head_dim)
+        k, v = split_heads(linear_rows(self.qkv, x, self.dim, 3 * self.dim), self.head_dim).chunk(2, dim=1)
         return q, k, v, None, None
-
-    def project_rows(self, x: Tensor, start: int, stop: int) -> Tensor:
-        """Output rows ``start:stop`` of the fused projection: queries are first, then keys, then values."""
-        return F.linear(x, self.qkv.weight[start:stop], rows_of(self.qkv.bias, start, stop))
 
     def macs(self, grid: Tuple[int, int], num_queries: int, theoretical: bool) -> Dict[str, int]:
         num_tokens = self.num_prefix_tokens + grid[0] * grid[1]

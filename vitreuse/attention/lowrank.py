@@ -13,8 +13,11 @@ from timm.layers import register_notrace_function
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vitreuse.attention.base import AttentionConfig, Carry, rows_of, split_heads, with_all_tokens, without_mask
+from vitreuse.attention import base
+from vitreuse.attention.base import AttentionConfig, Carry, split_heads
 from vitreuse.attention.exact import ExactAttention, Inputs
+from vitreuse.attention.maps import Mask
+from vitreuse.attention.submodules import is_plain_linear, linear_rows, rows_of
 
 SHARINGS = ("none", "headwise", "key_value", "layerwise")
 PROJECTIONS = ("linear", "mean", "max", "conv")
@@ -101,16 +104,18 @@ def grid_pooling(grid: Tuple[int, int], num_prefix_tokens: int, projected_dim: i
     return pooled
 
 
+@torch.fx.wrap
+@register_notrace_function
 def project_tokens(x: Tensor, projection: Optional[Tensor], kind: str, projected_dim: int) -> Tensor:
     """Tokens (..., N, D) taken to (..., k, D)."""
     if kind == "linear":
         assert projection is not None
-        return projection @ x
+        return _product(projection, x)
     if kind == "conv":
         assert projection is not None
         kernel = projection.shape[-1]
         windows = F.pad(x, (0, 0, 0, -x.shape[-2] % kernel)).unflatten(-2, (-1, kernel))
-        return (projection[..., None, None, :] @ windows).squeeze(-2)
+        return _product(projection[..., None, None, :], windows).squeeze(-2)
     flat = x.transpose(-2, -1).flatten(0, -3)
     if kind == "mean":
         pooled = F.adaptive_avg_pool1d(flat, projected_dim)
@@ -119,26 +124,28 @@ def project_tokens(x: Tensor, projection: Optional[Tensor], kind: str, projected
     return pooled.unflatten(0, x.shape[:-2]).transpose(-2, -1)
 
 
+def _product(projection: Tensor, x: Tensor) -> Tensor:
+    """projection x; in a trace transposed, since fvcore counts a product by the batch of its first factor."""
+    if torch.jit.is_tracing():
+        return (x.transpose(-2, -1) @ projection.transpose(-2, -1)).transpose(-2, -1)
+    return projection @ x
+
+
 @torch.fx.wrap
 @register_notrace_function
-def projected_heads(
-    x: Tensor,
-    weight: Tensor,
-    bias: Optional[Tensor],
-    projection: Optional[Tensor],
-    kind: str,
-    projected_dim: int,
-    tokens_first: bool,
-    head_dim: int,
+def linear_of_projected(
+    linear: nn.Linear, x: Tensor, projection: Optional[Tensor], kind: str, projected_dim: int, rows: Tuple[int, int]
 ) -> Tensor:
-    """Tokens (B, N, C) through a linear layer and a token projection, in the cheaper order: (B, heads, k, D)."""
-    if not tokens_first:
-        return project_tokens(split_heads(F.linear(x, weight, bias), head_dim), projection, kind, projected_dim)
-    y = F.linear(project_tokens(x, projection, kind, projected_dim), weight)
-    if bias is not None:
-        sums = row_sums(projection, kind, x.shape[1])
-        y = y + (bias if sums is None else sums * bias)
-    return split_heads(y, head_dim)
+    """Output channels ``rows`` of a plain linear layer for projected tokens, as if they were projected after it.
+
+    Shape: x (B, N, C) to (B, k, channels); E(xW + b) = (Ex)W + (E1)b.
+    """
+    y = F.linear(project_tokens(x, projection, kind, projected_dim), linear.weight[slice(*rows)])
+    bias = rows_of(linear.bias, *rows)
+    if bias is None:
+        return y
+    sums = row_sums(projection, kind, x.shape[1])
+    return y + (bias if sums is None else sums * bias).to(y.dtype)  # autocast narrows the product alone
 
 
 def row_sums(projection: Optional[Tensor], kind: str, num_tokens: int) -> Optional[Tensor]:
@@ -185,13 +192,6 @@ def resampled_parameter(parameter: nn.Parameter, resampled: Optional[Tensor]) ->
     return nn.Parameter(resampled.detach().clone(), requires_grad=parameter.requires_grad)
 
 
-@torch.fx.wrap
-@register_notrace_function
-def alias(projection: Optional[Tensor]) -> Optional[Tensor]:
-    """A view to hand on: a parameter that a re-entrant checkpoint returns stops being a leaf."""
-    return None if projection is None else projection.view_as(projection)
-
-
 class LowRankAttention(ExactAttention):
     """Softmax attention of every token to k projected keys and values.
 
@@ -221,45 +221,49 @@ class LowRankAttention(ExactAttention):
         self.one_projection = self.value_proj is None
         self.reset_parameters()
 
+    @property
+    def num_keys(self) -> int:
+        return projected_length(super().num_keys, self.kind, self.projected_dim)
+
     def reset_parameters(self) -> None:
         """Fills the layer's own token projections."""
         for projection in (self.key_proj, self.value_proj):
             if projection is not None:
                 init_projection(projection, self.kind, self.init)
 
-    def forward(
-        self,
-        x: Tensor,
-        carry: Carry,
-        grid: Optional[Tuple[int, int]] = None,
-        num_queries: Optional[int] = None,
-        attn_mask: Optional[Tensor] = None,
-        is_causal: bool = False,
+    def attend(
+        self, x: Tensor, carry: Carry, grid: Tuple[int, int], num_queries: Optional[int], mask: Mask
     ) -> Tuple[Tensor, Carry]:
-        x = with_all_tokens("lowrank", x, self.grid if grid is None else grid, self.num_prefix_tokens)
-        return self.attend_tokens(x, carry, grid, num_queries, without_mask("lowrank", attn_mask, is_causal), False)
+        x = base.with_all_tokens("lowrank", x, grid, self.num_prefix_tokens)
+        return super().attend(x, carry, grid, num_queries, base.without_mask("lowrank", mask))
 
     def project(
         self, x: Tensor, rows: Optional[int], grid: Tuple[int, int], layerwise_proj: Optional[Tensor]
     ) -> Inputs:
         """Queries (B, H, rows, D) of the first rows, projected keys and values (B, H, k, D), and E and F."""
         key_proj, value_proj = self.projections(grid, layerwise_proj)
-        q = split_heads(self.project_rows(x if rows is None else x[:, :rows], 0, self.dim), self.head_dim)
-        if self.one_projection:
-            k, v = self.project_keys(x, key_proj, self.dim, 3 * self.dim).chunk(2, dim=1)
+        if self.tokens_first and is_plain_linear(self.qkv):
+            q = split_heads(linear_rows(self.qkv, x if rows is None else x[:, :rows], 0, self.dim), self.head_dim)
+            k, v = self.project_tokens_first(x, key_proj, value_proj)
         else:
-            k = self.project_keys(x, key_proj, self.dim, 2 * self.dim)
-            v = self.project_keys(x, value_proj, 2 * self.dim, 3 * self.dim)
+            q, k, v, *_ = super().project(x, rows, grid, layerwise_proj)
+            k = project_tokens(k, key_proj, self.kind, self.projected_dim)
+            v = project_tokens(v, value_proj, self.kind, self.projected_dim)
         if self.num_readers == 0:
             return q, k, v, None, None
-        return q, k, v, alias(key_proj), alias(value_proj)
+        return q, k, v, key_proj, value_proj
 
-    def project_keys(self, x: Tensor, projection: Optional[Tensor], start: int, stop: int) -> Tensor:
-        """Rows ``start:stop`` of the fused projection for the projected tokens."""
-        weight, bias = self.qkv.weight[start:stop], rows_of(self.qkv.bias, start, stop)
-        return projected_heads(
-            x, weight, bias, projection, self.kind, self.projected_dim, self.tokens_first, self.head_dim
-        )
+    def project_tokens_first(
+        self, x: Tensor, key_proj: Optional[Tensor], value_proj: Optional[Tensor]
+    ) -> Tuple[Tensor, Tensor]:
+        """Keys and values (B, H, k, D) of projected tokens."""
+        setting, dim = (self.kind, self.projected_dim), self.dim
+        if self.one_projection:
+            k, v = linear_of_projected(self.qkv, x, key_proj, *setting, (dim, 3 * dim)).chunk(2, dim=-1)
+        else:
+            k = linear_of_projected(self.qkv, x, key_proj, *setting, (dim, 2 * dim))
+            v = linear_of_projected(self.qkv, x, value_proj, *setting, (2 * dim, 3 * dim))
+        return split_heads(k, self.head_dim), split_heads(v, self.head_dim)
 
     def projections(
         self, grid: Tuple[int, int], layerwise_proj: Optional[Tensor]

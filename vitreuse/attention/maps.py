@@ -1,41 +1,80 @@
 """Attention as two steps, making a map and applying it, which is what lets a later layer reuse the map.
 
-Pure functions of tensors and numbers. ``width`` 0 is attention over all keys, another width a window of patches.
-What depends on the input (device, dtype, a mask, a carried tensor or None) is decided here and not in a module's
-forward, where a symbolic trace would see only proxies.
+Functions of tensors, numbers and a dropout. What depends on the input (device, dtype, a mask, a carried tensor or
+None) is decided here and not in a module's forward, where a symbolic trace would see only proxies.
 
 Shapes: B images, H heads, N queries, M keys, D head dim, P prefix tokens.
 """
+from __future__ import annotations
+
 import os
-from typing import Optional, Tuple
+from typing import NamedTuple
 
 import torch
-from timm.layers import maybe_add_mask, register_notrace_function, resolve_self_attn_mask
-from torch import Tensor
+from timm.layers import register_notrace_function
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitreuse.attention import tiles
 from vitreuse.attention.blocked import block_length, blocked_attention
-from vitreuse.attention.choice import Costs, is_fused_faster, is_map_faster
+from vitreuse.attention.choice import SHORT_ROW, Costs, is_fused_faster, is_map_faster
+from vitreuse.attention.submodules import dropout_rate
 
 REUSE_BACKENDS = ("auto", "map", "qk")
 
 
-def is_tiled(grid: Tuple[int, int], width: int) -> bool:
-    """Whether a span of this width runs as tiles on this grid; otherwise as one dense map."""
-    return width > 0 and not tiles.covers_grid(grid, width)
+class Layout(NamedTuple):
+    """Where the tokens lie, and how far a patch sees: prefix tokens first, then the patches row by row."""
+
+    grid: tuple[int, int]  # (rows, columns) of patches
+    width: int  # of the window of patches that a patch sees, 0 for all keys
+    num_prefix_tokens: int
+
+    @property
+    def is_tiled(self) -> bool:
+        """Whether the window runs as tiles on this grid; otherwise as one dense map."""
+        return self.width > 0 and not tiles.covers_grid(self.grid, self.width)
+
+
+class Mask(NamedTuple):
+    """Which keys a query sees, as torch's scaled_dot_product_attention takes it; of a window its ``span_bias``."""
+
+    attn_mask: Tensor | None = None  # True for what is seen, or a number added to the logits
+    is_causal: bool = False
+
+    @property
+    def is_given(self) -> bool:
+        """Whether there is one."""
+        return self.attn_mask is not None or self.is_causal
+
+
+NO_MASK = Mask()
+
+
+class Carried(NamedTuple):
+    """What an anchor hands on to the layers that reuse it: its map, or its queries and keys."""
+
+    weights: Tensor | None = None
+    prefix_weights: Tensor | None = None
+    q: Tensor | None = None
+    k: Tensor | None = None
+
+
+class Settings(NamedTuple):
+    """What decides how a layer's attention is computed, beside its inputs."""
+
+    scale: float  # of the logits
+    training: bool
+    fused: bool  # whether timm's switch allows a fused kernel
+    costs: Costs
+    backend: str = "qk"  # what an anchor hands on, one of REUSE_BACKENDS
+    num_readers: int = 0  # reuse layers that read what is handed on
+    num_maps: int = 0  # of the model that are alive at the same time in training
+    num_keys: int = 0  # of the grid that the layer is built for
 
 
 def carries_map(
-    backend: str,
-    costs: Costs,
-    device_type: str,
-    dtype: torch.dtype,
-    training: bool,
-    num_keys: int,
-    width: int,
-    num_readers: int,
-    dropout_p: float,
+    settings: Settings, device_type: str, dtype: torch.dtype, num_keys: int, width: int, dropout: float | None
 ) -> bool:
     """Whether an anchor hands on its map rather than (q, k), as far as time decides.
 
@@ -43,25 +82,26 @@ def carries_map(
     the CPU, and elsewhere where it is small. Dropout on the map cannot be applied to one that a fused kernel
     recomputes, so with dropout the map is always carried.
     """
-    short_row = 128  # local, since TorchScript reads no module-level numbers
-    if dropout_p > 0.0 or backend == "map":
+    if (dropout or 0.0) > 0.0 or settings.backend == "map":
         return True
-    if backend == "qk":
+    if settings.backend == "qk":
         return False
     if width > 0:
-        return device_type in ("cpu", "meta") or width * width <= short_row
-    return is_map_faster(costs, device_type, dtype, training, num_keys, num_readers)
+        return device_type in ("cpu", "meta") or width * width <= SHORT_ROW
+    return is_map_faster(settings.costs, device_type, dtype, settings.training, num_keys, settings.num_readers)
 
 
 def fits_in_memory(q: Tensor, num_keys: int, num_maps: int) -> bool:
     """Whether the maps that are alive together take at most a quarter of the device's memory.
 
-    A rule of the device and not of what is free at the moment, so that a run that is resumed rounds as it did.
+    A rule of the device and not of what is free at the moment, so that a run that is resumed rounds as it did. Where a
+    size is not known yet, as that of the batch in a trace or an export, they are taken to fit.
     """
-    if not torch.jit.is_scripting():
-        alive = num_maps if q.requires_grad else 1
-        return 4 * alive * q.shape[:-1].numel() * num_keys * q.element_size() <= memory_bytes(q.device.type)
-    return True
+    batch, heads, num_queries, _ = q.shape
+    if torch.compiler.is_exporting() or type(batch) is not int or type(num_queries) is not int:
+        return True
+    numbers = batch * heads * num_queries * num_keys
+    return 4 * num_maps * numbers * q.element_size() <= memory_bytes(q.device.type)
 
 
 @torch.compiler.assume_constant_result
@@ -74,24 +114,56 @@ def memory_bytes(device_type: str) -> int:
     return 16 << 30
 
 
-def first_rows(attn_mask: Optional[Tensor], num_rows: int) -> Optional[Tensor]:
+def num_keys_of(k: Tensor, settings: Settings) -> int:
+    """How many keys there are; those that the layer is built for where a trace or an export has not fixed them."""
+    num_keys = k.shape[-2]
+    return num_keys if type(num_keys) is int else settings.num_keys
+
+
+def overwrites(*tensors: Tensor) -> bool:
+    """Whether operations may write into what is computed from these: in eager inference, without a gradient of any of
+    them, a trace or vmap."""
+    is_captured = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if is_captured or torch._C._are_functorch_transforms_active():
+        return False
+    return not any(x.requires_grad or torch.autograd.forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+
+
+def softmax_map(q: Tensor, k: Tensor, scale: float, mask: Mask = NO_MASK) -> Tensor:
+    """Softmax map (..., N, M) of queries (..., N, D) and keys (..., M, D), in the queries' dtype.
+
+    A query that a mask shows no key has zeros in its row, as under torch's scaled_dot_product_attention.
+    """
+    logits = scaled_logits(q, k, scale)
+    bias = mask_bias(mask, logits)
+    if bias is None:
+        return softmax_rows(logits).to(q.dtype)
+    logits = logits + bias
+    is_blind = logits.isneginf().all(dim=-1, keepdim=True)
+    return softmax_rows(logits.masked_fill(is_blind, 0.0)).masked_fill(is_blind, 0.0).to(q.dtype)
+
+
+def mask_bias(mask: Mask, logits: Tensor) -> Tensor | None:
+    """What a mask adds to logits (..., N, M) of the first N queries."""
+    if mask.is_causal:
+        return logits.new_full(logits.shape[-2:], float("-inf")).triu_(1)
+    attn_mask = first_rows(mask.attn_mask, logits.shape[-2])
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        return torch.zeros_like(attn_mask, dtype=logits.dtype).masked_fill_(~attn_mask, float("-inf"))
+    return attn_mask
+
+
+def first_rows(attn_mask: Tensor | None, num_rows: int) -> Tensor | None:
     """The part of a mask (..., N, M) or (..., 1, M) that the first ``num_rows`` queries need."""
     if attn_mask is None or attn_mask.shape[-2] == 1:
         return attn_mask
     return attn_mask[..., :num_rows, :]
 
 
-def softmax_map(q: Tensor, k: Tensor, scale: float, attn_mask: Optional[Tensor], is_causal: bool) -> Tensor:
-    """Softmax map (..., N, M) of queries (..., N, D) and keys (..., M, D), in the queries' dtype."""
-    logits = scaled_logits(q, k, scale)
-    bias = resolve_self_attn_mask(k.shape[-2], logits, attn_mask, is_causal)
-    if bias is not None:
-        bias = first_rows(bias, q.shape[-2])
-    return softmax_rows(maybe_add_mask(logits, bias)).to(q.dtype)
-
-
 def scaled_logits(q: Tensor, k: Tensor, scale: float) -> Tensor:
     """q k^T * scale, (..., N, M): one product over flat heads, without copies of transposed keys or scaled queries."""
+    if torch.jit.is_tracing():  # a product that counters know, of a batch that may grow
+        return (q * scale) @ k.transpose(-2, -1)
     keys = k.flatten(0, -3).transpose(1, 2)
     logits = torch.baddbmm(q.new_empty((1, 1, 1)), q.flatten(0, -3), keys, beta=0, alpha=scale)
     return logits.view(q.shape[:-1] + (k.shape[-2],))
@@ -111,215 +183,186 @@ def softmax_rows(logits: Tensor) -> Tensor:
     return logits.softmax(dim=-1)
 
 
-def overwrites(x: Tensor) -> bool:
-    """Whether operations may write into their inputs: in eager inference, without a gradient, trace or vmap."""
-    if not torch.jit.is_scripting():
-        is_captured = torch.compiler.is_compiling() or torch.jit.is_tracing()
-        return not (x.requires_grad or is_captured or torch._C._are_functorch_transforms_active())
-    return False
-
-
 @torch.fx.wrap
 @register_notrace_function
-def span_bias(
-    handed: Optional[Tensor], like: Tensor, grid: Tuple[int, int], width: int, num_prefix_tokens: int
-) -> Tensor:
+def span_bias(handed: Tensor | None, like: Tensor, layout: Layout) -> Tensor:
     """Which keys a window's queries see, 0 or -inf: (N, N), or of tiles (T, Q, P + K); that of an earlier layer if
     ``handed``, else one of the dtype and on the device of ``like``."""
     if handed is not None:
         return handed
-    if is_tiled(grid, width):
-        return tiles.tile_bias(grid, width, num_prefix_tokens, like.dtype, like.device)
-    return tiles.neighbourhood_bias(grid, width, num_prefix_tokens, like.dtype, like.device)
+    make = tiles.tile_bias if layout.is_tiled else tiles.neighbourhood_bias
+    return make(*layout, like.dtype, like.device)
 
 
-def make_map(
-    q: Tensor,
-    k: Tensor,
-    scale: float,
-    grid: Tuple[int, int],
-    width: int,
-    num_prefix_tokens: int,
-    attn_mask: Optional[Tensor],
-    is_causal: bool,
-) -> Tuple[Tensor, Optional[Tensor]]:
-    """The map (B, H, N, M) and None, or a tiled map (B, H, T, Q, P + K) and the prefix tokens' rows (B, H, P, N).
-
-    The mask of a window is its ``span_bias``.
-    """
-    if width == 0:
-        return softmax_map(q, k, scale, attn_mask, is_causal), None
-    assert attn_mask is not None
-    if not is_tiled(grid, width):
-        return windowed_map(q, k, scale, attn_mask), None
-    return make_tiled_map(q, k, scale, grid, width, num_prefix_tokens, attn_mask)
+def make_map(q: Tensor, k: Tensor, scale: float, mask: Mask, layout: Layout) -> tuple[Tensor, Tensor | None]:
+    """The map (B, H, N, M) and None, or a tiled map (B, H, T, Q, P + K) and the prefix tokens' rows (B, H, P, N)."""
+    if layout.width == 0:
+        return softmax_map(q, k, scale, mask), None
+    assert mask.attn_mask is not None
+    if layout.is_tiled:
+        return make_tiled_map(q, k, scale, mask.attn_mask, layout)
+    return windowed_map(q, k, scale, mask.attn_mask), None
 
 
-def make_tiled_map(
-    q: Tensor, k: Tensor, scale: float, grid: Tuple[int, int], width: int, num_prefix_tokens: int, bias: Tensor
-) -> Tuple[Tensor, Tensor]:
+def make_tiled_map(q: Tensor, k: Tensor, scale: float, bias: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
     """A tiled map (B, H, T, Q, P + K) and the prefix tokens' rows (B, H, P, N)."""
-    queries = tiles.to_tiles(q, grid, width, num_prefix_tokens)
-    halos = tiles.to_halos(k, grid, width, num_prefix_tokens)
-    weights = windowed_map(queries, halos, scale, bias)
-    return weights, softmax_map(q[:, :, :num_prefix_tokens], k, scale, None, False)
+    weights = windowed_map(tiles.to_tiles(q, *layout), tiles.to_halos(k, *layout), scale, bias)
+    return weights, softmax_map(q[:, :, : layout.num_prefix_tokens], k, scale)
 
 
 def apply_map(
-    weights: Tensor,
-    prefix_weights: Optional[Tensor],
-    v: Tensor,
-    grid: Tuple[int, int],
-    width: int,
-    num_prefix_tokens: int,
-    dropout_p: float,
+    weights: Tensor, prefix_weights: Tensor | None, v: Tensor, layout: Layout, drop: nn.Module | None = None
 ) -> Tensor:
     """Values (B, H, M, D) mixed by a map of ``make_map``: (B, H, N, D). Dropout is drawn afresh at every use."""
+    dropped = weights if drop is None else drop(weights)
     if prefix_weights is None:
-        return F.dropout(weights, dropout_p) @ v
-    halos = tiles.to_halos(v, grid, width, num_prefix_tokens)
-    patches = tiles.from_tiles(F.dropout(weights, dropout_p) @ halos, grid, width)
-    return torch.cat([F.dropout(prefix_weights, dropout_p) @ v, patches], dim=2)
+        return dropped @ v
+    patches = tiles.from_tiles(dropped @ tiles.to_halos(v, *layout), layout.grid, layout.width)
+    return torch.cat([(prefix_weights if drop is None else drop(prefix_weights)) @ v, patches], dim=2)
 
 
 @torch.fx.wrap
 @register_notrace_function
 def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    grid: Tuple[int, int],
-    width: int,
-    num_prefix_tokens: int,
-    attn_mask: Optional[Tensor],
-    is_causal: bool,
-    dropout_p: float,
-    fused: bool,
-    num_readers: int,
-    num_maps: int,
-    backend: str,
-    costs: Costs,
-) -> Tuple[Tensor, Optional[Tensor], Optional[Tensor], Optional[Tensor], Optional[Tensor]]:
-    """Mixed values (B, H, N, D) of fresh queries and keys, then what is handed on to ``num_readers`` layers.
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask, layout: Layout, drop: nn.Module, settings: Settings
+) -> tuple[Tensor, Carried]:
+    """Mixed values (B, H, N, D) of fresh queries and keys, and what is handed on to the layers that reuse them.
 
-    The mask of a window is its ``span_bias``.
+    All are computed in the values' dtype, which the projections have chosen: a norm of queries and keys widens under
+    autocast.
+
+    Raises:
+        ValueError: see ``checked``.
     """
-    training = q.requires_grad
-    num_keys = k.shape[-2]
-    carry_map = num_readers > 0 and carries_map(
-        backend, costs, q.device.type, q.dtype, training, num_keys, width, num_readers, dropout_p
+    mask = checked(mask, v)
+    q, k, dropout = q.type_as(v), k.type_as(v), dropout_rate(drop)
+    hands_map = settings.num_readers > 0 and _hands_map(q, k, layout, dropout, settings)
+    if not hands_map:
+        handed = Carried(q=q, k=k) if settings.num_readers > 0 else Carried()
+        if dropout is not None and _is_fused(q, k, layout, settings):
+            return fused_attention(q, k, v, mask, dropout, settings.scale), handed
+        if dropout == 0.0 and is_blockable(q, k, v) and (layout.width > 0 or not mask.is_given):
+            return blocked(q, k, v, mask.attn_mask, layout, settings.scale), handed
+    weights, prefix_weights = make_map(q, k, settings.scale, mask, layout)
+    mixed = apply_map(weights, prefix_weights, v, layout, drop)
+    return mixed, Carried(weights, prefix_weights) if hands_map else handed
+
+
+def checked(mask: Mask, v: Tensor) -> Mask:
+    """A mask in the dtype of the logits, unless it is a boolean one.
+
+    Raises:
+        ValueError: a mask and causal attention were asked for together, which torch refuses too.
+    """
+    if mask.attn_mask is None:
+        return mask
+    if mask.is_causal:
+        raise ValueError("attn_mask and is_causal=True exclude each other: put what is causal into attn_mask.")
+    return mask if mask.attn_mask.dtype == torch.bool else Mask(mask.attn_mask.to(v.dtype))
+
+
+def _hands_map(q: Tensor, k: Tensor, layout: Layout, dropout: float | None, settings: Settings) -> bool:
+    """Whether an anchor hands on its map, and memory allows it where it is free to choose."""
+    num_keys = num_keys_of(k, settings)
+    if not carries_map(settings, q.device.type, q.dtype, num_keys, layout.width, dropout):
+        return False
+    is_free = settings.backend == "auto" and layout.width == 0 and not dropout
+    return not is_free or fits_in_memory(q, num_keys, settings.num_maps if settings.training else 1)
+
+
+def _is_fused(q: Tensor, k: Tensor, layout: Layout, settings: Settings) -> bool:
+    """Whether a fused kernel attends; counters that trace a forward pass know none of them."""
+    if not settings.fused or layout.width > 0 or torch.jit.is_tracing():
+        return False
+    return is_fused_faster(settings.costs, q.device.type, q.dtype, settings.training, num_keys_of(k, settings))
+
+
+def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, dropout: float, scale: float) -> Tensor:
+    """Mixed values (B, H, N, D) by torch's kernel, for the first N queries."""
+    attn_mask = first_rows(mask.attn_mask, q.shape[-2])
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=attn_mask, dropout_p=dropout, is_causal=mask.is_causal, scale=scale
     )
-    if carry_map and backend == "auto" and width == 0 and dropout_p == 0.0:
-        carry_map = fits_in_memory(q, num_keys, num_maps)
-    handed_q, handed_k = (q, k) if num_readers > 0 and not carry_map else (None, None)
-    if not carry_map:
-        if fused and width == 0 and is_fused_faster(costs, q.device.type, q.dtype, training, num_keys):
-            mask = first_rows(attn_mask, q.shape[-2])
-            mixed = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale
-            )
-            return mixed, None, None, handed_q, handed_k
-        if is_blockable(q, v) and (attn_mask is None or width > 0) and not is_causal and dropout_p == 0.0:
-            mixed = blocked(q, k, v, scale, grid, width, num_prefix_tokens, attn_mask)
-            return mixed, None, None, handed_q, handed_k
-    weights, prefix_weights = make_map(q, k, scale, grid, width, num_prefix_tokens, attn_mask, is_causal)
-    mixed = apply_map(weights, prefix_weights, v, grid, width, num_prefix_tokens, dropout_p)
-    if carry_map:
-        return mixed, weights, prefix_weights, None, None
-    return mixed, None, None, handed_q, handed_k
 
 
-def is_blockable(q: Tensor, v: Tensor) -> bool:
+def is_blockable(*tensors: Tensor) -> bool:
     """Whether the map need not exist as a whole: in eager inference on a CPU, where blocks of it stay in the cache."""
-    return q.device.type == "cpu" and overwrites(q) and overwrites(v)
+    return tensors[0].device.type == "cpu" and overwrites(*tensors)
 
 
-@torch.jit.unused  # a scripted model overwrites nothing, and so never comes here
-def blocked(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    grid: Tuple[int, int],
-    width: int,
-    num_prefix_tokens: int,
-    bias: Optional[Tensor],
-) -> Tensor:
+def blocked(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, layout: Layout, scale: float) -> Tensor:
     """Mixed values (B, H, N, D), a block of the map at a time; the bias is that of a window."""
-    if bias is None or not is_tiled(grid, width):
+    if bias is None or not layout.is_tiled:
         return blocked_attention(q, k, v, scale, bias)
     step = block_length(q.shape[1] * bias.numel() * q.element_size())
     mixed = []
     for queries, keys, values in zip(q.split(step), k.split(step), v.split(step), strict=True):
-        weights, prefix_weights = make_tiled_map(queries, keys, scale, grid, width, num_prefix_tokens, bias)
-        mixed.append(apply_map(weights, prefix_weights, values, grid, width, num_prefix_tokens, 0.0))
+        weights, prefix_weights = make_tiled_map(queries, keys, scale, bias, layout)
+        mixed.append(apply_map(weights, prefix_weights, values, layout))
     return torch.cat(mixed)
 
 
 @torch.fx.wrap
 @register_notrace_function
 def reattend(
-    weights: Optional[Tensor],
-    prefix_weights: Optional[Tensor],
-    q: Optional[Tensor],
-    k: Optional[Tensor],
-    own_q: Optional[Tensor],
-    own_k: Optional[Tensor],
+    carried: Carried,
+    own: tuple[Tensor, Tensor] | None,
     v: Tensor,
-    scale: float,
-    num_reused_heads: int,
-    num_queries: Optional[int],
-    grid: Tuple[int, int],
-    width: int,
-    num_prefix_tokens: int,
-    attn_mask: Optional[Tensor],
-    is_causal: bool,
-    dropout_p: float,
-    fused: bool,
-    costs: Costs,
-    hands_on: bool,
-) -> Tuple[Tensor, Optional[Tensor], Optional[Tensor], Optional[Tensor], Optional[Tensor]]:
-    """Mixed values (B, H, N, D) of a handed-on map or (q, k) pair, then what is handed on.
+    mask: Mask,
+    layout: Layout,
+    drop: nn.Module,
+    settings: Settings,
+) -> tuple[Tensor, Carried]:
+    """Mixed values (B, H, N, D) of a handed-on map or (q, k) pair, and what is handed on where a later layer reads it.
 
-    Value heads 0 .. K-1 read the first K reused heads, the others the layer's own ``own_q``, ``own_k``; what is handed
-    on has the new heads first. ``num_queries`` asks for that many prefix rows, which see every key.
+    Of H value heads the first read the first reused heads, the others the layer's ``own`` queries and keys; what is
+    handed on has the new heads first.
 
     Raises:
         ValueError: neither a map nor a (q, k) pair was handed on.
     """
-    handed_weights, handed_prefix, handed_q, handed_k = weights, prefix_weights, q, k
-    if num_queries is not None:
-        width = 0
+    weights, prefix_weights, q, k = carried
+    mask = checked(mask, v)
+    num_reused_heads = v.shape[1] - (0 if own is None else own[0].shape[1])
     if weights is not None:
-        if num_queries is not None:
-            weights, prefix_weights = (weights if prefix_weights is None else prefix_weights)[:, :, :num_queries], None
-        if own_q is not None and own_k is not None:
-            own, own_prefix = make_map(own_q, own_k, scale, grid, width, num_prefix_tokens, attn_mask, is_causal)
-            weights, handed_weights = join_heads(weights, own, num_reused_heads)
-            if prefix_weights is not None and own_prefix is not None:
-                prefix_weights, handed_prefix = join_heads(prefix_weights, own_prefix, num_reused_heads)
-        mixed = apply_map(weights, prefix_weights, v, grid, width, num_prefix_tokens, dropout_p)
+        if own is not None:
+            made, made_prefix = make_map(own[0].type_as(v), own[1].type_as(v), settings.scale, mask, layout)
+            weights, handed = join_heads(weights, made, num_reused_heads)
+            carried = Carried(handed)
+            if prefix_weights is not None and made_prefix is not None:
+                prefix_weights, handed_prefix = join_heads(prefix_weights, made_prefix, num_reused_heads)
+                carried = Carried(handed, handed_prefix)
+        mixed = apply_map(weights, prefix_weights, v, layout, drop)
     elif q is not None and k is not None:
-        if num_queries is not None:
-            q = q[:, :, :num_queries]
-        if own_q is not None and own_k is not None:
-            q, handed_q = join_heads(q, own_q, num_reused_heads)
-            k, handed_k = join_heads(k, own_k, num_reused_heads)
-        mixed = attend(
-            q, k, v, scale, grid, width, num_prefix_tokens, attn_mask, is_causal, dropout_p, fused, 0, 0, "qk", costs
-        )[0]
+        if own is not None:
+            q, handed_q = join_heads(q, own[0].type_as(v), num_reused_heads)
+            k, handed_k = join_heads(k, own[1].type_as(v), num_reused_heads)
+            carried = Carried(q=handed_q, k=handed_k)
+        mixed, _ = attend(q, k, v, mask, layout, drop, settings._replace(num_readers=0))
     else:
         raise ValueError(
             "a reuse layer was run without a map: call the whole model or model.blocks, or pass the carry that the "
             "layer before returned."
         )
-    if not hands_on:
-        return mixed, None, None, None, None
-    return mixed, handed_weights, handed_prefix, handed_q, handed_k
+    return mixed, carried if settings.num_readers > 0 else Carried()
 
 
-def join_heads(reused: Tensor, own: Tensor, num_reused_heads: int) -> Tuple[Tensor, Tensor]:
+@torch.fx.wrap
+@register_notrace_function
+def first_queries(carried: Carried, num_queries: int | None) -> Carried:
+    """The part of what was handed on that the first queries read, which see every key; all of it when None."""
+    if num_queries is None:
+        return carried
+    weights, prefix_weights, q, k = carried
+    dense = weights if prefix_weights is None else prefix_weights
+    return Carried(
+        weights=None if dense is None else dense[:, :, :num_queries],
+        q=None if q is None else q[:, :, :num_queries],
+        k=k,
+    )
+
+
+def join_heads(reused: Tensor, own: Tensor, num_reused_heads: int) -> tuple[Tensor, Tensor]:
     """Heads (dim 1) as the values read them, reused ones first, and as they are handed on, new ones first."""
     kept = reused[:, :num_reused_heads]
     return torch.cat([kept, own], dim=1), torch.cat([own, kept], dim=1)

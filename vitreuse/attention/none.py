@@ -1,5 +1,5 @@
 """No attention: the control that every method must beat."""
-from typing import Dict, Optional, Tuple
+from typing import Any, Dict, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -22,14 +22,14 @@ class NoAttention(nn.Module):
     def forward(
         self,
         x: Tensor,
-        carry: Carry,
+        carry: Optional[Carry] = None,
         grid: Optional[Tuple[int, int]] = None,
         num_queries: Optional[int] = None,
         attn_mask: Optional[Tensor] = None,
         is_causal: bool = False,
-    ) -> Tuple[Tensor, Carry]:
-        y = x if num_queries is None else x[:, :num_queries]
-        return torch.zeros_like(y), carry
+    ) -> Any:
+        y = torch.zeros_like(x if num_queries is None else x[:, :num_queries])
+        return y if carry is None else (y, carry)
 
     def place(self, plan: Plan, layer: int) -> None:
         """Nothing is handed on."""

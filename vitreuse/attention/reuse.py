@@ -4,20 +4,19 @@ from typing import Dict, Optional, Tuple
 import torch
 from timm.layers import register_notrace_function
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+# functions that a symbolic trace leaves whole are named by their file, where it finds them
+from vitreuse.attention import base, lowrank, maps, submodules
 from vitreuse.attention.base import (
     Attention,
     AttentionConfig,
     Carry,
     linear_params,
-    rows_of,
     split_heads,
-    with_all_tokens,
-    without_mask,
 )
-from vitreuse.attention.lowrank import projected_heads, projected_length, projection_macs, tokens_first
-from vitreuse.attention.maps import carries_map, reattend, span_bias
+from vitreuse.attention.lowrank import projected_length, projection_macs, tokens_first
+from vitreuse.attention.maps import Mask, carries_map
+from vitreuse.attention.submodules import is_plain_linear, linear_rows
 
 
 @torch.fx.wrap
@@ -50,7 +49,7 @@ class ReuseAttention(Attention):
         self.width = config.anchor.number or 0 if self.anchor_word == "span" else 0
         self.projected_dim = config.anchor.number or 0 if self.anchor_word == "lowrank" else 0
         self.kind = config.lowrank_projection
-        self.tokens_first = tokens_first(config)
+        self.tokens_first = self.projected_dim > 0 and tokens_first(config)
         self.per_head = config.lowrank_sharing == "none"
         reused = config.spec.number
         self.num_reused_heads = self.num_heads if reused is None else reused
@@ -60,72 +59,63 @@ class ReuseAttention(Attention):
         self.v = nn.Linear(self.dim, self.dim, **factory)
         self.build_output(config, computes_map=self.own_dim > 0)
 
-    def forward(
-        self,
-        x: Tensor,
-        carry: Carry,
-        grid: Optional[Tuple[int, int]] = None,
-        num_queries: Optional[int] = None,
-        attn_mask: Optional[Tensor] = None,
-        is_causal: bool = False,
+    @property
+    def num_keys(self) -> int:
+        num_tokens = super().num_keys
+        return projected_length(num_tokens, self.kind, self.projected_dim) if self.projected_dim else num_tokens
+
+    def attend(
+        self, x: Tensor, carry: Carry, grid: Tuple[int, int], num_queries: Optional[int], mask: Mask
     ) -> Tuple[Tensor, Carry]:
-        if grid is None:
-            grid = self.grid
         if self.anchor_word != "exact":
-            x = with_all_tokens(self.anchor_word, x, grid, self.num_prefix_tokens)
-            attn_mask = without_mask(self.anchor_word, attn_mask, is_causal)
-            is_causal = False
+            x = base.with_all_tokens(self.anchor_word, x, grid, self.num_prefix_tokens)
+            mask = base.without_mask(self.anchor_word, mask)
         rows = self.computed_rows(num_queries)
-        own_q, own_k = self.own_queries_and_keys(x, rows, carry.key_proj)
-        v = self.project(x, self.v.weight, self.v.bias, carry.value_proj)
-        if self.width > 0 and rows is None:
-            attn_mask = span_bias(carry.span_bias, v, grid, self.width, self.num_prefix_tokens)
-        mixed, weights, prefix_weights, q, k = reattend(
-            carry.weights,
-            carry.prefix_weights,
-            carry.q,
-            carry.k,
-            own_q,
-            own_k,
-            v,
-            self.scale,
-            self.num_reused_heads,
-            rows,
-            grid,
-            self.width,
-            self.num_prefix_tokens,
-            attn_mask,
-            is_causal,
-            self.dropout_p(),
-            self.fused_attn,
-            self.costs,
-            self.num_readers > 0,
-        )
+        own = self.own_queries_and_keys(x, rows, carry.key_proj)
+        v = self.project_values(x, carry.value_proj)
+        layout = self.layout(grid, rows)
+        if layout.width > 0:
+            mask = Mask(maps.span_bias(carry.span_bias, v, layout))
+        made = maps.first_queries(carry.made, rows)
+        mixed, made = maps.reattend(made, own, v, mask, layout, self.attn_drop, self.settings)
         key_proj, value_proj = self.handed_projections(carry.key_proj, carry.value_proj)
-        handed = Carry(weights, prefix_weights, q, k, key_proj, value_proj, carry.layerwise_proj, carry.span_bias)
+        handed = Carry(made, key_proj, value_proj, carry.layerwise_proj, carry.span_bias)
         return self.output(mixed, num_queries), handed
 
     def own_queries_and_keys(
         self, x: Tensor, rows: Optional[int], key_proj: Optional[Tensor]
-    ) -> Tuple[Optional[Tensor], Optional[Tensor]]:
-        """Queries and keys (B, H - K, N, D) of the heads that are not reused, None when all are."""
+    ) -> Optional[Tuple[Tensor, Tensor]]:
+        """Queries (B, H - K, N, D) and keys (B, H - K, M, D) of the heads that are not reused, None when all are."""
         if self.qk is None:
-            return None, None
-        queries = x if rows is None else x[:, :rows]
-        weight, bias = self.qk.weight, self.qk.bias
-        q = F.linear(queries, weight[: self.own_dim], rows_of(bias, 0, self.own_dim))
+            return None
         if self.per_head:
-            key_proj = rows_of(key_proj, self.num_reused_heads, self.num_heads)
-        k = self.project(x, weight[self.own_dim :], rows_of(bias, self.own_dim, 2 * self.own_dim), key_proj)
-        return self.q_norm(split_heads(q, self.head_dim)), self.k_norm(k)
+            key_proj = submodules.rows_of(key_proj, self.num_reused_heads, self.num_heads)
+        if is_plain_linear(self.qk) and (self.tokens_first or rows is not None):
+            q = split_heads(linear_rows(self.qk, x if rows is None else x[:, :rows], 0, self.own_dim), self.head_dim)
+            k = self._keys_of_rows(self.qk, x, key_proj, (self.own_dim, 2 * self.own_dim))
+        else:
+            q, k = split_heads(self.qk(x), self.head_dim).chunk(2, dim=1)
+            q, k = (q if rows is None else q[:, :, :rows]), self._projected(k, key_proj)
+        return self.q_norm(q), self.k_norm(k)
 
-    def project(self, x: Tensor, weight: Tensor, bias: Optional[Tensor], projection: Optional[Tensor]) -> Tensor:
-        """Keys or values (B, heads, M, D) for the tokens that the anchor's map has as columns."""
-        if self.projected_dim == 0:
-            return split_heads(F.linear(x, weight, bias), self.head_dim)
-        return projected_heads(
-            x, weight, bias, projection, self.kind, self.projected_dim, self.tokens_first, self.head_dim
-        )
+    def project_values(self, x: Tensor, projection: Optional[Tensor]) -> Tensor:
+        """Values (B, H, M, D) for the tokens that the anchor's map has as columns."""
+        if self.tokens_first and is_plain_linear(self.v):
+            return self._keys_of_rows(self.v, x, projection, (0, self.dim))
+        return self._projected(split_heads(self.v(x), self.head_dim), projection)
+
+    def _keys_of_rows(
+        self, linear: nn.Linear, x: Tensor, projection: Optional[Tensor], rows: Tuple[int, int]
+    ) -> Tensor:
+        """Output channels ``rows`` of a plain linear layer for each key, (B, heads, M, D)."""
+        if self.tokens_first:
+            y = lowrank.linear_of_projected(linear, x, projection, self.kind, self.projected_dim, rows)
+            return split_heads(y, self.head_dim)
+        return self._projected(split_heads(linear_rows(linear, x, *rows), self.head_dim), projection)
+
+    def _projected(self, y: Tensor, projection: Optional[Tensor]) -> Tensor:
+        """Keys or values (B, heads, N, D) of all tokens as those (B, heads, M, D) of the map's columns."""
+        return y if self.projected_dim == 0 else lowrank.project_tokens(y, projection, self.kind, self.projected_dim)
 
     def handed_projections(
         self, key_proj: Optional[Tensor], value_proj: Optional[Tensor]
@@ -142,7 +132,7 @@ class ReuseAttention(Attention):
         num_tokens = self.num_prefix_tokens + grid[0] * grid[1]
         low_rank = self.projected_dim > 0
         num_keys = projected_length(num_tokens, self.kind, self.projected_dim) if low_rank else num_tokens
-        projected = num_keys if low_rank and self.tokens_first else num_tokens
+        projected = num_keys if self.tokens_first else num_tokens
         pairs = self.num_pairs(grid, num_queries, num_keys, theoretical)
         parts = {
             "qkv": self.num_rows(num_queries, num_tokens) * self.dim * self.own_dim
@@ -160,17 +150,8 @@ class ReuseAttention(Attention):
     def recomputes_map(self, num_keys: int, theoretical: bool) -> bool:
         """Whether (q, k) is carried on this device in inference, so that the reused heads' maps are computed again."""
         weight = self.proj.weight
-        return not theoretical and not carries_map(
-            self.reuse_backend,
-            self.costs,
-            weight.device.type,
-            weight.dtype,
-            False,
-            num_keys,
-            self.width,
-            self.anchor_readers,
-            0.0,
-        )
+        anchor = self.settings._replace(training=False, num_readers=self.anchor_readers)
+        return not theoretical and not carries_map(anchor, weight.device.type, weight.dtype, num_keys, self.width, 0.0)
 
     def num_params(self) -> int:
         own = 0 if self.qk is None else linear_params(self.qk)

@@ -3,8 +3,10 @@ from typing import Optional, Tuple
 
 from torch import Tensor
 
-from vitreuse.attention.base import AttentionConfig, Carry, with_all_tokens, without_mask
+from vitreuse.attention import base
+from vitreuse.attention.base import AttentionConfig, Carry
 from vitreuse.attention.exact import ExactAttention
+from vitreuse.attention.maps import Mask
 
 
 class SpanAttention(ExactAttention):
@@ -25,14 +27,8 @@ class SpanAttention(ExactAttention):
         assert config.spec.number is not None
         self.width = config.spec.number
 
-    def forward(
-        self,
-        x: Tensor,
-        carry: Carry,
-        grid: Optional[Tuple[int, int]] = None,
-        num_queries: Optional[int] = None,
-        attn_mask: Optional[Tensor] = None,
-        is_causal: bool = False,
+    def attend(
+        self, x: Tensor, carry: Carry, grid: Tuple[int, int], num_queries: Optional[int], mask: Mask
     ) -> Tuple[Tensor, Carry]:
-        x = with_all_tokens("span", x, self.grid if grid is None else grid, self.num_prefix_tokens)
-        return self.attend_tokens(x, carry, grid, num_queries, without_mask("span", attn_mask, is_causal), False)
+        x = base.with_all_tokens("span", x, grid, self.num_prefix_tokens)
+        return super().attend(x, carry, grid, num_queries, base.without_mask("span", mask))

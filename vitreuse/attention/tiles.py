@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+DENSE_SHARE = 0.44  # of the grid under a tile's halo, from which on a dense map is faster
+
 
 def tile_size(grid: Tuple[int, int], width: int) -> Tuple[int, int]:
     """Rows and columns of a tile: of two neighbouring sizes the one that pads the grid less, never above the grid."""
@@ -28,10 +30,9 @@ def covers_grid(grid: Tuple[int, int], width: int) -> bool:
 
     On a CPU it is from a share of 0.44 up: 21 x 21 patches and width 7 (experiments.md).
     """
-    dense_share = 0.44  # local, since TorchScript reads no module-level numbers
     rows, columns = tile_size(grid, width)
     halo = min(rows + width - 1, grid[0]) * min(columns + width - 1, grid[1])
-    return halo >= dense_share * grid[0] * grid[1]
+    return halo >= DENSE_SHARE * grid[0] * grid[1]
 
 
 def tiles_along(length: int, size: int) -> int:
