@@ -15,9 +15,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitreuse import load_checkpoint, parse_plan
-from vitreuse.attention import tiles
+from vitreuse.attention import Carry, maps, tiles
+from vitreuse.attention.maps import Carried
 
 NO_GRADIENT = ("k_norm.bias",)  # it adds the same number to all logits of a query
+
+UNFUSED = {f"cpu float32 {mode}": [(1, 9.0, 1.0, 1.0, 1.0)] for mode in ("inference", "train")}  # no layer fuses
 
 every_case = pytest.mark.parametrize(("name", "backend"), with_backends(CASES))
 every_small_case = pytest.mark.parametrize(("name", "backend"), with_backends(SMALL_CASES))
@@ -34,7 +37,7 @@ def fused(request):
 
 @pytest.fixture(params=[True, False], ids=["reentrant", "not reentrant"])
 def reentrant(request):
-    """timm's switch of re-entrant checkpointing."""
+    """timm's switch of re-entrant checkpointing, which a plan's layers do not follow."""
     before = use_reentrant_ckpt()
     set_reentrant_ckpt(request.param)
     yield
@@ -185,6 +188,39 @@ def test_bfloat16_and_autocast_are_close(name, backend):
         assert (actual.double() - logits).norm() < 0.05 * logits.norm()
 
 
+def numbers_seen(monkeypatch) -> list[tuple[torch.dtype, ...]]:
+    """The types of the queries, keys and values of every map that is made or applied."""
+    seen, make, apply = [], maps.make_map, maps.apply_map
+
+    def made(q, k, *rest):
+        seen.append((q.dtype, k.dtype))
+        return make(q, k, *rest)
+
+    def applied(weights, prefix_weights, v, *rest):
+        seen.append((weights.dtype, v.dtype))
+        return apply(weights, prefix_weights, v, *rest)
+
+    monkeypatch.setattr(maps, "make_map", made)
+    monkeypatch.setattr(maps, "apply_map", applied)
+    return seen
+
+
+@every_case
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("inference", [False, True])
+def test_autocast_narrows_all_of_attention(name, backend, dtype, inference, monkeypatch):
+    logits, seen = expected(name)[0], numbers_seen(monkeypatch)
+    model, x = build(name, backend).float(), images(CASES[name].grid, dtype=torch.float32)
+    for costs in ({}, {key.replace("float32", str(dtype)[6:]): value for key, value in UNFUSED.items()}):
+        for block in model.blocks:
+            block.attn.costs = costs
+        with torch.inference_mode(inference), torch.autocast("cpu", dtype):
+            mixed = model.train(not inference)(x)
+        mixed = sum(mixed) / len(mixed) if isinstance(mixed, tuple) else mixed
+        assert (mixed.double() - logits).norm() < 0.05 * logits.norm()
+    assert {types for types in seen} <= {(dtype, dtype)}
+
+
 @every_small_case
 def test_a_carry_is_made_only_for_a_layer_that_reads_it(name, backend):
     model = build(name, backend)
@@ -221,9 +257,6 @@ def test_a_backend_carries_either_the_map_or_queries_and_keys(backend, attn_drop
     model(images())
     weights, _, q, k = carries[0].made
     assert [weights is not None, q is not None, k is not None] == [carried == "map", *[carried == "q and k"] * 2]
-
-
-UNFUSED = {"cpu float32 inference": [(1, 9.0, 1.0, 1.0, 1.0)]}  # costs under which no layer fuses
 
 
 @every_case
@@ -283,6 +316,63 @@ def test_masks_are_those_of_the_reference(plan, mask, backend, fused):
     assert_close(model(x, **MASKS[mask]), torch.stack([reference.head(image_tokens) for image_tokens in tokens]))
     model.set_grad_checkpointing()
     assert_close(model(x, **MASKS[mask]), torch.stack([reference.head(image_tokens) for image_tokens in tokens]))
+
+
+def blind(dtype: torch.dtype = torch.bool, *shape: int) -> Tensor:
+    """A mask under which the queries 3 and 7 see no key."""
+    seen = torch.rand(*shape, 16, 16, generator=torch.Generator().manual_seed(5)) < 0.6
+    seen[..., 0], seen[..., [3, 7], :] = True, False
+    return seen if dtype == torch.bool else torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, float("-inf"))
+
+
+BLIND = {"boolean": blind(), "of each image": blind(torch.bool, 2, 1), "of -inf": blind(torch.float64)}
+
+
+@pytest.mark.parametrize("plan", [*MASKED_PLANS, "exact reuse*2"])
+@pytest.mark.parametrize("mask", BLIND.values(), ids=BLIND)
+def test_queries_that_see_no_key_mix_no_value_whatever_the_way(plan, mask, fused):
+    """As in torch's scaled_dot_product_attention, which an exact plan and carried queries and keys run through."""
+    x, found = images(), {}
+    for backend in ("qk", "map") if "reuse" in plan else ("auto",):
+        for costs in ({}, UNFUSED):  # nothing measured: the fused kernel
+            model = Case(plan).build(reuse_backend=backend)
+            for block in model.blocks:
+                block.attn.costs = costs
+            tokens = model.forward_features(x, attn_mask=mask)
+            grads = torch.autograd.grad(tokens.sin().sum(), [*model.blocks.parameters()])
+            with torch.inference_mode():
+                assert_close(model.forward_features(x, attn_mask=mask), tokens)
+            found[backend, bool(costs)] = torch.cat([tokens.flatten(), *(grad.flatten() for grad in grads)]).detach()
+    wanted, *others = found.values()
+    assert wanted.isfinite().all()
+    for other in others:
+        torch.testing.assert_close(other, wanted, rtol=1e-8, atol=1e-9)
+
+
+def test_a_query_that_sees_no_key_gets_the_bias_of_the_output_projection():
+    attn, x = Case("exact").build().blocks[0].attn, torch.randn(1, 16, 15, dtype=torch.float64)
+    for attn.fused_attn in (True, False):
+        y = attn(x, attn_mask=blind())
+        assert_close(y[:, [3, 7]], attn.proj.bias.expand(1, 2, -1))
+
+
+@pytest.mark.parametrize("plan", ["exact*2", "exact reuse", "exact reuse:2", "lowrank:3 reuse"])
+@pytest.mark.parametrize("backend", ["map", "qk"])
+@pytest.mark.filterwarnings("ignore:reuse_backend=.* has no effect on plan:UserWarning")
+def test_a_mask_beside_causal_attention_is_refused_as_torch_refuses_it(plan, backend, fused):
+    model = Case(plan).build(reuse_backend=backend)
+    with pytest.raises(ValueError, match=r"attn_mask and is_causal=True exclude each other|lowrank layers take no"):
+        model(images(), attn_mask=MASKS["boolean"]["attn_mask"], is_causal=True)
+    for block in model.blocks[1:]:  # a reuse layer alone, too
+        carry = Carry(Carried(weights=torch.rand(2, 5, 16, 16, dtype=torch.float64)))
+        with pytest.raises(ValueError, match=r"exclude each other|lowrank layers take no"):
+            block(model.embed(images())[0], carry, attn_mask=blind(), is_causal=True)
+
+
+def test_a_mask_of_numbers_may_be_wider_than_the_queries(fused):
+    model, x = Case("exact reuse:2 reuse").build(reuse_backend="map").bfloat16(), images(dtype=torch.bfloat16)
+    mask = MASKS["additive"]["attn_mask"]
+    assert torch.equal(model(x, attn_mask=mask.float()), model(x, attn_mask=mask.bfloat16()))
 
 
 def test_spans_of_one_width_compute_their_bias_once(monkeypatch):

@@ -1,5 +1,7 @@
 """Models with a plan under everything that is done to a model: capture, other image sizes, intermediates, counting."""
 
+import warnings
+
 import pytest
 import timm
 import torch
@@ -54,12 +56,67 @@ def test_compiled_to_kernels_outputs_stay():
         assert_close(torch.compile(model, fullgraph=True)(images()), model(images()))
 
 
-@pytest.mark.parametrize(("name", "backend"), REPRESENTATIVE[:4])
-def test_an_export_runs_at_any_batch_size(name, backend):
+EXPORTED = [(name, backend) for name, _ in REPRESENTATIVE[:5] for backend in ("auto", "qk")]
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize(("name", "backend"), EXPORTED)
+def test_an_export_runs_at_any_batch_size(name, backend, strict):
+    """A named dimension is refused by torch if anything was decided by the size that it has while exporting."""
     model, x = CASES[name].build(reuse_backend=backend).eval(), images(CASES[name].grid, num_images=3)
-    batch = {"x": {0: torch.export.Dim.DYNAMIC}}
-    exported = torch.export.export(model, (x[:2],), dynamic_shapes=batch).module()
+    batch = {"x": {0: torch.export.Dim("batch")}}
+    exported = torch.export.export(model, (x[:2],), dynamic_shapes=batch, strict=strict).module()
     assert_close(exported(x), model(x))
+
+
+@pytest.mark.parametrize(("name", "backend"), EXPORTED)
+def test_a_recorded_trace_runs_at_any_batch_size(name, backend):
+    model, x = CASES[name].build(reuse_backend=backend).eval(), images(CASES[name].grid, num_images=3)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # timm compares the image's size with the patch embedding's
+        assert_close(torch.jit.trace(model, (x[:2],))(x), model(x))
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("options", [
+    {"dynamo": True, "dynamic_shapes": {"x": {0: torch.export.Dim("batch")}}},
+    {"dynamo": False, "dynamic_axes": {"x": {0: "batch"}, "y": {0: "batch"}}},
+], ids=["export", "trace"])
+@pytest.mark.parametrize("name", ["mixture", "lazy", "lowrank layerwise linear reused"])
+def test_torchs_own_onnx_file_runs_at_any_batch_size(name, options, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model, x = CASES[name].build().float().eval(), images(num_images=3, dtype=torch.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(model, (x[:2],), tmp_path / "model.onnx", input_names=["x"], output_names=["y"], **options)
+    (logits,) = onnxruntime.InferenceSession(tmp_path / "model.onnx").run(None, {"x": x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(logits), model(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("plan", ["exact none span:3", "lowrank:3*2", "none*2"])
+def test_layers_that_need_no_other_run_as_timms_do(plan):
+    model, x = Case(plan).build(), images()
+    tokens, _ = model.embed(x)
+    one_by_one = tokens
+    for block in model.blocks:
+        one_by_one = block(one_by_one)
+    assert torch.equal(model.norm(one_by_one), model.forward_features(x))
+    assert torch.equal(nn.Sequential(*model.blocks)(tokens), one_by_one)
+    assert torch.equal(model.blocks[0].attn(tokens), model.blocks[0].attn(tokens, EMPTY_CARRY)[0])
+
+
+@pytest.mark.parametrize(("plan", "options"), [("exact reuse", {}), ("lowrank:3*2", {"lowrank_sharing": "layerwise"})])
+def test_layers_that_need_another_say_what_to_call(plan, options):
+    model = Case(plan).build(**options)
+    tokens, _ = model.embed(images())
+    with pytest.raises(ValueError, match=r"was run without .*: call the whole model"):
+        nn.Sequential(*model.blocks)(tokens)
+
+
+def test_a_mask_reaches_a_layer_called_as_timms_is():
+    block, tokens = Case("exact").build().blocks[0], torch.randn(2, 16, 15, dtype=torch.float64)
+    mask = torch.ones(16, 16, dtype=torch.bool).tril()
+    assert_close(block(tokens, attn_mask=mask), block(tokens, is_causal=True))
 
 
 @pytest.mark.parametrize(("name", "backend"), [*REPRESENTATIVE, ("exact", "auto"), ("span dense", "auto")])
@@ -212,12 +269,23 @@ def test_layers_run_in_pieces_give_the_carry_to_each_other(name, backend):
 @every_case
 def test_macs_and_params_are_those_that_run(name, backend):
     case = CASES[name]
-    model, x = case.build(reuse_backend=backend).eval(), images(case.grid, num_images=1)
+    model, x = case.build(reuse_backend=backend).eval(), images(case.grid, num_images=3)
     parts = count_macs(model)
     assert 2 * sum(parts.values()) == torch_flops(model, x)[""]
     if (name, backend) in REPRESENTATIVE:
         assert sum(parts.values()) == fvcore_macs(model, x)[""]
+    assert sum(parts.values()) * len(x) == products_by_plain_fvcore(model, x)
     assert count_params(model) == sum(parameter.numel() for parameter in model.parameters())
+
+
+def products_by_plain_fvcore(model: nn.Module, x: Tensor) -> int:
+    """As everybody counts, with fvcore's own rules; it counts norms and pooling beside the products."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from fvcore.nn import FlopCountAnalysis
+
+        counts = FlopCountAnalysis(model, x).by_operator()
+    return sum(counts[name] for name in ("conv", "linear", "addmm", "mm", "matmul", "bmm", "baddbmm", "einsum"))
 
 
 @every_small_case

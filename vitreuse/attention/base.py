@@ -197,9 +197,14 @@ class Attention(nn.Module):
         )
 
     @property
-    def num_keys(self) -> int:
-        """Keys of a query over the grid that the layer is built for."""
+    def num_tokens(self) -> int:
+        """N of the grid that the layer is built for."""
         return self.num_prefix_tokens + self.grid[0] * self.grid[1]
+
+    @property
+    def num_keys(self) -> int:
+        """Keys of a query over that grid."""
+        return self.num_tokens
 
     def layout(self, grid: Tuple[int, int], num_rows: Optional[int]) -> Layout:
         """Where the tokens lie; the first rows, where only these are computed, see every key."""

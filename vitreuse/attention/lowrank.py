@@ -223,7 +223,7 @@ class LowRankAttention(ExactAttention):
 
     @property
     def num_keys(self) -> int:
-        return projected_length(super().num_keys, self.kind, self.projected_dim)
+        return projected_length(self.num_tokens, self.kind, self.projected_dim)
 
     def reset_parameters(self) -> None:
         """Fills the layer's own token projections."""

@@ -61,8 +61,9 @@ class ReuseAttention(Attention):
 
     @property
     def num_keys(self) -> int:
-        num_tokens = super().num_keys
-        return projected_length(num_tokens, self.kind, self.projected_dim) if self.projected_dim else num_tokens
+        if self.projected_dim == 0:
+            return self.num_tokens
+        return projected_length(self.num_tokens, self.kind, self.projected_dim)
 
     def attend(
         self, x: Tensor, carry: Carry, grid: Tuple[int, int], num_queries: Optional[int], mask: Mask
