@@ -37,6 +37,7 @@ def other_commands(is_ours):
     return [argv for argv in commands() if argv not in five and (argv[0] == ".venv/bin/vitreuse") is is_ours]
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:FutureWarning")  # fvcore's import
 def test_the_python_runs(capsys):
     namespace = {}
     for block in fenced("python"):
