@@ -218,7 +218,7 @@ def test_autocast_narrows_all_of_attention(name, backend, dtype, inference, monk
             mixed = model.train(not inference)(x)
         mixed = sum(mixed) / len(mixed) if isinstance(mixed, tuple) else mixed
         assert (mixed.double() - logits).norm() < 0.05 * logits.norm()
-    assert {types for types in seen} <= {(dtype, dtype)}
+    assert set(seen) <= {(dtype, dtype)}
 
 
 @every_small_case
