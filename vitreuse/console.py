@@ -207,6 +207,12 @@ def print_error(prog: str, error: Exception) -> None:
         print(f"{prog}: {' '.join(str(error).split())}", file=sys.stderr)
 
 
+def print_note(text: str) -> None:
+    """Prints a line on standard error that no other rank repeats."""
+    if is_first_rank():
+        print(text, file=sys.stderr)
+
+
 def _print_whole(result: RenderableType) -> None:
     """Prints to the last byte, or until a reader such as head has seen enough.
 
