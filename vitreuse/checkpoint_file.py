@@ -75,7 +75,7 @@ def read_weights(path: str | Path) -> Weights:
     path = Path(path).expanduser()
     try:
         content, metadata = _read(path)
-        return as_weights(content)._replace(img_size=_image_size(content, metadata))
+        return _unwrapped(content)._replace(img_size=_image_size(content, metadata))
     except OSError as error:
         reason = error.strerror or str(error)
     except ValueError as error:
@@ -91,14 +91,20 @@ def as_weights(checkpoint: Mapping[str, Any] | Weights) -> Weights:
     """
     if isinstance(checkpoint, Weights):
         return checkpoint
-    found = dict(_state_dict(checkpoint))
-    tensors = {
-        WRAPPERS.sub("", key): value.detach() for key, value in found.items() if isinstance(value, Tensor)
-    }
+    try:
+        return _unwrapped(checkpoint)
+    except ValueError as error:
+        raise ValueError(f"the checkpoint cannot be read as weights: {error}.") from error
+
+
+def _unwrapped(content: Any) -> Weights:
+    """As as_weights, of anything that a file held."""
+    found = _state_dict(content)
+    tensors = {WRAPPERS.sub("", key): value.detach() for key, value in found.items() if isinstance(value, Tensor)}
     tensors.pop("n_averaged", None)  # of torch's AveragedModel
     state, outside = _without_prefix(tensors)
     state, more = renamed(state)
-    return Weights(state, (*outside, *more), _image_size(checkpoint, {}))
+    return Weights(state, (*outside, *more), _image_size(content, {}))
 
 
 def _read(path: Path) -> tuple[Any, dict[str, str]]:
@@ -110,6 +116,8 @@ def _read(path: Path) -> tuple[Any, dict[str, str]]:
     """
     if path.is_dir():
         raise ValueError("it is a folder: give a file in it")
+    if path.exists() and not path.is_file():
+        raise ValueError("it is no file but a pipe or a device")
     with open(path, "rb") as file:
         start = file.read(512)
     if len(start) > 8 and start[8:9] == b"{" and int.from_bytes(start[:8], "little") < 2**32:
@@ -170,7 +178,7 @@ def _read_torch(path: Path) -> Any:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        foreign = re.search(r"GLOBAL ([\w.]+) was not an allowed|<class '([\w.]+)'>", str(error))
+        foreign = re.search(r"GLOBAL ([\w.]+)|<class '([\w.]+)'>", str(error))
         if foreign is None:
             raise ValueError("it is damaged, or holds more than weights and plain settings") from error
         name = foreign[1] or foreign[2]

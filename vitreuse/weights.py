@@ -58,10 +58,11 @@ class LoadReport:
             parts.append(f"left out: {_listed(self.dropped)}")
         if self.source_grid is not None:
             (rows, columns), own = self.source_grid, model.patch_embed.grid_size
+            grid = f"{rows} x {columns} patches" + (", a guess by their number" if self.is_grid_guessed else "")
             if own != self.source_grid:
-                parts.append(f"resampled from {rows} x {columns} patches to {own[0]} x {own[1]}")
-            if self.is_grid_guessed and not (rows == columns == own[0] == own[1]):
-                parts.append(f"taken to be of {rows} x {columns} patches, which the weights do not say")
+                parts.append(f"resampled to {own[0]} x {own[1]} from {grid}")
+            elif self.is_grid_guessed and rows != columns:
+                parts.append(f"taken to be of {grid}")
         return parts
 
 
@@ -117,7 +118,7 @@ def load_checkpoint(
                 f"{key} is {tuple(value.shape)} in the checkpoint and {tuple(own[key].shape)} in the model: "
                 "create the model with the checkpoint's sizes (num_classes, in_chans, embed_dim)."
             )
-    model.load_state_dict(adapted, strict=False)
+    nn.Module.load_state_dict(model, adapted, strict=False)  # by the plan's keys already
     return LoadReport(new, tuple(dropped), source and source.grid, source is not None and source.is_guessed)
 
 
@@ -149,7 +150,7 @@ def in_plan_for_timm(state_dict: Mapping[str, Any], model: Any) -> Mapping[str, 
         return state_dict
     adapted, _ = _in_plan(state_dict, model)
     new = [key for key in own if key.endswith(PROJECTIONS) and key not in adapted]
-    if new and adapted.keys() | {*new} == own.keys():
+    if new and "patch_embed.proj.weight" in adapted:
         _logger.warning("new, since the checkpoint is of a plain ViT: %s", _listed(tuple(new)))
         adapted |= {key: own[key] for key in new}
     return adapted
