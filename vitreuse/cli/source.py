@@ -27,6 +27,7 @@ class Source(NamedTuple):
     split: str
     device: torch.device
     batch_size: int
+    training: str | None = None  # see training_note
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The images (B, channels, rows, columns) and their labels (B,), on the CPU."""
@@ -71,7 +72,7 @@ def load_source(args: argparse.Namespace) -> Source:
     target, model = load_model(args)
     split = args.split or learning_split(target, args.data)
     sample = sample_images(target, model, args.data, args.images, split, args.seed)
-    return Source(target, model.to(device).eval(), sample, split, device, args.batch_size)
+    return Source(target, model.to(device).eval(), sample, split, device, args.batch_size, training_note(args, target))
 
 
 def load_model(args: argparse.Namespace) -> tuple[Target, Any]:
@@ -84,6 +85,14 @@ def load_model(args: argparse.Namespace) -> tuple[Target, Any]:
     _refuse_other_than_vit(target)
     is_name = target.config is None and target.hub_dir is None
     return target, target.load_pretrained() if is_name and args.checkpoint is None else target.load(args.checkpoint)
+
+
+def training_note(args: argparse.Namespace, target: Target) -> str | None:
+    """What is to be known of how far a model's weights were trained, where that is not to the end of a run."""
+    if args.checkpoint is None:
+        return target.unfinished
+    is_run = target.run_dir is not None
+    return f"weights of {args.checkpoint.name}, not those that the run {target.label} left" if is_run else None
 
 
 def words(text: str) -> tuple[Spec, ...]:
