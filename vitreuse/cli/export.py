@@ -37,7 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--opset", type=int, choices=OPSETS, metavar="N", help=text)
     parser.add_argument("--fold", action="store_true", help="fold what torch and onnx run, see vitreuse fold")
     add_image_arguments(parser, num_images=32, batch_size=8)
-    parser.add_argument("--repeats", type=positive, default=10, help="timed calls of each; default: %(default)s")
+    text = "timed calls of each; default: %(default)s"
+    parser.add_argument("--repeats", type=positive, default=10, metavar="N", help=text)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

@@ -45,7 +45,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares MODEL and its weights."""
     meaning = "a name, with timm's weights or --checkpoint; a run folder or a hub folder, with its own"
     parser.add_argument("model", metavar="MODEL", help=meaning)
-    parser.add_argument("--checkpoint", type=local_path, metavar="FILE", help="weights of a name or config")
+    parser.add_argument("--checkpoint", type=local_path, metavar="FILE", help="a file of weights, of a name or config")
 
 
 def add_image_arguments(
@@ -54,12 +54,12 @@ def add_image_arguments(
     """Declares the images, with how many there are by default, and of which split; None: one to learn from."""
     parser.add_argument("--data", type=local_path, metavar="DIR", help="images (default: those a run was trained on)")
     meaning = f"sub-folder of DIR, where there is one; default: {split or OWN}"
-    parser.add_argument("--split", default=split, help=meaning)
+    parser.add_argument("--split", default=split, metavar="NAME", help=meaning)
     text = "how many; default: %(default)s"
     parser.add_argument("--images", type=positive, default=num_images, metavar="N", help=text)
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of images; default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the choice; default: %(default)s")
     text = "images per forward pass; default: %(default)s"
-    parser.add_argument("--batch-size", type=positive, default=batch_size, help=text)
+    parser.add_argument("--batch-size", type=positive, default=batch_size, metavar="N", help=text)
 
 
 def load_source(args: argparse.Namespace) -> Source:
