@@ -102,7 +102,7 @@ HEADLESS = {  # what is RIGHT in them is all but the head
             "module.predictor.0.weight": torch.ones(4, 4),
         }
     },
-    "BYOL": {"state_dict": {**under("online_encoder.net.", BODY), **under("target_encoder.net.", OTHER)}},
+    "BYOL": {"state_dict": {**under("target_encoder.net.", OTHER), **under("online_encoder.net.", BODY)}},
     "MAE": {
         "model": {**BODY, "mask_token": torch.ones(1, 1, 8), "decoder_embed.weight": torch.ones(8, 24)},
         "args": SETTINGS,
