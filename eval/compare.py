@@ -61,6 +61,7 @@ def _described(same: Series, baseline: Series) -> dict[str, Any]:
         "num_seeds": len(same.runs),
         **{key: getattr(same, key) for key in MEASURED},
         "model_changes": "; ".join(model_changes(other, card)),
+        "training": "; ".join(filter(None, (run.card.facts.get("training") for run in same.runs))),
         "recipe_changes": "" if same is baseline else "; ".join(recipe_changes(other, card)),
     }
 
@@ -229,6 +230,9 @@ def _change_notes(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         found = [f"{row['name']} ({row[key]})" for row in rows if row[key]]
         if found:
             yield f"Another {what} than that of {_baseline(rows)['name']}: {', '.join(found)}."
+    for row in rows:
+        if row["training"]:
+            yield f"{row['name']}: {row['training']}."
 
 
 def _speed_notes(result: Mapping[str, Any]) -> Iterator[str]:

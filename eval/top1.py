@@ -218,7 +218,8 @@ def _row(target: Target, model: Any, root: str, part: str, args: argparse.Namesp
         progress=bar,
     )
     data = root if url_kind(root) else str(Path(root, split))
-    row = {"name": target.label, "data": data, "set": test_set.title, **found.figures}
+    training = None if args.checkpoint is not None or args.pretrained else target.unfinished
+    row = {"name": target.label, "data": data, "set": test_set.title, "training": training, **found.figures}
     with ranks.together():
         if args.output is not None and ranks.is_main:
             name = part.replace("/", "-") or args.set
@@ -256,7 +257,7 @@ def _write(stem: Path, found: Predictions, class_names: Sequence[str]) -> None:
 def _card(target: Target, row: dict[str, Any], found: Predictions, args: argparse.Namespace, ranks: Ranks) -> Card:
     is_run = target.run_dir is not None and args.checkpoint is None
     weights = "timm" if args.pretrained else str(args.checkpoint or target.run_dir or target.hub_dir)
-    facts = {"weights": weights, "set": row["set"], **describe_machine(ranks.device)}
+    facts = {"weights": weights, "set": row["set"], "training": row["training"], **describe_machine(ranks.device)}
     return make_card(target.label, target.model, row["data"], found, facts, target.config if is_run else None)
 
 

@@ -1,18 +1,40 @@
 """The ``vitreuse`` command: what it prints, as JSON and as text, and how it refuses."""
 
+import fcntl
 import json
 import os
+import platform
+import pty
+import re
+import shlex
+import struct
 import subprocess
 import sys
+import termios
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import timm
 import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
 from timm.models import VisionTransformer
 
+import vitreuse
+from eval.__main__ import COMMANDS as eval_commands
+from eval.__main__ import main as eval_main
+from train.__main__ import main as train_main
+from vitreuse.__main__ import COMMANDS as vitreuse_commands
 from vitreuse.__main__ import main
+from vitreuse.console import fitted
 from vitreuse.fold import STEPS
 from vitreuse.measure import Timing
+from vitreuse.plan import WORDS
+
+PYTHON = platform.python_version()
 
 
 def run_json(capsys: pytest.CaptureFixture[str], *argv: str) -> dict:
@@ -181,6 +203,143 @@ def run_process(arguments: list[str], **where) -> subprocess.CompletedProcess[st
     """The command as a process of its own, whose standard output goes somewhere."""
     command = [sys.executable, "-m", "vitreuse", *arguments]
     return subprocess.run(command, cwd=Path(__file__).parent.parent, stderr=subprocess.PIPE, text=True, **where)
+
+
+# What a terminal shows
+
+
+WIDTHS = (200, 100, 80, 60, 45, 30)
+CELLS = [
+    ("vit_lazy_small_patch16_224", "(exact reuse*2)*4", "19.70", "+0.11 [-0.56, +0.78]", ""),
+    ("deit_reuse_tiny_distilled_patch16_224", "exact reuse*6 exact*5", "5.47", "-", "within noise"),
+]
+
+
+def table_of_cells():
+    table = Table(box=SIMPLE_HEAD, caption="what [it] is of")
+    table.add_column("name", no_wrap=True)
+    table.add_column("plan", no_wrap=True)
+    for heading in ("params (M)", "difference", "verdict"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in CELLS:
+        table.add_row(*row)
+    return table
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_a_table_keeps_to_the_width_and_loses_nothing(width):
+    console = Console(width=width, color_system=None)
+    with console.capture() as capture:
+        console.print(fitted(Group(Text("a title of several words"), table_of_cells(), Text("a remark")), console))
+    shown = capture.get()
+    assert max(map(len, shown.splitlines())) <= width and "\u2026" not in shown
+    words = [word for row in CELLS for cell in row for word in cell.split()]
+    for word in [*words, "name", "plan", "params", "(M)", "difference", "verdict", "what", "of", "title", "remark"]:
+        assert word in shown if len(word) < width else word in "".join(shown.split())
+    ruled = any({*line.strip()} == {"\u2500"} for line in shown.splitlines())
+    assert ruled == (width >= 80)  # the longest words of the columns and a space between each take 73
+
+
+def read_terminal(columns, *argv):
+    """What a command shows on a terminal so wide, without colours."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    environment = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "LINES")}
+    command = [sys.executable, "-m", "vitreuse", *argv]
+    root = Path(__file__).parent.parent
+    with subprocess.Popen(command, cwd=root, env=environment, stdout=theirs, stderr=subprocess.DEVNULL):
+        os.close(theirs)
+        content = b""
+        with suppress(OSError):  # a terminal's end
+            while part := os.read(ours, 1 << 16):
+                content += part
+    os.close(ours)
+    return re.sub(r"\x1b\[[0-9;]*m", "", content.decode())
+
+
+def test_a_terminal_is_kept_to_and_a_pipe_gets_all(capsys):
+    assert main(["models", "*_tiny_*"]) == 0
+    piped = capsys.readouterr().out
+    rows = [line.split() for line in piped.splitlines() if "_patch16_" in line]
+    assert len(rows) > 10 and max(map(len, piped.splitlines())) > 80
+    shown = read_terminal(60, "models", "*_tiny_*")
+    assert max(map(len, shown.splitlines())) <= 60
+    for row in rows:
+        assert all(word in shown.split() or f"{word}," in shown.split() for word in row)
+
+
+# Help, versions, completion
+
+
+@pytest.mark.parametrize("program, names", [(main, vitreuse_commands), (eval_main, eval_commands)])
+def test_help_keeps_to_80_columns(program, names, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    for argv in ([], *([name] for name in names)):
+        with pytest.raises(SystemExit, match="0"):
+            program([*argv, "--help"])
+        shown = capsys.readouterr().out
+        assert max(map(len, shown.splitlines())) <= 80, argv
+        assert not argv or shown.count("usage: ") == 1
+    assert train_main(["--help"]) == 0
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+
+
+def test_the_help_of_plan_has_every_word_and_three_examples_that_run(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["plan", "--help"])
+    shown = capsys.readouterr().out
+    words, _, examples = shown.partition("words, one per layer")[2].partition("examples:\n")
+    explained = re.findall(r"^  (\w+)", words, re.MULTILINE)
+    assert {*explained} == {*WORDS}
+    commands = [shlex.split(line) for line in examples.strip().splitlines()]
+    assert len(commands) == 3
+    for command in commands:
+        assert command[:2] == ["vitreuse", "plan"] and main(command[1:]) == 0
+
+
+@pytest.mark.parametrize("program", [main, eval_main, train_main])
+def test_versions_are_told(program, capsys):
+    with suppress(SystemExit):
+        assert program(["--version"]) == 0
+    told = capsys.readouterr().out
+    packages = f"vitreuse {vitreuse.__version__}, torch {torch.__version__}, timm {timm.__version__}"
+    assert told == f"{packages}, Python {PYTHON}\n"
+
+
+def complete(script, *words):
+    """What bash would complete the last word to."""
+    line = " ".join(f"'{word}'" for word in words)
+    program = f"source {script}; COMP_WORDS=({line}); COMP_CWORD={len(words) - 1}; _shtab_vitreuse; "
+    program += 'printf "%s\\n" "${COMPREPLY[@]}"'
+    return subprocess.run(["bash", "-c", program], capture_output=True, text=True, check=True).stdout.split()
+
+
+def test_a_shell_completes_commands_options_and_files(capsys, tmp_path):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--print-completion", "bash"])
+    script = tmp_path / "completion.bash"
+    script.write_text(capsys.readouterr().out)
+    assert complete(script, "vitreuse", "si") == ["similarity"]
+    assert complete(script, "vitreuse", "convert", "--lowrank-s") == ["--lowrank-start", "--lowrank-sharing"]
+    assert complete(script, "vitreuse", "search", "--metric", "l") == ["latency"]
+    (tmp_path / "weights.pth").touch()
+    assert complete(script, "vitreuse", "export", "--checkpoint", f"{tmp_path}/wei") == [f"{tmp_path}/weights.pth"]
+    assert complete(script, "vitreuse", "export", f"{tmp_path}/wei") == [f"{tmp_path}/weights.pth"]
+
+
+@pytest.mark.parametrize("shell", ["zsh", "fish", "tcsh"])
+def test_other_shells_are_written_for(shell, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--print-completion", shell])
+    assert "similarity" in capsys.readouterr().out
+
+
+def test_completion_without_its_package_is_one_sentence(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    with pytest.raises(SystemExit, match="2"):
+        main(["--print-completion", "bash"])
+    told = capsys.readouterr().err
+    assert "needs shtab, which pip install 'vitreuse[completion]' installs" in told and told.count("\n") == 1
 
 
 def test_wrong_arguments_are_one_sentence(capsys):

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import vitreuse.export
+from eval.__main__ import main as eval_main
 from vitreuse.__main__ import main
 from vitreuse.config import ModelConfig, load_config, to_yaml
 from vitreuse.export import load_onnx, load_torch
@@ -234,3 +235,100 @@ def test_a_missing_package_is_one_sentence(reused, tmp_path, capsys, monkeypatch
     assert told == (
         "vitreuse export: the format onnx needs onnxruntime: install it with pip install 'vitreuse[export]'.\n"
     )
+
+
+def unfinished(folder, status, ema=False, final=False, **facts):
+    """A run folder whose training did not end, with a checkpoint or the weights of its end."""
+    keywords = [f"model.keywords.{key}={json.dumps(value)}" for key, value in {**SMALL, "depth": 2}.items()]
+    plan = ["model.name=vit_reuse_tiny_patch16_224", "model.plan=exact*2", "train.epochs=9", "train.ema=null"]
+    if ema:
+        plan[-1] = "train.ema.decay=0.9"
+    config = load_config(ROOT / "configs/digits/_base.yaml", [*keywords, *plan])
+    model = moved(config.model.create())
+    step = folder / "checkpoints/step-000000006"
+    step.mkdir(parents=True)
+    (folder / "config.yaml").write_text(to_yaml(config))
+    if status is not None:
+        (folder / "run.json").write_text(json.dumps({"status": status, **facts}))
+    raw = {key: torch.zeros_like(value) for key, value in model.state_dict().items()}
+    average = {"ema": model.state_dict()} if ema else {}
+    torch.save({"model": raw if ema else model.state_dict(), **average, "optimizer": {}}, step / "state.pt")
+    (step / "complete.json").write_text("{}")
+    if final:
+        save_file(model.state_dict(), folder / "model.safetensors")
+    return model
+
+
+EPOCHS = "9 epochs were to be trained"
+UNFINISHED = {  # status, what else is there, what is said
+    "running": ("running", {}, f"running: its weights at step 6, {EPOCHS}"),
+    "stopped": ("stopped", {"ema": True}, f"stopped: its moving average at step 6, {EPOCHS}"),
+    "failed": ("failed", {"error": "no disk."}, f"failed, no disk: its weights at step 6, {EPOCHS}"),
+    "failed late": ("failed", {"final": True, "error": "x"}, f"failed, x: its weights as it left them, {EPOCHS}"),
+    "damaged": (None, {}, f"without a whole run.json: its weights at step 6, {EPOCHS}"),
+}
+
+
+@pytest.mark.parametrize("name", UNFINISHED)
+def test_an_export_of_an_unfinished_run_says_so_everywhere(name, tmp_path, capsys):
+    status, how, reason = UNFINISHED[name]
+    said = f"the run is not completed but {reason}"
+    model = unfinished(tmp_path / "run", status, **how)
+    formats = ["hub", "torch"] if name == "stopped" else ["hub"]
+    images = tmp_path / "images/val/some"
+    images.mkdir(parents=True)
+    Image.new("RGB", (24, 24)).save(images / "0.png")
+    data = ["--data", str(tmp_path / "images")] if "torch" in formats else []
+    assert main(["export", str(tmp_path / "run"), "-o", str(tmp_path / "out"), "--format", *formats, *data]) == 0
+    shown = capsys.readouterr()
+    assert said in " ".join(shown.out.split()) and said in shown.err
+    card, config = ((tmp_path / "out" / name).read_text() for name in ("README.md", "config.json"))
+    assert f"**Training:** {said}" in card and json.loads(config)["training"] == said
+    with safe_open(tmp_path / "out/model.safetensors", "pt") as file:
+        assert file.metadata()["training"] == said
+    loaded = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
+    torch.testing.assert_close(loaded.state_dict(), model.state_dict(), rtol=0, atol=0)
+    if "torch" in formats:
+        facts = {"model.json": ""}
+        torch.export.load(tmp_path / "out/model.pt2", extra_files=facts)
+        assert json.loads(facts["model.json"])["training"] == said
+    assert main(["export", str(tmp_path / "out"), "-o", str(tmp_path / "again"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["training"] == said
+
+
+def test_a_completed_run_has_nothing_to_say(tmp_path, capsys):
+    unfinished(tmp_path / "run", "completed", final=True)
+    assert main(["export", str(tmp_path / "run"), "-o", str(tmp_path / "out"), "--json"]) == 0
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["training"] is None and shown.err == ""
+    assert "Training" not in (tmp_path / "out/README.md").read_text()
+    assert "training" not in json.loads((tmp_path / "out/config.json").read_text())
+    state = str(tmp_path / "run/checkpoints/step-000000006/state.pt")
+    assert main(["export", str(tmp_path / "run"), "-o", str(tmp_path / "out"), "--checkpoint", state, "--json"]) == 0
+    training = json.loads(capsys.readouterr().out)["training"]
+    assert training == "weights of state.pt, not those that the run run left"
+
+
+@pytest.mark.parametrize("command", ["convert", "similarity", "search", "top1"])
+def test_what_else_reads_an_unfinished_run_says_so(command, tmp_path, capsys):
+    unfinished(tmp_path / "run", "stopped")
+    for number in range(5):
+        (tmp_path / f"data/val/{number}").mkdir(parents=True)
+        Image.new("RGB", (24, 24), (number, 9, 9)).save(tmp_path / f"data/val/{number}/0.png")
+    more = {
+        "convert": ["--plan", "exact none", "-o", str(tmp_path / "out")],
+        "similarity": ["--words", "none"],
+        "search": ["--words", "exact,none", "--budget", "0.9"],
+        "top1": ["-o", str(tmp_path / "cards")],
+    }[command]
+    run_command = eval_main if command == "top1" else main
+    assert run_command([command, str(tmp_path / "run"), "--data", str(tmp_path / "data"), *more, "--json"]) == 0
+    shown = capsys.readouterr()
+    result = json.loads(shown.out)
+    said = f"the run is not completed but stopped: its weights at step 6, {EPOCHS}"
+    assert (result["rows"][0] if command == "top1" else result)["training"] == said and said in shown.err
+    if command == "convert":
+        assert json.loads((tmp_path / "out/config.json").read_text())["training"] == said
+    if command == "top1":
+        assert eval_main(["compare", str(tmp_path / "cards/run.card.json"), "--no-speed"]) == 0
+        assert f"run: {said}." in " ".join(capsys.readouterr().out.split())

@@ -272,7 +272,7 @@ def test_the_distillation_token_alone_learns_from_the_teacher(make, teacher):
         (["kind: soft", "weights"], "weights 'nowhere.pth' are neither a file nor pretrained weights of timm"),
         (
             ["kind: soft", "depth"],
-            'does not fit VisionTransformer: Missing key(s) in state_dict: "blocks.2.norm1.weight',
+            "does not fit VisionTransformer: the checkpoint has no blocks.2.norm1.weight",
         ),
     ],
 )
@@ -303,7 +303,8 @@ def test_a_plan_starts_from_a_plain_checkpoint_of_other_classes_and_size(tmp_pat
     said = start_from(model, str(tmp_path / "plain.pth"))
     assert said == (
         f"starts from {tmp_path / 'plain.pth'}; a new head for 3 classes; new: blocks.0.attn.key_proj; left out: "
-        "blocks.1.attn.qkv.weight (all but attn.v.weight), blocks.1.attn.qkv.bias (all but attn.v.bias)."
+        "blocks.1.attn.qkv.weight (all but attn.v.weight), blocks.1.attn.qkv.bias (all but attn.v.bias); "
+        "resampled to 2 x 2 from 4 x 4 patches, a guess by their number."
     )
     torch.testing.assert_close(_state(model.head), head, rtol=0, atol=0)
     state, expected = model.state_dict(), plain.state_dict()
@@ -318,7 +319,8 @@ def test_a_plan_starts_from_a_plain_checkpoint_of_other_classes_and_size(tmp_pat
 def test_a_plain_model_starts_from_plain_weights_of_any_size(tmp_path, side):
     source, model = (timm.create_model("vit_tiny_patch16_224", **{**SIZES, "img_size": px}) for px in (side, 8))
     save_file(source.state_dict(), tmp_path / "x.safetensors")
-    assert start_from(model, str(tmp_path / "x.safetensors")) == f"starts from {tmp_path / 'x.safetensors'}."
+    resampled = "; resampled to 2 x 2 from 4 x 4 patches, a guess by their number" if side == 16 else ""
+    assert start_from(model, str(tmp_path / "x.safetensors")) == f"starts from {tmp_path / 'x.safetensors'}{resampled}."
     source.set_input_size((8, 8))
     torch.testing.assert_close(model.state_dict(), source.state_dict(), rtol=0, atol=0)
 

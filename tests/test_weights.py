@@ -1,5 +1,7 @@
 """Plain checkpoints in plans, and plans that reuse nothing as timm's own models."""
 
+import argparse
+
 import pytest
 import timm
 import torch
@@ -7,8 +9,9 @@ from cases import CASES, PATCH_SIZE, Case, image_size, images, with_backends
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 
-import vitreuse
 from vitreuse import PlanVisionTransformer, load_checkpoint, parse_plan
+from vitreuse.convert import convert
+from vitreuse.hub import pack_weights
 
 HEADS = 5
 TOKEN_PROJECTIONS = ("key_proj", "value_proj")
@@ -88,7 +91,8 @@ def test_a_plan_reads_its_own_checkpoint():
     for name, backend in with_backends(CASES):
         case = CASES[name]
         model, other = case.build(reuse_backend=backend), case.build(seed=1, reuse_backend=backend)
-        assert load_checkpoint(other, state_of(model)) == vitreuse.LoadReport((), ())
+        report = load_checkpoint(other, state_of(model))
+        assert (report.new, report.dropped) == ((), ())
         assert torch.equal(other(images(case.grid)), model(images(case.grid)))
 
 
@@ -105,6 +109,95 @@ def test_another_resolution_is_resized_as_by_set_input_size(name):
     assert report.new == ()
     square.set_input_size(image_size((5, 7)))
     torch.testing.assert_close(large(images((5, 7))), square(images((5, 7))), rtol=1e-9, atol=1e-10)
+
+
+# Grids of another shape
+
+
+OTHER_WAY = ["mixture", "average without class", "lowrank layerwise linear reused", "lowrank none linear", "extras"]
+
+
+def turned(name):
+    """A model of 3 x 5 patches and one of as many, 5 x 3."""
+    case = CASES[name]
+    return case.build(), Case(case.plan, (5, 3), case.distilled, case.keywords).build(seed=1)
+
+
+def assert_resized(model, source):
+    source.set_input_size(image_size((5, 3)))
+    torch.testing.assert_close(model(images((5, 3))), source(images((5, 3))), rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", OTHER_WAY)
+def test_as_many_patches_in_another_shape_are_resampled(name):
+    source, model = turned(name)
+    report = load_checkpoint(model, state_of(source), img_size=image_size((3, 5)))
+    assert (report.source_grid, report.is_grid_guessed) == ((3, 5), False)
+    assert_resized(model, source)
+
+
+@pytest.mark.parametrize("held", ["our keywords", "img_size", "input_size"])
+def test_a_file_says_its_image_size(held, tmp_path):
+    source, model = turned("mixture")
+    size = image_size((3, 5))
+    if held == "our keywords":
+        (tmp_path / "x").write_bytes(pack_weights(state_of(source), "vit", None, {"img_size": size}))
+    else:
+        said = {"img_size": size} if held == "img_size" else {"img_size": None, "input_size": [3, *size]}
+        torch.save({"model": state_of(source), "args": argparse.Namespace(**said)}, tmp_path / "x")
+    report = load_checkpoint(model, tmp_path / "x")
+    assert (report.source_grid, report.is_grid_guessed) == ((3, 5), False)
+    assert_resized(model, source)
+
+
+def test_a_plain_model_of_timm_is_resampled_too():
+    case = Case("exact*2")
+    source, model = plain(case), plain(case, grid=(5, 3))
+    report = load_checkpoint(model, state_of(source), img_size=image_size((3, 5)))
+    assert report.source_grid == (3, 5)
+    source.set_input_size(image_size((5, 3)))
+    torch.testing.assert_close(model.pos_embed, source.pos_embed)
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(model.pos_embed, plain(case).pos_embed)
+
+
+@pytest.mark.parametrize("name", ["mixture", "lowrank none linear"])
+def test_a_guess_is_said(name):
+    source, model = turned(name)
+    report = load_checkpoint(model, state_of(source))
+    assert (report.source_grid, report.is_grid_guessed) == ((5, 3), True)
+    assert report.said(model)[-1] == "taken to be of 5 x 3 patches, a guess by their number"
+    square = Case(CASES[name].plan, (4, 4), keywords=CASES[name].keywords).build()
+    report = load_checkpoint(model, state_of(square))
+    assert (report.source_grid, report.is_grid_guessed) == ((4, 4), True)
+    assert report.said(model)[-1] == "resampled to 5 x 3 from 4 x 4 patches, a guess by their number"
+
+
+def test_the_pretrained_config_is_a_guess_where_the_model_has_as_many_patches():
+    """224 px are 14 x 14 patches, as many as 7 x 28: timm takes the config's grid, and here that is said."""
+    sizes = {"embed_dim": 15, "depth": 1, "num_heads": 3, "plan": "exact"}
+    source = timm.create_model("vit_reuse_tiny_patch16_224", img_size=(112, 448), **sizes)
+    model = timm.create_model("vit_reuse_tiny_patch16_224", img_size=(112, 448), **sizes)
+    report = load_checkpoint(model, state_of(source))
+    assert (report.source_grid, report.is_grid_guessed) == ((14, 14), True)
+    report = load_checkpoint(model, state_of(source), img_size=(112, 448))
+    assert (report.source_grid, report.is_grid_guessed) == ((7, 28), False)
+    assert torch.equal(model.pos_embed, source.pos_embed)
+
+
+def test_a_conversion_knows_its_grid():
+    model = timm.create_model("vit_tiny_patch16_224", img_size=(112, 448), embed_dim=15, depth=2, num_heads=3)
+    assert torch.equal(convert(model, "exact reuse").model.pos_embed, model.pos_embed)
+
+
+def test_a_grid_that_cannot_be_known_is_refused():
+    source, model = Case("lowrank:3", (3, 5)).build(), Case("lowrank:3", (5, 7)).build()
+    with pytest.raises(ValueError, match=r"is of 15 patches, which make no square, and the model of 5 x 7: give img_"):
+        load_checkpoint(model, state_of(source))
+    with pytest.raises(ValueError, match=r"img_size=\(6, 6\) makes 3 x 2 patches and the checkpoint is of 15: give"):
+        load_checkpoint(model, state_of(source), img_size=6)
+    report = load_checkpoint(model, state_of(source), img_size=image_size((3, 5)))
+    assert report.said(model) == ["resampled to 5 x 7 from 3 x 5 patches"]
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ from vitreuse.console import (
     is_first_of_machine,
     is_first_rank,
     print_error,
+    versions,
 )
 from vitreuse.data import DataError
 from vitreuse.local import refuse_idle_allow, refuse_url
@@ -35,10 +36,19 @@ from vitreuse.strict_yaml import nearest
 from vitreuse.targets import load_experiment
 
 USAGE = "usage: python -m train CONFIG [section.key=value ...] [run_dir=PATH] [--allow KIND] [--doctor|--verify-resume]"
-HELP = f"""{USAGE}
---allow KIND     let data.root be a URL of this kind: http, https, or pipe, which runs a shell command; no config can
---doctor         train nothing: check data, memory, disk and speed, and predict the hours
---verify-resume  train a few steps in a temporary folder, and prove that a resumed run is the same to the bit
+HELP = """usage: python -m train CONFIG [section.key=value ...] [run_dir=PATH]
+                       [--allow KIND] [--doctor|--verify-resume]
+
+Trains the experiment of a YAML file; under torchrun on several devices.
+
+--allow KIND     let data.root be a URL of this kind: http, https, or pipe,
+                 which runs a shell command; no config can
+--doctor         train nothing: check data, memory, disk and speed, and predict
+                 the hours
+--verify-resume  train a few steps in a temporary folder, and prove that a
+                 resumed run is the same to the bit
+--version        print versions and exit
+
 keys and their meaning: vitreuse/config.py; experiments: configs/"""
 OPTIONS = {"--doctor": doctor, "--verify-resume": verify_resume}  # instead of training; they leave the run folder alone
 
@@ -52,6 +62,9 @@ def main(arguments: list[str]) -> int:
     """
     if {"-h", "--help"} & set(arguments):
         print(HELP)
+        return DONE
+    if "--version" in arguments:
+        print(versions())
         return DONE
     try:
         path, overrides, run_dir, option, allow = _parse(arguments)

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from timm.models import VisionTransformer
-from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor
 
+from vitreuse.checkpoint_file import Weights, as_weights, read_weights
 from vitreuse.config import Config, ConfigError
 from vitreuse.hub import WEIGHTS
-from vitreuse.targets import load_exactly, pretrained_weights, read_weights
+from vitreuse.targets import pretrained_weights
 from vitreuse.weights import LoadReport, load_checkpoint
 
 State = dict[str, Tensor]
@@ -24,7 +22,7 @@ def start_from(model: Any, source: str) -> str:
 
     Args:
         model: One of timm's or ours; a plain checkpoint fits any plan.
-        source: A file of ours, of timm or of DeiT, a run folder, a hub folder, or a name of timm.list_pretrained().
+        source: A file of weights, a run folder, a hub folder, or a name of timm.list_pretrained().
 
     Returns:
         One line that names what is new, and what the model has no use for.
@@ -32,17 +30,11 @@ def start_from(model: Any, source: str) -> str:
     Raises:
         ConfigError: There are no such weights, or they are another model's.
     """
-    state = _trained(source)
-    head = _fresh_head(state, model)
-    report = _load(model, {**state, **head}, source)
-    parts = [f"starts from {source}"]
-    if head:
-        parts.append(f"a new head for {model.num_classes} classes")
-    if report.new:
-        parts.append(f"new: {_listed(report.new)}")
-    if report.dropped:
-        parts.append(f"left out: {_listed(report.dropped)}")
-    return "; ".join(parts) + "."
+    weights = _trained(source)
+    head = _fresh_head(weights.state, model)
+    report = _load(model, weights._replace(state={**weights.state, **head}), source)
+    parts = [f"starts from {source}", *([f"a new head for {model.num_classes} classes"] if head else ())]
+    return "; ".join((*parts, *report.said(model))) + "."
 
 
 def load_weights(model: Any, source: str) -> None:
@@ -51,7 +43,9 @@ def load_weights(model: Any, source: str) -> None:
     Raises:
         ConfigError: As start_from.
     """
-    _load(model, _trained(source), source)
+    report = _load(model, _trained(source), source)
+    if report.new:
+        raise ConfigError(f"{source} does not fit {type(model).__name__}: the checkpoint has no {report.new[0]}.")
 
 
 def weight_files(config: Config) -> dict[str, str]:
@@ -68,10 +62,12 @@ def _file(source: str) -> Path:
     return path / WEIGHTS if path.is_dir() else path
 
 
-def _trained(source: str) -> State:
+def _trained(source: str) -> Weights:
     try:
         file = _file(source)
-        return read_weights(file) if file.exists() or Path(source).is_dir() else pretrained_weights(source)
+        if file.exists() or Path(source).is_dir():
+            return read_weights(file)
+        return as_weights(pretrained_weights(source))
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
@@ -85,19 +81,8 @@ def _fresh_head(state: State, model: Any) -> State:
     return {key: tensor for key, tensor in own.items() if key not in state or len(state[key]) != len(tensor)}
 
 
-def _load(model: Any, state: State, source: str) -> LoadReport:
+def _load(model: Any, weights: Weights, source: str) -> LoadReport:
     try:
-        if hasattr(model, "plan"):
-            return load_checkpoint(model, state)
-        if isinstance(model, VisionTransformer):
-            state = checkpoint_filter_fn(state, model, adapt_layer_scale=True)
-        load_exactly(model, state)
-    except (ValueError, RuntimeError) as error:
+        return load_checkpoint(model, weights)
+    except ValueError as error:
         raise ConfigError(f"{source} does not fit {type(model).__name__}: {error}") from error
-    return LoadReport((), ())
-
-
-def _listed(keys: Sequence[str]) -> str:
-    """The first keys by name, and how many more there are."""
-    rest = len(keys) - 2
-    return ", ".join(keys[:2]) + (f" and {rest} more" if rest > 0 else "")

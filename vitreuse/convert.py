@@ -75,7 +75,7 @@ def convert(
     state = original.state_dict()
     for layer, matched in matches.items():
         _reorder_heads(state, f"blocks.{layer}.attn.", order_of_heads(matched, num_heads))
-    report = load_checkpoint(converted, state)
+    report = load_checkpoint(converted, state, original.patch_embed.img_size)
     if pooled:
         pool_projections(converted)
     return Conversion(converted, original, matches, report.new, _touched(converted, report.new), report.dropped)

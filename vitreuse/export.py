@@ -56,6 +56,7 @@ def export(
     crop_pct: float | None = None,
     name: str | None = None,
     accuracy: str | None = None,
+    training: str | None = None,
 ) -> dict[str, float]:
     """Writes a model in each of the formats; each file is whole or not there, and none is if a program is wrong.
 
@@ -69,6 +70,8 @@ def export(
         crop_pct: Share of the resized image that evaluation crops, where it is not the model's own.
         name: For the model card; that of the folder by default.
         accuracy: For the model card, where it is known.
+        training: What is to be known of how far the model was trained, where that is not to its end: for the model card
+            and the metadata of every file.
 
     Returns:
         For each program the largest difference of its logits to the model's, over their standard deviation.
@@ -79,20 +82,26 @@ def export(
     """
     check_folder(folder, formats)
     chosen = [of for of in PROGRAMS if of in formats]
-    contents, differences = programs(model.eval(), chosen, batches, folds, opset, crop_pct)
+    contents, differences = programs(model.eval(), chosen, batches, folds, opset, crop_pct, training)
     if "safetensors" in formats:
-        contents[WEIGHTS] = model_weights(model)
+        contents[WEIGHTS] = model_weights(model, training)
     if "hub" in formats:
-        save_hub_folder(model, folder, crop_pct)
+        save_hub_folder(model, folder, crop_pct, training)
         macs = torch_flops(in_export_form(model), example(model, 1))[""] // 2
-        contents[README] = model_card(model, name or folder.resolve().name, macs, accuracy).encode()
+        contents[README] = model_card(model, name or folder.resolve().name, macs, accuracy, training).encode()
     for file, content in contents.items():
         write_durably(folder / file, content)
     return differences
 
 
 def programs(
-    model: Any, formats: Sequence[str], batches: Sequence[Tensor], folds: bool, opset: int, crop_pct: float | None
+    model: Any,
+    formats: Sequence[str],
+    batches: Sequence[Tensor],
+    folds: bool,
+    opset: int,
+    crop_pct: float | None,
+    training: str | None,
 ) -> tuple[dict[str, bytes], dict[str, float]]:
     """The content of each program's file, and how far each is from the model; arguments as for export."""
     contents: dict[str, bytes] = {}
@@ -105,6 +114,7 @@ def programs(
     program = trace(fold(model) if folds else model, len(batches[0]) + 1)
     facts = {"name": model.pretrained_cfg["architecture"], "plan": str(getattr(model, "plan", ""))}
     facts["preprocessing"] = json.dumps(preprocessing(model, crop_pct))
+    facts |= {"training": training} if training is not None else {}
     for of in formats:
         content = pack_torch(program, facts) if of == "torch" else pack_onnx(program, facts, opset)
         predict = load_torch(content) if of == "torch" else load_onnx(content)

@@ -30,13 +30,16 @@ def is_hub_folder(folder: Path) -> bool:
     return (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file()
 
 
-def save_hub_folder(model: Any, folder: Path, crop_pct: float | None = None) -> None:
+def save_hub_folder(
+    model: Any, folder: Path, crop_pct: float | None = None, training: str | None = None
+) -> None:
     """Writes a model's configuration and weights, the weights first; each file is whole or not there.
 
     Args:
         model: One of timm's or ours, made by timm.create_model.
         folder: For the two files; made where it is missing.
         crop_pct: Share of the resized image that evaluation crops, where it is not the model's own.
+        training: What is to be known of how far the model was trained, where that is not to its end.
 
     Raises:
         ValueError: A keyword that the model was built with cannot be written as JSON.
@@ -47,8 +50,10 @@ def save_hub_folder(model: Any, folder: Path, crop_pct: float | None = None) -> 
         path = Path(temporary, CONFIG)
         save_config_for_hf(model, str(path), model_args=plan, data_config=preprocessing(model, crop_pct))
         config = path.read_bytes()
+    if training is not None:
+        config = (json.dumps({**json.loads(config), "training": training}, indent=2) + "\n").encode()
     folder.mkdir(parents=True, exist_ok=True)
-    write_durably(folder / WEIGHTS, model_weights(model))
+    write_durably(folder / WEIGHTS, model_weights(model, training))
     write_durably(folder / CONFIG, config)
 
 
@@ -58,18 +63,23 @@ def preprocessing(model: Any, crop_pct: float | None = None) -> dict[str, Any]:
     return {key: settings[key] for key in ("input_size", *PREPROCESSING)} | ({"crop_pct": crop_pct} if crop_pct else {})
 
 
-def model_weights(model: Any) -> bytes:
-    """The content of a model's model.safetensors."""
+def model_weights(model: Any, training: str | None = None) -> bytes:
+    """The content of a model's model.safetensors; arguments as for save_hub_folder."""
     keywords = {key: value for key, value in get_model_args(model).items() if key != "plan"}
     plan = str(model.plan) if hasattr(model, "plan") else None
-    return pack_weights(model.state_dict(), model.pretrained_cfg["architecture"], plan, keywords)
+    return pack_weights(model.state_dict(), model.pretrained_cfg["architecture"], plan, keywords, training)
 
 
 def pack_weights(
-    tensors: Mapping[str, Tensor], name: str, plan: str | None, keywords: Mapping[str, Any]
+    tensors: Mapping[str, Tensor],
+    name: str,
+    plan: str | None,
+    keywords: Mapping[str, Any],
+    training: str | None = None,
 ) -> bytes:
     """The content of a model.safetensors, of a run too: weights, and as metadata which model they are of."""
     metadata = {"name": name, "plan": plan or "", "keywords": json.dumps(keywords), "format": "pt"}
+    metadata |= {"training": training} if training is not None else {}
     return save({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, metadata)
 
 

@@ -14,7 +14,7 @@ model = timm.create_model("hf-hub:OWNER/NAME", pretrained=True).eval()  # of a f
 ```"""
 
 
-def model_card(model: Any, name: str, macs: int, accuracy: str | None) -> str:
+def model_card(model: Any, name: str, macs: int, accuracy: str | None, training: str | None) -> str:
     """The text, with the header that a hub reads.
 
     Args:
@@ -22,6 +22,7 @@ def model_card(model: Any, name: str, macs: int, accuracy: str | None) -> str:
         name: For the title.
         macs: Per image.
         accuracy: One line, where it is known.
+        training: One line, where the model was not trained to its end.
     """
     plan = f"`{model.plan}`" if hasattr(model, "plan") else "none, timm's own model"
     rows, columns = model.patch_embed.img_size
@@ -34,6 +35,8 @@ def model_card(model: Any, name: str, macs: int, accuracy: str | None) -> str:
     }
     if accuracy is not None:
         details["Top-1"] = accuracy
+    if training is not None:
+        details["Training"] = training
     return generate_readme(
         {
             "tags": ["image-classification", "timm", "vitreuse"],

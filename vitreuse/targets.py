@@ -1,23 +1,26 @@
 """What a command is pointed at: a model name, a config, a run folder or a hub folder, each a network to be built."""
 
-import pickle
+import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from timm.models import VisionTransformer
 from torch import nn
 
+from vitreuse.checkpoint_file import Weights, read_weights
 from vitreuse.config import LOCAL_DIR, Config, ConfigError, ModelConfig, load_config
-from vitreuse.hub import WEIGHTS, is_hub_folder, read_hub_folder
+from vitreuse.console import print_note
+from vitreuse.hub import CONFIG, WEIGHTS, is_hub_folder, read_hub_folder
 from vitreuse.models import default_cfgs, plain_name, variant_of
 from vitreuse.options import PlanOptions
 from vitreuse.plan import parse_plan
 from vitreuse.strict_yaml import nearest
+from vitreuse.weights import LoadReport, load_checkpoint, load_exactly
 
 PLAN_KEYWORDS = tuple(field.name for field in fields(PlanOptions))
 OWN_KEYWORDS = (*PLAN_KEYWORDS, "norm_eps")  # that timm's own models do not have
@@ -40,16 +43,46 @@ class Target:
             ValueError: there are no weights, or they are another model's.
         """
         path = checkpoint or self._own_weights()
-        model = self.model.create()
-        state = read_weights(path)
+        weights = read_weights(path)
+        model = (self.model if checkpoint is None else self._with_classes_of(weights)).create()
         try:
-            load_exactly(model, state)
+            report = load_checkpoint(model, weights)
+            _refuse_plain(report)
         except ValueError as error:
-            reason = str(error).rstrip(".")
-            raise ValueError(
-                f"{path} does not fit {self.model.name}: {reason}; give the model that it was trained as."
-            ) from error
+            raise ValueError(f"{path} does not fit {self.model.name}: {error}") from error
+        if said := [*report.said(model), *([self.unfinished] if checkpoint is None and self.unfinished else ())]:
+            print_note(f"{path}: {'; '.join(said)}.")
         return model
+
+    @property
+    def unfinished(self) -> str | None:
+        """What is to be known of the weights of a run that is not completed, also where they were exported; else None.
+        """
+        if self.hub_dir is not None:
+            said = _json_object(self.hub_dir / CONFIG).get("training")
+            return said if isinstance(said, str) else None
+        if self.run_dir is None or self.config is None:
+            return None
+        path, record = self._own_weights(), _json_object(self.run_dir / "run.json")
+        is_final = path.name == WEIGHTS
+        status = record.get("status", "completed" if is_final else "without a whole run.json")
+        if status == "completed" and is_final:
+            return None
+        what = "moving average" if self.config.train.ema else "weights"
+        reason = f", {str(record['error']).rstrip('.')}" if record.get("error") else ""
+        at = "as it left them" if is_final else f"at step {int(path.parent.name.removeprefix('step-'))}"
+        epochs = f"{self.config.train.epochs} epochs were to be trained"
+        return f"the run is not completed but {status}{reason}: its {what} {at}, {epochs}"
+
+    def _with_classes_of(self, weights: Weights) -> ModelConfig:
+        """The model, of a name with as many classes as weights have, none for those that were trained without."""
+        if self.config is not None or self.hub_dir is not None:
+            return self.model
+        if not isinstance(self.model.create("meta"), VisionTransformer):
+            return self.model
+        head = weights.state.get("head.weight")
+        num_classes = 0 if head is None else len(head)
+        return replace(self.model, keywords={**self.model.keywords, "num_classes": num_classes})
 
     def load_pretrained(self) -> nn.Module:
         """The model with the weights that timm publishes under its name.
@@ -74,6 +107,27 @@ class Target:
             if path.exists():
                 return path
         raise ValueError(f"{self.run_dir} has no weights yet: go on with python -m train.")
+
+
+def _refuse_plain(report: LoadReport) -> None:
+    """Raises ValueError where weights leave a part of a model untrained, or are of layers that it has changed."""
+    if report.new:
+        raise ValueError(f"the checkpoint has no {report.new[0]}: give the model that it was trained as.")
+    of_plan = [key for key in report.dropped if key.startswith("blocks.")]
+    if of_plan:
+        raise ValueError(
+            f"the checkpoint is of a plain model and the plan has no use for its {of_plan[0]}: give the model that it "
+            "was trained as, or make one of the plan with vitreuse convert."
+        )
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    """What a file holds; nothing where there is none, or a damaged one."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def resolve_targets(texts: Sequence[str], plans: Sequence[str] = ()) -> list[Target]:
@@ -191,30 +245,3 @@ def pretrained_weights(name: str) -> dict[str, torch.Tensor]:
     except Exception as error:  # whatever a network or a hub leads to
         reason = str(error).partition("\n")[0]
         raise ValueError(f"weights {name!r} cannot be fetched ({reason}): give them as a file.") from error
-
-
-def load_exactly(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
-    """Fills a model with weights of its own keys and shapes.
-
-    Raises:
-        ValueError: they are another model's; it says the first key that does not fit.
-    """
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:  # torch's second line has the first key
-        raise ValueError(str(error).splitlines()[1].strip()) from error
-
-
-def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """The weights in a file of ours, of timm or of DeiT; of a moving average where there is one."""
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).split("\n")[0] or "it is empty"
-        raise ValueError(f"{path} cannot be read as weights: {reason}") from error
-    for key in ("ema", "state_dict_ema", "model_ema", "model", "state_dict"):
-        if key in state:
-            return state[key]
-    return state

@@ -19,6 +19,9 @@ from vitreuse.attention.lowrank import at_grid, init_projection, resampled_param
 from vitreuse.block import PlanBlock, PlanBlocks
 from vitreuse.options import PlanOptions, layerwise_k, layerwise_shape, warn_if_idle, warn_if_map_is_carried
 from vitreuse.plan import Plan, parse_plan
+from vitreuse.weights import checkpoint_filter_fn, in_plan_for_timm
+
+__all__ = ["PlanVisionTransformer", "PlanVisionTransformerDistilled", "checkpoint_filter_fn"]  # timm looks here
 
 
 class PlanVisionTransformer(timm_vit.VisionTransformer):
@@ -126,6 +129,10 @@ class PlanVisionTransformer(timm_vit.VisionTransformer):
         super().init_weights(mode=mode, needs_reset=needs_reset)
         if needs_reset and self.key_proj is not None:
             init_projection(self.key_proj, self.plan_options.lowrank_projection, self.plan_options.lowrank_init)
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """torch's method, which takes a plain ViT's state dict too: see vitreuse.load_checkpoint, which says more."""
+        return super().load_state_dict(in_plan_for_timm(state_dict, self), strict, assign)
 
     def forward(self, x: Tensor, attn_mask: Optional[Tensor] = None, is_causal: bool = False) -> Tensor:
         """Logits (B, num_classes); under token pooling the last layer computes only the rows that are read."""

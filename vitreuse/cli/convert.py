@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vitreuse.agreement import agreement
 from vitreuse.attention.lowrank import PROJECTIONS, SHARINGS
-from vitreuse.cli.source import add_source_arguments, load_model
+from vitreuse.cli.source import add_source_arguments, load_model, training_note
 from vitreuse.console import WorkProgress, choose_device, local_path, titled
 from vitreuse.convert import LOWRANK_STARTS, Conversion, convert, fit_projections
 from vitreuse.durable import durable_folder, refuse_filled, write_durably
@@ -72,6 +72,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     conversion, fits = _convert(args, original, plan, how, samples)
     result = {
         "name": target.label,
+        "training": training_note(args, target),
         "plan": str(plan),
         **how._asdict(),
         "matches": conversion.matches,
@@ -84,7 +85,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     }
     crop_pct = None if target.config is None else target.config.eval.crop_pct
     with durable_folder(args.output) as folder:
-        save_hub_folder(conversion.model, folder, crop_pct)
+        save_hub_folder(conversion.model, folder, crop_pct, result["training"])
         write_durably(folder / "conversion.json", json.dumps(result, indent=2).encode())
     return {"output": str(args.output), **result}
 
@@ -201,7 +202,8 @@ def render(result: dict[str, Any]) -> Group:
 
 def _remarks(result: dict[str, Any]) -> list[str]:
     """What the table has no column for."""
-    remarks = [f"{result['output']}: {len(result['new'])} new, {len(result['touched'])} touched parameters, untrained"]
+    remarks = [] if result["training"] is None else [f"the original: {result['training']}"]
+    remarks += [f"{result['output']}: {len(result['new'])} new, {len(result['touched'])} touched parameters, untrained"]
     if result["agreement"] is not None:
         values = {name: value for name, value in result["agreement"].items() if value is not None}
         said = [form.format(values[name]) for name, form in AGREEMENT.items() if name in values]

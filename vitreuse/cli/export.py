@@ -14,7 +14,7 @@ from rich.filesize import decimal
 from rich.table import Table
 from torch import Tensor
 
-from vitreuse.cli.source import add_image_arguments, add_model_arguments, load_model
+from vitreuse.cli.source import add_image_arguments, add_model_arguments, load_model, training_note
 from vitreuse.console import local_path, positive, titled
 from vitreuse.export import FILES, OPSETS, PROGRAMS, export, load_onnx
 from vitreuse.fold import fold
@@ -37,7 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--opset", type=int, choices=OPSETS, metavar="N", help=text)
     parser.add_argument("--fold", action="store_true", help="fold what torch and onnx run, see vitreuse fold")
     add_image_arguments(parser, num_images=32, batch_size=8)
-    parser.add_argument("--repeats", type=positive, default=10, help="timed calls of each; default: %(default)s")
+    text = "timed calls of each; default: %(default)s"
+    parser.add_argument("--repeats", type=positive, default=10, metavar="N", help=text)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -52,11 +53,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     crop_pct = None if target.config is None else target.config.eval.crop_pct
     opset = args.opset or OPSETS[-1]
     accuracy = _accuracy(target) if args.checkpoint is None else None
-    label = target.label
-    differences = export(model, args.output, args.format, batches, args.fold, opset, crop_pct, label, accuracy)
+    label, training = target.label, training_note(args, target)
+    differences = export(
+        model, args.output, args.format, batches, args.fold, opset, crop_pct, label, accuracy, training
+    )
     return {
         "name": target.label,
         "plan": str(model.plan) if hasattr(model, "plan") else None,
+        "training": training,
         "files": _files(args),
         "opset": opset if "onnx" in args.format else None,
         "images": shown,
@@ -131,7 +135,7 @@ def render(result: dict[str, Any]) -> Group:
 
 def _remarks(result: dict[str, Any]) -> list[str]:
     """What the programs were checked on, and how fast ONNX is."""
-    lines = []
+    lines = [] if result["training"] is None else [result["training"]]
     if result["images"] is not None:
         lines.append(f"difference: largest of the logits over their standard deviation, on {result['images']}")
     if speed := result["speed"]:

@@ -29,8 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image-size", type=positive, metavar="PX", help="side of the image (default: the model's)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the times; default: %(default)s")
-    parser.add_argument("--batch-size", type=positive, default=8, help="images per call; default: %(default)s")
-    parser.add_argument("--repeats", type=positive, default=10, help="timed calls of each; default: %(default)s")
+    text = "images per call; default: %(default)s"
+    parser.add_argument("--batch-size", type=positive, default=8, metavar="N", help=text)
+    text = "timed calls of each; default: %(default)s"
+    parser.add_argument("--repeats", type=positive, default=10, metavar="N", help=text)
 
 
 @torch.no_grad()

@@ -42,11 +42,11 @@ def _summary(name: str) -> dict[str, Any]:
 
 def render(result: dict[str, Any]) -> Group:
     """The table for a terminal."""
-    remark = "theoretical MACs of one image (maps carried, neighbourhoods exact); ratios to the exact plan"
+    remark = "theoretical MACs of one image (maps carried, neighbourhoods exact); of exact: ratios to the exact plan"
     table = Table(box=SIMPLE_HEAD)
     for heading in ("name", "plan"):
         table.add_column(heading, no_wrap=True)
-    for heading in ("M params", "ratio", "GMACs", "ratio"):
+    for heading in ("M params", "of exact", "GMACs", "of exact"):
         table.add_column(heading, justify="right")
     for model in result["models"]:
         table.add_row(

@@ -24,11 +24,25 @@ HEADINGS = {
     ("fc1", "fc2"): "mlp",
 }
 HELP = "show what a plan costs, per layer and part"
+EPILOG = """words, one per layer; *N repeats a word or a group in brackets:
+  exact        softmax attention over all tokens
+  reuse        the map of the nearest layer before that has one, applied to this
+               layer's own values
+  reuse:3      the same for the first 3 heads; the others compute their own maps
+  lowrank:64   keys and values projected from all tokens to 64
+  span:7       every patch sees the 7 x 7 patches around it; class and register
+               tokens see and are seen by all
+  none         no attention: the control that every method must beat
+
+examples:
+  vitreuse plan "exact reuse*6 exact*5"
+  vitreuse plan "(lowrank:64 reuse*2)*4" --model deit_base_patch16_224
+  vitreuse plan "(span:7*2 exact)*4" --image-size 384 --equal-macs width"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's own arguments."""
-    parser.add_argument("plan", metavar="TEXT", help="such as 'exact reuse*6 exact*5'")
+    parser.add_argument("plan", metavar="TEXT", help="a word for each layer, see below")
     parser.add_argument(
         "--model", default="vit_small_patch16_224", metavar="NAME", help="a model name, ours or timm's (%(default)s)"
     )

@@ -153,6 +153,7 @@ def _result(
     exact = costs.of(Plan((EXACT,) * len(source.model.blocks)))
     return {
         "name": source.target.label,
+        "training": source.training,
         "metric": args.metric,
         "budget": args.budget,
         "words": [str(spec) for spec in specs],

@@ -62,6 +62,7 @@ def _result(source: Source, redundancy: Redundancy, damage: Mapping[Change, floa
     model: Any = source.model
     return {
         "name": source.target.label,
+        "training": source.training,
         "plan": str(model.plan) if hasattr(model, "plan") else None,
         "num_images": len(source.sample),
         "layers": [_layer(number, redundancy, damage) for number in range(len(redundancy.entropy))],

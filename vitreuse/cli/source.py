@@ -27,6 +27,7 @@ class Source(NamedTuple):
     split: str
     device: torch.device
     batch_size: int
+    training: str | None = None  # see training_note
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The images (B, channels, rows, columns) and their labels (B,), on the CPU."""
@@ -44,7 +45,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares MODEL and its weights."""
     meaning = "a name, with timm's weights or --checkpoint; a run folder or a hub folder, with its own"
     parser.add_argument("model", metavar="MODEL", help=meaning)
-    parser.add_argument("--checkpoint", type=local_path, metavar="FILE", help="weights of a name or config")
+    parser.add_argument("--checkpoint", type=local_path, metavar="FILE", help="a file of weights, of a name or config")
 
 
 def add_image_arguments(
@@ -53,12 +54,12 @@ def add_image_arguments(
     """Declares the images, with how many there are by default, and of which split; None: one to learn from."""
     parser.add_argument("--data", type=local_path, metavar="DIR", help="images (default: those a run was trained on)")
     meaning = f"sub-folder of DIR, where there is one; default: {split or OWN}"
-    parser.add_argument("--split", default=split, help=meaning)
+    parser.add_argument("--split", default=split, metavar="NAME", help=meaning)
     text = "how many; default: %(default)s"
     parser.add_argument("--images", type=positive, default=num_images, metavar="N", help=text)
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of images; default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the choice; default: %(default)s")
     text = "images per forward pass; default: %(default)s"
-    parser.add_argument("--batch-size", type=positive, default=batch_size, help=text)
+    parser.add_argument("--batch-size", type=positive, default=batch_size, metavar="N", help=text)
 
 
 def load_source(args: argparse.Namespace) -> Source:
@@ -71,7 +72,7 @@ def load_source(args: argparse.Namespace) -> Source:
     target, model = load_model(args)
     split = args.split or learning_split(target, args.data)
     sample = sample_images(target, model, args.data, args.images, split, args.seed)
-    return Source(target, model.to(device).eval(), sample, split, device, args.batch_size)
+    return Source(target, model.to(device).eval(), sample, split, device, args.batch_size, training_note(args, target))
 
 
 def load_model(args: argparse.Namespace) -> tuple[Target, Any]:
@@ -84,6 +85,14 @@ def load_model(args: argparse.Namespace) -> tuple[Target, Any]:
     _refuse_other_than_vit(target)
     is_name = target.config is None and target.hub_dir is None
     return target, target.load_pretrained() if is_name and args.checkpoint is None else target.load(args.checkpoint)
+
+
+def training_note(args: argparse.Namespace, target: Target) -> str | None:
+    """What is to be known of how far a model's weights were trained, where that is not to the end of a run."""
+    if args.checkpoint is None:
+        return target.unfinished
+    is_run = target.run_dir is not None
+    return f"weights of {args.checkpoint.name}, not those that the run {target.label} left" if is_run else None
 
 
 def words(text: str) -> tuple[Spec, ...]:

@@ -34,14 +34,15 @@ READERS = (1, 5)  # reuse layers of an anchor, for which the table shows the cho
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's own arguments."""
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
-    parser.add_argument(
-        "--dtype", nargs="+", choices=DTYPES, default=["float32", "bfloat16"], help="default: float32 bfloat16"
-    )
+    text = f"any of {', '.join(DTYPES)}; default: float32 bfloat16"
+    default = ["float32", "bfloat16"]
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=default, metavar="DTYPE", help=text)
     keys = " ".join(map(str, KEYS))
     parser.add_argument(
         "--keys", type=positive, nargs="+", default=KEYS, metavar="M", help=f"keys of a query; default: {keys}"
     )
-    parser.add_argument("--repeats", type=positive, default=10, help="timed calls, of which the fastest counts (10)")
+    text = "timed calls, of which the fastest counts; default: %(default)s"
+    parser.add_argument("--repeats", type=positive, default=10, metavar="N", help=text)
     parser.add_argument("--output", type=local_path, metavar="FILE", help="default: where models look for it")
 
 
