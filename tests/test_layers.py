@@ -221,6 +221,29 @@ def test_autocast_narrows_all_of_attention(name, backend, dtype, inference, monk
     assert set(seen) <= {(dtype, dtype)}
 
 
+class Widening(nn.LayerNorm):
+    """A norm under autocast on a GPU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).float()
+
+
+@pytest.mark.parametrize("backend", ["map", "qk"])
+@pytest.mark.parametrize("inference", [False, True])
+def test_norms_of_queries_and_keys_may_widen_them(backend, inference, monkeypatch):
+    seen = numbers_seen(monkeypatch)
+    model = Case("exact reuse:2 span:3 reuse:1 lowrank:3").build(reuse_backend=backend, qk_norm=True).float()
+    for block in model.blocks:
+        block.attn.costs = {key.replace("float32", "bfloat16"): value for key, value in UNFUSED.items()}
+        block.attn.q_norm, block.attn.k_norm = Widening(3), Widening(3)
+    carries = []
+    model.blocks[0].register_forward_hook(lambda module, args, output: carries.append(output[1].made))
+    with torch.inference_mode(inference), torch.autocast("cpu", torch.bfloat16):
+        assert model.train(not inference)(images(dtype=torch.float32)).isfinite().all()
+    assert {x.dtype for x in carries[0] if x is not None} == {torch.bfloat16}
+    assert set(seen) <= {(torch.bfloat16, torch.bfloat16)}
+
+
 @every_small_case
 def test_a_carry_is_made_only_for_a_layer_that_reads_it(name, backend):
     model = build(name, backend)
