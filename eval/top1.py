@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from rich.console import Console, RenderableType
+from rich.markup import escape
 from rich.progress import track
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -39,6 +40,7 @@ from vitreuse.config import DataConfig
 from vitreuse.console import add_allow, local_path, positive
 from vitreuse.data import open_split, prepare_source
 from vitreuse.durable import write_durably
+from vitreuse.file_names import printable, to_bytes
 from vitreuse.inputs import Transform, evaluation_transform, image_settings
 from vitreuse.local import refuse_idle_allow, refuse_url, url_kind
 from vitreuse.measure import describe_machine
@@ -207,7 +209,8 @@ def _row(target: Target, model: Any, root: str, part: str, args: argparse.Namesp
     split = str(Path(args.split, part))
     with ranks.together():
         test_set = _open(target, model, root, split, args)
-    bar = partial(track, description=target.label, console=Console(stderr=True), disable=not ranks.is_main)
+    label = escape(printable(target.label))
+    bar = partial(track, description=label, console=Console(stderr=True), disable=not ranks.is_main)
     found = evaluate(
         model if args.set is None else Among(model, test_set.classes),
         test_set.images,
@@ -249,8 +252,9 @@ def _write(stem: Path, found: Predictions, class_names: Sequence[str]) -> None:
         {"class": number, "name": class_names[number], "n": n, "correct": correct, "accuracy": 100 * correct / n}
         for number, n, correct in found.by_class()
     ]
-    write_durably(Path(f"{stem}.predictions.csv"), found.to_csv().encode())
-    write_durably(Path(f"{stem}.classes.csv"), to_csv(classes, ("class", "name", "n", "correct", "accuracy")).encode())
+    tables = {"predictions": found.to_csv(), "classes": to_csv(classes, ("class", "name", "n", "correct", "accuracy"))}
+    for name, text in tables.items():
+        write_durably(Path(f"{stem}.{name}.csv"), to_bytes(text))
 
 
 def _card(target: Target, row: dict[str, Any], found: Predictions, args: argparse.Namespace, ranks: Ranks) -> Card:

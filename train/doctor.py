@@ -24,6 +24,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import Subset
@@ -38,6 +39,7 @@ from vitreuse.config import Config, ConfigError
 from vitreuse.console import DONE, WRONG_INPUT, OtherRankError
 from vitreuse.data import DataError, ShardDataset, usable_cpus
 from vitreuse.durable import nearest_folder
+from vitreuse.file_names import for_terminal
 from vitreuse.measure import device_name, peak_process_memory_mib, time_interleaved
 
 OK, WARNING, WRONG = "ok", "warning", "wrong"
@@ -94,7 +96,7 @@ def _print(checks: Sequence[Check]) -> None:
     for heading in ("what", "state", "found"):
         table.add_column(heading)
     for subject, state, finding in checks:
-        table.add_row(subject, f"[{STYLES[state]}]{state}[/]", finding.replace("[", r"\["))
+        table.add_row(subject, Text(state, STYLES[state]), Text(for_terminal(finding)))
     console = Console()
     if not console.is_terminal:
         console.width = 1000  # a line a check, for programs to read

@@ -33,6 +33,7 @@ from train.trackers import Start, Trackers
 from vitreuse.config import Config, ConfigError, changed_settings, load_config, to_yaml
 from vitreuse.console import is_first_rank
 from vitreuse.durable import TEMPORARY_FILES, exclusive_lock, sync, write_durably
+from vitreuse.file_names import to_bytes
 from vitreuse.hub import WEIGHTS, pack_weights
 from vitreuse.measure import describe_machine
 
@@ -201,7 +202,7 @@ class RunFolder:
         settings = self.config.model
         content = pack_weights(weights, settings.name, _plan_text(model), settings.keywords)
         write_durably(self.path / WEIGHTS, content)
-        write_durably(self.path / "predictions.csv", predictions.to_csv().encode())
+        write_durably(self.path / "predictions.csv", to_bytes(predictions.to_csv()))
         self._card(predictions, seconds).write(self.path / card.NAME)
         self.describe(status="completed")
 

@@ -6,6 +6,8 @@ from typing import Any
 
 from timm.models._hub import generate_readme
 
+from vitreuse.file_names import printable
+
 USAGE = """```python
 import timm
 import vitreuse  # makes timm know the plan
@@ -34,7 +36,7 @@ def model_card(model: Any, name: str, macs: int, accuracy: str | None) -> str:
     }
     if accuracy is not None:
         details["Top-1"] = accuracy
-    return generate_readme(
+    text = generate_readme(
         {
             "tags": ["image-classification", "timm", "vitreuse"],
             "license": "unknown",
@@ -44,3 +46,4 @@ def model_card(model: Any, name: str, macs: int, accuracy: str | None) -> str:
         },
         name,
     )
+    return printable(text)

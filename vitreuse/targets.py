@@ -9,7 +9,7 @@ from pathlib import Path
 import timm
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import nn
 
 from vitreuse.config import LOCAL_DIR, Config, ConfigError, ModelConfig, load_config
@@ -209,7 +209,7 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     """The weights in a file of ours, of timm or of DeiT; of a moving average where there is one."""
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
+            return load(path.read_bytes())  # load_file wants a path in UTF-8
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         reason = str(error).split("\n")[0] or "it is empty"
