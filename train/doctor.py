@@ -31,6 +31,7 @@ from torch.utils.data import Subset
 
 from eval.distributed import Ranks, joined
 from train.checkpoint import Checkpoints
+from train.class_coverage import remarks
 from train.experiment import Experiment, checkpoint_is_due, evaluation_is_due, predict, set_up
 from train.pipeline import Batch
 from train.run import RunFolder
@@ -109,6 +110,7 @@ def _examine(experiment: Experiment, folder: RunFolder, ranks: Ranks) -> Iterato
     check, done = _run_folder(folder, trainer, ranks)
     yield check
     yield _data(experiment)
+    yield judge_classes(remarks(experiment.train_set, experiment.val_set))
     if config.data.shuffle_window is not None and isinstance(experiment.train_set, ShardDataset):
         yield judge_shards(len(experiment.train_set.shard_sizes), ranks.world_size * max(config.data.num_workers, 1))
     yield judge_batches(trainer.batches.num_draws, sum(trainer.batches.shard_sizes), config, ranks.world_size)
@@ -177,6 +179,13 @@ def _data(experiment: Experiment) -> Check:
         "their names and sizes agree with it" if train_set.url is None else "each is compared when it is fetched"
     )
     return Check("data", OK, f"{numbers}; the index of {num_shards} shards is whole, and {agreement}.")
+
+
+def judge_classes(found: Sequence[str]) -> Check:
+    """Whether each class has images in both splits, from what was remarked of those that have not."""
+    if not found:
+        return Check("classes", OK, "each has images in both splits.")
+    return Check("classes", WARNING, f"{' '.join(found)} Add images, or leave the classes out.")
 
 
 def judge_shards(num_shards: int, num_readers: int) -> Check:

@@ -17,7 +17,7 @@ import json
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -30,6 +30,7 @@ from eval.distributed import Ranks
 from eval.predictions import Predictions
 from train.checkpoint import Checkpoints
 from train.trackers import Start, Trackers
+from vitreuse.class_names import difference, names_of
 from vitreuse.config import Config, ConfigError, changed_settings, load_config, to_yaml
 from vitreuse.console import is_first_rank
 from vitreuse.durable import TEMPORARY_FILES, exclusive_lock, sync, write_durably
@@ -85,14 +86,21 @@ class RunFolder:
         """Checks that what a run reads is what it read before.
 
         Args:
-            inputs: As run.json holds them: digests by what they are of.
+            inputs: As run.json holds them: names of the classes, and digests by what they are of.
 
         Raises:
             ConfigError: Weights or data are others than those that the run was begun with.
         """
         before = self._record().get("inputs", inputs)
+        classes = before.get("classes", inputs["classes"])  # which an older run did not note
+        if classes != inputs["classes"]:
+            raise ConfigError(
+                f"{self.path} was begun with other classes: its data have now "
+                f"{difference(inputs['classes'], classes, 'the run')}; put back what it read, or choose another folder "
+                "with run_dir=PATH."
+            )
         for name in {**before, **inputs}:
-            if before.get(name) != inputs.get(name):
+            if name != "classes" and before.get(name) != inputs.get(name):
                 raise ConfigError(
                     f"{self.path} was begun with other {name}, of digest {before.get(name)} and not "
                     f"{inputs.get(name)}: put back what it read, or choose another folder with run_dir=PATH."
@@ -200,20 +208,20 @@ class RunFolder:
             seconds: Spent training, over all starts of the run.
         """
         settings = self.config.model
-        content = pack_weights(weights, settings.name, _plan_text(model), settings.keywords)
+        content = pack_weights(weights, settings.name, _plan_text(model), settings.keywords, names_of(model))
         write_durably(self.path / WEIGHTS, content)
         write_durably(self.path / "predictions.csv", to_bytes(predictions.to_csv()))
-        self._card(predictions, seconds).write(self.path / card.NAME)
+        self._card(predictions, seconds, names_of(model)).write(self.path / card.NAME)
         self.describe(status="completed")
 
-    def _card(self, predictions: Predictions, seconds: float) -> card.Card:
+    def _card(self, predictions: Predictions, seconds: float, class_names: Sequence[str] | None) -> card.Card:
         record, data = self._record(), self.config.data
         facts = {key: record.get(key) for key in ("command", "git_commit", "versions", "hardware")}
         split = f"{data.source or Path(data.folder).resolve().name}/val"
         if "{}" in data.folder:  # a URL with a place for the name
             split = data.folder.replace("{}", "val")
         name, facts = self.path.resolve().name, {**facts, "seconds": seconds}
-        return card.make_card(name, self.config.model, split, predictions, facts, self.config)
+        return card.make_card(name, self.config.model, split, predictions, facts, self.config, class_names)
 
 
 def _is_known(line: bytes, step: int) -> bool:

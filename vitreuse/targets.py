@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import nn
 
+from vitreuse.class_names import name_classes, read_names
 from vitreuse.config import LOCAL_DIR, Config, ConfigError, ModelConfig, load_config
 from vitreuse.hub import WEIGHTS, is_hub_folder, read_hub_folder
 from vitreuse.models import default_cfgs, plain_name, variant_of
@@ -36,6 +37,8 @@ class Target:
     def load(self, checkpoint: Path | None = None) -> nn.Module:
         """The model with the weights of a file; by default those a run left, its newest checkpoint, or a hub folder's.
 
+        It is told the names of its classes, where the file has them.
+
         Raises:
             ValueError: there are no weights, or they are another model's.
         """
@@ -49,6 +52,7 @@ class Target:
             raise ValueError(
                 f"{path} does not fit {self.model.name}: {reason}; give the model that it was trained as."
             ) from error
+        name_classes(model, read_names(path))
         return model
 
     def load_pretrained(self) -> nn.Module:
