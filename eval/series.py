@@ -151,8 +151,8 @@ def _check_same_classes(named: Sequence[tuple[str, Sequence[str]]]) -> None:
         first, known = named[0]
         if classes != known:
             raise ValueError(
-                f"the images of {name} are of classes {difference(classes, known, first)}: measure both on one set, with "
-                "eval top1 --by-number if the classes are the same under other names."
+                f"the images of {name} are of classes {difference(classes, known, first)}: measure both on one set, "
+                "with eval top1 --by-number if the classes are the same under other names."
             )
 
 

@@ -62,11 +62,10 @@ def set_up(config: Config, ranks: Ranks, allow: Collection[str] = ()) -> Experim
         return Experiment(Trainer(config, model, train_set, settings, ranks), train_set, val_set)
 
 
-def inputs(experiment: Experiment) -> dict[str, Any]:
-    """What an experiment reads: names of the classes, and digests of both splits and every file of weights."""
+def inputs(experiment: Experiment) -> dict[str, str]:
+    """Digests of what an experiment reads: both splits, and every file of weights."""
     splits = {"training images": experiment.train_set, "validation images": experiment.val_set}
-    digests = {name: split.digest for name, split in splits.items()} | weight_files(experiment.trainer.config)
-    return {"classes": list(experiment.train_set.class_names), **digests}
+    return {name: split.digest for name, split in splits.items()} | weight_files(experiment.trainer.config)
 
 
 def _check_shuffled(config: Config, train_set: Any) -> None:

@@ -67,10 +67,12 @@ def train(config: Config, run_dir: Path, command: str, allow: Collection[str] = 
             read = inputs(experiment)
             if ranks.is_main:
                 held.enter_context(folder.claimed())
+                folder.refuse_other_classes(experiment.train_set.class_names)
                 folder.refuse_other_inputs(read)
         loop.resume()
         try:
-            return loop.run({"command": command, "inputs": read})
+            class_names = list(experiment.train_set.class_names)
+            return loop.run({"command": command, "inputs": read, "class_names": class_names})
         except Exception as error:
             folder.fail(str(error) or repr(error))
             raise

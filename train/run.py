@@ -86,25 +86,32 @@ class RunFolder:
         """Checks that what a run reads is what it read before.
 
         Args:
-            inputs: As run.json holds them: names of the classes, and digests by what they are of.
+            inputs: As run.json holds them: digests by what they are of.
 
         Raises:
             ConfigError: Weights or data are others than those that the run was begun with.
         """
         before = self._record().get("inputs", inputs)
-        classes = before.get("classes", inputs["classes"])  # which an older run did not note
-        if classes != inputs["classes"]:
-            raise ConfigError(
-                f"{self.path} was begun with other classes: its data have now "
-                f"{difference(inputs['classes'], classes, 'the run')}; put back what it read, or choose another folder "
-                "with run_dir=PATH."
-            )
         for name in {**before, **inputs}:
-            if name != "classes" and before.get(name) != inputs.get(name):
+            if before.get(name) != inputs.get(name):
                 raise ConfigError(
                     f"{self.path} was begun with other {name}, of digest {before.get(name)} and not "
                     f"{inputs.get(name)}: put back what it read, or choose another folder with run_dir=PATH."
                 )
+
+    def refuse_other_classes(self, class_names: Sequence[str]) -> None:
+        """Checks that the classes of the data are called what they were called before.
+
+        Raises:
+            ConfigError: They are called otherwise.
+        """
+        before = self._record().get("class_names")  # which an older run did not note
+        if before is not None and before != list(class_names):
+            found = difference(class_names, before, "the run")
+            raise ConfigError(
+                f"{self.path} was begun with other classes, the data have now {found}: put back what it read, or "
+                "choose another folder with run_dir=PATH."
+            )
 
     @contextmanager
     def claimed(self) -> Iterator[None]:

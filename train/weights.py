@@ -9,18 +9,16 @@ from typing import Any
 
 from timm.models import VisionTransformer
 from timm.models.vision_transformer import checkpoint_filter_fn
-from torch import Tensor
 
-from vitreuse.class_names import Names, are_numbers, difference, listed, places, read_names
+from train.head_rows import State, fitted_head, known_rows, missing_heads, num_head_rows
+from vitreuse.class_names import Names, difference, read_names
 from vitreuse.config import Config, ConfigError
 from vitreuse.hub import WEIGHTS
 from vitreuse.targets import load_exactly, pretrained_weights, read_weights
 from vitreuse.weights import LoadReport, load_checkpoint
 
-State = dict[str, Tensor]
 
-
-def start_from(model: Any, source: str, class_names: Sequence[str]) -> str:
+def start_from(model: Any, source: str, class_names: Sequence[str] | None = None) -> str:
     """Fills a model with trained weights; its head with the rows of the classes that they know by name.
 
     Of classes that they do not know the rows stay as they were made; where names are not known, all of a head for
@@ -29,7 +27,7 @@ def start_from(model: Any, source: str, class_names: Sequence[str]) -> str:
     Args:
         model: One of timm's or ours; a plain checkpoint fits any plan.
         source: A file of ours, of timm or of DeiT, a run folder, a hub folder, or a name of timm.list_pretrained().
-        class_names: Of the model's classes.
+        class_names: Of the model's classes; None where they are not known.
 
     Returns:
         One line that names what is new, and what the model has no use for.
@@ -38,11 +36,12 @@ def start_from(model: Any, source: str, class_names: Sequence[str]) -> str:
         ConfigError: There are no such weights, or they are another model's.
     """
     state = _trained(source)
-    rows, remark = _known_rows(_source_names(source), class_names, _num_rows(state, model))
-    report = _load(model, {**state, **_fitted_head(state, model, rows)}, source)
+    rows, remark = known_rows(_source_names(source), class_names, num_head_rows(state, model), model.num_classes)
+    report = _load(model, {**state, **fitted_head(state, model, rows)}, source)
     parts = [f"starts from {source}"]
     if remark:
         parts.append(remark)
+    parts += [f"a new {head}" for head in missing_heads(state, model)]
     if report.new:
         parts.append(f"new: {_listed(report.new)}")
     if report.dropped:
@@ -65,12 +64,12 @@ def load_weights(model: Any, source: str, class_names: Sequence[str]) -> str:
         ConfigError: As start_from; or its classes are others.
     """
     state, names = _trained(source), _source_names(source)
-    rows, remark = _known_rows(names, class_names, _num_rows(state, model))
+    rows, remark = known_rows(names, class_names, num_head_rows(state, model), model.num_classes)
     if names is not None and None in rows:
         raise ConfigError(
             f"the data have {difference(class_names, names, source)}: a teacher must tell the same classes apart."
         )
-    _load(model, {**state, **(_fitted_head(state, model, rows) if names is not None else {})}, source)
+    _load(model, {**state, **(fitted_head(state, model, rows) if names is not None else {})}, source)
     return remark
 
 
@@ -100,52 +99,6 @@ def _source_names(source: str) -> Names | None:
     """The names of the classes that a source's weights tell apart; None where they are not known, as of timm's."""
     file = _file(source)
     return read_names(file) if file.exists() else None
-
-
-def _known_rows(names: Names | None, class_names: Sequence[str], num_rows: int) -> tuple[list[int | None], str]:
-    """For each class the row of a trained head that is its own, None for a new one; and what is to be said of them."""
-    fresh: list[int | None] = [None] * len(class_names)
-    a_new_head = f"a new head for {len(class_names)} classes"
-    if names is None or len(names) != num_rows:
-        if num_rows != len(class_names):
-            return fresh, a_new_head
-        return [*range(num_rows)], f"a head for {num_rows} classes, whose names are not known: they go by number"
-    if names == tuple(class_names):
-        return [*range(num_rows)], "classes are known by number alone" if are_numbers(names) else ""
-    rows = places(class_names, names)
-    one_is_numbered = are_numbers(names) or are_numbers(class_names)
-    if not any(row is not None for row in rows) or (one_is_numbered and {*names} != {*class_names}):
-        return fresh, f"{a_new_head}, {listed(class_names)} and not {listed(names)}"
-    new = [name for name, row in zip(class_names, rows, strict=True) if row is None]
-    known = f"the head's rows of {len(rows) - len(new)} classes by their names"
-    return rows, known + (f", new ones for {len(new)} ({listed(new)})" if new else "")
-
-
-def _head_keys(model: Any) -> list[str]:
-    classifier = model.pretrained_cfg["classifier"]
-    heads = (classifier,) if isinstance(classifier, str) else classifier
-    return [f"{head}.{part}" for head in heads for part in ("weight", "bias")]
-
-
-def _num_rows(state: State, model: Any) -> int:
-    """Of the state's head; 0 where it has none."""
-    return next((len(state[key]) for key in _head_keys(model) if key in state), 0)
-
-
-def _fitted_head(state: State, model: Any, rows: Sequence[int | None]) -> State:
-    """The entries of a model's heads: rows of the state's, and the model's own for the rest."""
-    own = {key: tensor for key, tensor in model.state_dict().items() if key in _head_keys(model)}
-    return {key: _with_rows(tensor, state.get(key), rows) for key, tensor in own.items()}
-
-
-def _with_rows(own: Tensor, trained: Tensor | None, rows: Sequence[int | None]) -> Tensor:
-    """A tensor with rows of another; itself where they have other columns, whose misfit is for others to say."""
-    if trained is None or trained.shape[1:] != own.shape[1:] or len(rows) != len(own):
-        return own
-    kept = [number for number, row in enumerate(rows) if row is not None]
-    fitted = own.clone()
-    fitted[kept] = trained[[rows[number] for number in kept]].to(own)
-    return fitted
 
 
 def _load(model: Any, state: State, source: str) -> LoadReport:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from vitreuse.data import FolderDataset, Sample, ShardDataset
+from vitreuse.data import DataError, FolderDataset, Sample, ShardDataset
 from vitreuse.strict_yaml import nearest
 
 LABEL_NAMES = "label_names"  # as timm calls them
@@ -146,11 +146,11 @@ def numbered_as(
         way_out: For its end.
 
     Raises:
-        ValueError: A class is none of those that are known.
+        DataError: A class is none of those that are known.
     """
     names = dataset.class_names
     if tuple(names) == tuple(known):
         return dataset
     if foreign(names, known):
-        raise ValueError(f"{dataset.folder} has {difference(names, known, whose)}: {way_out}.")
+        raise DataError(f"{dataset.folder} has {difference(names, known, whose)}: {way_out}.")
     return Renumbered(dataset, [place for place in places(names, known) if place is not None], tuple(known))

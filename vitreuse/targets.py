@@ -9,11 +9,12 @@ from pathlib import Path
 import timm
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load
+from safetensors.torch import load, load_file
 from torch import nn
 
 from vitreuse.class_names import name_classes, read_names
 from vitreuse.config import LOCAL_DIR, Config, ConfigError, ModelConfig, load_config
+from vitreuse.file_names import printable
 from vitreuse.hub import WEIGHTS, is_hub_folder, read_hub_folder
 from vitreuse.models import default_cfgs, plain_name, variant_of
 from vitreuse.options import PlanOptions
@@ -213,7 +214,7 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     """The weights in a file of ours, of timm or of DeiT; of a moving average where there is one."""
     try:
         if path.suffix == ".safetensors":
-            return load(path.read_bytes())  # load_file wants a path in UTF-8
+            return _read_safetensors(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         reason = str(error).split("\n")[0] or "it is empty"
@@ -222,3 +223,9 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
         if key in state:
             return state[key]
     return state
+
+
+def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    if printable(str(path)) == str(path):
+        return load_file(path)
+    return load(path.read_bytes())  # the library opens no path that is not UTF-8
