@@ -196,7 +196,7 @@ def test_some_of_the_classes_are_enough(run, tmp_path, capsys, name):
 def test_a_renamed_class_is_refused_and_may_go_by_number(run, tmp_path, capsys):
     write_folders(tmp_path / "val", {"cat": "cat", "dug": "dog", "emu": "emu"})
     told = refused(capsys, evaluate, ["top1", str(run), "--data", str(tmp_path)])
-    assert "val has 'dug', not a class of run ('cat', 'dog', 'emu'), did you mean 'dog': rename them, or give --" in told
+    assert "val has 'dug', not a class of run ('cat', 'dog', 'emu'), did you mean 'dog': rename them, or " in told
     row = top1(capsys, run, "--data", tmp_path, "--by-number")
     assert (row["top1"], row["remark"]) == (100, "labels by number")
 
