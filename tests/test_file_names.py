@@ -25,7 +25,7 @@ from vitreuse.file_names import for_picture, is_name, printable, to_bytes
 
 CLASSES = [b"[red]", b'a\xff, b"\n', b"caf\xc3\xa9 "]
 IMAGES = [b"x\xfe.png", b'y,"\n.png', b"z\r.png", b"\tw.png", b" q .png", b"\xed\xa0\x80.png"]
-DATA, NAME, SHOWN = b"d\xff", b"ru\xffn[red]$x$", r"ru\udcffn[red]$x$"
+DATA, NAME, SHOWN = b"d\xff", b"ru\xffn[red]$^$", r"ru\udcffn[red]$^$"
 KEYS = {name + b"/" + image for name in CLASSES for image in IMAGES}
 CONFIG = """
 model:
