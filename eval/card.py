@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import json
 import zlib
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ class Card:
         calibration_error: Percent.
         is_correct: n bits, one per image in the set's order, compressed and in base64.
         facts: What else is worth knowing of how it was made: command, commit, versions, hardware, seconds.
+        class_names: Of the labels; None where they are not known, or were taken for the model's by their number.
     """
 
     name: str
@@ -60,6 +62,7 @@ class Card:
     calibration_error: float
     is_correct: str
     facts: dict[str, Any]
+    class_names: list[str] | None = None
 
     @property
     def plan(self) -> str | None:
@@ -92,11 +95,13 @@ def make_card(
     predictions: Predictions,
     facts: dict[str, Any],
     training: Config | None = None,
+    class_names: Sequence[str] | None = None,
 ) -> Card:
     """The card of a model, by what it says of a set.
 
     Args:
         training: The experiment that gave it its weights, where it is known.
+        class_names: Of the labels, where they are known.
     """
     built: Any = model.create("meta")
     return Card(
@@ -108,6 +113,7 @@ def make_card(
         macs=model_macs(built),
         data=data,
         facts=facts,
+        class_names=None if class_names is None else list(class_names),
         **measured(predictions),
     )
 
@@ -139,6 +145,7 @@ def read_card(path: Path) -> Card:
         version = record.pop("card")
     except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
         raise ValueError(f"{path} is no run card: give one that python -m train or eval top1 wrote.") from error
+    record = {"class_names": None, **record}  # which older cards lack
     if version != VERSION or set(record) != {field.name for field in fields(Card)}:
         raise ValueError(f"{path} is a card of version {version}, this code reads version {VERSION}: write it again.")
     return Card(**record)

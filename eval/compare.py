@@ -13,6 +13,7 @@ from eval.series import Series, check_same_images, model_changes, read_series, r
 from eval.statistics import LEVEL, NOISE, NUM_RESAMPLES, difference, holm, verdict
 from eval.table import Column, to_csv, to_latex, to_markdown, to_rich
 from vitreuse.console import choose_device, local_path, positive
+from vitreuse.file_names import for_picture, to_bytes
 from vitreuse.inputs import example
 from vitreuse.measure import describe_machine, inference_call, peak_memory_mib, time_interleaved
 
@@ -170,23 +171,24 @@ def _write(folder: Path, result: Mapping[str, Any]) -> None:
         "results.csv": to_csv(rows, list(rows[0])),
     }
     for name, text in texts.items():
-        (folder / name).write_text(text, encoding="utf-8")
+        (folder / name).write_bytes(to_bytes(text))
     key, cost = "images_per_second", "throughput (images/s)"
     if result["batch_size"] is None:
         key, cost = "macs_m", "MACs (M)"
-    points = [Point(row["name"], row[key], row["top1"], row["top1_sd"]) for row in shown]
-    scatter_figure(points, caption, cost).savefig(folder / "scatter.png", dpi="figure")
+    points = [Point(for_picture(row["name"]), row[key], row["top1"], row["top1_sd"]) for row in shown]
+    scatter_figure(points, for_picture(caption), cost).savefig(folder / "scatter.png", dpi="figure")
     found = [
         Interval(_named_plan(row), row["difference"], row["low"], row["high"], row["verdict"] == NOISE)
         for row in rows
         if row["difference"] is not None
     ]
     if found:
-        intervals_figure(found, _named_plan(_baseline(rows)), caption).savefig(folder / "intervals.png", dpi="figure")
+        figure = intervals_figure(found, _named_plan(_baseline(rows)), for_picture(caption))
+        figure.savefig(folder / "intervals.png", dpi="figure")
 
 
 def _named_plan(row: Mapping[str, Any]) -> str:
-    return row["name"] if row["plan"] is None else f"{row['name']}: {row['plan']}"
+    return for_picture(row["name"] if row["plan"] is None else f"{row['name']}: {row['plan']}")
 
 
 def _shown(row: Mapping[str, Any]) -> dict[str, Any]:

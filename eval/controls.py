@@ -20,6 +20,7 @@ from eval.table import Column, to_rich
 from vitreuse.config import ModelConfig
 from vitreuse.console import choose_device, local_path, positive
 from vitreuse.durable import write_durably
+from vitreuse.file_names import printable
 from vitreuse.inputs import DTYPES, example
 from vitreuse.measure import describe_machine, inference_call, time_interleaved
 from vitreuse.options import PlanOptions
@@ -289,7 +290,7 @@ def _write(folder: Path, base: Path, result: Mapping[str, Any]) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     files = dict.fromkeys(row["file"] for row in result["rows"] if row["file"])
-    texts = {folder / file: _yaml(folder / file, base, result).encode() for file in files}
+    texts = {folder / file: printable(_yaml(folder / file, base, result)).encode() for file in files}
     for path, text in texts.items():
         if path.exists() and path.read_bytes() != text:
             raise ValueError(f"{path} is there already and says something else: move it, or give another folder to -o.")

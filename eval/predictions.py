@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -13,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from eval.table import csv_text
+from vitreuse.file_names import to_bytes
 from vitreuse.measure import top_classes
 
 NUM_BINS = 15  # of confidence, as Guo et al. have them
@@ -108,7 +108,7 @@ class Predictions:
     def set_digest(self) -> str:
         """SHA-256 of keys and labels: predictions of equal digest can be compared image by image."""
         lines = (f"{key}\t{label}\n" for key, label in zip(self.keys, self._label_texts(), strict=True))
-        return hashlib.sha256("".join(lines).encode()).hexdigest()
+        return hashlib.sha256(to_bytes("".join(lines))).hexdigest()
 
     def _label_texts(self) -> list[str]:
         """The label of each image, or its labels."""
@@ -124,10 +124,6 @@ class Predictions:
 
     def to_csv(self) -> str:
         """A line per image: its key and label, or labels, the probability of the first class, and the first five."""
-        stream = io.StringIO()
-        writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow(("key", "label", "probability", "top5"))
-        columns = (self._label_texts(), self.probabilities.tolist(), self.classes.tolist())
-        for key, label, probability, classes in zip(self.keys, *columns, strict=True):
-            writer.writerow((key, label, f"{probability:.6f}", " ".join(map(str, classes))))
-        return stream.getvalue()
+        columns = zip(self.keys, self._label_texts(), self.probabilities.tolist(), self.classes.tolist(), strict=True)
+        lines = ((key, label, f"{share:.6f}", " ".join(map(str, classes))) for key, label, share, classes in columns)
+        return csv_text([("key", "label", "probability", "top5"), *lines])

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from eval.card import NAME, Card, read_card
+from vitreuse.class_names import difference
 from vitreuse.targets import Target, plain_model, resolve_targets
 
 
@@ -132,7 +133,7 @@ def check_same_images(series: Sequence[Series]) -> None:
     """Refuses cards that cannot be compared image by image.
 
     Raises:
-        ValueError: They were measured on different images.
+        ValueError: They were measured on different images, or on images of different classes.
     """
     first, *others = [same.card for same in series]
     for card in others:
@@ -140,6 +141,18 @@ def check_same_images(series: Sequence[Series]) -> None:
             raise ValueError(
                 f"{first.name} was measured on {first.n:,} images of {first.data} and {card.name} on {card.n:,} others "
                 f"of {card.data}: they cannot be compared image by image, measure both on one set."
+            )
+    _check_same_classes([(card.name, card.class_names) for card in (first, *others) if card.class_names is not None])
+
+
+def _check_same_classes(named: Sequence[tuple[str, Sequence[str]]]) -> None:
+    """Refuses images of equal keys and numbers that are of different classes."""
+    for name, classes in named[1:]:
+        first, known = named[0]
+        if classes != known:
+            raise ValueError(
+                f"the images of {name} are of classes {difference(classes, known, first)}: measure both on one set, "
+                "with eval top1 --by-number if the classes are the same under other names."
             )
 
 

@@ -20,6 +20,7 @@ import torch
 from timm.data import ImageNetInfo, RealLabelsImagenet
 from torch import Tensor, nn
 
+from vitreuse.class_names import are_numbers, listed, numbered_as, places
 from vitreuse.data import FolderDataset, Sample, ShardDataset
 
 NUM_CLASSES = 1000
@@ -99,12 +100,16 @@ class TestSet:
         images: Under the model's labels.
         classes: That the model may choose among.
         class_names: Of each of the model's classes.
+        order: Of a published set, the number that the model itself has for each class.
+        remark: What is to be said of how labels and classes were brought together, if anything is.
     """
 
     title: str | None
     images: Labelled
     classes: Sequence[int]
     class_names: Sequence[str]
+    order: Sequence[int] = range(NUM_CLASSES)
+    remark: str | None = None
 
 
 def named_set(named: NamedSet, dataset: Source, whole: bool = True) -> TestSet:
@@ -192,6 +197,23 @@ def _validation_name(dataset: Source, number: int) -> str:
     return f"{found[0]}.JPEG"
 
 
+def matched_set(dataset: Source, names: Sequence[str], model: str) -> TestSet:
+    """A split without a name, under the labels that a model has for its classes by their names.
+
+    Args:
+        names: Of the model's classes.
+        model: For the sentence of an error.
+
+    Raises:
+        ValueError: A class is none of the model's.
+    """
+    way_out = "rename them, or give --by-number if the labels are the model's whatever the names say"
+    images = numbered_as(dataset, names, model, way_out)
+    num_matched = len(dataset.class_names)
+    remark = None if images is dataset else f"labels by the names of {num_matched} of the model's {len(names)} classes"
+    return TestSet(None, images, range(len(names)), names, remark=remark)
+
+
 def plain_set(dataset: Source, num_classes: int, is_own: bool) -> TestSet:
     """A split whose labels are the model's, without a name.
 
@@ -218,21 +240,53 @@ def plain_set(dataset: Source, num_classes: int, is_own: bool) -> TestSet:
             f"the classes of {dataset.folder} are numbers in the order of text, {', '.join(names[:4])}: --set v2 (or "
             "another) takes them for ImageNet's; for an order of your own name them from 0000 on."
         )
-    return TestSet(None, dataset, range(num_classes), names)
+    return TestSet(None, dataset, range(num_classes), names, remark=None if is_own else "labels by number")
+
+
+def imagenet_order(names: Sequence[str], model: str) -> list[int]:
+    """The number that a model has for each of ImageNet's classes, by their names, synsets or timm's descriptions.
+
+    Args:
+        names: Of the model's classes; their numbers alone are taken for ImageNet's.
+        model: For the sentence of an error.
+
+    Raises:
+        ValueError: A class of ImageNet is none of the model's.
+    """
+    if are_numbers(names):
+        return [*range(NUM_CLASSES)]
+    info = ImageNetInfo()
+    for classes in ([*info.label_names()], [*info.label_descriptions()]):
+        order = [number for number in places(classes, names) if number is not None]
+        if len(order) == NUM_CLASSES:
+            return order
+    raise ValueError(
+        f"--set is for ImageNet's classes and {model} has {listed(names)}: leave it out, or give --by-number if they "
+        "are ImageNet's in timm's order."
+    )
 
 
 class Among(nn.Module):
-    """A model that may answer with these classes only: the logits of all others are -inf."""
+    """A model that may answer with these of ImageNet's classes only: the logits of all others are -inf.
 
-    def __init__(self, model: nn.Module, classes: Sequence[int]) -> None:
+    Args:
+        model: The model.
+        classes: Those that it may answer with.
+        order: The model's own number of each class.
+    """
+
+    def __init__(self, model: nn.Module, classes: Sequence[int], order: Sequence[int] = range(NUM_CLASSES)) -> None:
         super().__init__()
         self.model = model
-        others = torch.ones(NUM_CLASSES, dtype=torch.bool, device=next(model.parameters()).device)
+        device = next(model.parameters()).device
+        others = torch.ones(NUM_CLASSES, dtype=torch.bool, device=device)
         others[list(classes)] = False
         self.register_buffer("others", others)
+        self.register_buffer("order", torch.tensor(order, device=device))
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.model(images).masked_fill(self.get_buffer("others"), -torch.inf)
+        logits = self.model(images)[:, self.get_buffer("order")]
+        return logits.masked_fill(self.get_buffer("others"), -torch.inf)
 
 
 def corrupted_splits(folder: Path, whole: bool = True) -> list[str]:

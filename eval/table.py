@@ -3,12 +3,14 @@
 import csv
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+
+from vitreuse.file_names import for_terminal, printable
 
 Row = Mapping[str, Any]
 
@@ -42,7 +44,7 @@ def to_rich(rows: Sequence[Row], columns: Sequence[Column], caption: str | None 
     for column in columns:
         table.add_column(column.heading, justify="right" if column.spec else "left", no_wrap=True)
     for row in rows:
-        table.add_row(*(column.text(row) for column in columns))
+        table.add_row(*(for_terminal(column.text(row)) for column in columns))
     return table
 
 
@@ -64,7 +66,7 @@ def to_markdown(rows: Sequence[Row], columns: Sequence[Column], caption: str) ->
         "|" + "|".join("---:" if column.spec else "---" for column in columns) + "|",
     ]
     lines += ["| " + " | ".join(column.text(row).replace("|", "\\|") for column in columns) + " |" for row in rows]
-    return "\n".join([*lines, "", caption, ""])
+    return printable("\n".join([*lines, "", caption, ""]))
 
 
 def to_latex(rows: Sequence[Row], columns: Sequence[Column], caption: str) -> str:
@@ -80,16 +82,27 @@ def to_latex(rows: Sequence[Row], columns: Sequence[Column], caption: str) -> st
 
 def _latex(text: str) -> str:
     """Plain text escaped, with a minus instead of a hyphen before a number."""
-    escaped = "".join(LATEX.get(sign, sign) for sign in text)
+    escaped = "".join(LATEX.get(sign, sign) for sign in printable(text))
     return re.sub(r"(?<![\w.])-(?=\d)", "$-$", escaped)
 
 
 def to_csv(rows: Sequence[Row], keys: Sequence[str]) -> str:
     """The values unrounded, one line a row, a size as rows x columns; the keys carry the units."""
-    stream = io.StringIO()
-    writer = csv.DictWriter(stream, keys, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        sizes = {key: " x ".join(map(str, value)) for key, value in row.items() if isinstance(value, list)}
-        writer.writerow({**row, **sizes})
-    return stream.getvalue()
+    return csv_text([keys, *([_size_text(row.get(key)) for key in keys] for row in rows)])
+
+
+def _size_text(value: Any) -> Any:
+    return " x ".join(map(str, value)) if isinstance(value, list) else value
+
+
+def csv_text(lines: Iterable[Sequence[Any]]) -> str:
+    """Lines of CSV; a value that holds a comma, a quote or the end of a line stands in quotes.
+
+    Of the two signs that end a line Python before 3.13 quotes those alone with which it ends its own.
+    """
+    texts = []
+    for line in lines:
+        stream = io.StringIO(newline="")
+        csv.writer(stream, lineterminator="\r\n").writerow(line)
+        texts.append(stream.getvalue().removesuffix("\r\n") + "\n")
+    return "".join(texts)

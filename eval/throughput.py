@@ -22,6 +22,7 @@ from eval.table import Column, to_csv, to_rich
 from vitreuse.backends import Conditions, summary
 from vitreuse.config import ModelConfig
 from vitreuse.console import choose_device, local_path, positive
+from vitreuse.file_names import to_bytes
 from vitreuse.inputs import DTYPES, example, image_settings
 from vitreuse.measure import (
     Call,
@@ -286,7 +287,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         if args.profile and condition.mode == "inference":
             result["profiles"] += profiles(targets, condition, args.repeats)
     if args.csv:
-        args.csv.write_text(to_csv(result["rows"], list(result["rows"][0])), encoding="utf-8")
+        args.csv.write_bytes(to_bytes(to_csv(result["rows"], list(result["rows"][0]))))
     return result
 
 

@@ -9,6 +9,7 @@ A corrupted split stands for NAME as CORRUPTION-SEVERITY.
 
 import argparse
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import mean
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from rich.console import Console, RenderableType
+from rich.markup import escape
 from rich.progress import track
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -30,15 +32,19 @@ from eval.sets import (
     Labelled,
     TestSet,
     corrupted_splits,
+    imagenet_order,
+    matched_set,
     mean_corruption_error,
     named_set,
     plain_set,
 )
 from eval.table import Column, to_csv, to_rich
+from vitreuse.class_names import names_of
 from vitreuse.config import DataConfig
 from vitreuse.console import add_allow, local_path, positive
 from vitreuse.data import open_split, prepare_source
 from vitreuse.durable import write_durably
+from vitreuse.file_names import for_terminal, printable, to_bytes
 from vitreuse.inputs import Transform, evaluation_transform, image_settings
 from vitreuse.local import refuse_idle_allow, refuse_url, url_kind
 from vitreuse.measure import describe_machine
@@ -138,6 +144,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", default="val", help="default: %(default)s")
     parser.add_argument("--set", choices=SETS, help="ImageNet's set that it is, with classes by name; default: none")
     parser.add_argument("--subset", action="store_true", help="not all of the set's images need be there")
+    text = "take labels for the numbers of the model's classes, whatever the names of both"
+    parser.add_argument("--by-number", action="store_true", help=text)
     weights = parser.add_mutually_exclusive_group()
     weights.add_argument("--checkpoint", type=local_path, metavar="FILE", help="weights of a name or config")
     weights.add_argument("--pretrained", action="store_true", help="the weights that timm publishes under a name")
@@ -207,9 +215,10 @@ def _row(target: Target, model: Any, root: str, part: str, args: argparse.Namesp
     split = str(Path(args.split, part))
     with ranks.together():
         test_set = _open(target, model, root, split, args)
-    bar = partial(track, description=target.label, console=Console(stderr=True), disable=not ranks.is_main)
+    label = escape(printable(target.label))
+    bar = partial(track, description=label, console=Console(stderr=True), disable=not ranks.is_main)
     found = evaluate(
-        model if args.set is None else Among(model, test_set.classes),
+        model if args.set is None else Among(model, test_set.classes, test_set.order),
         test_set.images,
         transform=_transform(target, model, args),
         ranks=ranks,
@@ -219,13 +228,14 @@ def _row(target: Target, model: Any, root: str, part: str, args: argparse.Namesp
     )
     data = root if url_kind(root) else str(Path(root, split))
     training = None if args.checkpoint is not None or args.pretrained else target.unfinished
-    row = {"name": target.label, "data": data, "set": test_set.title, "training": training, **found.figures}
+    row = {"name": target.label, "data": data, "set": test_set.title, "remark": test_set.remark, "training": training}
+    row |= found.figures
     with ranks.together():
         if args.output is not None and ranks.is_main:
             name = part.replace("/", "-") or args.set
             stem = target.label.replace("/", "_") + (f".{name}" if name else "")
             _write(args.output / stem, found, test_set.class_names)
-            _card(target, row, found, args, ranks).write(args.output / f"{stem}.card.json")
+            _card(target, row, found, _class_names(model, args), args, ranks).write(args.output / f"{stem}.card.json")
     return row
 
 
@@ -233,9 +243,18 @@ def _open(target: Target, model: Any, root: str, split: str, args: argparse.Name
     mode = "L" if image_settings(model)["input_size"][0] == 1 else "RGB"
     cache_root = DataConfig.cache_root if target.config is None else target.config.data.cache_root
     dataset = open_split(root, split, mode, cache_root=cache_root, allow=args.allow)
-    if args.set is None:
-        return plain_set(dataset, model.num_classes, is_own=args.data is None)
-    return named_set(SETS[args.set], dataset, whole=not args.subset)
+    names = _class_names(model, args)
+    if args.set is not None:
+        test_set = named_set(SETS[args.set], dataset, whole=not args.subset)
+        return test_set if names is None else replace(test_set, order=imagenet_order(names, target.label))
+    if names is not None:
+        return matched_set(dataset, names, target.label)
+    return plain_set(dataset, model.num_classes, is_own=args.data is None and not args.by_number)
+
+
+def _class_names(model: Any, args: argparse.Namespace) -> Sequence[str] | None:
+    """The names by which labels go; None where they go by number."""
+    return None if args.by_number else names_of(model)
 
 
 def _transform(target: Target, model: nn.Module, args: argparse.Namespace) -> Transform:
@@ -250,22 +269,31 @@ def _write(stem: Path, found: Predictions, class_names: Sequence[str]) -> None:
         {"class": number, "name": class_names[number], "n": n, "correct": correct, "accuracy": 100 * correct / n}
         for number, n, correct in found.by_class()
     ]
-    write_durably(Path(f"{stem}.predictions.csv"), found.to_csv().encode())
-    write_durably(Path(f"{stem}.classes.csv"), to_csv(classes, ("class", "name", "n", "correct", "accuracy")).encode())
+    tables = {"predictions": found.to_csv(), "classes": to_csv(classes, ("class", "name", "n", "correct", "accuracy"))}
+    for name, text in tables.items():
+        write_durably(Path(f"{stem}.{name}.csv"), to_bytes(text))
 
 
-def _card(target: Target, row: dict[str, Any], found: Predictions, args: argparse.Namespace, ranks: Ranks) -> Card:
+def _card(
+    target: Target,
+    row: dict[str, Any],
+    found: Predictions,
+    class_names: Sequence[str] | None,
+    args: argparse.Namespace,
+    ranks: Ranks,
+) -> Card:
     is_run = target.run_dir is not None and args.checkpoint is None
     weights = "timm" if args.pretrained else str(args.checkpoint or target.run_dir or target.hub_dir)
     facts = {"weights": weights, "set": row["set"], "training": row["training"], **describe_machine(ranks.device)}
-    return make_card(target.label, target.model, row["data"], found, facts, target.config if is_run else None)
+    training = target.config if is_run else None
+    return make_card(target.label, target.model, row["data"], found, facts, training, class_names)
 
 
 def _mean_row(rows: Sequence[dict[str, Any]], folder: Path) -> dict[str, Any]:
     """Of a model on corrupted images: the mean over all corruptions and severities, and the corruption error."""
     means = {key: mean(row[key] for row in rows) for key in ("top1", "top5", "calibration_error")}
     top1 = {str(Path(row["data"]).relative_to(folder)): row["top1"] for row in rows}
-    counts = {"set": f"mean of {len(rows)}", "n": sum(row["n"] for row in rows)}
+    counts = {"set": f"mean of {len(rows)}", "remark": None, "n": sum(row["n"] for row in rows)}
     return {"name": rows[0]["name"], "data": str(folder), **counts, **means, "mce": mean_corruption_error(top1)}
 
 
@@ -273,5 +301,6 @@ def render(result: dict[str, Any]) -> RenderableType:
     """The result as a table for the terminal."""
     rows = result["rows"]
     if "mce" not in rows[-1]:
-        return to_rich(rows, COLUMNS)
+        remarks = [f"{row['name']}: {row['remark']}" for row in rows if row["remark"]]
+        return to_rich(rows, COLUMNS, for_terminal("; ".join(remarks)) or None)
     return to_rich([{"mce": None, **row} for row in rows], (*COLUMNS, CORRUPTION_COLUMN))

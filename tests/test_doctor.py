@@ -96,7 +96,7 @@ def test_a_sound_experiment_passes(examine, tmp_path):
     code, table = examine()
     assert code == 0
     assert list(table) == [
-        "run folder", "data", "batches", "images", "parameters", "memory", "speed", "disk", "duration",
+        "run folder", "data", "classes", "batches", "images", "parameters", "memory", "speed", "disk", "duration",
     ]  # fmt: skip
     assert {state for subject, (state, _) in table.items() if subject != "speed"} == {"ok"}
     findings = {subject: finding for subject, (_, finding) in table.items()}

@@ -25,6 +25,7 @@ from vitreuse.targets import resolve_targets
 
 ROOT = Path(__file__).resolve().parents[1]
 PLAN = "exact reuse:2 lowrank:8 span:3 reuse none"
+NAMES = ["zero", "one", "two", "three", "caf\udce9"]  # the last in bytes that are no UTF-8
 TILED = (13 * 4, 17 * 4)  # pixels: the span runs as tiles
 SMALL = {"img_size": 24, "patch_size": 4, "embed_dim": 32, "depth": 4, "num_heads": 4, "num_classes": 5}
 KEYWORDS = {**SMALL, "img_size": list(TILED), "depth": 6, "in_chans": 1, "global_pool": "avg", "reg_tokens": 2}
@@ -54,7 +55,8 @@ def run(tmp_path_factory):
     (root / "mine").mkdir()
     (root / "mine/config.yaml").write_text(to_yaml(config))
     (root / "mine/card.json").write_text(json.dumps({"top1": 91.25, "n": 1360, "data": "some/val"}))
-    save_file(moved(config.model.create()).state_dict(), root / "mine/model.safetensors")
+    metadata = {"label_names": json.dumps(NAMES)}
+    save_file(moved(config.model.create()).state_dict(), root / "mine/model.safetensors", metadata)
     return root / "mine"
 
 
@@ -117,6 +119,18 @@ def test_weights_say_what_they_are_of(run, exported):
     props = {entry.key: entry.value for entry in onnx.load(folder / "model.onnx").metadata_props}
     assert (props["name"], props["plan"]) == ("vit_lazy_tiny_patch16_224", PLAN)
     assert json.loads(props["preprocessing"])["crop_pct"] == 0.7
+
+
+def test_every_format_names_the_classes(exported):
+    folder, _ = exported
+    props = {entry.key: entry.value for entry in onnx.load(folder / "model.onnx").metadata_props}
+    facts = {"model.json": ""}
+    torch.export.load(folder / "model.pt2", extra_files=facts)
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        texts = [file.metadata()["label_names"], props["label_names"], json.loads(facts["model.json"])["label_names"]]
+    assert [json.loads(text) for text in texts] == [NAMES] * 3
+    assert json.loads((folder / "config.json").read_text())["label_names"] == NAMES
+    assert timm.create_model(f"local-dir:{folder}").pretrained_cfg["label_names"] == NAMES
 
 
 def test_the_model_card_has_plan_cost_and_accuracy(exported):

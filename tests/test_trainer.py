@@ -786,7 +786,9 @@ def test_a_run_says_what_it_starts_from_and_keeps_the_checksums(on_disk, tmp_pat
     start = [f"model.weights={tmp_path / 'plain.safetensors'}", f"train.distill={{teacher: {teacher}, kind: soft}}"]
     assert main([*on_disk, *start, "train.epochs=1", "train.optimizer.lr=1e-9"]) == 0
     told = capsys.readouterr().err
-    assert f"starts from {tmp_path / 'plain.safetensors'}; left out: blocks.1.attn.qkv." in told
+    by_number = "its 3 classes, whose names are not known, go by number"
+    assert f"starts from {tmp_path / 'plain.safetensors'}; {by_number}; left out: blocks.1.attn.qkv." in told
+    assert f"train.distill.teacher: {by_number}." in told
     inputs = json.loads((tmp_path / "run" / "run.json").read_text())["inputs"]
     files = [str(tmp_path / "plain.safetensors"), str(tmp_path / "teacher.safetensors")]
     assert list(inputs) == ["training images", "validation images", *files]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from statistics import fmean
@@ -13,16 +14,20 @@ from torch.nn import functional as F
 
 from train.weights import load_weights
 from vitreuse.config import ConfigError, DistillConfig
+from vitreuse.console import is_first_rank
 from vitreuse.inputs import image_settings
 
 
-def create_teacher(settings: DistillConfig, student: Any, student_images: dict[str, Any]) -> Teacher:
+def create_teacher(
+    settings: DistillConfig, student: Any, student_images: dict[str, Any], class_names: Sequence[str]
+) -> Teacher:
     """The teacher of a model, on the model's device; under kind token the model is told to return both its heads.
 
     Args:
         settings: The experiment's train.distill.
         student: The model.
         student_images: vitreuse.inputs.image_settings of the model.
+        class_names: Of the model's classes, by which those of the teacher are put in order.
 
     Raises:
         ConfigError: The teacher cannot be built, its weights do not fit it, it has other classes, or kind is token and
@@ -43,7 +48,9 @@ def create_teacher(settings: DistillConfig, student: Any, student_images: dict[s
             "a teacher must tell the same classes apart."
         )
     assert settings.teacher.weights is not None  # its schema's rule
-    load_weights(model, settings.teacher.weights)
+    remark = load_weights(model, settings.teacher.weights, class_names)
+    if remark and is_first_rank():
+        print(f"train.distill.teacher: {remark}.", file=sys.stderr)
     return Teacher(model.to(next(student.parameters()).device), student_images)
 
 

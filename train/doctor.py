@@ -24,12 +24,14 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import Subset
 
 from eval.distributed import Ranks, joined
 from train.checkpoint import Checkpoints
+from train.class_coverage import remarks
 from train.experiment import Experiment, checkpoint_is_due, evaluation_is_due, predict, set_up
 from train.pipeline import Batch
 from train.run import RunFolder
@@ -38,6 +40,7 @@ from vitreuse.config import Config, ConfigError
 from vitreuse.console import DONE, WRONG_INPUT, OtherRankError
 from vitreuse.data import DataError, ShardDataset, usable_cpus
 from vitreuse.durable import nearest_folder
+from vitreuse.file_names import for_terminal
 from vitreuse.measure import device_name, peak_process_memory_mib, time_interleaved
 
 OK, WARNING, WRONG = "ok", "warning", "wrong"
@@ -94,7 +97,7 @@ def _print(checks: Sequence[Check]) -> None:
     for heading in ("what", "state", "found"):
         table.add_column(heading)
     for subject, state, finding in checks:
-        table.add_row(subject, f"[{STYLES[state]}]{state}[/]", finding.replace("[", r"\["))
+        table.add_row(subject, Text(state, STYLES[state]), Text(for_terminal(finding)))
     console = Console()
     if not console.is_terminal:
         console.width = 1000  # a line a check, for programs to read
@@ -107,6 +110,7 @@ def _examine(experiment: Experiment, folder: RunFolder, ranks: Ranks) -> Iterato
     check, done = _run_folder(folder, trainer, ranks)
     yield check
     yield _data(experiment)
+    yield judge_classes(remarks(experiment.train_set, experiment.val_set))
     if config.data.shuffle_window is not None and isinstance(experiment.train_set, ShardDataset):
         yield judge_shards(len(experiment.train_set.shard_sizes), ranks.world_size * max(config.data.num_workers, 1))
     yield judge_batches(trainer.batches.num_draws, sum(trainer.batches.shard_sizes), config, ranks.world_size)
@@ -175,6 +179,13 @@ def _data(experiment: Experiment) -> Check:
         "their names and sizes agree with it" if train_set.url is None else "each is compared when it is fetched"
     )
     return Check("data", OK, f"{numbers}; the index of {num_shards} shards is whole, and {agreement}.")
+
+
+def judge_classes(found: Sequence[str]) -> Check:
+    """Whether each class has images in both splits, from what was remarked of those that have not."""
+    if not found:
+        return Check("classes", OK, "each has images in both splits.")
+    return Check("classes", WARNING, f"{' '.join(found)} Add images, or leave the classes out.")
 
 
 def judge_shards(num_shards: int, num_readers: int) -> Check:

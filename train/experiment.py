@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import torch
@@ -11,10 +11,12 @@ import torch
 from eval.distributed import Ranks
 from eval.predictions import Predictions
 from eval.top1 import Labelled, evaluate
+from train.class_coverage import check_numbers
 from train.pipeline import ignore_stop_signals, train_decoder
 from train.sharding import unsharded
 from train.trainer import Trainer
 from train.weights import start_from, weight_files
+from vitreuse.class_names import name_classes, numbered_as
 from vitreuse.config import Config, ConfigError
 from vitreuse.data import ShardDataset, open_split, prepare_source
 from vitreuse.inputs import evaluation_transform, image_settings
@@ -41,10 +43,6 @@ def set_up(config: Config, ranks: Ranks, allow: Collection[str] = ()) -> Experim
     torch.manual_seed(config.train.seed)
     with ranks.together():  # all leave it when the data are written
         model = config.model.create().to(ranks.device)  # made on the CPU: the same weights on every device
-        if config.model.weights is not None:
-            report = start_from(model, config.model.weights)
-            if ranks.is_main:
-                print(report, file=sys.stderr)
         if config.data.source is not None and ranks.local_rank == 0:
             prepare_source(config.data.source, config.data.folder)
     with ranks.together():
@@ -53,8 +51,14 @@ def set_up(config: Config, ranks: Ranks, allow: Collection[str] = ()) -> Experim
         where = {"cache_root": config.data.cache_root, "allow": allow}
         train_set = open_split(config.data.folder, "train", mode, train_decoder(config), **where)
         val_set = open_split(config.data.folder, "val", mode, **where)
-        _check_same_classes(config.data.folder, train_set.class_names, val_set.class_names)
+        val_set = numbered_as(val_set, train_set.class_names, str(train_set.folder), "give both the same classes")
+        check_numbers(train_set, val_set)
         _check_shuffled(config, train_set)
+        if config.model.weights is not None:
+            report = start_from(model, config.model.weights, train_set.class_names)
+            if ranks.is_main:
+                print(report, file=sys.stderr)
+        name_classes(model, train_set.class_names)
         return Experiment(Trainer(config, model, train_set, settings, ranks), train_set, val_set)
 
 
@@ -71,18 +75,6 @@ def _check_shuffled(config: Config, train_set: Any) -> None:
             f"data.shuffle_window {config.data.shuffle_window} is for shards and {config.data.folder} has class "
             "folders: set it to null, or write shards with vitreuse shards build."
         )
-
-
-def _check_same_classes(folder: str, trained: Sequence[str], measured: Sequence[str]) -> None:
-    """Refuses splits that number their classes differently, as class folders do when val lacks a class of train."""
-    if tuple(trained[: len(measured)]) == tuple(measured):
-        return
-    label = next((n for n, names in enumerate(zip(trained, measured, strict=False)) if len(set(names)) == 2), None)
-    if label is None:
-        difference = f"train has {len(trained)} classes and val {len(measured)}"
-    else:
-        difference = f"label {label} is class {trained[label]!r} in train and {measured[label]!r} in val"
-    raise ConfigError(f"{folder}: {difference}: give both the same classes in the same order.")
 
 
 def predict(config: Config, model: torch.nn.Module, val_set: Labelled, ranks: Ranks) -> Predictions:

@@ -16,6 +16,7 @@ import torch
 
 from eval.distributed import Ranks, joined
 from eval.predictions import Predictions
+from train.class_coverage import remarks
 from train.distributed import StopSignal
 from train.experiment import checkpoint_is_due, evaluation_is_due, inputs, predict, set_up
 from train.mfu import Mfu
@@ -59,15 +60,19 @@ def train(config: Config, run_dir: Path, command: str, allow: Collection[str] = 
             _say(ranks, f"{run_dir} is completed already: nothing to do.")
             return True
         experiment = set_up(config, ranks, allow)
+        for remark in remarks(experiment.train_set, experiment.val_set):
+            _say(ranks, remark)
         loop = _Loop(experiment.trainer, experiment.val_set, folder, stop, reference)
         with ranks.together():
             read = inputs(experiment)
             if ranks.is_main:
                 held.enter_context(folder.claimed())
+                folder.refuse_other_classes(experiment.train_set.class_names)
                 folder.refuse_other_inputs(read)
         loop.resume()
         try:
-            return loop.run({"command": command, "inputs": read})
+            class_names = list(experiment.train_set.class_names)
+            return loop.run({"command": command, "inputs": read, "class_names": class_names})
         except Exception as error:
             folder.fail(str(error) or repr(error))
             raise

@@ -17,7 +17,7 @@ import json
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -30,9 +30,11 @@ from eval.distributed import Ranks
 from eval.predictions import Predictions
 from train.checkpoint import Checkpoints
 from train.trackers import Start, Trackers
+from vitreuse.class_names import difference, names_of
 from vitreuse.config import Config, ConfigError, changed_settings, load_config, to_yaml
 from vitreuse.console import is_first_rank
 from vitreuse.durable import TEMPORARY_FILES, exclusive_lock, sync, write_durably
+from vitreuse.file_names import to_bytes
 from vitreuse.hub import WEIGHTS, pack_weights
 from vitreuse.measure import describe_machine
 
@@ -96,6 +98,20 @@ class RunFolder:
                     f"{self.path} was begun with other {name}, of digest {before.get(name)} and not "
                     f"{inputs.get(name)}: put back what it read, or choose another folder with run_dir=PATH."
                 )
+
+    def refuse_other_classes(self, class_names: Sequence[str]) -> None:
+        """Checks that the classes of the data are called what they were called before.
+
+        Raises:
+            ConfigError: They are called otherwise.
+        """
+        before = self._record().get("class_names")  # which an older run did not note
+        if before is not None and before != list(class_names):
+            found = difference(class_names, before, "the run")
+            raise ConfigError(
+                f"{self.path} was begun with other classes, the data have now {found}: put back what it read, or "
+                "choose another folder with run_dir=PATH."
+            )
 
     @contextmanager
     def claimed(self) -> Iterator[None]:
@@ -199,20 +215,20 @@ class RunFolder:
             seconds: Spent training, over all starts of the run.
         """
         settings = self.config.model
-        content = pack_weights(weights, settings.name, _plan_text(model), settings.keywords)
+        content = pack_weights(weights, settings.name, _plan_text(model), settings.keywords, names_of(model))
         write_durably(self.path / WEIGHTS, content)
-        write_durably(self.path / "predictions.csv", predictions.to_csv().encode())
-        self._card(predictions, seconds).write(self.path / card.NAME)
+        write_durably(self.path / "predictions.csv", to_bytes(predictions.to_csv()))
+        self._card(predictions, seconds, names_of(model)).write(self.path / card.NAME)
         self.describe(status="completed")
 
-    def _card(self, predictions: Predictions, seconds: float) -> card.Card:
+    def _card(self, predictions: Predictions, seconds: float, class_names: Sequence[str] | None) -> card.Card:
         record, data = self._record(), self.config.data
         facts = {key: record.get(key) for key in ("command", "git_commit", "versions", "hardware")}
         split = f"{data.source or Path(data.folder).resolve().name}/val"
         if "{}" in data.folder:  # a URL with a place for the name
             split = data.folder.replace("{}", "val")
         name, facts = self.path.resolve().name, {**facts, "seconds": seconds}
-        return card.make_card(name, self.config.model, split, predictions, facts, self.config)
+        return card.make_card(name, self.config.model, split, predictions, facts, self.config, class_names)
 
 
 def _is_known(line: bytes, step: int) -> bool:

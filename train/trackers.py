@@ -17,6 +17,7 @@ from uuid import uuid4
 
 from vitreuse.config import Config, ConfigError
 from vitreuse.durable import write_durably
+from vitreuse.file_names import printable
 
 UPLOAD_PATIENCE_S = 60  # at the end of a start, for a network that is down
 
@@ -87,7 +88,7 @@ class Wandb:
         )
         self._run = wandb.init(
             id=_kept_id(start.folder / "wandb"),
-            name=start.folder.name,
+            name=printable(start.folder.name),
             dir=start.folder,
             resume="allow",
             config=asdict(start.config),

@@ -23,6 +23,7 @@ from train.pipeline import Batch, Normalize, TrainingImages, create_loader, crea
 from train.recipe import create_criterion, create_optimizer, create_scheduler, freeze
 from train.resolution import transforms_by_epoch
 from train.sharding import check_shardable, gradients_kept, part_like, parts_like, shard, whole, whole_state
+from vitreuse.class_names import LABEL_NAMES, names_of, pack_names
 from vitreuse.config import Config, ConfigError
 from vitreuse.data import DataError
 
@@ -93,7 +94,9 @@ class Trainer:
         self.loader = create_loader(images, self.batches, data.num_workers, ranks.device.type == "cuda")
         self.normalize = Normalize(settings, ranks.device)
         self.mixup = create_mixup(config, model.num_classes)
-        self.teacher = None if recipe.distill is None else create_teacher(recipe.distill, model, settings)
+        self.teacher = None
+        if recipe.distill is not None:
+            self.teacher = create_teacher(recipe.distill, model, settings, samples.class_names)
         freeze(model, recipe.freeze)
         self.healing = None
         if recipe.heal is not None and self.teacher is not None:  # the schema has no healing without a teacher
@@ -303,6 +306,9 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "counters": asdict(self.counters),
         }
+        names = names_of(self.model)
+        if names is not None:
+            state[LABEL_NAMES] = pack_names(names)
         if self.ema is not None:
             state["ema"] = self.ema.module.state_dict()
         if self.scaler.is_enabled():

@@ -30,6 +30,7 @@ from vitreuse.config import Config
 from vitreuse.console import DONE, FAILED
 from vitreuse.data import end_with_parent
 from vitreuse.durable import nearest_folder
+from vitreuse.file_names import for_terminal
 
 NUM_STEPS = 6  # the checkpoint is saved after half of them
 CHECKPOINT, WHOLE, RESUMED, REPEATED = "checkpoint", "whole", "resumed", "repeated"  # folders of one state each
@@ -65,7 +66,7 @@ def verify_resume(config: Config, run_dir: Path, allow: Collection[str] = ()) ->
             verdict = f"resume is not exact: {difference}; {reason}"
         ranks.gather(None)  # all have read the folder
         if ranks.is_main:
-            print(verdict)
+            print(for_terminal(verdict))
     return DONE if difference is None else FAILED
 
 

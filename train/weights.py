@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
+from train.head_rows import fitted_head, known_rows, missing_heads, num_head_rows
 from vitreuse.checkpoint_file import Weights, as_weights, read_weights
+from vitreuse.class_names import Names, difference, read_names
 from vitreuse.config import Config, ConfigError
 from vitreuse.hub import WEIGHTS
 from vitreuse.targets import pretrained_weights
 from vitreuse.weights import LoadReport, load_checkpoint
 
-State = dict[str, Tensor]
 
+def start_from(model: Any, source: str, class_names: Sequence[str] | None = None) -> str:
+    """Fills a model with trained weights; its head with the rows of the classes that they know by name.
 
-def start_from(model: Any, source: str) -> str:
-    """Fills a model with trained weights; where they tell other classes apart, its head stays as it was made.
+    Of classes that they do not know the rows stay as they were made; where names are not known, all of a head for
+    another number of classes.
 
     Args:
         model: One of timm's or ours; a plain checkpoint fits any plan.
         source: A file of weights, a run folder, a hub folder, or a name of timm.list_pretrained().
+        class_names: Of the model's classes; None where they are not known.
 
     Returns:
         One line that names what is new, and what the model has no use for.
@@ -31,21 +34,38 @@ def start_from(model: Any, source: str) -> str:
         ConfigError: There are no such weights, or they are another model's.
     """
     weights = _trained(source)
-    head = _fresh_head(weights.state, model)
-    report = _load(model, weights._replace(state={**weights.state, **head}), source)
-    parts = [f"starts from {source}", *([f"a new head for {model.num_classes} classes"] if head else ())]
+    num_rows = num_head_rows(weights.state, model)
+    rows, remark = known_rows(_source_names(source), class_names, num_rows, model.num_classes)
+    report = _load(model, _with_head(weights, model, rows), source)
+    parts = [f"starts from {source}", *([remark] if remark else ())]
+    parts += [f"a new {head}" for head in missing_heads(weights.state, model)]
     return "; ".join((*parts, *report.said(model))) + "."
 
 
-def load_weights(model: Any, source: str) -> None:
-    """Fills a model with trained weights, its head included.
+def load_weights(model: Any, source: str, class_names: Sequence[str]) -> str:
+    """Fills a model with trained weights, its head included, with its classes in the order of others.
+
+    Args:
+        model: One of timm's or ours.
+        source: As for start_from.
+        class_names: Those that it must tell apart, in their order.
+
+    Returns:
+        What is to be said of its classes, if anything is.
 
     Raises:
-        ConfigError: As start_from.
+        ConfigError: As start_from; or its classes are others.
     """
-    report = _load(model, _trained(source), source)
+    weights, names = _trained(source), _source_names(source)
+    rows, remark = known_rows(names, class_names, num_head_rows(weights.state, model), model.num_classes)
+    if names is not None and None in rows:
+        raise ConfigError(
+            f"the data have {difference(class_names, names, source)}: a teacher must tell the same classes apart."
+        )
+    report = _load(model, weights if names is None else _with_head(weights, model, rows), source)
     if report.new:
         raise ConfigError(f"{source} does not fit {type(model).__name__}: the checkpoint has no {report.new[0]}.")
+    return remark
 
 
 def weight_files(config: Config) -> dict[str, str]:
@@ -72,13 +92,15 @@ def _trained(source: str) -> Weights:
         raise ConfigError(str(error)) from error
 
 
-def _fresh_head(state: State, model: Any) -> State:
-    """The model's own entries of its heads, where the state has none for as many classes."""
-    classifier = model.pretrained_cfg["classifier"]
-    heads = (classifier,) if isinstance(classifier, str) else classifier
-    keys = [f"{head}.{part}" for head in heads for part in ("weight", "bias")]
-    own = {key: tensor for key, tensor in model.state_dict().items() if key in keys}
-    return {key: tensor for key, tensor in own.items() if key not in state or len(state[key]) != len(tensor)}
+def _source_names(source: str) -> Names | None:
+    """The names of the classes that a source's weights tell apart; None where they are not known, as of timm's."""
+    file = _file(source)
+    return read_names(file) if file.exists() else None
+
+
+def _with_head(weights: Weights, model: Any, rows: Sequence[int | None]) -> Weights:
+    """Weights with a head of these rows, the model's own for what has none."""
+    return weights._replace(state={**weights.state, **fitted_head(weights.state, model, rows)})
 
 
 def _load(model: Any, weights: Weights, source: str) -> LoadReport:

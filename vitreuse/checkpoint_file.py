@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load, load_file
 from torch import Tensor
 
+from vitreuse.file_names import printable
 from vitreuse.local import refuse_url
 from vitreuse.transformers_names import MARKER as TRANSFORMERS_MARKER
 from vitreuse.transformers_names import renamed
@@ -129,10 +131,18 @@ def _read(path: Path) -> tuple[Any, dict[str, str]]:
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
-        with safe_open(path, "pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+        is_text = printable(str(path)) == str(path)
+        state = load_file(path) if is_text else load(path.read_bytes())  # the library opens no other path
+        return state, read_metadata(path)
     except SafetensorError as error:
         raise ValueError(f"it is a damaged or incomplete file of safetensors ({error})") from error
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a file of safetensors says beside its tensors."""
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        return json.loads(file.read(size)).get("__metadata__", {})
 
 
 def _other_kind(path: Path, start: bytes) -> str | None:

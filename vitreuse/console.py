@@ -28,6 +28,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from vitreuse.file_names import for_terminal, printable
 from vitreuse.local import FETCHED, refuse_url
 from vitreuse.strict_yaml import ConfigError
 
@@ -105,7 +106,7 @@ class WorkProgress:
     """
 
     def __init__(self, label: str, unit: str, total: int, done: int = 0, enabled: bool = True):
-        self.label, self.unit, self.total, self.done, self.enabled = label, unit, total, done, enabled
+        self.label, self.unit, self.total, self.done, self.enabled = printable(label), unit, total, done, enabled
         self._first = self._told = done
         self._start = self._last_line = time.monotonic()
         self._console = Console(stderr=True, soft_wrap=True, highlight=False)
@@ -276,7 +277,7 @@ def _print_whole(result: RenderableType) -> None:
         OSError: standard output takes no more.
     """
     try:
-        print(result if isinstance(result, str) else _as_text(result), end="", flush=True)
+        print(for_terminal(result if isinstance(result, str) else _as_text(result)), end="", flush=True)
     except OSError as error:
         # Python writes the rest when it ends, and would print a traceback then.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -287,11 +288,12 @@ def _print_whole(result: RenderableType) -> None:
 
 def _as_text(renderable: RenderableType) -> str:
     """What standard output shows: within a terminal's width, and whatever else it is as wide as it needs."""
-    console = Console()
+    console = Console(markup=False, emoji=False)  # brackets and colons in a name are its own
     if sys.stdout.isatty():
         renderable = fitted(renderable, console)
     else:
-        console = Console(width=max(_measured(renderable, console).maximum, console.width))
+        width = max(_measured(renderable, console).maximum, console.width)
+        console = Console(width=width, markup=False, emoji=False)
     with console.capture() as capture:
         console.print(renderable)
     return capture.get()

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
 from vitreuse.attention.base import Attention
+from vitreuse.class_names import LABEL_NAMES, names_of, pack_names
 from vitreuse.durable import TEMPORARY_FILES, write_durably
 from vitreuse.flops import torch_flops
 from vitreuse.fold import fold
@@ -115,6 +116,9 @@ def programs(
     facts = {"name": model.pretrained_cfg["architecture"], "plan": str(getattr(model, "plan", ""))}
     facts["preprocessing"] = json.dumps(preprocessing(model, crop_pct))
     facts |= {"training": training} if training is not None else {}
+    class_names = names_of(model)
+    if class_names is not None:
+        facts[LABEL_NAMES] = pack_names(class_names)
     for of in formats:
         content = pack_torch(program, facts) if of == "torch" else pack_onnx(program, facts, opset)
         predict = load_torch(content) if of == "torch" else load_onnx(content)

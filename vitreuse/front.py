@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from typing import Any
 
+from vitreuse.file_names import for_picture
 from vitreuse.plan_costs import METRICS
 
 
@@ -26,7 +27,7 @@ def front_plot(result: dict[str, Any]) -> bytes:
     smallest = min((row["damage"] for row in (*front, *points.values()) if row["damage"] > 0), default=1.0)
     axes.set_yscale("symlog", linthresh=smallest)  # the exact plan has none
     axes.set(xlabel=f"{METRICS[result['metric']]}, share of the exact model", ylabel="predicted damage")
-    axes.set_title(f"{result['name']}: {result['chosen']['plan']}", fontsize=9)
+    axes.set_title(f"{for_picture(result['name'])}: {result['chosen']['plan']}", fontsize=9)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     png = io.BytesIO()

@@ -6,6 +6,8 @@ import importlib.util
 import io
 from typing import Any
 
+from vitreuse.file_names import for_picture
+
 
 def require_matplotlib() -> None:
     """Before any work is done.
@@ -41,7 +43,7 @@ def heatmaps(result: dict[str, Any]) -> bytes:
         image = axes.imshow(values, **style)
         axes.set(title=title, xlabel="anchor layer", ylabel="layer")
         figure.colorbar(image, ax=axes, shrink=0.8)
-    figure.suptitle(f"{result['name']}, {result['num_images']:,} images", fontsize=10)
+    figure.suptitle(f"{for_picture(result['name'])}, {result['num_images']:,} images", fontsize=10)
     png = io.BytesIO()
     figure.savefig(png)
     return png.getvalue()

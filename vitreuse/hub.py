@@ -7,7 +7,7 @@ imported; pushed to a hub, "hf-hub:OWNER/NAME" does.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -17,6 +17,7 @@ from timm.models import get_model_args
 from timm.models._hub import load_model_config_from_path, save_config_for_hf
 from torch import Tensor
 
+from vitreuse.class_names import LABEL_NAMES, names_of, pack_names
 from vitreuse.config import ModelConfig
 from vitreuse.durable import write_durably
 from vitreuse.inputs import image_settings
@@ -46,9 +47,11 @@ def save_hub_folder(
         OSError: The folder cannot be written.
     """
     plan = {"plan": str(model.plan)} if hasattr(model, "plan") else {}
+    labels = {LABEL_NAMES: names_of(model), "pretrained_cfg": {LABEL_NAMES: None}}  # once
     with TemporaryDirectory() as temporary:  # timm's function takes a path alone
         path = Path(temporary, CONFIG)
-        save_config_for_hf(model, str(path), model_args=plan, data_config=preprocessing(model, crop_pct))
+        images = preprocessing(model, crop_pct)
+        save_config_for_hf(model, str(path), model_config=labels, model_args=plan, data_config=images)
         config = path.read_bytes()
     if training is not None:
         config = (json.dumps({**json.loads(config), "training": training}, indent=2) + "\n").encode()
@@ -67,7 +70,8 @@ def model_weights(model: Any, training: str | None = None) -> bytes:
     """The content of a model's model.safetensors; arguments as for save_hub_folder."""
     keywords = {key: value for key, value in get_model_args(model).items() if key != "plan"}
     plan = str(model.plan) if hasattr(model, "plan") else None
-    return pack_weights(model.state_dict(), model.pretrained_cfg["architecture"], plan, keywords, training)
+    name = model.pretrained_cfg["architecture"]
+    return pack_weights(model.state_dict(), name, plan, keywords, names_of(model), training)
 
 
 def pack_weights(
@@ -75,11 +79,14 @@ def pack_weights(
     name: str,
     plan: str | None,
     keywords: Mapping[str, Any],
+    class_names: Sequence[str] | None = None,
     training: str | None = None,
 ) -> bytes:
-    """The content of a model.safetensors, of a run too: weights, and as metadata which model they are of."""
+    """The content of a model.safetensors, of a run too: weights, and as metadata of which model and classes."""
     metadata = {"name": name, "plan": plan or "", "keywords": json.dumps(keywords), "format": "pt"}
     metadata |= {"training": training} if training is not None else {}
+    if class_names is not None:
+        metadata[LABEL_NAMES] = pack_names(class_names)
     return save({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, metadata)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vitreuse.class_names import Names, names_of, numbered_as
 from vitreuse.data import DataError, open_images, prepare_source
 from vitreuse.inputs import Transform, evaluation_transform, image_settings
 from vitreuse.targets import Target
@@ -22,14 +23,16 @@ class ImageSample:
         transform: From a PIL image to a model's input.
         num_images: How many; all of a set that has no more.
         seed: Of the choice.
+        remark: Why its labels are not those of the model, where they are not.
 
     Attributes:
-        class_names: Of the set's labels; none where its images have no labels.
+        class_names: Of the set's labels; none where its images have none, or there is a remark.
     """
 
-    def __init__(self, dataset: Any, transform: Transform, num_images: int, seed: int = 0):
+    def __init__(self, dataset: Any, transform: Transform, num_images: int, seed: int = 0, remark: str | None = None):
         self.dataset, self.transform = dataset, transform
-        self.class_names: tuple[str, ...] = dataset.class_names
+        self.remark = remark
+        self.class_names: Names = dataset.class_names if remark is None else ()
         chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:num_images]
         self.numbers: list[int] = chosen.sort().values.tolist()
 
@@ -65,7 +68,19 @@ def sample_images(
     mode = "L" if image_settings(model)["input_size"][0] == 1 else "RGB"
     dataset = open_images(root / split if (root / split).is_dir() else root, mode)
     crop_pct = None if target.config is None else target.config.eval.crop_pct
-    return ImageSample(dataset, evaluation_transform(model, crop_pct), num_images, seed)
+    dataset, remark = _under_labels_of(model, dataset, target.label)
+    return ImageSample(dataset, evaluation_transform(model, crop_pct), num_images, seed, remark)
+
+
+def _under_labels_of(model: Any, dataset: Any, label: str) -> tuple[Any, str | None]:
+    """A set under the labels that a model has for its classes, by name; or the set itself, and why it cannot be."""
+    names = names_of(model)
+    if names is None or not dataset.class_names:
+        return dataset, None
+    try:
+        return numbered_as(dataset, names, label, "no top-1 is measured on them"), None
+    except ValueError as error:
+        return dataset, str(error)
 
 
 def learning_split(target: Target, root: Path | None, otherwise: str = "val") -> str:

@@ -6,6 +6,8 @@ from typing import Any
 
 from timm.models._hub import generate_readme
 
+from vitreuse.file_names import printable
+
 USAGE = """```python
 import timm
 import vitreuse  # makes timm know the plan
@@ -37,7 +39,7 @@ def model_card(model: Any, name: str, macs: int, accuracy: str | None, training:
         details["Top-1"] = accuracy
     if training is not None:
         details["Training"] = training
-    return generate_readme(
+    text = generate_readme(
         {
             "tags": ["image-classification", "timm", "vitreuse"],
             "license": "unknown",
@@ -47,3 +49,4 @@ def model_card(model: Any, name: str, macs: int, accuracy: str | None, training:
         },
         name,
     )
+    return printable(text)

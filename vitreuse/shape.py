@@ -17,6 +17,7 @@ from torch import nn
 
 from vitreuse.attention import ExactAttention
 from vitreuse.block import PlanBlock
+from vitreuse.class_names import name_classes, names_of
 from vitreuse.hub import PREPROCESSING
 from vitreuse.mlp import InplaceMlp
 from vitreuse.models import SIZES, variant_of
@@ -63,6 +64,7 @@ def untrained_copy(model: Any, plan: str | Plan, **options: Any) -> Any:
     images = getattr(model, "pretrained_cfg", None) or {}
     overlay = {key: images[key] for key in PREPROCESSING if images.get(key) is not None}
     made = timm.create_model(name, plan=str(plan), pretrained_cfg_overlay=overlay, **keywords, **options)
+    name_classes(made, names_of(model))
     return made.to(next(model.parameters()))
 
 

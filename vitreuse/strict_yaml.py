@@ -18,6 +18,7 @@ from typing import Any
 
 import yaml
 
+from vitreuse.file_names import printable
 from vitreuse.spelling import closest
 
 _INT = re.compile(r"[+-]?(0|[1-9][0-9]*)")
@@ -178,6 +179,8 @@ def overridden(tree: Tree, sources: Sources, override: str) -> tuple[Tree, Sourc
         raise ConfigError(f"{override!r} is not of the form section.key=value.")
     here = "command line"
     noted = {"": here, dotted: here}
+    if printable(text) != text:  # a path's bytes that are no UTF-8, which YAML has as escapes alone
+        text = yaml.safe_dump(text)
     branch = _compose(text or "null", noted, dotted)
     for key in reversed(keys):
         branch = {key: branch}

@@ -13,6 +13,7 @@ from timm.models import VisionTransformer
 from torch import nn
 
 from vitreuse.checkpoint_file import Weights, read_weights
+from vitreuse.class_names import name_classes, read_names
 from vitreuse.config import LOCAL_DIR, Config, ConfigError, ModelConfig, load_config
 from vitreuse.console import print_note
 from vitreuse.hub import CONFIG, WEIGHTS, is_hub_folder, read_hub_folder
@@ -39,6 +40,8 @@ class Target:
     def load(self, checkpoint: Path | None = None) -> nn.Module:
         """The model with the weights of a file; by default those a run left, its newest checkpoint, or a hub folder's.
 
+        It is told the names of its classes, where the file has them.
+
         Raises:
             ValueError: there are no weights, or they are another model's.
         """
@@ -50,6 +53,7 @@ class Target:
             _refuse_plain(report)
         except ValueError as error:
             raise ValueError(f"{path} does not fit {self.model.name}: {error}") from error
+        name_classes(model, read_names(path))
         if said := [*report.said(model), *([self.unfinished] if checkpoint is None and self.unfinished else ())]:
             print_note(f"{path}: {'; '.join(said)}.")
         return model

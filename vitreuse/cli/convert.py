@@ -81,6 +81,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "macs": [sum(count_macs(of, theoretical=True).values()) for of in (original, conversion.model)],
         "params": [count_params(of) for of in (original, conversion.model)],
         "images": None if samples is None else {samples.split: len(samples.learned), args.split: len(samples.shown)},
+        "labels": None if samples is None else samples.shown.remark,
         "agreement": None if samples is None else _agreement(args, model, conversion.model, samples.shown),
     }
     crop_pct = None if target.config is None else target.config.eval.crop_pct
@@ -208,6 +209,8 @@ def _remarks(result: dict[str, Any]) -> list[str]:
         values = {name: value for name, value in result["agreement"].items() if value is not None}
         said = [form.format(values[name]) for name, form in AGREEMENT.items() if name in values]
         remarks.append(f"{', '.join(said)} over {values['num_images']:,} images")
+    if result["labels"] is not None:
+        remarks.append(result["labels"])
     if result["heads"] is not None:
         by = "in their order" if result["heads"] == "in order" else f"matched by {result['heads']}"
         remarks.append(f"heads of reuse layers: {by}")

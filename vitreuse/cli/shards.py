@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         verb_parser.set_defaults(action=action)
         if verb == "build":
             _add_build_arguments(verb_parser)
+        if verb == "index":
+            text = "a name a line, of the labels 0, 1, ...; default: those that the index has, else the numbers"
+            verb_parser.add_argument("--class-names", type=local_path, metavar="FILE", help=text)
         verb_parser.add_argument("folder", type=local_path, metavar="FOLDER")
         if verb in PARALLEL_VERBS:
             text = "processes; default: one a CPU, here %(default)s"
@@ -74,8 +78,16 @@ def _digits(args: argparse.Namespace) -> list[Path]:
 
 
 def _index(args: argparse.Namespace) -> list[Path]:
-    build_index(args.folder, workers=_workers(args))
+    names = None if args.class_names is None else _read_names(args.class_names)
+    build_index(args.folder, names, _workers(args))
     return [args.folder]
+
+
+def _read_names(path: Path) -> list[str]:
+    try:
+        return [os.fsdecode(line) for line in path.read_bytes().splitlines()]
+    except OSError as error:
+        raise ValueError(f"--class-names {path} cannot be read ({error.strerror}): give a file of names.") from error
 
 
 def _verify(args: argparse.Namespace) -> list[Path]:

@@ -83,6 +83,10 @@ class ShardDataset(Dataset[Sample]):
         """Returns the key of a sample, for 0 <= number < len, without a look at its image."""
         return self._index.locate(number)[1].key
 
+    def class_sizes(self) -> list[int]:
+        """Counts the images of each class."""
+        return np.bincount(self._index.records["label"], minlength=len(self.class_names)).tolist()
+
     def close(self) -> None:
         """Closes the open shards; a later read opens them again."""
         self._open_shard.cache_clear()
@@ -167,6 +171,10 @@ class FolderDataset(Dataset[Sample]):
     def key(self, number: int) -> str:
         """Returns the key of a sample, for 0 <= number < len, without a look at its image."""
         return os.fsdecode(self._paths[number].item())
+
+    def class_sizes(self) -> list[int]:
+        """Counts the images of each class."""
+        return np.bincount(self._labels, minlength=len(self.class_names)).tolist() if self.class_names else []
 
 
 def open_split(

@@ -4,13 +4,14 @@
 class DataError(ValueError):
     """A shard, index or folder that cannot be used.
 
-    A DataLoader raises a worker's error again with the worker's whole traceback as its text. The sentence is the last
-    line of that text, so keeping the last line gives the same message for any number of workers.
+    A DataLoader raises a worker's error again with the worker's whole traceback as its text. The sentence is what
+    follows the last name of the class there, so that the message is the same for any number of workers. The end of a
+    line in a name becomes an escape.
     """
 
     def __init__(self, message: str):
-        last_line = message.strip().splitlines()[-1]
-        super().__init__(last_line.removeprefix(f"{type(self).__module__}.{type(self).__qualname__}: "))
+        sentence = message.rpartition(f"\n{type(self).__module__}.{type(self).__qualname__}: ")[2]
+        super().__init__(sentence.strip().replace("\n", "\\n").replace("\r", "\\r"))
 
 
 class DecodeError(DataError):

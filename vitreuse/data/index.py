@@ -25,6 +25,7 @@ from vitreuse.data.errors import DataError
 from vitreuse.data.scan import Shard, record_dtype, scan_shard
 from vitreuse.data.workers import THIS_PROCESS, Workers
 from vitreuse.durable import durable_file, write_durably
+from vitreuse.file_names import is_name
 
 HEADER_FILE = "index.json"
 RECORDS_FILE = "index.npy"
@@ -92,6 +93,7 @@ def build_index(folder: str | Path, class_names: Sequence[str] | None = None, wo
     dtype = record_dtype(max(part.dtype["key"].itemsize for part in parts))  # the widest key sets the width of all
     records = np.concatenate([part.astype(dtype) for part in parts])
     index = Index(folder, _name_classes(class_names, records), shards, records)
+    _check_names(index)
     _check_labels(index)
     _check_keys(index)
     write_index(index)
@@ -120,6 +122,7 @@ def read_index(folder: Path) -> Index:
         raise DataError(f"{folder} has no {HEADER_FILE}: write it with {_build_call(folder)}.")
     class_names, shards, records_crc32 = _read_header(folder)
     index = Index(folder, class_names, shards, _map_records(folder, records_crc32))
+    _check_names(index)
     _check_labels(index)
     return index
 
@@ -168,6 +171,16 @@ def _check_labels(index: Index) -> None:
             f"sample {record.key!r} of shard {path} has label {record.label}, but there are {num_classes} class names: "
             f"correct it, or give build_index at least {record.label + 1} class_names."
         )
+
+
+def _check_names(index: Index) -> None:
+    """Refuses names that no table of classes could hold, or from which a class could not be told."""
+    for label, name in enumerate(index.class_names):
+        if not isinstance(name, str) or not is_name(name):
+            raise DataError(
+                f"{index.folder / HEADER_FILE} names class {label} {name!r}, which is no text: correct it there, or "
+                "give build_index other class_names."
+            )
 
 
 def _check_keys(index: Index) -> None:

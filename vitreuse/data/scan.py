@@ -21,8 +21,8 @@ from vitreuse.data.decode import IMAGE_EXTENSIONS
 from vitreuse.data.errors import DataError
 
 BLOCK_BYTES = 512
-# WebDataset's rule: the key ends at the first dot of the file name.
-MEMBER_NAME = re.compile(r"((?:.*/|)[^./]+)[.]([^/]*)")
+# WebDataset's rule: the key ends at the first dot of the file name. A folder's name may hold the end of a line.
+MEMBER_NAME = re.compile(r"((?:.*/|)[^./]+)[.]([^/]*)", re.DOTALL)
 
 
 @dataclass(frozen=True)
