@@ -8,6 +8,7 @@ A corrupted split stands for NAME as CORRUPTION-SEVERITY.
 """
 
 import argparse
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -36,7 +37,7 @@ from eval.sets import (
 )
 from eval.table import Column, to_csv, to_rich
 from vitreuse.config import DataConfig
-from vitreuse.console import add_allow, local_path, positive
+from vitreuse.console import add_allow, is_first_rank, local_path, positive
 from vitreuse.data import open_split, prepare_source
 from vitreuse.durable import write_durably
 from vitreuse.inputs import Transform, evaluation_transform, image_settings
@@ -232,6 +233,8 @@ def _open(target: Target, model: Any, root: str, split: str, args: argparse.Name
     mode = "L" if image_settings(model)["input_size"][0] == 1 else "RGB"
     cache_root = DataConfig.cache_root if target.config is None else target.config.data.cache_root
     dataset = open_split(root, split, mode, cache_root=cache_root, allow=args.allow)
+    for note in dataset.notes if is_first_rank() else ():
+        print(note, file=sys.stderr)
     if args.set is None:
         return plain_set(dataset, model.num_classes, is_own=args.data is None)
     return named_set(SETS[args.set], dataset, whole=not args.subset)

@@ -53,6 +53,9 @@ def set_up(config: Config, ranks: Ranks, allow: Collection[str] = ()) -> Experim
         where = {"cache_root": config.data.cache_root, "allow": allow}
         train_set = open_split(config.data.folder, "train", mode, train_decoder(config), **where)
         val_set = open_split(config.data.folder, "val", mode, **where)
+        if ranks.is_main:
+            for note in (*train_set.notes, *val_set.notes):
+                print(note, file=sys.stderr)
         _check_same_classes(config.data.folder, train_set.class_names, val_set.class_names)
         _check_shuffled(config, train_set)
         return Experiment(Trainer(config, model, train_set, settings, ranks), train_set, val_set)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -71,6 +72,8 @@ def load_source(args: argparse.Namespace) -> Source:
     target, model = load_model(args)
     split = args.split or learning_split(target, args.data)
     sample = sample_images(target, model, args.data, args.images, split, args.seed)
+    for note in sample.dataset.notes:
+        print(note, file=sys.stderr)
     return Source(target, model.to(device).eval(), sample, split, device, args.batch_size)
 
 

@@ -1,0 +1,198 @@
+"""Folders of images, on a disk or in a tar, as one kind of tree; every reader of images goes through it.
+
+A tree is read a level at a time. Links are followed, wherever they lead but back to a folder that they are in.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from vitreuse.data.errors import DataError
+from vitreuse.data.names import (
+    IMAGE_EXTENSIONS,
+    is_image_name,
+    is_leftover,
+    kind_of,
+    may_hold_images,
+    refuse_lookalikes,
+)
+
+
+class Span(NamedTuple):
+    """Where a file's bytes lie in the file that holds it; a size of None is a file of its own."""
+
+    offset: int
+    size: int | None
+
+
+class Unusable(NamedTuple):
+    """What cannot be read, with the reason and the way out."""
+
+    reason: str
+
+
+class Folder(Protocol):
+    """A folder of a tree; ``place`` names it in a sentence."""
+
+    @property
+    def place(self) -> str: ...
+
+    def level(self) -> "Level":
+        """What lies directly in it.
+
+        Raises:
+            DataError: it cannot be read, or something in it may hold images and cannot be.
+        """
+        ...
+
+
+class Level(NamedTuple):
+    """What lies directly in a folder, sorted by name; what is skipped is counted by kind."""
+
+    folders: dict[str, Folder]
+    images: dict[str, Span]
+    skipped: Counter[str]
+
+
+Entry = Folder | Span | Unusable | None  # None: neither file nor folder, such as a socket
+WHOLE_FILE = Span(0, None)
+
+
+def read_level(place: str, names: Iterable[str], look: Callable[[str], Entry]) -> Level:
+    """Sorts what lies in a folder into folders, images and what is skipped.
+
+    Args:
+        place: of the folder.
+        names: of all that lies in it.
+        look: says what one of them is, of those that no system left behind.
+
+    Raises:
+        DataError: an image, or what may be a folder of images, is Unusable.
+    """
+    level = Level({}, {}, Counter())
+    for name in sorted(names):
+        found = None if is_leftover(name) else look(name)
+        if isinstance(found, Unusable) and may_hold_images(name):
+            raise DataError(f"{name} of {place} {found.reason}.")
+        if isinstance(found, Span) and is_image_name(name):
+            level.images[name] = found
+        elif found is None or isinstance(found, (Span, Unusable)):
+            level.skipped[kind_of(name) if found or is_leftover(name) else "pipe, socket or device"] += 1
+        else:
+            level.folders[name] = found
+    return level
+
+
+def list_below(folder: Folder) -> tuple[dict[str, Span], Counter[str]]:
+    """All images below a folder by their path from it, in torchvision's order, and what is skipped there, by kind.
+
+    Raises:
+        DataError: a part of it cannot be read.
+    """
+    levels = sorted(_levels(folder), key=lambda found: found[0])
+    images = {f"{below}/{name}".lstrip("/"): span for below, level in levels for name, span in level.images.items()}
+    return images, sum((level.skipped for _, level in levels), Counter())
+
+
+def holds_images(folder: Folder) -> bool:
+    """Tells whether there is an image anywhere below a folder."""
+    return any(level.images for _, level in _levels(folder))
+
+
+def _levels(folder: Folder) -> Iterator[tuple[str, Level]]:
+    """The levels of a folder and of all below it, with their paths from it."""
+    waiting = [("", folder)]
+    while waiting:
+        below, folder = waiting.pop()
+        level = folder.level()
+        yield below, level
+        waiting += [(f"{below}/{name}".lstrip("/"), inner) for name, inner in level.folders.items()]
+
+
+def find_class_root(folder: Folder, name: str) -> Folder:
+    """The folder of the class folders: the one of this name, or one in it that holds all there is, as archives do.
+
+    A folder that is alone and holds images is a class, but not under the name of the one that it is in: Kaggle's
+    archives have test/test/1.jpg.
+    """
+    level = folder.level()
+    while not level.images and len(level.folders) == 1:
+        ((inner_name, inner),) = level.folders.items()
+        inner_level = inner.level()
+        if (inner_level.images and inner_name != name) or not (inner_level.images or inner_level.folders):
+            break
+        folder, level, name = inner, inner_level, inner_name
+    return folder
+
+
+def check_classes(place: str, folders: Mapping[str, Folder], num_images: Iterable[int]) -> None:
+    """Refuses class folders that cannot be told apart, or have no images.
+
+    Raises:
+        DataError: two names look the same, or a class has no images.
+    """
+    refuse_lookalikes(place, folders)
+    empty = [name for name, number in zip(folders, num_images, strict=True) if not number]
+    if empty:
+        more = f", one of {len(empty)} such classes ({shortened(empty)})" if len(empty) > 1 else ""
+        endings = ", ".join(IMAGE_EXTENSIONS)
+        raise DataError(f"class folder {folders[empty[0]].place} has no images ({endings}){more}: fill or remove it.")
+
+
+def describe_skipped(place: str, skipped: Counter[str]) -> list[str]:
+    """A sentence about what was skipped, if anything was."""
+    kinds = shortened([f"{number} {kind}" for kind, number in skipped.most_common()])
+    return [f"{place}: {skipped.total()} files or folders that are no images are left out: {kinds}."] if kinds else []
+
+
+def shortened(names: list[str], limit: int = 20) -> str:
+    """A list of names in a sentence, the first of many."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+@dataclass(frozen=True)
+class DiskFolder:
+    """A folder on a disk.
+
+    Attributes:
+        path: of the folder, links in it as they stand.
+        trail: real paths of the folders from which links led here.
+    """
+
+    path: str
+    trail: tuple[str, ...] = ()
+
+    @property
+    def place(self) -> str:
+        return self.path
+
+    def level(self) -> Level:
+        try:
+            os.stat(os.path.join(self.path, "."))  # without the right to search, names are listed and no file is read
+            with os.scandir(self.path) as entries:
+                found = {entry.name: entry for entry in entries}
+            return read_level(self.path, found, lambda name: self._look(found[name]))
+        except OSError as error:
+            way_out = "make it readable, or take it away"
+            raise DataError(f"folder {self.path} cannot be read ({error.strerror}): {way_out}.") from error
+
+    def _look(self, entry: os.DirEntry[str]) -> Entry:
+        if entry.is_dir():
+            return DiskFolder(entry.path, self._trail_through(entry))
+        if entry.is_file():
+            return WHOLE_FILE
+        if entry.is_symlink():
+            return Unusable(f"is a link to {os.readlink(entry.path)}, which is not there: mend or remove it")
+        return None
+
+    def _trail_through(self, entry: os.DirEntry[str]) -> tuple[str, ...]:
+        if not entry.is_symlink():
+            return self.trail
+        target, trail = os.path.realpath(entry.path), (*self.trail, os.path.realpath(self.path))
+        if any(os.path.commonpath((target, passed)) == target for passed in trail):
+            reason = "leads back to a folder that it is in, whose images would be read again"
+            raise DataError(f"the link {entry.path} to {target} {reason}: remove it.")
+        return trail
