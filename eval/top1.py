@@ -38,7 +38,7 @@ from eval.sets import (
 from eval.table import Column, to_csv, to_rich
 from vitreuse.config import DataConfig
 from vitreuse.console import add_allow, is_first_rank, local_path, positive
-from vitreuse.data import open_split, prepare_source
+from vitreuse.data import find_split, open_split, prepare_source
 from vitreuse.durable import write_durably
 from vitreuse.inputs import Transform, evaluation_transform, image_settings
 from vitreuse.local import refuse_idle_allow, refuse_url, url_kind
@@ -218,7 +218,7 @@ def _row(target: Target, model: Any, root: str, part: str, args: argparse.Namesp
         num_workers=args.num_workers,
         progress=bar,
     )
-    data = root if url_kind(root) else str(Path(root, split))
+    data = root if url_kind(root) else str(find_split(Path(root), split) or Path(root, split))
     row = {"name": target.label, "data": data, "set": test_set.title, **found.figures}
     with ranks.together():
         if args.output is not None and ranks.is_main:

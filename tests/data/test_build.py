@@ -259,7 +259,7 @@ def make_inner_tar_without_end(path):
         (make_twins, ["a/000.JPEG and a/000.png of ", "the same key"]),
         (make_other_val, ["val has a class 'c' that train lacks"]),
         (lambda path: path.write_bytes(PHOTO), ["damaged, cut short or no uncompressed tar"]),
-        (make_compressed_tar, ["damaged, cut short or no uncompressed tar"]),
+        (make_compressed_tar, ["is compressed by gzip", "gunzip -c ", "makes a tar of it"]),
         (make_inner_tar_without_end, ["n01.tar in ", "damaged, cut short", "no end mark"]),
         (lambda path: write_tar(path, [("x.jpg", PHOTO), ("n01.tar", b"")]), ["both images (x.jpg) and tars"]),
         (lambda path: write_tar(path, [("a/n.tar", b""), ("b/n.tar", b"")]), ["two tars of the same name"]),

@@ -316,7 +316,7 @@ def make_empty(root):
 
 
 def make_other_splits(root):
-    (root / "training").mkdir()
+    (root / "pictures").mkdir()
 
 
 def make_bare_tars(root):
@@ -332,7 +332,7 @@ def make_empty_class(root):
     ("make", "parts"),
     [
         (make_empty, ["neither shards (*.tar and index.json) nor class folders"]),
-        (make_other_splits, ["no folder", "has training and needs train/"]),
+        (make_other_splits, ["no folder", "has pictures and needs train/"]),
         (lambda root: None, ["no folder", "has no folders and needs train/"]),
         (make_bare_tars, ["1 tars and no index.json", "vitreuse shards index "]),
         (make_empty_class, ["class folder", "has no images (bmp, jpeg,", "fill or remove it"]),

@@ -53,7 +53,8 @@ def kind_of(name: str) -> str:
     """What a file or folder that is no image is counted as: its ending, or the name of what a system left behind."""
     if name.startswith("._"):
         return "._*"
-    return name if is_leftover(name) else os.path.splitext(name)[1].lower() or "without an ending"
+    kind = name if is_leftover(name) else os.path.splitext(name)[1].lower() or "without an ending"
+    return kind if kind.isprintable() else ascii(kind)
 
 
 def split_named(name: str) -> str | None:

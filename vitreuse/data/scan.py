@@ -74,8 +74,8 @@ def _check_labelled(path: Path, members: list[Member]) -> None:
         key = images[0].key
         found = ", ".join(f"{key}.{member.extension}" for member in members if member.key == key)
         raise DataError(
-            f"shard {path} has no labels, sample {key!r} has 0 files for its label (.cls) beside {found}: write a KEY.cls "
-            "with the number of its class for each image, or, if its folders are classes, use vitreuse shards build."
+            f"shard {path} has no labels: sample {key!r} has 0 files for its label (.cls) and {found}; write a KEY.cls "
+            "for each image, the number of its class, or, if folders in it are classes, use vitreuse shards build."
         )
 
 

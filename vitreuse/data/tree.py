@@ -180,10 +180,15 @@ class DiskFolder:
             raise DataError(f"folder {self.path} cannot be read ({error.strerror}): {way_out}.") from error
 
     def _look(self, entry: os.DirEntry[str]) -> Entry:
-        if entry.is_dir():
-            return DiskFolder(entry.path, self._trail_through(entry))
-        if entry.is_file():
-            return WHOLE_FILE
+        try:
+            if entry.is_dir():
+                return DiskFolder(entry.path, self._trail_through(entry))
+            if entry.is_file():
+                return WHOLE_FILE
+        except OSError as error:
+            if not entry.is_symlink():
+                raise
+            return Unusable(f"is a link to {os.readlink(entry.path)} ({error.strerror}): mend or remove it")
         if entry.is_symlink():
             return Unusable(f"is a link to {os.readlink(entry.path)}, which is not there: mend or remove it")
         return None
