@@ -57,7 +57,8 @@ def _find_deeper(folder: Folder, level: Level) -> Splits | None:
     """Looks for splits one folder deeper."""
     if not level.images and len(level.folders) == 1:
         (inner,) = level.folders.values()
-        return None if inner.level().images else _without_single(find_splits(inner))
+        splits = find_splits(inner)
+        return None if splits and _is_archive_of_one(inner, splits) else splits
     peeked = list(islice(level.folders.items(), NUM_PEEKED))
     below = {name: name_splits(inner.level().folders) for name, inner in peeked}
     name = next((name for name, found in below.items() if len({*found.values()}) > 1), None)
@@ -72,12 +73,10 @@ def _find_deeper(folder: Folder, level: Level) -> Splits | None:
     raise DataError(f"{folder.place} has {kinds}: {way_out}.")
 
 
-def _without_single(splits: Splits | None) -> Splits | None:
-    """None for a single split of class folders: an archive of it has just that, under a folder of its own."""
-    if splits is None or len(splits.folders) > 1:
-        return splits
-    ((_, folder),) = splits.folders.values()
-    return splits if folder.level().images else None
+def _is_archive_of_one(folder: Folder, splits: Splits) -> bool:
+    """Whether a folder that is alone has one split of class folders, as archives of a split do, or is a class."""
+    flat = [name for name, split in splits.folders.values() if split.level().images]
+    return len(splits.folders) == 1 and (not flat or bool(folder.level().images))
 
 
 def find_labelled(folder: Folder, name: str) -> Folder:

@@ -116,15 +116,26 @@ def find_class_root(folder: Folder, name: str) -> Folder:
 
     A folder that is alone and holds images is a class, but not under the name of the one that it is in: Kaggle's
     archives have test/test/1.jpg.
+
+    Raises:
+        DataError: a folder that is alone may be a class, or hold classes.
     """
     level = folder.level()
     while not level.images and len(level.folders) == 1:
         ((inner_name, inner),) = level.folders.items()
         inner_level = inner.level()
         if (inner_level.images and inner_name != name) or not (inner_level.images or inner_level.folders):
+            _check_is_class(inner, inner_level)
             break
         folder, level, name = inner, inner_level, inner_name
     return folder
+
+
+def _check_is_class(folder: Folder, level: Level) -> None:
+    if level.images and len(level.folders) > 1:
+        images, folders = shortened([*level.images]), shortened([*level.folders])
+        way_out = "take the images away, or put each into a folder of its class"
+        raise DataError(f"{folder.place} has images ({images}) beside folders ({folders}): {way_out}.")
 
 
 def check_classes(place: str, folders: Mapping[str, Folder], num_images: Iterable[int]) -> None:
