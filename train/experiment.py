@@ -16,7 +16,7 @@ from train.sharding import unsharded
 from train.trainer import Trainer
 from train.weights import start_from, weight_files
 from vitreuse.config import Config, ConfigError
-from vitreuse.data import ShardDataset, open_split, prepare_source
+from vitreuse.data import ShardDataset, open_split, prepare_source, quoted_apart
 from vitreuse.inputs import evaluation_transform, image_settings
 
 
@@ -84,7 +84,8 @@ def _check_same_classes(folder: str, trained: Sequence[str], measured: Sequence[
     if label is None:
         difference = f"train has {len(trained)} classes and val {len(measured)}"
     else:
-        difference = f"label {label} is class {trained[label]!r} in train and {measured[label]!r} in val"
+        names = quoted_apart(trained[label], measured[label])
+        difference = f"label {label} is class {names[0]} in train and {names[1]} in val"
     raise ConfigError(f"{folder}: {difference}: give both the same classes in the same order.")
 
 

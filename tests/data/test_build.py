@@ -296,7 +296,7 @@ def test_all_images_that_cannot_be_used_are_named_at_once(tmp_path, num_workers,
     for name in ("a/000.JPEG", "b/000.JPEG"):
         (tmp_path / "source" / "val" / name).write_bytes(PHOTO[:-60])
     folder, command = tmp_path / "shards", ["shards", "build", str(tmp_path / "source"), str(tmp_path / "shards")]
-    options = ["--resize", "5", "--samples-per-shard", "2", "--workers", str(num_workers)]
+    options = ["--resize", "5", "--samples-per-shard", "7", "--workers", str(num_workers)]
     assert main([*command, *options]) == 2
     told = capsys.readouterr().err.splitlines()[-1]
     first, second = (f"images of {tmp_path / 'source' / split} cannot be used: image a/" for split in ("train", "val"))

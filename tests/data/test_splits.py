@@ -189,3 +189,23 @@ def test_stray_images_are_named(tmp_path):
     assert FolderDataset(tmp_path / "name").notes == [
         f"{tmp_path}/name: left out are images beside the class folders: preview.png."
     ]
+
+
+@pytest.mark.parametrize("folder", ["test/test", "test/images", "test"])
+def test_a_flat_test_is_left_out_of_a_build_and_has_no_labels(tmp_path, capsys, folder):
+    make_classes(tmp_path / "a", "train")
+    make_flat(tmp_path / "a", folder)
+    built = build_shards(tmp_path / "a", tmp_path / "shards", SETTINGS, TELLING)
+    assert [path.name for path in built] == ["train"] and load_index(built[0]).class_names == ("cat", "dog")
+    assert "a: left out: test, not sorted into classes." in capsys.readouterr().err
+    images = open_images(choose_split(tmp_path / "a", "test"))
+    assert [(sample.key, sample.label) for sample in (images[0], images[1])] == [("0.png", -1), ("1.png", -1)]
+    with pytest.raises(DataError, match="test has neither shards"):
+        open_split(tmp_path / "a", "test")
+
+
+def test_files_beside_splits_are_counted(tmp_path, capsys):
+    make_classes(tmp_path / "a", "train", "val", "__MACOSX")
+    (tmp_path / "a/README.txt").write_text("x")
+    build_shards(tmp_path / "a", tmp_path / "shards", SETTINGS, TELLING)
+    assert "a: 2 files or folders that are no images are left out: 1 .txt, 1 __MACOSX." in capsys.readouterr().err

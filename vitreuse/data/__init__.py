@@ -5,7 +5,7 @@ from vitreuse.data.datasets import CACHE_ROOT, FolderDataset, ShardDataset, open
 from vitreuse.data.decode import Decoder, Sample, decode_image, decode_tensor
 from vitreuse.data.errors import DataError, DecodeError
 from vitreuse.data.index import Index, Record, build_index, load_index
-from vitreuse.data.names import IMAGE_EXTENSIONS
+from vitreuse.data.names import IMAGE_EXTENSIONS, quoted_apart
 from vitreuse.data.scan import Shard
 from vitreuse.data.shards import EncodedSample, SplitInfo, shards_info, verify_shards, write_shard, write_shards
 from vitreuse.data.sources import SOURCES, prepare_source
@@ -40,6 +40,7 @@ __all__ = [
     "open_images",
     "open_split",
     "prepare_source",
+    "quoted_apart",
     "shards_info",
     "usable_cpus",
     "verify_shards",

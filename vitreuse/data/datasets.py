@@ -236,9 +236,10 @@ def open_images(folder: str | Path, mode: str | None = None) -> ShardDataset | F
     dataset = _open_labelled(folder, mode, decode_image)
     if dataset is not None:
         return dataset
-    if not DiskFolder(str(folder)).level().images:
+    root = find_labelled(DiskFolder(str(folder)), folder.name)
+    if not root.level().images:
         raise DataError(f"{folder} has neither shards, nor class folders, nor images: give a folder that has.")
-    return FolderDataset(folder, mode, is_labelled=False)
+    return FolderDataset(root.place, mode, is_labelled=False)
 
 
 def _open_labelled(folder: Path, mode: str | None, decode: Decoder) -> ShardDataset | FolderDataset | None:
@@ -246,8 +247,8 @@ def _open_labelled(folder: Path, mode: str | None, decode: Decoder) -> ShardData
     classes = list_classes(folder)
     if (folder / HEADER_FILE).exists() and not (classes and describe_foreign(folder)):
         return ShardDataset(folder, mode, decode)
-    if classes:
-        root = find_labelled(DiskFolder(str(folder)), folder.name)
+    root = find_labelled(DiskFolder(str(folder)), folder.name)
+    if root.level().folders:
         return FolderDataset(root.place, mode, decode)
     num_tars = len(list_shards(folder))
     if num_tars:

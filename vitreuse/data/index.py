@@ -103,8 +103,16 @@ def build_index(folder: str | Path, class_names: Sequence[str] | None = None, wo
 
 
 def list_shards(folder: Path) -> list[Path]:
-    """Lists the tars of a folder, without those that a system left behind, such as macOS's ._NAME.tar."""
-    return sorted(path for path in folder.glob("*.tar") if not is_leftover(path.name))
+    """Lists the tars of a folder, without those that a system left behind, such as macOS's ._NAME.tar.
+
+    Raises:
+        DataError: the folder cannot be read.
+    """
+    try:
+        names = sorted(name for name in os.listdir(folder) if name.endswith(".tar") and not is_leftover(name))
+    except OSError as error:
+        raise DataError(f"folder {folder} cannot be read ({error.strerror}): name one that can.") from error
+    return [folder / name for name in names if not (folder / name).is_dir()]
 
 
 def load_index(folder: str | Path) -> Index:

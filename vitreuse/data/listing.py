@@ -99,7 +99,8 @@ def _describe_splits(place: str, splits: Splits, unsorted: list[str]) -> list[st
     renamed = [f"{name} as {split}" for split, (name, _) in splits.folders.items() if name != split]
     left_out = [*splits.left_out, *(f"{splits.folders[split][0]}, not sorted into classes" for split in unsorted)]
     told = [f"{place}: {shortened(renamed)}."] if renamed else []
-    return told + ([f"{place}: left out: {shortened(left_out)}."] if left_out else [])
+    told += [f"{place}: left out: {shortened(left_out)}."] if left_out else []
+    return told + describe_skipped(place, splits.skipped)
 
 
 def _list_classes(source: Path, root: Folder, workers: Workers) -> Listing:

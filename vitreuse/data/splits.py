@@ -1,5 +1,6 @@
 """Which of a folder's folders are splits and not classes: train, val and test, by the names that people give them."""
 
+from collections import Counter
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -12,10 +13,17 @@ NUM_PEEKED = 8  # class folders in which splits are looked for: a set has them i
 
 
 class Splits(NamedTuple):
-    """The splits of a data set: name and folder of each, in the order of SPLITS, and what else is beside them."""
+    """The splits of a data set: name and folder of each, in the order of SPLITS, and what else is beside them.
+
+    Attributes:
+        folders: by split.
+        left_out: names of folders and images.
+        skipped: number of other files by kind.
+    """
 
     folders: dict[str, tuple[str, Folder]]
     left_out: list[str]
+    skipped: Counter[str]
 
 
 def find_splits(folder: Folder) -> Splits | None:
@@ -40,7 +48,8 @@ def find_splits(folder: Folder) -> Splits | None:
     for name, split in named.items():
         if folders[split][0] != name:
             raise DataError(f"{folder.place} has {name} and {folders[split][0]}, which both are {split}: rename one.")
-    return Splits({split: folders[split] for split in SPLITS if split in folders}, [*others, *level.images])
+    ordered = {split: folders[split] for split in SPLITS if split in folders}
+    return Splits(ordered, [*others, *level.images], level.skipped)
 
 
 def _are_splits(folder: Folder, level: Level, named: dict[str, str], others: list[str]) -> bool:

@@ -11,6 +11,7 @@ from typing import NamedTuple, Protocol
 
 from vitreuse.data.errors import DataError
 from vitreuse.data.names import (
+    IDLE_WORDS,
     IMAGE_EXTENSIONS,
     is_image_name,
     is_leftover,
@@ -114,8 +115,8 @@ def _levels(folder: Folder) -> Iterator[tuple[str, Level]]:
 def find_class_root(folder: Folder, name: str) -> Folder:
     """The folder of the class folders: the one of this name, or one in it that holds all there is, as archives do.
 
-    A folder that is alone and holds images is a class, but not under the name of the one that it is in: Kaggle's
-    archives have test/test/1.jpg.
+    A folder that is alone and holds images is a class, but not if it is called images or as the one that it is in:
+    Kaggle's archives have test/test/1.jpg. Then there are no classes.
 
     Raises:
         DataError: a folder that is alone may be a class, or hold classes.
@@ -124,7 +125,8 @@ def find_class_root(folder: Folder, name: str) -> Folder:
     while not level.images and len(level.folders) == 1:
         ((inner_name, inner),) = level.folders.items()
         inner_level = inner.level()
-        if (inner_level.images and inner_name != name) or not (inner_level.images or inner_level.folders):
+        is_class = inner_name != name and inner_name.lower() not in IDLE_WORDS
+        if (inner_level.images and is_class) or not (inner_level.images or inner_level.folders):
             _check_is_class(inner, inner_level)
             break
         folder, level, name = inner, inner_level, inner_name
