@@ -120,7 +120,7 @@ def make_splits_of_classes(root):
 @pytest.mark.parametrize(
     ("make", "parts"),
     [
-        (make_two_vals, ["val and valid, which both are val", "rename one"]),
+        (make_two_vals, ["val and valid, which both are val", "move one away"]),
         (make_flat_splits_among_classes, ["test, train, as splits are called, beside car", "rename what is a class"]),
         (make_lone_split, ["train, as splits are called, beside extra", "cannot be told apart"]),
         (make_flat_splits, ["train", "is not sorted into class folders"]),

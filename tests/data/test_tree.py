@@ -166,6 +166,17 @@ def test_a_later_member_of_a_tar_takes_the_place_of_an_earlier_one(images, tmp_p
     assert read_tars(tmp_path / "from-images") == read_tars(tmp_path / "from-a.tar")
 
 
+@pytest.mark.parametrize("num_zeros", [0, 30 * 512])
+def test_a_tar_behind_a_tar_is_not_lost(images, tmp_path, num_zeros):
+    content = pack(images, tmp_path / "a.tar").read_bytes() + bytes(num_zeros)
+    (tmp_path / "a.tar").write_bytes(content)
+    build_shards(tmp_path / "a.tar", tmp_path / "shards", SETTINGS)
+    (tmp_path / "a.tar").write_bytes(content * 2)
+    with pytest.raises(DataError) as error:
+        build_shards(tmp_path / "a.tar", tmp_path / "more", SETTINGS)
+    assert_one_sentence(error, "a.tar is damaged", f"another tar follows its end mark, at byte {len(content)}")
+
+
 def test_an_image_with_holes_is_refused_and_other_files_with_holes_are_not(images, tmp_path):
     for name in ("cat/notes.bin", "dog/9.png"):
         with open(images / name, "wb") as file:
@@ -255,3 +266,14 @@ def test_a_folder_that_cannot_be_read_is_an_error(images, tmp_path, monkeypatch,
         with pytest.raises(DataError) as error:
             FolderDataset(images)
         assert_one_sentence(error, f"folder {place} cannot be read ({reason})")
+
+
+def test_a_folder_of_shards_that_cannot_be_read_is_an_error(tmp_path, monkeypatch):
+    (tmp_path / "a.tar").symlink_to("gone.tar")
+    with pytest.raises(DataError) as error:
+        build_index(tmp_path)
+    assert_one_sentence(error, f"shard {tmp_path / 'a.tar'} cannot be read (No such file or directory)")
+    monkeypatch.setattr(os, "listdir", lambda path: deny())
+    with pytest.raises(DataError) as error:
+        build_index(tmp_path)
+    assert_one_sentence(error, f"folder {tmp_path} cannot be read (Permission denied)")

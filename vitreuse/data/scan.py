@@ -55,12 +55,15 @@ def scan_shard(path: Path) -> tuple[Shard, np.ndarray, Counter[str]]:
         DataError: it is cut short, compressed or no tar, holds no sample, or one without exactly one image and one
             label of 0 or more.
     """
-    with open(path, "rb") as file:
-        members, skipped = _list_members(path, file)
-        _check_labelled(path, members)
-        groups = groupby(members, key=lambda member: member.key)
-        samples = [_read_record(path, file, key, list(group)) for key, group in groups]
-        num_bytes = os.fstat(file.fileno()).st_size
+    try:
+        with open(path, "rb") as file:
+            members, skipped = _list_members(path, file)
+            _check_labelled(path, members)
+            groups = groupby(members, key=lambda member: member.key)
+            samples = [_read_record(path, file, key, list(group)) for key, group in groups]
+            num_bytes = os.fstat(file.fileno()).st_size
+    except OSError as error:
+        raise DataError(f"shard {path} cannot be read ({error.strerror}): fetch it again.") from error
     if not samples:
         raise DataError(f"shard {path} holds no sample: delete it or write it again.")
     records = np.array(samples, dtype=record_dtype(max(len(sample[-1]) for sample in samples)))

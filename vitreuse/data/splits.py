@@ -46,8 +46,9 @@ def find_splits(folder: Folder) -> Splits | None:
         return None
     folders = {split: (name, level.folders[name]) for name, split in named.items()}
     for name, split in named.items():
-        if folders[split][0] != name:
-            raise DataError(f"{folder.place} has {name} and {folders[split][0]}, which both are {split}: rename one.")
+        other = folders[split][0]
+        if other != name:
+            raise DataError(f"{folder.place} has {name} and {other}, which both are {split}: move one away.")
     ordered = {split: folders[split] for split in SPLITS if split in folders}
     return Splits(ordered, [*others, *level.images], level.skipped)
 

@@ -1,7 +1,7 @@
 """Tars read from end to end, as trees in which links lead to what they link to.
 
 Python's tarfile takes a tar that is cut between two members, or in a header, for a whole one. What follows the last
-member is therefore checked here: a tar ends with a block of zeros.
+member is therefore checked here: a tar ends with a block of zeros, and no other follows.
 """
 
 import os
@@ -18,6 +18,7 @@ from vitreuse.data.names import is_leftover
 from vitreuse.data.tree import WHOLE_FILE, Entry, Level, Span, Unusable, list_below, read_level
 
 BLOCK_BYTES = 512
+HEADER_MARK, HEADER_MARK_AT = b"ustar", 257  # in a member's header
 MAX_LINKS = 40  # followed from one to the next, as Linux does
 # What is often called .tar and is none: the first bytes, what they are, and what unpacks it.
 COMPRESSED = (
@@ -50,6 +51,9 @@ def tar_members(file: BinaryIO, start: int = 0, size: int | None = None) -> Iter
             yield info
     if end + BLOCK_BYTES > stop or os.pread(file.fileno(), BLOCK_BYTES, end) != bytes(BLOCK_BYTES):
         raise tarfile.ReadError(f"no end mark at byte {end - start}")
+    for place in range(end, stop, BLOCK_BYTES):
+        if os.pread(file.fileno(), len(HEADER_MARK), place + HEADER_MARK_AT) == HEADER_MARK:
+            raise tarfile.ReadError(f"another tar follows its end mark, at byte {place - start}")
 
 
 def describe_tar_error(path: Path, error: Exception, start: int = 0) -> tuple[str, str]:
