@@ -231,9 +231,7 @@ def test_a_full_disk_is_one_sentence(split, tmp_path):
 def test_another_programs_index_is_named(split, tmp_path):
     (split / "index.json").write_text('{"version": 2, "shards": []}')
     (split / "index.npy").unlink()
-    with pytest.raises(
-        DataError, match=r"gives is an index of MosaicML's streaming \(MDS\) and no index of vitreuse's"
-    ):
+    with pytest.raises(DataError, match=r"gives is an index of MosaicML's streaming .* and no index of vitreuse's"):
         open_split(cat(split.parent), "train", cache_root=tmp_path / "cache", allow=["pipe"])
     assert files(tmp_path / "cache") == []
 

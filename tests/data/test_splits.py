@@ -186,9 +186,7 @@ def test_stray_images_are_named(tmp_path):
         with pytest.raises(DataError) as error:
             build_shards(source, tmp_path / "shards", SETTINGS)
         assert_one_sentence(error, str(source), "(preview.png)", "put each into a folder of its class")
-    assert FolderDataset(tmp_path / "name").notes == [
-        f"{tmp_path}/name: left out are images beside the class folders: preview.png."
-    ]
+    assert FolderDataset(tmp_path / "name").notes == [f"{tmp_path}/name: left out: preview.png."]
 
 
 @pytest.mark.parametrize("folder", ["test/test", "test/images", "test"])
@@ -209,3 +207,25 @@ def test_files_beside_splits_are_counted(tmp_path, capsys):
     (tmp_path / "a/README.txt").write_text("x")
     build_shards(tmp_path / "a", tmp_path / "shards", SETTINGS, TELLING)
     assert "a: 2 files or folders that are no images are left out: 1 .txt, 1 __MACOSX." in capsys.readouterr().err
+
+
+def test_what_holds_no_images_does_not_hide_the_classes_beside_it(tmp_path, capsys):
+    """Food-101, CUB-200 and Stanford Dogs are food-101/images/CLASS/ beside food-101/meta/."""
+    make_classes(tmp_path / "a" / "food-101", "images")
+    (tmp_path / "a/food-101/meta/deep").mkdir(parents=True)
+    (tmp_path / "a/food-101/meta/deep/classes.txt").write_text("x")
+    for source in (tmp_path / "a", pack(tmp_path / "a", tmp_path / "a.tar")):
+        build_shards(source, tmp_path / f"from-{source.name}", SETTINGS, TELLING)
+        assert load_index(tmp_path / f"from-{source.name}").class_names == ("cat", "dog")
+        assert ": left out: meta.\n" in capsys.readouterr().err
+    dataset = open_split(tmp_path, "a")
+    assert dataset.class_names == ("cat", "dog") and dataset.notes == [f"{tmp_path}/a: left out: meta."]
+
+
+@pytest.mark.parametrize("beside", ["dog", "Dog/deeper"])
+def test_a_class_that_is_yet_to_be_filled_is_refused(tmp_path, beside):
+    make_flat(tmp_path / "a", "cat/deeper")
+    (tmp_path / "a" / beside).mkdir(parents=True)
+    for source in (tmp_path / "a", pack(tmp_path / "a", tmp_path / "a.tar")):
+        with pytest.raises(DataError, match=r"class folder .*[dD]og.* has no images"):
+            build_shards(source, tmp_path / "shards", SETTINGS)

@@ -19,7 +19,7 @@ from vitreuse.data.folders import list_classes
 from vitreuse.data.index import HEADER_FILE, Index, describe_foreign, list_shards, load_index
 from vitreuse.data.remote import fetch_shard, locate, open_index
 from vitreuse.data.splits import find_labelled, find_split
-from vitreuse.data.tree import DiskFolder, Level, check_classes, describe_skipped, list_below, shortened
+from vitreuse.data.tree import DiskFolder, Level, check_classes, describe_left_out, describe_skipped, list_below
 from vitreuse.local import refuse_unallowed_url, url_kind
 
 # Shards held open by a data set in each process: ImageNet has a thousand, about as many files as a process may open.
@@ -158,8 +158,7 @@ class FolderDataset(Dataset[Sample]):
         self.shard_sizes = [len(self._paths)]
         self.digest = hashlib.sha256(self._paths.data).hexdigest()
         self.notes = describe_skipped(str(folder), skipped)
-        if stray:
-            self.notes.append(f"{folder}: left out are images beside the class folders: {shortened([*stray])}.")
+        self.notes += describe_left_out(str(folder), [*stray])
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -236,7 +235,7 @@ def open_images(folder: str | Path, mode: str | None = None) -> ShardDataset | F
     dataset = _open_labelled(folder, mode, decode_image)
     if dataset is not None:
         return dataset
-    root = find_labelled(DiskFolder(str(folder)), folder.name)
+    root = find_labelled(DiskFolder(str(folder)), folder.name).folder
     if not root.level().images:
         raise DataError(f"{folder} has neither shards, nor class folders, nor images: give a folder that has.")
     return FolderDataset(root.place, mode, is_labelled=False)
@@ -247,9 +246,11 @@ def _open_labelled(folder: Path, mode: str | None, decode: Decoder) -> ShardData
     classes = list_classes(folder)
     if (folder / HEADER_FILE).exists() and not (classes and describe_foreign(folder)):
         return ShardDataset(folder, mode, decode)
-    root = find_labelled(DiskFolder(str(folder)), folder.name)
+    root, left_out = find_labelled(DiskFolder(str(folder)), folder.name)
     if root.level().folders:
-        return FolderDataset(root.place, mode, decode)
+        dataset = FolderDataset(root.place, mode, decode)
+        dataset.notes += describe_left_out(str(folder), left_out)
+        return dataset
     num_tars = len(list_shards(folder))
     if num_tars:
         call = f"vitreuse shards index {folder}"

@@ -217,7 +217,11 @@ def _read_header(folder: Path) -> tuple[tuple[str, ...], tuple[Shard, ...], int]
     """Returns the class names, the shards and the CRC-32 of the records."""
     path = folder / HEADER_FILE
     if foreign := describe_foreign(folder):
-        way_out = f"leave it, link the tars beside it into a folder of their own and run {_build_call('THAT_FOLDER')}"
+        way_out = "leave it, and write the images as class folders or WebDataset tars elsewhere"
+        if list_shards(folder):
+            way_out = (
+                f"leave it, link the tars beside it into a folder of their own and run {_build_call('THAT_FOLDER')}"
+            )
         raise DataError(f"{path} is {foreign} and no index of vitreuse's: {way_out}.")
     try:
         header = json.loads(path.read_text(encoding="utf-8"))

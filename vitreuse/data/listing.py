@@ -22,7 +22,17 @@ from vitreuse.data.errors import DataError
 from vitreuse.data.names import find_lookalike, quoted_apart
 from vitreuse.data.splits import Splits, find_labelled, find_splits
 from vitreuse.data.tars import TarFolder, open_tar
-from vitreuse.data.tree import DiskFolder, Folder, Span, check_classes, describe_skipped, list_below, shortened
+from vitreuse.data.tree import (
+    ClassRoot,
+    DiskFolder,
+    Folder,
+    Span,
+    check_classes,
+    describe_left_out,
+    describe_skipped,
+    list_below,
+    shortened,
+)
 from vitreuse.data.workers import Workers
 
 
@@ -61,7 +71,8 @@ def list_splits(source: Path, workers: Workers) -> dict[str, Listing]:
     if splits is None:
         return {"": _list_classes(source, find_labelled(root, source.name), workers)}
     roots = {split: find_labelled(folder, name) for split, (name, folder) in splits.folders.items()}
-    unsorted = [split for split in ("test",) if split in roots and len(roots) > 1 and not roots[split].level().folders]
+    others = [split for split in roots if split != "test"]
+    unsorted = ["test"] if others and "test" in roots and not roots["test"].folder.level().folders else []
     workers.tell(_describe_splits(root.place, splits, unsorted))
     listings = {split: _list_classes(source, roots[split], workers) for split in roots if split not in unsorted}
     first = next(iter(listings))
@@ -99,12 +110,12 @@ def _describe_splits(place: str, splits: Splits, unsorted: list[str]) -> list[st
     renamed = [f"{name} as {split}" for split, (name, _) in splits.folders.items() if name != split]
     left_out = [*splits.left_out, *(f"{splits.folders[split][0]}, not sorted into classes" for split in unsorted)]
     told = [f"{place}: {shortened(renamed)}."] if renamed else []
-    told += [f"{place}: left out: {shortened(left_out)}."] if left_out else []
-    return told + describe_skipped(place, splits.skipped)
+    return told + describe_left_out(place, left_out) + describe_skipped(place, splits.skipped)
 
 
-def _list_classes(source: Path, root: Folder, workers: Workers) -> Listing:
+def _list_classes(source: Path, found: ClassRoot, workers: Workers) -> Listing:
     """Lists the class folders of a folder."""
+    root, left_out = found
     place, (folders, stray, skipped) = root.place, root.level()
     if not folders:
         way_out = "put every image into a folder of its class, as ImageNet's validation set needs too"
@@ -119,6 +130,7 @@ def _list_classes(source: Path, root: Folder, workers: Workers) -> Listing:
     tasks = [*folders.items()]
     parts = list(workers.map(partial(_list_class, source), tasks, f"listing {source.name}", "classes"))
     check_classes(place, folders, (len(images) for images, _ in parts))
+    workers.tell(describe_left_out(place, left_out))
     workers.tell(describe_skipped(place, sum((skipped for _, skipped in parts), skipped)))
     images = _join(place, [images for images, _ in parts])
     if len(folders) == 1:

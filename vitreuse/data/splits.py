@@ -7,7 +7,16 @@ from typing import NamedTuple
 
 from vitreuse.data.errors import DataError
 from vitreuse.data.names import SPLITS, name_splits, split_named
-from vitreuse.data.tree import DiskFolder, Folder, Level, find_class_root, holds_images, shortened
+from vitreuse.data.tree import (
+    ClassRoot,
+    DiskFolder,
+    Folder,
+    Level,
+    find_class_root,
+    find_only_filled,
+    holds_images,
+    shortened,
+)
 
 NUM_PEEKED = 8  # class folders in which splits are looked for: a set has them in all of its classes or in none
 
@@ -65,22 +74,21 @@ def _are_splits(folder: Folder, level: Level, named: dict[str, str], others: lis
 
 def _find_deeper(folder: Folder, level: Level) -> Splits | None:
     """Looks for splits one folder deeper."""
-    if not level.images and len(level.folders) == 1:
-        (inner,) = level.folders.values()
+    only = None if level.images else find_only_filled(level)
+    if only is not None:
+        inner = level.folders[only]
         splits = find_splits(inner)
-        return None if splits and _is_archive_of_one(inner, splits) else splits
-    peeked = list(islice(level.folders.items(), NUM_PEEKED))
-    below = {name: name_splits(inner.level().folders) for name, inner in peeked}
-    name = next((name for name, found in below.items() if len({*found.values()}) > 1), None)
-    if name is None:
-        return None
-    others = [other for other in level.folders if other != name]
-    if not level.images and not any(holds_images(level.folders[other]) for other in others):
-        splits = find_splits(level.folders[name])
-        return splits and splits._replace(left_out=[*others, *splits.left_out])
-    kinds = f"the splits {shortened([*below[name]])} below {name}, beside {shortened(others or [*level.images])}"
-    way_out = "name the one folder that has splits, or sort the classes into splits, not splits into classes"
-    raise DataError(f"{folder.place} has {kinds}: {way_out}.")
+        if splits is None or _is_archive_of_one(inner, splits):
+            return None
+        return splits._replace(left_out=[*(name for name in level.folders if name != only), *splits.left_out])
+    for name, inner in islice(level.folders.items(), NUM_PEEKED):
+        named = name_splits(inner.level().folders)
+        if len({*named.values()}) > 1:
+            others = [other for other in level.folders if other != name] or [*level.images]
+            kinds = f"the splits {shortened([*named])} below {name}, beside {shortened(others)}"
+            way_out = "name the one folder that has splits, or sort the classes into splits, not splits into classes"
+            raise DataError(f"{folder.place} has {kinds}: {way_out}.")
+    return None
 
 
 def _is_archive_of_one(folder: Folder, splits: Splits) -> bool:
@@ -89,17 +97,17 @@ def _is_archive_of_one(folder: Folder, splits: Splits) -> bool:
     return len(splits.folders) == 1 and (not flat or bool(folder.level().images))
 
 
-def find_labelled(folder: Folder, name: str) -> Folder:
+def find_labelled(folder: Folder, name: str) -> ClassRoot:
     """The folder of the class folders of one split, or of a data set that has none.
 
     Raises:
         DataError: it has splits, which would be taken for classes.
     """
     root = find_class_root(folder, name)
-    splits = find_splits(root)
+    splits = find_splits(root.folder)
     if splits is not None:
-        names = [name for name, _ in splits.folders.values()]
-        raise DataError(f"{root.place} has splits ({shortened(names)}), not classes: name the folder of one of them.")
+        names = shortened([name for name, _ in splits.folders.values()])
+        raise DataError(f"{root.folder.place} has splits ({names}), not classes: name the folder of one of them.")
     return root
 
 

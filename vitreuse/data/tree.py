@@ -7,6 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import NamedTuple, Protocol
 
 from vitreuse.data.errors import DataError
@@ -112,25 +113,40 @@ def _levels(folder: Folder) -> Iterator[tuple[str, Level]]:
         waiting += [(f"{below}/{name}".lstrip("/"), inner) for name, inner in level.folders.items()]
 
 
-def find_class_root(folder: Folder, name: str) -> Folder:
-    """The folder of the class folders: the one of this name, or one in it that holds all there is, as archives do.
+class ClassRoot(NamedTuple):
+    """The folder of the class folders, and what is left out on the way to it."""
 
-    A folder that is alone and holds images is a class, but not if it is called images or as the one that it is in:
-    Kaggle's archives have test/test/1.jpg. Then there are no classes.
+    folder: Folder
+    left_out: list[str]
+
+
+def find_class_root(folder: Folder, name: str) -> ClassRoot:
+    """The folder of the class folders: the one of this name, or one in it that holds all images, as archives do.
+
+    A folder that is alone with images of its own is a class, but not if it is called images or as the one that it is
+    in: Kaggle's archives have test/test/1.jpg. Then there are no classes.
 
     Raises:
         DataError: a folder that is alone may be a class, or hold classes.
     """
-    level = folder.level()
-    while not level.images and len(level.folders) == 1:
-        ((inner_name, inner),) = level.folders.items()
-        inner_level = inner.level()
-        is_class = inner_name != name and inner_name.lower() not in IDLE_WORDS
-        if (inner_level.images and is_class) or not (inner_level.images or inner_level.folders):
+    level, left_out = folder.level(), []
+    while not level.images and (only := find_only_filled(level)):
+        inner = level.folders[only]
+        inner_level, others = inner.level(), [other for other in level.folders if other != only]
+        if inner_level.images and only != name and only.lower() not in IDLE_WORDS:
             _check_is_class(inner, inner_level)
             break
-        folder, level, name = inner, inner_level, inner_name
-    return folder
+        if others and len(inner_level.folders) == 1:  # a class with a deeper folder, beside others yet to be filled
+            break
+        folder, level, name = inner, inner_level, only
+        left_out += others
+    return ClassRoot(folder, left_out)
+
+
+def find_only_filled(level: Level) -> str | None:
+    """The name of the only folder in which there are images; None where more have some, or none."""
+    filled = list(islice((name for name, folder in level.folders.items() if holds_images(folder)), 2))
+    return filled[0] if len(filled) == 1 else None
 
 
 def _check_is_class(folder: Folder, level: Level) -> None:
@@ -158,6 +174,11 @@ def describe_skipped(place: str, skipped: Counter[str]) -> list[str]:
     """A sentence about what was skipped, if anything was."""
     kinds = shortened([f"{number} {kind}" for kind, number in skipped.most_common()])
     return [f"{place}: {skipped.total()} files or folders that are no images are left out: {kinds}."] if kinds else []
+
+
+def describe_left_out(place: str, names: list[str]) -> list[str]:
+    """A sentence about folders and images that were left out, if any were."""
+    return [f"{place}: left out: {shortened(names)}."] if names else []
 
 
 def shortened(names: list[str], limit: int = 20) -> str:
