@@ -244,6 +244,15 @@ def test_another_programs_index_is_named_and_left_alone(tmp_path, header, said):
     assert len(build_index(tmp_path / "own")) == 3
 
 
+def test_another_programs_folder_without_tars_is_named(tmp_path):
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "index.json").write_text(json.dumps(MDS_HEADER))
+    (tmp_path / "train" / "shard.00000.mds").write_bytes(b"data")
+    with pytest.raises(DataError) as error:
+        open_split(tmp_path, "train")
+    assert_one_sentence(error, "streaming (MDS)", "leave it, and write the images as class folders")
+
+
 def test_another_programs_index_beside_class_folders_does_not_hide_them(tmp_path):
     (tmp_path / "train" / "cat").mkdir(parents=True)
     (tmp_path / "train" / "cat" / "a.png").write_bytes(PICTURE)
