@@ -178,11 +178,11 @@ def test_a_tar_behind_a_tar_is_not_lost(images, tmp_path, num_zeros):
 
 
 def test_an_image_with_holes_is_refused_and_other_files_with_holes_are_not(images, tmp_path):
-    for name in ("cat/notes.bin", "dog/9.png"):
+    for name in ("dog/notes.bin", "dog/9.png"):  # the first is the last member
         with open(images / name, "wb") as file:
             file.truncate(1 << 20)
         if name.endswith("bin"):
-            build_shards(pack(images, tmp_path / "a.tar", "--sparse"), tmp_path / "shards", SETTINGS)
+            build_shards(pack(images, tmp_path / "a.tar", "--sparse", "--sort=name"), tmp_path / "shards", SETTINGS)
             assert len(load_index(tmp_path / "shards")) == 6
     with pytest.raises(DataError) as error:
         build_shards(pack(images, tmp_path / "b.tar", "--sparse"), tmp_path / "more", SETTINGS)
