@@ -8,6 +8,7 @@ A corrupted split stands for NAME as CORRUPTION-SEVERITY.
 """
 
 import argparse
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -41,8 +42,8 @@ from eval.sets import (
 from eval.table import Column, to_csv, to_rich
 from vitreuse.class_names import names_of
 from vitreuse.config import DataConfig
-from vitreuse.console import add_allow, local_path, positive
-from vitreuse.data import open_split, prepare_source
+from vitreuse.console import add_allow, is_first_rank, local_path, positive
+from vitreuse.data import find_split, open_split, prepare_source
 from vitreuse.durable import write_durably
 from vitreuse.file_names import for_terminal, printable, to_bytes
 from vitreuse.inputs import Transform, evaluation_transform, image_settings
@@ -226,7 +227,7 @@ def _row(target: Target, model: Any, root: str, part: str, args: argparse.Namesp
         num_workers=args.num_workers,
         progress=bar,
     )
-    data = root if url_kind(root) else str(Path(root, split))
+    data = root if url_kind(root) else str(find_split(Path(root), split) or Path(root, split))
     training = None if args.checkpoint is not None or args.pretrained else target.unfinished
     row = {"name": target.label, "data": data, "set": test_set.title, "remark": test_set.remark, "training": training}
     row |= found.figures
@@ -243,6 +244,8 @@ def _open(target: Target, model: Any, root: str, split: str, args: argparse.Name
     mode = "L" if image_settings(model)["input_size"][0] == 1 else "RGB"
     cache_root = DataConfig.cache_root if target.config is None else target.config.data.cache_root
     dataset = open_split(root, split, mode, cache_root=cache_root, allow=args.allow)
+    for note in dataset.notes if is_first_rank() else ():
+        print(note, file=sys.stderr)
     names = _class_names(model, args)
     if args.set is not None:
         test_set = named_set(SETS[args.set], dataset, whole=not args.subset)

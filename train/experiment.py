@@ -51,6 +51,9 @@ def set_up(config: Config, ranks: Ranks, allow: Collection[str] = ()) -> Experim
         where = {"cache_root": config.data.cache_root, "allow": allow}
         train_set = open_split(config.data.folder, "train", mode, train_decoder(config), **where)
         val_set = open_split(config.data.folder, "val", mode, **where)
+        if ranks.is_main:
+            for note in (*train_set.notes, *val_set.notes):
+                print(note, file=sys.stderr)
         val_set = numbered_as(val_set, train_set.class_names, str(train_set.folder), "give both the same classes")
         check_numbers(train_set, val_set)
         _check_shuffled(config, train_set)

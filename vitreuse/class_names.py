@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 
 from vitreuse.checkpoint_file import read_metadata
 from vitreuse.data import DataError, FolderDataset, Sample, ShardDataset
+from vitreuse.data.names import find_lookalike
 from vitreuse.strict_yaml import nearest
 
 LABEL_NAMES = "label_names"  # as timm calls them
@@ -100,6 +101,9 @@ def difference(names: Sequence[str], known: Sequence[str], whose: str) -> str:
         whose: What has those that are known.
     """
     others = foreign(names, known)
+    twin = find_lookalike(others[0], known) if others else None
+    if twin is not None:
+        return f"{others[0]!a}, which {whose} has as {twin!a}, which differs only in Unicode normalisation"
     if others:
         return f"{listed(others)}, not a class of {whose} ({listed(known, 6)}){nearest(others[0], known).rstrip('?')}"
     return f"{listed(names)}, {len(names)} in all, where {whose} has {listed(known)}, {len(known)} in all"
@@ -117,6 +121,7 @@ class Renumbered(Dataset[Sample]):
     def __init__(self, dataset: ShardDataset | FolderDataset, numbers: Sequence[int], class_names: Names):
         self.dataset, self.numbers, self.class_names = dataset, tuple(numbers), class_names
         self.folder, self.digest, self.key = dataset.folder, dataset.digest, dataset.key
+        self.notes = dataset.notes
 
     def __len__(self) -> int:
         return len(self.dataset)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vitreuse.class_names import Names, names_of, numbered_as
-from vitreuse.data import DataError, open_images, prepare_source
+from vitreuse.data import DataError, choose_split, find_split, open_images, prepare_source
 from vitreuse.inputs import Transform, evaluation_transform, image_settings
 from vitreuse.targets import Target
 
@@ -55,7 +55,7 @@ def sample_images(
     Args:
         target: What the model is of: a run crops images as it did while it was evaluated.
         model: The model itself.
-        root: Shards, class folders, or images alone; or a folder that has such a one by the name of the split.
+        root: Shards, class folders, or images alone; or a folder that has splits of these.
         num_images: How many.
         split: The split to look for.
         seed: Of the choice.
@@ -66,7 +66,7 @@ def sample_images(
     if root is None:
         root = _own_root(target)
     mode = "L" if image_settings(model)["input_size"][0] == 1 else "RGB"
-    dataset = open_images(root / split if (root / split).is_dir() else root, mode)
+    dataset = open_images(choose_split(root, split), mode)
     crop_pct = None if target.config is None else target.config.eval.crop_pct
     dataset, remark = _under_labels_of(model, dataset, target.label)
     return ImageSample(dataset, evaluation_transform(model, crop_pct), num_images, seed, remark)
@@ -85,7 +85,7 @@ def _under_labels_of(model: Any, dataset: Any, label: str) -> tuple[Any, str | N
 
 def learning_split(target: Target, root: Path | None, otherwise: str = "val") -> str:
     """The split that a model may learn from, or a plan be chosen on: train where there is one; arguments as above."""
-    return "train" if ((root or _own_root(target)) / "train").is_dir() else otherwise
+    return otherwise if find_split(root or _own_root(target), "train") is None else "train"
 
 
 def _own_root(target: Target) -> Path:

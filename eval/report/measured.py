@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from eval.flops import macs_by_part
 from eval.profile import profile_parts
 from eval.series import Series
-from vitreuse.data import open_split
+from vitreuse.data import find_split, open_split
 from vitreuse.inputs import evaluation_transform, example, image_settings
 from vitreuse.measure import inference_call, peak_memory_mib, time_interleaved
 from vitreuse.similarity import map_similarity
@@ -89,7 +89,7 @@ def similarity(series: Series, device: torch.device) -> dict[str, Any]:
     if run is None or run.folder is None:
         return {"reason": "Only cards were given: the weights are in the run folder."}
     assert run.folder.config is not None
-    if not (Path(run.folder.config.data.folder) / "val").is_dir():
+    if find_split(Path(run.folder.config.data.folder), "val") is None:
         return {"reason": f"The validation images are not at {run.folder.config.data.folder}."}
     try:
         model = run.folder.load().to(device).eval()

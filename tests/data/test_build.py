@@ -23,7 +23,9 @@ from torchvision.datasets import ImageFolder
 
 from vitreuse.__main__ import main
 from vitreuse.data import BuildSettings, DataError, Workers, build_shards, load_index, verify_shards
+from vitreuse.data.build import ShardTask, _write_shard
 from vitreuse.data.folders import list_classes, list_images
+from vitreuse.data.listing import list_splits
 
 CLASS_SIZES = {"n01.cat": 7, "n02": 11, "n03": 5}
 NUM_IMAGES = sum(CLASS_SIZES.values())
@@ -259,7 +261,7 @@ def make_inner_tar_without_end(path):
         (make_twins, ["a/000.JPEG and a/000.png of ", "the same key"]),
         (make_other_val, ["val has a class 'c' that train lacks"]),
         (lambda path: path.write_bytes(PHOTO), ["damaged, cut short or no uncompressed tar"]),
-        (make_compressed_tar, ["damaged, cut short or no uncompressed tar"]),
+        (make_compressed_tar, ["is compressed by gzip", "gunzip -c ", "makes a tar of it"]),
         (make_inner_tar_without_end, ["n01.tar in ", "damaged, cut short", "no end mark"]),
         (lambda path: write_tar(path, [("x.jpg", PHOTO), ("n01.tar", b"")]), ["both images (x.jpg) and tars"]),
         (lambda path: write_tar(path, [("a/n.tar", b""), ("b/n.tar", b"")]), ["two tars of the same name"]),
@@ -282,6 +284,90 @@ def test_an_undecodable_image_is_named_where_it_must_be_shrunk(tmp_path, num_wor
     assert_one_sentence(error, f"image a/000.JPEG of {tmp_path / 'source'} is no whole image (")
     build_shards(tmp_path / "source", tmp_path / "copied", SETTINGS, Workers(num_workers))
     assert ("a/000", 0, PHOTO[:-60]) in read_samples(tmp_path / "copied")
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_all_images_that_cannot_be_used_are_named_at_once(tmp_path, num_workers, capsys):
+    for split in ("train", "val"):
+        make_folder(tmp_path / "source" / split, {"a": 30, "b": 3}, size=(9, 7))
+    bad = [f"a/{number:03d}.JPEG" for number in (5, *range(7, 30))]
+    for name in bad:
+        (tmp_path / "source" / "train" / name).write_bytes(b"no image")
+    for name in ("a/000.JPEG", "b/000.JPEG"):
+        (tmp_path / "source" / "val" / name).write_bytes(PHOTO[:-60])
+    folder, command = tmp_path / "shards", ["shards", "build", str(tmp_path / "source"), str(tmp_path / "shards")]
+    options = ["--resize", "5", "--samples-per-shard", "7", "--workers", str(num_workers)]
+    assert main([*command, *options]) == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    first, second = (f"images of {tmp_path / 'source' / split} cannot be used: image a/" for split in ("train", "val"))
+    assert f"24 {first}" in told and f"2 {second}" in told
+    assert [name for name in bad if name in told] == bad[:20] and " and 4 more; " in told
+    assert told.count("is no whole image (") == 2 and told.endswith(".")
+    for name in bad:
+        (tmp_path / "source" / "train" / name).unlink()
+    assert main([*command, *options]) == 2  # train is whole now
+    told = capsys.readouterr().err
+    assert f"2 {second}" in told and len(load_index(folder / "train")) == 9
+    for name in ("a/000.JPEG", "b/000.JPEG"):
+        (tmp_path / "source" / "val" / name).write_bytes(PHOTO)
+    assert main([*command, *options]) == 0 and len(load_index(folder / "val")) == 33
+    assert sorted(path.name for path in folder.iterdir()) == ["train", "val"]
+
+
+def test_no_shard_stays_without_its_bad_images_when_a_build_is_killed(tmp_path):
+    """What a kill leaves is taken for whole by the next start."""
+    make_folder(tmp_path / "source", {"a": 9}, size=(9, 7))
+    (tmp_path / "source" / "a" / "004.JPEG").write_bytes(b"no image")
+    listing = list_splits(tmp_path / "source", Workers())[""]
+    path = tmp_path / "shard.tar"
+    problems = _write_shard(ShardTask(path, listing.source, listing.images, BuildSettings(9, resize_px=5)))
+    assert [*problems] == ["a/004.JPEG"] and not path.exists()
+
+
+def make_several_empty_images(path):
+    make_folder(path, {"a": 30})
+    for number in (0, *range(3, 30)):
+        (path / "a" / f"{number:03d}.JPEG").write_bytes(b"")
+
+
+def make_several_twins(path):
+    make_folder(path, {"a": 6})
+    for number in (0, 3, 4):
+        (path / "a" / f"{number:03d}.png").write_bytes(PHOTO)
+
+
+def make_several_empty_classes(path):
+    for name in ("a", "b", "c"):
+        (path / name).mkdir(parents=True)
+
+
+def make_lookalikes(path):
+    make_folder(path, {"caf\u00e9": 3, "cafe\u0301": 3})
+
+
+def make_other_spelling(path):
+    make_folder(path / "train", {"caf\u00e9": 3})
+    make_folder(path / "val", {"cafe\u0301": 3})
+
+
+@pytest.mark.parametrize(
+    ("make", "parts"),
+    [
+        (make_several_empty_images, ["28 images of ", "are empty (a/000.JPEG, a/003.JPEG, ", " and 8 more)"]),
+        (make_several_twins, ["a/000.JPEG and a/000.png, a/003.JPEG and a/003.png, a/004", "(3 such pairs)"]),
+        (make_several_empty_classes, ["source/a has no images", "one of 3 such classes (a, b, c)"]),
+        (make_lookalikes, [r"'cafe\u0301' and 'caf\xe9' of ", "differ only in Unicode normalisation"]),
+        (
+            make_other_spelling,
+            [r"val has a class 'cafe\u0301' and train has 'caf\xe9'", "only in Unicode normalisation"],
+        ),
+    ],
+)
+def test_all_of_a_kind_are_named(tmp_path, make, parts):
+    make(tmp_path / "source")
+    with pytest.raises(DataError) as error:
+        build_shards(tmp_path / "source", tmp_path / "shards", SETTINGS)
+    assert_one_sentence(error, *parts)
 
 
 @pytest.mark.parametrize(

@@ -252,6 +252,100 @@ def palette_with_transparency():
 
 
 PALETTE, PALETTE_RGB = palette_with_transparency()
+RAMP = np.linspace(0, 1, 13, dtype=np.float32).reshape(1, 13)
+BYTES = np.rint(RAMP * 255).astype(int).tolist()
+
+
+def encode_tiff(values, bits, sample_format=1, photometric=1):
+    """A grey TIFF written tag by tag: PIL does not write most of these kinds, and reads some of them as another."""
+    data = values if isinstance(values, bytes) else values.tobytes()
+    num_columns = len(data) * 8 // bits
+    tags = {256: num_columns, 257: 1, 258: bits, 259: 1, 262: photometric, 273: 8, 277: 1, 278: 1, 279: len(data)}
+    entries = [struct.pack("<HHII", tag, 4, 1, number) for tag, number in {**tags, 339: sample_format}.items()]
+    head = b"II*\0" + struct.pack("<I", 8 + len(data)) + data
+    return head + struct.pack("<H", len(entries)) + b"".join(entries) + bytes(4)
+
+
+def encode_12_bits(values):
+    """Two numbers in three bytes."""
+    bits = "".join(f"{value:012b}" for value in values)
+    return encode_tiff(int(bits, 2).to_bytes(len(bits) // 8, "big"), 12)
+
+
+def encode_pgm(white):
+    return b"P5\n13 1\n%d\n" % white + np.rint(RAMP * white).astype(">u2").tobytes()
+
+
+@pytest.mark.parametrize(
+    ("content", "values"),
+    [
+        (encode_tiff(RAMP, 32, 3), BYTES),
+        (encode_tiff(RAMP * 1.0005 - 0.0002, 32, 3), BYTES),
+        (encode_tiff(RAMP * 255, 32, 3), BYTES),
+        (encode_tiff(RAMP, 32, 3, photometric=0), [[255 - value for value in BYTES[0]]]),
+        (encode_tiff(RAMP * 0, 32, 3), [[0] * 13]),
+        (b"Pf\n13 1\n-1.0\n" + RAMP.tobytes(), BYTES),
+        (encode_tiff(np.rint(RAMP * 255).astype("<i4"), 32, 2), BYTES),
+        (encode_tiff(np.rint(RAMP * 255).astype("<u4"), 32), BYTES),
+        (encode_tiff((RAMP > 0.5).astype("<u4"), 32), [[0] * 7 + [1] * 6]),
+        (encode_tiff(np.rint(RAMP * 255).astype("<i2"), 16, 2), BYTES),
+        (encode_tiff(np.rint(RAMP * 65535).astype("<u2"), 16), BYTES),
+        (encode_tiff(np.rint(RAMP * 65535).astype("<u2"), 16, photometric=0), [[255 - value for value in BYTES[0]]]),
+        (encode_12_bits([0, 2048, 4095, 15]), [[0, 128, 255, 1]]),
+        (encode_pgm(65535), BYTES),
+        (encode_pgm(4095), BYTES),
+    ],
+    ids=[
+        *("float", "float-overshoot", "float-255", "float-white-is-0", "float-black", "float-pfm"),
+        *("signed-32", "unsigned-32", "unsigned-32-dark", "signed-16", "16", "16-white-is-0", "12", "pgm-16", "pgm-12"),
+    ],
+)
+def test_grey_of_more_than_eight_bits_keeps_its_white(content, values):
+    assert np.abs(np.subtract(pixels(decode_image(content, "L", "image x")), values)).max() <= 1
+    assert torch.equal(decode_tensor(content, "RGB", "x"), pil_to_tensor(decode_image(content, "RGB", "x")))
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (encode_tiff(np.where(RAMP > 0.5, np.nan, RAMP).astype("<f4"), 32, 3), "has NaN or infinity"),
+        (encode_tiff(np.where(RAMP > 0.5, np.inf, RAMP).astype("<f4"), 32, 3), "has NaN or infinity"),
+        (encode_tiff(RAMP * 2 - 1, 32, 3), "has floats from -1 to 1, of which it is not certain what is white"),
+        (encode_tiff(RAMP * np.float32(1.5), 32, 3), "has floats from 0 to 1.5"),
+        (encode_tiff(RAMP * np.float32(65535), 32, 3), "has floats from 0 to 65535"),
+        (encode_tiff((RAMP * 65535).astype("<i4"), 32, 2), "has whole numbers from 0 to 65535"),
+        (encode_tiff((RAMP * 200 - 9).astype("<i4"), 32, 2), "has whole numbers from -9 to 191"),
+        (encode_tiff((RAMP * 4e9).astype("<u4"), 32), "has whole numbers from -"),
+        (encode_tiff((RAMP * 999).astype("<i2"), 16, 2), "has whole numbers from 0 to 999"),
+        (encode_tiff(RAMP.astype("<f8"), 64, 3), "has no known image format"),
+    ],
+)
+def test_grey_of_which_white_is_not_certain_is_refused_by_name(content, reason):
+    for decode in (decode_image, decode_tensor):
+        with pytest.raises(DecodeError) as error:
+            decode(content, "RGB", "image x")
+        assert str(error.value).startswith(f"image x {reason}") and str(error.value).endswith(".")
+
+
+def palette_of(transparency):
+    content = io.BytesIO()
+    make_image(3).quantize(8).save(content, "PNG", transparency=transparency)
+    return content.getvalue()
+
+
+@pytest.mark.parametrize("to", ["RGB", "L"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(encode(make_image(3, mode)) for mode in ("LA", "RGBA", "P", "1")),
+        *(encode(make_image(3, mode), "TIFF") for mode in ("CMYK", "YCbCr", "LA")),
+        *(palette_of(transparency) for transparency in (3, bytes(range(8)))),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Palette images with Transparency")
+def test_other_modes_are_converted_as_timm_converts_them(content, to):
+    """timm's data sets call convert of whatever PIL opens."""
+    assert pixels(decode_image(content, to, "x")) == pixels(Image.open(io.BytesIO(content)).convert(to))
 
 
 @pytest.mark.parametrize(
@@ -316,7 +410,7 @@ def make_empty(root):
 
 
 def make_other_splits(root):
-    (root / "training").mkdir()
+    (root / "pictures").mkdir()
 
 
 def make_bare_tars(root):
@@ -332,7 +426,7 @@ def make_empty_class(root):
     ("make", "parts"),
     [
         (make_empty, ["neither shards (*.tar and index.json) nor class folders"]),
-        (make_other_splits, ["no folder", "has training and needs train/"]),
+        (make_other_splits, ["no folder", "has pictures and needs train/"]),
         (lambda root: None, ["no folder", "has no folders and needs train/"]),
         (make_bare_tars, ["1 tars and no index.json", "vitreuse shards index "]),
         (make_empty_class, ["class folder", "has no images (bmp, jpeg,", "fill or remove it"]),

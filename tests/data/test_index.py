@@ -19,6 +19,7 @@ from vitreuse.data import (
     ShardDataset,
     build_index,
     load_index,
+    open_split,
     shards_info,
     verify_shards,
     write_shard,
@@ -183,7 +184,86 @@ def test_a_compressed_tar_is_refused(tmp_path):
     (tmp_path / "squeezed.tar").unlink()
     with pytest.raises(DataError) as error:
         build_index(tmp_path)
-    assert_one_sentence(error, "packed.tar", "no uncompressed tar")
+    unpacked = tmp_path / "packed-unpacked.tar"
+    assert_one_sentence(error, "packed.tar is compressed by gzip", f"gunzip -c {tmp_path / 'packed.tar'} > {unpacked}")
+
+
+@pytest.mark.parametrize(
+    ("start", "said"),
+    [
+        (b"BZh9", "is compressed by bzip2"),
+        (b"\xfd7zXZ\0", "is compressed by xz"),
+        (b"\x28\xb5\x2f\xfd", "is compressed by zstd"),
+        (b"PK\x03\x04", "is a zip archive and no tar"),
+        (b"no tar", "is damaged, cut short or no uncompressed tar"),
+    ],
+)
+def test_what_is_no_tar_is_called_what_it_is(tmp_path, start, said):
+    (tmp_path / "a.tar").write_bytes(start.ljust(1024, b"x"))
+    with pytest.raises(DataError) as error:
+        build_index(tmp_path)
+    assert_one_sentence(error, f"shard {tmp_path / 'a.tar'} {said}")
+
+
+def test_shards_without_labels_are_called_that(tmp_path):
+    """As img2dataset writes them."""
+    kinds = {"jpg": PICTURE, "txt": b"a caption", "json": b"{}"}
+    write_tar(tmp_path / "00000.tar", [(f"{key:09d}.{kind}", data) for key in range(2) for kind, data in kinds.items()])
+    with pytest.raises(DataError) as error:
+        build_index(tmp_path)
+    assert_one_sentence(error, "00000.tar has no labels", "000000000.jpg, 000000000.txt", "KEY.cls", "shards build")
+    assert "next to each other" not in str(error.value)
+
+
+MDS_HEADER = {"version": 2, "shards": [{"format": "mds", "raw_data": {"basename": "shard.00000.mds", "bytes": 9}}]}
+WIDS_HEADER = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "shardlist": [{"url": "a.tar", "nsamples": 1}]}
+
+
+@pytest.mark.parametrize(
+    ("header", "said"),
+    [
+        (MDS_HEADER, "is an index of MosaicML's streaming (MDS)"),
+        (WIDS_HEADER, "is an index of WebDataset's wids"),
+        ({"name": "x"}, "is another program's file (it has name)"),
+        ([1, 2], "is another program's file (it has list)"),
+    ],
+)
+def test_another_programs_index_is_named_and_left_alone(tmp_path, header, said):
+    write_shard(make_samples(3), tmp_path / "a.tar")
+    (tmp_path / "index.json").write_text(json.dumps(header))
+    reads = (load_index, build_index, ShardDataset, lambda folder: build_index(folder, CLASS_NAMES))
+    for read in (*reads, lambda folder: open_split(folder.parent, folder.name)):
+        with pytest.raises(DataError) as error:
+            read(tmp_path)
+        assert_one_sentence(error, f"{tmp_path / 'index.json'} {said}", "leave it, link the tars", "shards index ")
+        assert "delete" not in str(error.value)
+    assert json.loads((tmp_path / "index.json").read_text()) == header
+    assert verify_shards(tmp_path) == [str(error.value)]
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "a.tar").symlink_to("../a.tar")
+    assert len(build_index(tmp_path / "own")) == 3
+
+
+def test_another_programs_folder_without_tars_is_named(tmp_path):
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "index.json").write_text(json.dumps(MDS_HEADER))
+    (tmp_path / "train" / "shard.00000.mds").write_bytes(b"data")
+    with pytest.raises(DataError) as error:
+        open_split(tmp_path, "train")
+    assert_one_sentence(error, "streaming (MDS)", "leave it, and write the images as class folders")
+
+
+def test_another_programs_index_beside_class_folders_does_not_hide_them(tmp_path):
+    (tmp_path / "train" / "cat").mkdir(parents=True)
+    (tmp_path / "train" / "cat" / "a.png").write_bytes(PICTURE)
+    (tmp_path / "train" / "index.json").write_text("{}")
+    assert open_split(tmp_path, "train").class_names == ("cat",)
+
+
+def test_a_resource_fork_beside_shards_is_no_shard(split):
+    (split / "._shard-000000.tar").write_bytes(b"resource fork")
+    assert len(load_index(split)) == len(build_index(split)) == 13
+    assert verify_shards(split) == []
 
 
 def test_a_key_used_twice_is_refused(split):

@@ -228,6 +228,14 @@ def test_a_full_disk_is_one_sentence(split, tmp_path):
     assert files(tmp_path / "cache") == FILES[:2] and remote[0].key == "s000"
 
 
+def test_another_programs_index_is_named(split, tmp_path):
+    (split / "index.json").write_text('{"version": 2, "shards": []}')
+    (split / "index.npy").unlink()
+    with pytest.raises(DataError, match=r"gives is an index of MosaicML's streaming .* and no index of vitreuse's"):
+        open_split(cat(split.parent), "train", cache_root=tmp_path / "cache", allow=["pipe"])
+    assert files(tmp_path / "cache") == []
+
+
 @pytest.mark.parametrize("name", ["../../up.tar", "$(touch harmed).tar", ".hidden.tar", "-rf.tar", "a b.tar", ""])
 def test_an_index_names_no_path_and_no_command(split, tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)

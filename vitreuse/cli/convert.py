@@ -15,13 +15,13 @@ from torch import Tensor
 
 from vitreuse.agreement import agreement
 from vitreuse.attention.lowrank import PROJECTIONS, SHARINGS
-from vitreuse.cli.source import add_source_arguments, load_model, training_note
+from vitreuse.cli.source import add_source_arguments, load_model, load_sample, training_note
 from vitreuse.console import WorkProgress, choose_device, local_path, titled
 from vitreuse.convert import LOWRANK_STARTS, Conversion, convert, fit_projections
 from vitreuse.durable import durable_folder, refuse_filled, write_durably
 from vitreuse.head_errors import measure_head_errors
 from vitreuse.hub import save_hub_folder
-from vitreuse.images import ImageSample, learning_split, sample_images
+from vitreuse.images import ImageSample, learning_split
 from vitreuse.macs import count_macs, count_params
 from vitreuse.plan import Plan, parse_plan
 from vitreuse.shape import exact_copy
@@ -132,9 +132,9 @@ def _samples(args: argparse.Namespace, target: Target, model: Any) -> _Samples |
     """None where nobody names images. What is learned from is the split train, where the images have one."""
     if args.data is None and target.config is None:
         return None
-    shown = sample_images(target, model, args.data, args.images, args.split, args.seed)
+    shown = load_sample(args, target, model, args.split)
     split = learning_split(target, args.data, args.split)
-    return _Samples(shown, sample_images(target, model, args.data, args.images, split, args.seed), split)
+    return _Samples(shown, load_sample(args, target, model, split), split)
 
 
 def _choose(args: argparse.Namespace, plan: Plan, has_images: bool) -> _How:

@@ -14,11 +14,10 @@ from rich.filesize import decimal
 from rich.table import Table
 from torch import Tensor
 
-from vitreuse.cli.source import add_image_arguments, add_model_arguments, load_model, training_note
+from vitreuse.cli.source import add_image_arguments, add_model_arguments, load_model, load_sample, training_note
 from vitreuse.console import local_path, positive, titled
 from vitreuse.export import FILES, OPSETS, PROGRAMS, export, load_onnx
 from vitreuse.fold import fold
-from vitreuse.images import sample_images
 from vitreuse.inputs import example
 from vitreuse.measure import inference_call, time_interleaved
 from vitreuse.targets import Target
@@ -92,7 +91,7 @@ def _batches(args: argparse.Namespace, target: Target, model: Any) -> tuple[list
     """Images to check on, and what they are."""
     if target.config is None and args.data is None:
         return [example(model, args.batch_size)], f"{args.batch_size} random images, for want of --data DIR"
-    sample = sample_images(target, model, args.data, args.images, args.split, args.seed)
+    sample = load_sample(args, target, model, args.split)
     return [images for images, _ in sample.batches(args.batch_size)], f"{len(sample)} images"
 
 

@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_build_arguments(parser: argparse.ArgumentParser) -> None:
-    sources = "a folder of images a class, train/ and val/ of these, a tar of these, or a tar of one tar a class"
+    sources = "a folder of images a class, or splits of these such as train/ and val/; a tar of either; a tar of tars"
     parser.add_argument("source", type=local_path, metavar="SOURCE", help=sources)
     samples, quality, seed = BuildSettings.samples_per_shard, BuildSettings.quality, BuildSettings.seed
     parser.add_argument("--samples-per-shard", type=positive, default=samples, metavar="N", help="default: %(default)s")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -71,8 +72,20 @@ def load_source(args: argparse.Namespace) -> Source:
     device = choose_device(args.device)
     target, model = load_model(args)
     split = args.split or learning_split(target, args.data)
-    sample = sample_images(target, model, args.data, args.images, split, args.seed)
+    sample = load_sample(args, target, model, split)
     return Source(target, model.to(device).eval(), sample, split, device, args.batch_size, training_note(args, target))
+
+
+def load_sample(args: argparse.Namespace, target: Target, model: Any, split: str) -> ImageSample:
+    """The images of a split that the arguments name; what of them is left out is said on standard error.
+
+    Raises:
+        ValueError: There are no images.
+    """
+    sample = sample_images(target, model, args.data, args.images, split, args.seed)
+    for note in sample.dataset.notes:
+        print(note, file=sys.stderr)
+    return sample
 
 
 def load_model(args: argparse.Namespace) -> tuple[Target, Any]:

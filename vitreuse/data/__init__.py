@@ -2,12 +2,14 @@
 
 from vitreuse.data.build import BuildSettings, build_shards
 from vitreuse.data.datasets import CACHE_ROOT, FolderDataset, ShardDataset, open_images, open_split
-from vitreuse.data.decode import IMAGE_EXTENSIONS, Decoder, Sample, decode_image, decode_tensor
+from vitreuse.data.decode import Decoder, Sample, decode_image, decode_tensor
 from vitreuse.data.errors import DataError, DecodeError
 from vitreuse.data.index import Index, Record, build_index, load_index
+from vitreuse.data.names import IMAGE_EXTENSIONS, quoted_apart
 from vitreuse.data.scan import Shard
 from vitreuse.data.shards import EncodedSample, SplitInfo, shards_info, verify_shards, write_shard, write_shards
 from vitreuse.data.sources import SOURCES, prepare_source
+from vitreuse.data.splits import choose_split, find_split
 from vitreuse.data.workers import Workers, end_with_parent, usable_cpus
 
 __all__ = [
@@ -29,13 +31,16 @@ __all__ = [
     "Workers",
     "build_index",
     "build_shards",
+    "choose_split",
     "decode_image",
     "decode_tensor",
     "end_with_parent",
+    "find_split",
     "load_index",
     "open_images",
     "open_split",
     "prepare_source",
+    "quoted_apart",
     "shards_info",
     "usable_cpus",
     "verify_shards",

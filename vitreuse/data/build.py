@@ -28,6 +28,7 @@ from vitreuse.data.errors import DataError
 from vitreuse.data.index import build_index, find_twins
 from vitreuse.data.listing import Listing, list_splits, read_image
 from vitreuse.data.shards import EncodedSample, write_shard
+from vitreuse.data.tree import shortened
 from vitreuse.data.workers import THIS_PROCESS, Workers
 from vitreuse.durable import TEMPORARY_FILES, exclusive_lock, sync, write_durably
 
@@ -83,8 +84,8 @@ def build_shards(
     orientation included, unless it is shrunk; then it becomes a JPEG of the pixels as they were stored, without EXIF.
 
     Args:
-        source: class folders, a folder with train/ and val/ of class folders, or a tar: see listing.py.
-        folder: for the shards; with train/ and val/ for one folder of shards each.
+        source: class folders, a folder with splits of them, or a tar of either: see listing.py.
+        folder: for the shards; of splits, for one folder of shards each, by the names train, val and test.
         settings: what to write.
         workers: the processes that write.
 
@@ -92,34 +93,43 @@ def build_shards(
         The folders of shards.
 
     Raises:
-        DataError: the source cannot be used or changed meanwhile, two images would have the same key, an image to
-            shrink cannot be decoded, the folder holds something else or cannot be written, it is being built by
-            another process, or was begun from another source or with other settings.
+        DataError: the source cannot be used or changed meanwhile, images would have the same key, images cannot be
+            read or, to be shrunk, decoded, the folder holds something else or cannot be written, it is being built by
+            another process, or was begun from another source or with other settings. All such images are counted, and
+            the first of them named.
     """
     listings = list_splits(Path(source), workers)
     for listing in listings.values():
         _check_keys(listing)
     folders = {split: Path(folder) / split for split in listings}
+    problems: list[str] = []
     for split, listing in listings.items():
         try:
-            _build_split(folders[split].resolve(), listing, settings, workers)
+            problems += _build_split(folders[split].resolve(), listing, settings, workers)
         except OSError as error:
             way_out = "see to that and run the same command again, it goes on where it stopped"
             raise DataError(f"{folders[split]} cannot be written ({error.strerror}): {way_out}.") from error
+    if problems:
+        raise DataError("; ".join(problems) + ".")
     return list(folders.values())
 
 
-def _build_split(folder: Path, listing: Listing, settings: BuildSettings, workers: Workers) -> None:
+def _build_split(folder: Path, listing: Listing, settings: BuildSettings, workers: Workers) -> list[str]:
+    """Builds a folder of shards; returns what is wrong with images that cannot be used, for which it is not built."""
     order = np.random.default_rng(settings.seed).permutation(len(listing.images))
     plan = _make_plan(listing, settings)
     with _staging(folder) as staged:
         if _is_built(folder, plan):
-            return
+            return []
         _begin(staged, plan)
-        _write_missing(staged, listing.source, listing.images[order], settings, workers)
+        problems = _write_missing(staged, listing.source, listing.images[order], settings, workers)
+        if problems:
+            shutil.rmtree(staged)  # whatever is done about them makes another build of it
+            return [_summarise(problems, listing)]
         build_index(staged, listing.class_names, workers)
         os.rename(staged, folder)
         sync(folder.parent)
+    return []
 
 
 def _make_plan(listing: Listing, settings: BuildSettings) -> dict[str, Any]:
@@ -194,7 +204,10 @@ def _describe_changes(old: dict[str, Any], new: dict[str, Any]) -> str:
     return ", ".join(f"{name} {str(old.get(name))[:16]}, now {str(new[name])[:16]}" for name in names)
 
 
-def _write_missing(staged: Path, source: Path, images: np.ndarray, settings: BuildSettings, workers: Workers) -> None:
+def _write_missing(
+    staged: Path, source: Path, images: np.ndarray, settings: BuildSettings, workers: Workers
+) -> dict[str, str]:
+    """Writes the shards that are not there; returns a sentence for each image that cannot be used, by its name."""
     starts = range(0, len(images), settings.samples_per_shard)
     tasks = [
         ShardTask(staged / f"shard-{number:06d}.tar", source, images[start : start + starts.step], settings)
@@ -203,23 +216,55 @@ def _write_missing(staged: Path, source: Path, images: np.ndarray, settings: Bui
     missing = [task for task in tasks if not task.path.exists()]
     sizes = [len(task.images) for task in missing]
     done = len(images) - sum(sizes)
-    for _ in workers.map(_write_shard, missing, f"writing {staged.name}", "images", sizes, done):
-        pass
+    written = workers.map(_write_shard, missing, f"writing {staged.name}", "images", sizes, done)
+    return {name: sentence for problems in written for name, sentence in problems.items()}
 
 
-def _write_shard(task: ShardTask) -> None:
-    write_shard(_read_samples(task), task.path)
+def _write_shard(task: ShardTask) -> dict[str, str]:
+    """Writes a shard; returns a sentence for each image that cannot be used, by its name, and then writes none."""
+    problems: dict[str, str] = {}
+    try:
+        write_shard(_read_samples(task, problems), task.path)
+    except DataError:
+        if not problems:
+            raise
+    return problems
 
 
-def _read_samples(task: ShardTask) -> Iterator[EncodedSample]:
-    resize_px, quality = task.settings.resize_px, task.settings.quality
+def _read_samples(task: ShardTask, problems: dict[str, str]) -> Iterator[EncodedSample]:
+    """Reads the samples of a shard and notes what cannot be used.
+
+    Raises:
+        DataError: at the end, if an image could not be: the shard is not whole.
+    """
     for raw_name, offset, size, _, label in task.images.tolist():
         name = os.fsdecode(raw_name)
-        data = read_image(task.source, name, offset, size)
-        extension = name.rpartition(".")[2].lower()
-        if resize_px is not None and (shrunk := _shrink(data, resize_px, quality, f"image {name} of {task.source}")):
-            data, extension = shrunk, "jpg"
-        yield EncodedSample(os.fsdecode(_make_key(raw_name)), data, extension, label)
+        try:
+            data, extension = _read_image(task, name, offset, size)
+        except DataError as error:
+            problems[name] = str(error)
+        else:
+            yield EncodedSample(os.fsdecode(_make_key(raw_name)), data, extension, label)
+    if problems:
+        raise DataError(f"{len(problems)} images of {task.path} cannot be used.")
+
+
+def _read_image(task: ShardTask, name: str, offset: int, size: int) -> tuple[bytes, str]:
+    """The bytes of an image as they go into a shard, and their ending."""
+    resize_px, quality = task.settings.resize_px, task.settings.quality
+    data = read_image(task.source, name, offset, size)
+    if resize_px is not None and (shrunk := _shrink(data, resize_px, quality, f"image {name} of {task.source}")):
+        return shrunk, "jpg"
+    return data, name.rpartition(".")[2].lower()
+
+
+def _summarise(problems: dict[str, str], listing: Listing) -> str:
+    """What is wrong with images, in the order of their names, without the end of the sentence."""
+    told = [problems[name].rstrip(".") for name in sorted(problems)]
+    if len(told) == 1:
+        return told[0]
+    told = [part.replace(f" of {listing.source}", "") for part in told]
+    return f"{len(told)} images of {listing.source} cannot be used: {shortened(told)}"
 
 
 def _shrink(data: bytes, resize_px: int, quality: int, place: str) -> bytes | None:
@@ -243,6 +288,8 @@ def _make_key(name: bytes) -> bytes:
 
 def _check_keys(listing: Listing) -> None:
     names = listing.images["name"]
-    for twins in find_twins(np.array([_make_key(name) for name in names.tolist()])):
-        first, second = (os.fsdecode(names[number].item()) for number in twins)
-        raise DataError(f"{first} and {second} of {listing.source} would have the same key: rename one.")
+    twins = list(find_twins(np.array([_make_key(name) for name in names.tolist()])))
+    if twins:
+        pairs = [" and ".join(os.fsdecode(names[number].item()) for number in pair) for pair in twins]
+        number = f" ({len(pairs)} such pairs)" if len(pairs) > 1 else ""
+        raise DataError(f"{shortened(pairs)} of {listing.place} would have the same key{number}: rename one of each.")

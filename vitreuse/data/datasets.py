@@ -4,6 +4,7 @@ import hashlib
 import os
 import weakref
 import zlib
+from collections import Counter
 from collections.abc import Collection
 from functools import lru_cache, partial
 from pathlib import Path
@@ -14,9 +15,11 @@ from torch.utils.data import Dataset
 
 from vitreuse.data.decode import Decoder, Sample, decode_image
 from vitreuse.data.errors import DataError, DecodeError
-from vitreuse.data.folders import is_image_name, list_classes, list_images
-from vitreuse.data.index import HEADER_FILE, Index, load_index
+from vitreuse.data.folders import list_classes
+from vitreuse.data.index import HEADER_FILE, Index, describe_foreign, list_shards, load_index
 from vitreuse.data.remote import fetch_shard, locate, open_index
+from vitreuse.data.splits import find_labelled, find_split
+from vitreuse.data.tree import DiskFolder, Level, check_classes, describe_left_out, describe_skipped, list_below
 from vitreuse.local import refuse_unallowed_url, url_kind
 
 # Shards held open by a data set in each process: ImageNet has a thousand, about as many files as a process may open.
@@ -41,6 +44,7 @@ class ShardDataset(Dataset[Sample]):
         class_names: name of each label.
         shard_sizes: number of samples of each shard.
         digest: SHA-256 of the index, which holds those of shards and samples: equal ones have the same samples.
+        notes: sentences about what was left out or taken for the split.
 
     Raises:
         DataError: the index is missing or does not fit the shards.
@@ -57,6 +61,7 @@ class ShardDataset(Dataset[Sample]):
         self.class_names = self._index.class_names
         self.shard_sizes = [shard.num_samples for shard in self._index.shards]
         self.digest = hashlib.sha256((self.folder / HEADER_FILE).read_bytes()).hexdigest()
+        self.notes: list[str] = []
 
     def __len__(self) -> int:
         return len(self._index)
@@ -114,8 +119,8 @@ def _open_fetched(url: str, index: Index, path: Path) -> _OpenShard:
 class FolderDataset(Dataset[Sample]):
     """The images of one folder a class, in torchvision's order: classes and paths sorted, labels numbered by class.
 
-    Unlike torchvision, names that start with a dot are no classes and no images. Paths are kept in one array, which
-    forked workers share; a list would be copied into each of them page by page.
+    Unlike torchvision, what is hidden or left behind by a system is no class and no image, see names.py. Paths are kept
+    in one array, which forked workers share; a list would be copied into each of them page by page.
 
     Args:
         folder: holds the class folders.
@@ -127,9 +132,10 @@ class FolderDataset(Dataset[Sample]):
         class_names: names of the class folders; none without classes.
         shard_sizes: one entry, the number of samples.
         digest: SHA-256 of the paths in order; what the files hold is not looked at.
+        notes: sentences about what was left out.
 
     Raises:
-        DataError: no class folders, or one without images.
+        DataError: no class folders, one without images, or a folder that cannot be read.
     """
 
     def __init__(
@@ -141,13 +147,22 @@ class FolderDataset(Dataset[Sample]):
     ):
         self.folder = Path(folder)
         self.mode, self.decode = mode, decode
-        self.class_names = tuple(list_classes(self.folder)) if is_labelled else ()
-        paths = [list_images(self.folder, name) for name in (self.class_names if is_labelled else (".",))]
+        root = DiskFolder(str(folder))
+        classes, stray, skipped = root.level() if is_labelled else Level({"": root}, {}, Counter())
+        paths: dict[str, list[bytes]] = {}
+        for name, inner in classes.items():
+            images, skipped_below = list_below(inner)
+            paths[name] = [os.fsencode(f"{name}/{path}".lstrip("/")) for path in images]
+            skipped += skipped_below
+        check_classes(str(folder), classes, map(len, paths.values()))
+        self.class_names = tuple(classes) if is_labelled else ()
         labels = np.arange(len(paths)) if is_labelled else [NO_LABEL]
-        self._labels = np.repeat(labels, [len(of_class) for of_class in paths])
-        self._paths = np.array([os.fsencode(path) for of_class in paths for path in of_class])
+        self._labels = np.repeat(labels, [len(of_class) for of_class in paths.values()])
+        self._paths = np.array([path for of_class in paths.values() for path in of_class])
         self.shard_sizes = [len(self._paths)]
         self.digest = hashlib.sha256(self._paths.data).hexdigest()
+        self.notes = describe_skipped(str(folder), skipped)
+        self.notes += describe_left_out(str(folder), [*stray])
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -203,14 +218,16 @@ def open_split(
     if url_kind(str(root)) is not None:
         url, folder = locate(str(root), split, cache_root)
         return ShardDataset(folder, mode, decode, url)
-    folder = Path(root) / split
-    if not folder.is_dir():
-        found = ", ".join(list_classes(folder.parent)) if folder.parent.is_dir() else ""
+    folder = find_split(Path(root), split) if not (Path(root) / split).is_dir() else Path(root) / split
+    if folder is None:
+        found = ", ".join(list_classes(Path(root))) if Path(root).is_dir() else ""
         needed = f"{split}/ with indexed shards or class folders"
-        raise DataError(f"no folder {folder}: {folder.parent} has {found or 'no folders'} and needs {needed}.")
+        raise DataError(f"no folder {Path(root) / split}: {root} has {found or 'no folders'} and needs {needed}.")
     dataset = _open_labelled(folder, mode, decode)
     if dataset is None:
         raise DataError(f"{folder} has neither shards (*.tar and {HEADER_FILE}) nor class folders: put either there.")
+    if folder != Path(root) / split:
+        dataset.notes.append(f"{folder} is read as {split}.")
     return dataset
 
 
@@ -226,18 +243,23 @@ def open_images(folder: str | Path, mode: str | None = None) -> ShardDataset | F
     dataset = _open_labelled(folder, mode, decode_image)
     if dataset is not None:
         return dataset
-    if not any(is_image_name(name) for name in os.listdir(folder)):
+    root = find_labelled(DiskFolder(str(folder)), folder.name).folder
+    if not root.level().images:
         raise DataError(f"{folder} has neither shards, nor class folders, nor images: give a folder that has.")
-    return FolderDataset(folder, mode, is_labelled=False)
+    return FolderDataset(root.place, mode, is_labelled=False)
 
 
 def _open_labelled(folder: Path, mode: str | None, decode: Decoder) -> ShardDataset | FolderDataset | None:
     """The shards or class folders in a folder; None where there are none."""
-    if (folder / HEADER_FILE).exists():
+    classes = list_classes(folder)
+    if (folder / HEADER_FILE).exists() and not (classes and describe_foreign(folder)):
         return ShardDataset(folder, mode, decode)
-    if list_classes(folder):
-        return FolderDataset(folder, mode, decode)
-    num_tars = len(list(folder.glob("*.tar")))
+    root, left_out = find_labelled(DiskFolder(str(folder)), folder.name)
+    if root.level().folders:
+        dataset = FolderDataset(root.place, mode, decode)
+        dataset.notes += describe_left_out(str(folder), left_out)
+        return dataset
+    num_tars = len(list_shards(folder))
     if num_tars:
         call = f"vitreuse shards index {folder}"
         raise DataError(f"{folder} has {num_tars} tars and no {HEADER_FILE}: write it with {call}.")

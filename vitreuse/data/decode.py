@@ -1,9 +1,9 @@
 """Image bytes to images of eight bits a channel: PIL's, or tensors."""
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,8 +15,9 @@ from torchvision.transforms.functional import pil_to_tensor
 from vitreuse.data.errors import DecodeError
 
 READ_MODES = {"RGB": ImageReadMode.RGB, "L": ImageReadMode.GRAY}  # PIL's word and torchvision's
-# The file endings that count as images, in shards and in folders.
-IMAGE_EXTENSIONS = ("bmp", "jpeg", "jpg", "pgm", "png", "ppm", "tif", "tiff", "webp")
+SIXTEEN_BITS = ("PNG", "PPM")  # formats without more, though PIL may hold them in 32
+TIFF_BITS, TIFF_PHOTOMETRIC, TIFF_WHITE_IS_ZERO = 258, 262, 0
+TOLERANCE = 1e-3  # above 1 and below 0, in floats that were interpolated
 
 
 class Sample(NamedTuple):
@@ -43,7 +44,7 @@ def decode_image(data: bytes, mode: str | None, place: str) -> Image.Image:
         DecodeError: the bytes are no image, or not a whole one.
     """
     with _decoding(place):
-        return _load(Image.open(io.BytesIO(data)), mode)
+        return _load(Image.open(io.BytesIO(data)), mode, place)
 
 
 def decode_tensor(data: bytes, mode: str | None, place: str) -> Tensor:
@@ -63,7 +64,7 @@ def decode_tensor(data: bytes, mode: str | None, place: str) -> Tensor:
             content = torch.frombuffer(bytearray(data), dtype=torch.uint8)
             # torchvision.io.decode_jpeg is this operator behind a warning that it will move to another package
             return torch.ops.image.decode_jpeg(content, READ_MODES[image.mode].value, False)
-        return pil_to_tensor(_load(image, mode))
+        return pil_to_tensor(_load(image, mode, place))
 
 
 @contextmanager
@@ -71,6 +72,8 @@ def _decoding(place: str) -> Iterator[None]:
     """Makes one sentence of whatever a decoder says."""
     try:
         yield
+    except DecodeError:
+        raise
     except UnidentifiedImageError as error:
         raise DecodeError(f"{place} has no known image format: write it again or leave it out.") from error
     except Exception as error:  # PIL's decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error, ...
@@ -78,17 +81,49 @@ def _decoding(place: str) -> Iterator[None]:
         raise DecodeError(f"{place} is no whole image ({reason}): write it again or leave it out.") from error
 
 
-def _load(image: Image.Image, mode: str | None) -> Image.Image:
+def _load(image: Image.Image, mode: str | None, place: str) -> Image.Image:
     image.load()
-    image = _eight_bits(image)
+    if image.mode == "F" or image.mode.startswith("I"):
+        image = _eight_bits(image, place)
     return image if mode is None else _convert(image, mode)
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """Scales 16-bit grey to 8 bits: PIL's own conversion clips at 255, which turns most of the image white."""
-    if not image.mode.startswith("I"):
-        return image
-    return Image.fromarray(np.rint(np.asarray(image).clip(0, 65535) / 257).astype(np.uint8))
+def _eight_bits(image: Image.Image, place: str) -> Image.Image:
+    """Grey of more than 8 bits in 8: PIL clips it at 255, which turns most of an image white, or leaves it black.
+
+    Raises:
+        DecodeError: it is not certain which number is white.
+    """
+    values = np.asarray(image).astype(np.float64)
+    tags: Mapping[int, Any] = getattr(image, "tag_v2", {})  # of a TIFF
+    black, white = 0.0, _find_white(image, tags, values, place)
+    if tags.get(TIFF_PHOTOMETRIC) == TIFF_WHITE_IS_ZERO:
+        black, white = white, black
+    levels = (values - black) * (255 / (white - black))
+    return Image.fromarray(np.rint(levels.clip(0, 255)).astype(np.uint8))
+
+
+def _find_white(image: Image.Image, tags: Mapping[int, Any], values: np.ndarray, place: str) -> float:
+    """The number that stands for full intensity: of 16 bits, that of the format; else one that leaves no doubt.
+
+    Raises:
+        DecodeError: there is none.
+    """
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in SIXTEEN_BITS):
+        return 2 ** tags.get(TIFF_BITS, (16,))[0] - 1
+    if not np.isfinite(values).all():
+        raise DecodeError(f"{place} has NaN or infinity among its values: write it again without.")
+    lowest, highest = values.min(), values.max()
+    if image.mode == "F" and lowest >= -TOLERANCE and highest <= 1 + TOLERANCE:
+        return 1
+    is_doubtful = image.mode == "F" and highest < 2  # no image of 0 to 255 is so dark, some of 0 to 1 overshoot
+    if lowest >= 0 and highest <= 255 and not is_doubtful:
+        return 255
+    kind = "floats" if image.mode == "F" else "whole numbers"
+    raise DecodeError(
+        f"{place} has {kind} from {lowest:g} to {highest:g}, of which it is not certain what is white (it would be of "
+        "0 to 255, or of floats from 0 to 1): write it again with 8 or 16 bits."
+    )
 
 
 def _convert(image: Image.Image, mode: str) -> Image.Image:

@@ -12,6 +12,7 @@ import json
 import os
 import zlib
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -22,7 +23,9 @@ from typing import NamedTuple
 import numpy as np
 
 from vitreuse.data.errors import DataError
+from vitreuse.data.names import is_leftover
 from vitreuse.data.scan import Shard, record_dtype, scan_shard
+from vitreuse.data.tree import describe_skipped
 from vitreuse.data.workers import THIS_PROCESS, Workers
 from vitreuse.durable import durable_file, write_durably
 from vitreuse.file_names import is_name
@@ -84,12 +87,13 @@ def build_index(folder: str | Path, class_names: Sequence[str] | None = None, wo
             name, or a key that occurs twice. Nothing is written then.
     """
     folder = Path(folder)
-    paths = sorted(folder.glob("*.tar"))
+    paths = list_shards(folder)
     if not paths:
         raise DataError(f"no shards (*.tar) in {folder}: name a folder that holds some.")
-    if class_names is None and (folder / HEADER_FILE).exists():
+    if (folder / HEADER_FILE).exists() and (class_names is None or describe_foreign(folder)):
         class_names = _read_header(folder)[0]
-    shards, parts = zip(*workers.map(scan_shard, paths, f"indexing {folder.name}"), strict=True)
+    shards, parts, skipped = zip(*workers.map(scan_shard, paths, f"indexing {folder.name}"), strict=True)
+    workers.tell(describe_skipped(str(folder), sum(skipped, Counter())))
     dtype = record_dtype(max(part.dtype["key"].itemsize for part in parts))  # the widest key sets the width of all
     records = np.concatenate([part.astype(dtype) for part in parts])
     index = Index(folder, _name_classes(class_names, records), shards, records)
@@ -98,6 +102,19 @@ def build_index(folder: str | Path, class_names: Sequence[str] | None = None, wo
     _check_keys(index)
     write_index(index)
     return load_index(folder)
+
+
+def list_shards(folder: Path) -> list[Path]:
+    """Lists the tars of a folder, without those that a system left behind, such as macOS's ._NAME.tar.
+
+    Raises:
+        DataError: the folder cannot be read.
+    """
+    try:
+        names = sorted(name for name in os.listdir(folder) if name.endswith(".tar") and not is_leftover(name))
+    except OSError as error:
+        raise DataError(f"folder {folder} cannot be read ({error.strerror}): name one that can.") from error
+    return [folder / name for name in names if not (folder / name).is_dir()]
 
 
 def load_index(folder: str | Path) -> Index:
@@ -141,7 +158,7 @@ def find_mismatches(index: Index) -> Iterator[str]:
             sizes = f"has {num_bytes} bytes, its index says {shard.num_bytes}"
             yield f"shard {index.folder / shard.name} {sizes}{lost}: {way_out}."
     known = {shard.name for shard in index.shards}
-    for path in sorted(index.folder.glob("*.tar")):
+    for path in list_shards(index.folder):
         if path.name not in known:
             yield f"shard {path} is not in the index: take it away, or index it with {_build_call(index.folder)}."
 
@@ -153,7 +170,7 @@ def _describe_lost(records: np.ndarray, num_bytes: int) -> str:
     return f" ({len(lost)} samples from {os.fsdecode(lost['key'][0].item())!r} on are cut off)"
 
 
-def _build_call(folder: Path) -> str:
+def _build_call(folder: Path | str) -> str:
     return f"vitreuse shards index {folder}"
 
 
@@ -212,14 +229,36 @@ def write_index(index: Index) -> None:
 def _read_header(folder: Path) -> tuple[tuple[str, ...], tuple[Shard, ...], int]:
     """Returns the class names, the shards and the CRC-32 of the records."""
     path = folder / HEADER_FILE
+    if foreign := describe_foreign(folder):
+        way_out = "leave it, and write the images as class folders or WebDataset tars elsewhere"
+        if list_shards(folder):
+            way_out = (
+                f"leave it, link the tars beside it into a folder of their own and run {_build_call('THAT_FOLDER')}"
+            )
+        raise DataError(f"{path} is {foreign} and no index of vitreuse's: {way_out}.")
     try:
         header = json.loads(path.read_text(encoding="utf-8"))
-        if header["format"] != FORMAT:
-            raise ValueError(f"format {header['format']!r} instead of {FORMAT!r}")
         shards = tuple(Shard(**shard) for shard in header["shards"])
         return tuple(header["class_names"]), shards, header["records_crc32"]
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is no index ({error}): delete it and write it with {_build_call(folder)}.") from error
+        way_out = f"if it is vitreuse's, delete it and write it with {_build_call(folder)}"
+        raise DataError(f"{path} is no index ({error}): {way_out}.") from error
+
+
+def describe_foreign(folder: Path) -> str | None:
+    """What else a folder's index.json is than an index in this format; None if it is one or cannot be read as JSON."""
+    try:
+        header = json.loads((folder / HEADER_FILE).read_text(encoding="utf-8"))
+    except ValueError:
+        return None
+    keys = {*header} if isinstance(header, dict) else set()
+    if header_format := header.get("format") if keys >= {"format"} else None:
+        return None if header_format == FORMAT else f"of the format {header_format!r} instead of {FORMAT!r}"
+    if keys >= {"version", "shards"}:
+        return "an index of MosaicML's streaming (MDS)"
+    if keys & {"wids_version", "shardlist"}:
+        return "an index of WebDataset's wids"
+    return f"another program's file (it has {', '.join(sorted(map(str, keys))[:5]) or type(header).__name__})"
 
 
 def _map_records(folder: Path, crc32: int) -> np.ndarray:

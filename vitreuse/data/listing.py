@@ -2,38 +2,38 @@
 
 A source is one of
     folder/CLASS/NAME.jpg        an ImageFolder
-    tar of CLASS/NAME.jpg        the same, packed; folders that all images share may stand before CLASS
+    tar of CLASS/NAME.jpg        the same, packed
     tar of CLASS.tar of NAME.jpg what ImageNet's training set is shipped as
-Labels number the sorted classes, as torchvision's ImageFolder does. Tars are not unpacked: an image is a positioned
-read of the outer one.
+or has splits of these, train/, val/ and test/ under the names that they go by (see splits.py); a folder that holds all
+there is may stand before either. Labels number the sorted classes, as torchvision's ImageFolder does. Tars are not
+unpacked: an image is a positioned read of the outer one.
 """
 
 import os
-import posixpath
-import tarfile
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from vitreuse.data.errors import DataError
-from vitreuse.data.folders import is_image_name, list_classes, list_images
-from vitreuse.data.scan import tar_files
+from vitreuse.data.names import find_lookalike, quoted_apart
+from vitreuse.data.splits import Splits, find_labelled, find_splits
+from vitreuse.data.tars import TarFolder, open_tar
+from vitreuse.data.tree import (
+    ClassRoot,
+    DiskFolder,
+    Folder,
+    Span,
+    check_classes,
+    describe_left_out,
+    describe_skipped,
+    list_below,
+    shortened,
+)
 from vitreuse.data.workers import Workers
-
-SPLITS = ("train", "val")
-
-
-class File(NamedTuple):
-    """A file of a source: its name below the source, and which bytes it is of which version of a file on the disk."""
-
-    name: str
-    offset: int
-    size: int
-    mtime_ns: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,56 +42,41 @@ class Listing:
 
     Attributes:
         source: a folder or a tar.
+        place: names the folder of the classes, which may be in a tar.
         class_names: name of each label.
         images: a record an image, class by class: name (CLASS/NAME), offset in the tar (0 in a folder), size,
             mtime_ns of the file that holds it, label.
     """
 
     source: Path
+    place: str
     class_names: tuple[str, ...]
     images: np.ndarray
 
 
 def list_splits(source: Path, workers: Workers) -> dict[str, Listing]:
-    """Lists a source, or the splits of a folder that has nothing else or both: 'train' and 'val'.
+    """Lists a source, or each of its splits; what is left out is told.
 
-    Splits share the labels of the first.
+    Splits share the labels of the first. A test split that is not sorted into classes, as it often is not, is left out.
 
     Returns:
         The listings by split, by '' where there are no splits.
 
     Raises:
-        DataError: there is no such source, it has no classes, a class has no images, an image is empty, or val has a
-            class that train has not.
+        DataError: there is no such source, it has no classes, splits and classes cannot be told apart, a class has no
+            images or cannot be read, an image is empty, or val or test has a class that train has not.
     """
-    found = list_classes(source) if source.is_dir() else []
-    splits = [split for split in SPLITS if split in found]
-    if not splits or len(splits) < min(len(SPLITS), len(found)):
-        return {"": list_source(source, workers)}
-    listings = {split: list_source(source / split, workers) for split in splits}
-    class_names = listings[splits[0]].class_names
-    return {split: _label_as(class_names, listing) for split, listing in listings.items()}
-
-
-def list_source(source: Path, workers: Workers) -> Listing:
-    """Lists a folder of class folders or a tar.
-
-    Raises:
-        DataError: there is no such source, it has no classes, a class has no images, or an image is empty.
-    """
-    if not source.exists():
-        raise DataError(f"there is no {source}: name a folder with one folder of images a class, or a tar.")
-    parts = _list_folder(source, workers) if source.is_dir() else _list_tar(source, workers)
-    if not parts:
-        way_out = "put every image into a folder of its class, as ImageNet's validation set needs too"
-        raise DataError(f"{source} is not sorted into class folders, so that images have no label: {way_out}.")
-    class_names = tuple(sorted(parts))
-    images = np.concatenate([parts[name] for name in class_names])
-    images["label"] = np.repeat(np.arange(len(class_names)), [len(parts[name]) for name in class_names])
-    for number in np.flatnonzero(images["size"] == 0)[:1]:
-        name = os.fsdecode(images["name"][number].item())
-        raise DataError(f"image {name} of {source} is empty: fetch it again or remove it.")
-    return Listing(source, class_names, images)
+    root = _open_source(source)
+    splits = find_splits(root)
+    if splits is None:
+        return {"": _list_classes(source, find_labelled(root, source.name), workers)}
+    roots = {split: find_labelled(folder, name) for split, (name, folder) in splits.folders.items()}
+    others = [split for split in roots if split != "test"]
+    unsorted = ["test"] if others and "test" in roots and not roots["test"].folder.level().folders else []
+    workers.tell(_describe_splits(root.place, splits, unsorted))
+    listings = {split: _list_classes(source, roots[split], workers) for split in roots if split not in unsorted}
+    first = next(iter(listings))
+    return {split: _label_as(listings[first].class_names, first, listing) for split, listing in listings.items()}
 
 
 def read_image(source: Path, name: str, offset: int, size: int) -> bytes:
@@ -114,88 +99,99 @@ def read_image(source: Path, name: str, offset: int, size: int) -> bytes:
     return data
 
 
-def _label_as(class_names: tuple[str, ...], listing: Listing) -> Listing:
-    """Numbers the classes as they are numbered elsewhere."""
-    labels = {name: label for label, name in enumerate(class_names)}
-    for name in listing.class_names:
-        if name not in labels:
-            raise DataError(f"{listing.source} has a class {name!r} that {SPLITS[0]} lacks: remove it or add it there.")
-    images = listing.images.copy()
-    images["label"] = np.array([labels[name] for name in listing.class_names])[images["label"]]
-    return replace(listing, class_names=class_names, images=images)
+def _open_source(source: Path) -> Folder:
+    if not source.exists():
+        raise DataError(f"there is no {source}: name a folder with one folder of images a class, or a tar.")
+    return DiskFolder(str(source)) if source.is_dir() else open_tar(source)
 
 
-def _as_records(files: Iterable[File]) -> np.ndarray:
-    """Packs files as image records, their label still to be set; a list of them takes ten times the memory."""
-    rows = [(os.fsencode(name), *place, 0) for name, *place in files]
-    name_bytes = max(len(row[0]) for row in rows)
+def _describe_splits(place: str, splits: Splits, unsorted: list[str]) -> list[str]:
+    """What is built under another name than its own, and what is not."""
+    renamed = [f"{name} as {split}" for split, (name, _) in splits.folders.items() if name != split]
+    left_out = [*splits.left_out, *(f"{splits.folders[split][0]}, not sorted into classes" for split in unsorted)]
+    told = [f"{place}: {shortened(renamed)}."] if renamed else []
+    return told + describe_left_out(place, left_out) + describe_skipped(place, splits.skipped)
+
+
+def _list_classes(source: Path, found: ClassRoot, workers: Workers) -> Listing:
+    """Lists the class folders of a folder."""
+    root, left_out = found
+    place, (folders, stray, skipped) = root.place, root.level()
+    if not folders:
+        way_out = "put every image into a folder of its class, as ImageNet's validation set needs too"
+        raise DataError(f"{place} is not sorted into class folders, so that images have no label: {way_out}.")
+    if stray:
+        what = f"{len(stray)} images without a label beside its class folders ({shortened([*stray])})"
+        raise DataError(f"{place} has {what}: put each into a folder of its class or take it away.")
+    if isinstance(root, TarFolder):
+        workers = replace(workers, count=1)  # it was read with its tar: to hand it to processes would take longer
+    if isinstance(root, DiskFolder):
+        source = Path(root.path)
+    tasks = [*folders.items()]
+    parts = list(workers.map(partial(_list_class, source), tasks, f"listing {source.name}", "classes"))
+    check_classes(place, folders, (len(images) for images, _ in parts))
+    workers.tell(describe_left_out(place, left_out))
+    workers.tell(describe_skipped(place, sum((skipped for _, skipped in parts), skipped)))
+    images = _join(place, [images for images, _ in parts])
+    if len(folders) == 1:
+        workers.tell([f"{place}: one class only, {next(iter(folders))!r}."])
+    return Listing(source, place, tuple(folders), images)
+
+
+def _join(place: str, parts: list[np.ndarray]) -> np.ndarray:
+    """The records of all classes with their labels.
+
+    Raises:
+        DataError: an image is empty.
+    """
+    images = np.concatenate(parts)
+    images["label"] = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
+    empty = [os.fsdecode(name) for name in images["name"][images["size"] == 0].tolist()]
+    if empty:
+        subject, them = (f"image {empty[0]}", "it") if len(empty) == 1 else (f"{len(empty)} images", "them")
+        names = f" ({shortened(empty)})" if len(empty) > 1 else ""
+        verb = "is" if len(empty) == 1 else "are"
+        raise DataError(f"{subject} of {place} {verb} empty{names}: fetch {them} again or remove {them}.")
+    return images
+
+
+def _list_class(source: Path, task: tuple[str, Folder]) -> tuple[np.ndarray, Counter[str]]:
+    """The records of a class, their label still to be set, and what is skipped."""
+    class_name, folder = task
+    images, skipped = list_below(folder)
+    return _as_records(source, {f"{class_name}/{name}": span for name, span in images.items()}), skipped
+
+
+def _as_records(source: Path, images: Mapping[str, Span]) -> np.ndarray:
+    """Packs images as records; a list of them takes ten times the memory.
+
+    Raises:
+        DataError: one is gone.
+    """
+    rows = []
+    for name, (offset, size) in images.items():
+        try:
+            stat = os.stat(source if size is not None else os.path.join(source, name))
+        except OSError as error:
+            raise DataError(f"image {name} of {source} cannot be read ({error.strerror}): put it back.") from error
+        rows.append((os.fsencode(name), offset, stat.st_size if size is None else size, stat.st_mtime_ns, 0))
+    name_bytes = max((len(row[0]) for row in rows), default=1)
     numbers = [("offset", "<i8"), ("size", "<i8"), ("mtime_ns", "<i8"), ("label", "<i4")]
     return np.array(rows, dtype=[("name", f"S{name_bytes}"), *numbers])
 
 
-def _list_folder(folder: Path, workers: Workers) -> dict[str, np.ndarray]:
-    class_names = list_classes(folder)
-    parts = workers.map(partial(_list_class_folder, folder), class_names, f"listing {folder.name}", "classes")
-    return dict(zip(class_names, parts, strict=True))
-
-
-def _list_class_folder(folder: Path, class_name: str) -> np.ndarray:
-    names = list_images(folder, class_name)
-    stats = (os.stat(folder / name) for name in names)
-    return _as_records(File(name, 0, stat.st_size, stat.st_mtime_ns) for name, stat in zip(names, stats, strict=True))
-
-
-def _list_tar(tar: Path, workers: Workers) -> dict[str, np.ndarray]:
-    files = _list_members(tar, str(tar), 0, None)
-    tars = [file for file in files if file.name.endswith(".tar")]
-    images = [file for file in files if is_image_name(posixpath.basename(file.name))]
-    if tars and images:
-        raise DataError(f"{tar} has both images ({images[0].name}) and tars ({tars[0].name}): leave one kind out.")
-    if images:
-        return {name: _as_records(members) for name, members in _group_by_class(images).items()}
-    class_names = [_class_of(file) for file in tars]
-    if len(set(class_names)) < len(class_names):
-        raise DataError(f"{tar} has two tars of the same name in different folders: name them by class.")
-    parts = workers.map(partial(_list_class_tar, tar), tars, f"listing {tar.name}", "classes")
-    return dict(zip(class_names, parts, strict=True))
-
-
-def _list_class_tar(tar: Path, member: File) -> np.ndarray:
-    """Lists a tar inside a tar."""
-    members = _list_members(tar, f"{member.name} in {tar}", member.offset, member.size)
-    images = [file for file in members if is_image_name(posixpath.basename(file.name))]
-    if not images:
-        raise DataError(f"{member.name} in {tar} has no images: fill or remove it.")
-    return _as_records(image._replace(name=f"{_class_of(member)}/{image.name}") for image in images)
-
-
-def _list_members(tar: Path, place: str, start: int, size: int | None) -> list[File]:
-    """Lists the files of a tar or of a tar inside it, but none that is hidden or in a hidden folder."""
-    with open(tar, "rb") as file:
-        mtime_ns = os.fstat(file.fileno()).st_mtime_ns
-        try:
-            members = [
-                File(posixpath.normpath(f"/{info.name}").lstrip("/"), info.offset_data, info.size, mtime_ns)
-                for info in tar_files(file, start, size)
-            ]
-        except tarfile.TarError as error:
-            reason = f"is damaged, cut short or no uncompressed tar ({error})"
-            raise DataError(f"{place} {reason}: fetch it again, or unpack it.") from error
-    return [member for member in members if "/." not in f"/{member.name}"]
-
-
-def _group_by_class(images: list[File]) -> dict[str, list[File]]:
-    """Sorts images by the first folder that not all of them are in; empty if some are in none."""
-    folders = {posixpath.dirname(image.name) for image in images}
-    shared = posixpath.commonpath(folders)
-    if shared in folders:
-        return {}
-    classes: dict[str, list[File]] = {}
-    for image in images:
-        name = image.name[len(shared) :].lstrip("/")
-        classes.setdefault(name.partition("/")[0], []).append(image._replace(name=name))
-    return classes
-
-
-def _class_of(member: File) -> str:
-    return posixpath.basename(member.name).removesuffix(".tar")
+def _label_as(class_names: tuple[str, ...], split: str, listing: Listing) -> Listing:
+    """Numbers the classes as they are numbered in another split."""
+    labels = {name: label for label, name in enumerate(class_names)}
+    for name in listing.class_names:
+        if name in labels:
+            continue
+        twin = find_lookalike(name, class_names)
+        if twin is None:
+            raise DataError(f"{listing.place} has a class {name!r} that {split} lacks: remove it or add it there.")
+        mine, other = quoted_apart(name, twin)
+        difference = f"{split} has {other}, which differs only in Unicode normalisation"
+        raise DataError(f"{listing.place} has a class {mine} and {difference}: rename one.")
+    images = listing.images.copy()
+    images["label"] = np.array([labels[name] for name in listing.class_names])[images["label"]]
+    return replace(listing, class_names=class_names, images=images)

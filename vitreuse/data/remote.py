@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from vitreuse.data.errors import DataError
-from vitreuse.data.index import HEADER_FILE, RECORDS_FILE, Index, read_index
+from vitreuse.data.index import HEADER_FILE, RECORDS_FILE, Index, describe_foreign, read_index
 from vitreuse.data.scan import Shard, file_sha256
 from vitreuse.durable import durable_file, exclusive_lock, sync
 from vitreuse.local import url_kind
@@ -63,8 +63,9 @@ def open_index(url: str, folder: Path) -> Index:
     if not (folder / HEADER_FILE).exists():
         with _fetching(folder, HEADER_FILE) as staged:
             if not (folder / HEADER_FILE).exists():  # else another process was first
-                for name in (HEADER_FILE, RECORDS_FILE):
-                    _fetch(url, name, staged)
+                _fetch(url, HEADER_FILE, staged)
+                _refuse_foreign(url, staged)
+                _fetch(url, RECORDS_FILE, staged)
                 _check_index(url, staged)
                 for name in (RECORDS_FILE, HEADER_FILE):  # the header, which vouches for the records, comes last
                     os.replace(staged / name, folder / name)
@@ -152,6 +153,12 @@ def _compare(path: Path, shard: Shard) -> None:
         raise _Broken(f"{path.stat().st_size} bytes, its index says {shard.num_bytes}")
     if file_sha256(path) != shard.sha256:
         raise _Broken("its SHA-256 is not what its index says")
+
+
+def _refuse_foreign(url: str, folder: Path) -> None:
+    if foreign := describe_foreign(folder):
+        way_out = "put shards that vitreuse shards index has indexed into a place of their own"
+        raise DataError(f"the {HEADER_FILE} that {url} gives is {foreign} and no index of vitreuse's: {way_out}.")
 
 
 def _check_index(url: str, folder: Path) -> None:

@@ -1,15 +1,12 @@
-"""Reading tars from end to end: which files one holds, which samples a shard holds, and where in it they lie.
-
-Python's tarfile takes a tar that is cut between two members, or in a header, for a whole one. What follows the last
-member is therefore checked here: a tar ends with a block of zeros.
-"""
+"""Reading shards from end to end: which samples one holds, and where in it they lie."""
 
 import hashlib
 import os
+import posixpath
 import re
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections import Counter
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -17,10 +14,12 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from vitreuse.data.decode import IMAGE_EXTENSIONS
 from vitreuse.data.errors import DataError
+from vitreuse.data.names import IMAGE_EXTENSIONS, is_leftover, kind_of
+from vitreuse.data.tars import Node, clean_path, describe_tar_error, tar_members
+from vitreuse.data.tree import Span, Unusable
 
-BLOCK_BYTES = 512
+LABEL = "cls"
 # WebDataset's rule: the key ends at the first dot of the file name. A folder's name may hold the end of a line.
 MEMBER_NAME = re.compile(r"((?:.*/|)[^./]+)[.]([^/]*)", re.DOTALL)
 
@@ -49,22 +48,38 @@ def record_dtype(key_bytes: int) -> np.dtype:
     return np.dtype([("offset", "<i8"), ("size", "<i8"), ("label", "<i4"), ("crc32", "<u4"), ("key", f"S{key_bytes}")])
 
 
-def scan_shard(path: Path) -> tuple[Shard, np.ndarray]:
-    """Reads a whole tar and returns its description and the records of its samples, in order.
+def scan_shard(path: Path) -> tuple[Shard, np.ndarray, Counter[str]]:
+    """Reads a whole tar; returns its description, the records of its samples, in order, and what is skipped, by kind.
 
     Raises:
         DataError: it is cut short, compressed or no tar, holds no sample, or one without exactly one image and one
             label of 0 or more.
     """
-    with open(path, "rb") as file:
-        members = _list_members(path, file)
-        groups = groupby(members, key=lambda member: member.key)
-        samples = [_read_record(path, file, key, list(group)) for key, group in groups]
-        num_bytes = os.fstat(file.fileno()).st_size
+    try:
+        with open(path, "rb") as file:
+            members, skipped = _list_members(path, file)
+            _check_labelled(path, members)
+            groups = groupby(members, key=lambda member: member.key)
+            samples = [_read_record(path, file, key, list(group)) for key, group in groups]
+            num_bytes = os.fstat(file.fileno()).st_size
+    except OSError as error:
+        raise DataError(f"shard {path} cannot be read ({error.strerror}): fetch it again.") from error
     if not samples:
         raise DataError(f"shard {path} holds no sample: delete it or write it again.")
     records = np.array(samples, dtype=record_dtype(max(len(sample[-1]) for sample in samples)))
-    return Shard(path.name, len(samples), num_bytes, file_sha256(path)), records
+    return Shard(path.name, len(samples), num_bytes, file_sha256(path)), records, skipped
+
+
+def _check_labelled(path: Path, members: list[Member]) -> None:
+    """Refuses a tar of images without any label, which is sorted well and no shard."""
+    images = [member for member in members if member.extension in IMAGE_EXTENSIONS]
+    if images and not any(member.extension == LABEL for member in members):
+        key = images[0].key
+        found = ", ".join(f"{key}.{member.extension}" for member in members if member.key == key)
+        raise DataError(
+            f"shard {path} has no labels: sample {key!r} has 0 files for its label (.cls) and {found}; write a KEY.cls "
+            "for each image, the number of its class, or, if folders in it are classes, use vitreuse shards build."
+        )
 
 
 def file_sha256(path: Path) -> str:
@@ -76,49 +91,35 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def tar_files(file: BinaryIO, start: int = 0, size: int | None = None) -> Iterator[tarfile.TarInfo]:
-    """Yields the regular files of an uncompressed tar.
-
-    Args:
-        file: holds the tar, or a tar that has it as a member.
-        start: where in the file the tar begins; offset_data of what is yielded counts from the file's beginning.
-        size: of the tar in bytes; None for all that follows.
-
-    Raises:
-        TarError: it is no tar, or cut short.
-    """
-    stop = os.fstat(file.fileno()).st_size if size is None else start + size
-    end = start
-    file.seek(start)
-    with tarfile.open(fileobj=file, mode="r:") as tar:
-        for info in tar:
-            tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue] tarfile keeps 700 bytes for each
-            end = info.offset_data + -(-info.size // BLOCK_BYTES) * BLOCK_BYTES
-            if info.isreg():
-                yield info
-    if end + BLOCK_BYTES > stop or os.pread(file.fileno(), BLOCK_BYTES, end) != bytes(BLOCK_BYTES):
-        raise tarfile.ReadError(f"no end mark at byte {end - start}")
-
-
-def _list_members(path: Path, file: BinaryIO) -> list[Member]:
-    members: list[Member] = []
+def _list_members(path: Path, file: BinaryIO) -> tuple[list[Member], Counter[str]]:
+    """The files of samples, in order, and the number of all others by kind; links are what they link to."""
+    top, names = Node(), []
     try:
-        for info in tar_files(file):
-            if match := MEMBER_NAME.fullmatch(info.name):
-                members.append(Member(match[1], match[2].lower(), info.offset_data, info.size))
+        for info in tar_members(file):
+            top.add(info)
+            names += [] if info.isdir() else [info.name]
     except tarfile.TarError as error:
-        raise DataError(_describe_damage(path, members, str(error))) from error
-    return members
-
-
-def _describe_damage(path: Path, members: list[Member], reason: str) -> str:
-    last = f" in or after sample {members[-1].key!r}" if members else ""
-    return f"shard {path} is damaged, cut short or no uncompressed tar{last} ({reason}): fetch or write it again."
+        problem, way_out = describe_tar_error(path, error)
+        keys = [match[1] for name in names if (match := MEMBER_NAME.fullmatch(name))]
+        last = f" in or after sample {keys[-1]!r}" if keys else ""
+        raise DataError(f"shard {path} {problem}{last}: {way_out}.") from error
+    members, skipped = [], Counter()
+    for name in names:
+        clean = clean_path(name)
+        match, found = MEMBER_NAME.fullmatch(name), top.follow(clean)
+        leftover = next(filter(is_leftover, clean.split("/")), None)
+        if leftover or not match or not isinstance(found, (Span, Unusable)):
+            skipped[kind_of(leftover or posixpath.basename(clean))] += 1
+        elif isinstance(found, Span) and found.size is not None:
+            members.append(Member(match[1], match[2].lower(), found.offset, found.size))
+        elif isinstance(found, Unusable):
+            raise DataError(f"{name} of shard {path} {found.reason}.")
+    return members, skipped
 
 
 def _read_record(path: Path, file: BinaryIO, key: str, members: list[Member]) -> tuple[int, int, int, int, bytes]:
     images = [member for member in members if member.extension in IMAGE_EXTENSIONS]
-    labels = [member for member in members if member.extension == "cls"]
+    labels = [member for member in members if member.extension == LABEL]
     for kind, found in (("image", images), ("label (.cls)", labels)):
         if len(found) != 1:
             names = ", ".join(f"{key}.{member.extension}" for member in members)

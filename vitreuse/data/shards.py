@@ -113,7 +113,7 @@ def _batches(samples: Iterator[EncodedSample], size: int) -> Iterator[list[Encod
 def _compare_shard(path: Path, expected: np.ndarray) -> list[str]:
     """Names the samples in which a shard with a wrong checksum differs from its index."""
     try:
-        _, found = scan_shard(path)
+        _, found, _ = scan_shard(path)
     except DataError as error:
         return [str(error)]
     if len(found) != len(expected):

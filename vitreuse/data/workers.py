@@ -3,8 +3,9 @@
 import multiprocessing
 import os
 import signal
+import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -60,6 +61,11 @@ class Workers:
             for result, size in zip(results, sizes, strict=True):
                 progress.reach(progress.done + size)
                 yield result
+
+    def tell(self, sentences: Iterable[str]) -> None:
+        """Shows sentences, such as what was left out, where progress is shown."""
+        for sentence in sentences if self.show_progress else ():
+            print(sentence, file=sys.stderr)
 
     def _run(self, function: Callable[[Task], Result], tasks: Sequence[Task]) -> Iterator[Result]:
         count = min(self.count, len(tasks))
