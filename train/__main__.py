@@ -6,11 +6,14 @@ import os
 import shlex
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from traceback import clear_frames
+from typing import NoReturn
 
-from train.distributed import lost_process
+import torch
+
+from train.distributed import end_process, lost_process, reason
 from train.doctor import doctor
 from train.loop import train
 from train.trainer import DivergedError
@@ -72,20 +75,38 @@ def main(arguments: list[str]) -> int:
         return INTERRUPTED
     except (ConfigError, DataError, OtherRankError) as error:
         print_error("train", error)
-        clear_frames(error.__traceback__)  # they hold loaders, whose workers outlive SIGTERM and so this process
         return WRONG_INPUT
-    except DivergedError as error:
+    except BaseException as error:
+        _explain(error, run_dir)
+        return FAILED
+
+
+def run_as_program(arguments: list[str]) -> NoReturn:
+    """Trains as main does, and ends this process however that went; nothing that training started outlives it."""
+    try:
+        code = main(arguments)
+    except SystemExit as error:  # the parser's
+        code = error.code if isinstance(error.code, int) else FAILED
+    end_process(code)
+
+
+def _explain(error: BaseException, run_dir: Path) -> None:
+    """Prints what ended training, and the way out; of an error that is nobody's input where it came from, too."""
+    way_out = f"what {run_dir} held before is whole, so cure this and run it again to go on."
+    lost = lost_process(error) if isinstance(error, RuntimeError) else None
+    if isinstance(error, DivergedError):
         if is_first_rank():
             print_error("train", error)
-    except OSError as error:
-        again = f"what {run_dir} held before is whole, so cure this and run it again to go on."
-        print_error("train", OSError(f"{error}: {again}"))
-    except RuntimeError as error:
-        reason = lost_process(error)
-        if reason is None:
-            raise
-        print_error("train", RuntimeError(reason))
-    return FAILED
+    elif lost is not None:
+        print_error("train", RuntimeError(lost))
+    elif isinstance(error, OSError):
+        print_error("train", OSError(f"{reason(error)}: {way_out}"))
+    elif isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        less = "raise train.accumulation_steps, set train.grad_checkpointing, or lower eval.batch_size"
+        print_error("train", RuntimeError(f"{reason(error).rstrip('.')}: {less}; {way_out}"))
+    else:
+        traceback.print_exception(error)
+        print_error("train", RuntimeError(f"{reason(error).rstrip('.')}: {way_out}"))
 
 
 def _parse(arguments: list[str]) -> tuple[Path, list[str], Path, str | None, Sequence[str]]:
@@ -125,4 +146,4 @@ def _launcher() -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_as_program(sys.argv[1:])

@@ -16,7 +16,7 @@ import torch
 
 from eval.distributed import Ranks, joined
 from eval.predictions import Predictions
-from train.distributed import StopSignal
+from train.distributed import StopSignal, reason
 from train.experiment import checkpoint_is_due, evaluation_is_due, inputs, predict, set_up
 from train.mfu import Mfu
 from train.reference import Reference
@@ -65,12 +65,14 @@ def train(config: Config, run_dir: Path, command: str, allow: Collection[str] = 
             if ranks.is_main:
                 held.enter_context(folder.claimed())
                 folder.refuse_other_inputs(read)
-        loop.resume()
         try:
+            loop.resume()
             return loop.run({"command": command, "inputs": read})
-        except Exception as error:
-            folder.fail(str(error) or repr(error))
-            raise
+        except BaseException as error:
+            folder.fail(reason(error))
+            if isinstance(error, Exception):
+                raise
+            raise RuntimeError(f"training was ended from inside by {reason(error)}") from error  # signals are none
 
 
 def _say(ranks: Ranks, text: str) -> None:
@@ -146,8 +148,9 @@ class _Loop:
         Args:
             facts: For run.json, beside those that it is always made of.
         """
-        if self.ranks.is_main:
-            self._begin(facts)
+        with self.ranks.together():  # none fails before run.json is this start's, and can say why
+            if self.ranks.is_main:
+                self._begin(facts)
         trainer = self.trainer
         name, step, num_steps = self.folder.path.name, trainer.counters.step, trainer.num_steps
         with WorkProgress(name, "steps", num_steps, step, enabled=self.ranks.is_main) as self.progress:
