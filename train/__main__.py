@@ -6,9 +6,9 @@ import os
 import shlex
 import signal
 import sys
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from traceback import clear_frames, print_exception
 from typing import NoReturn
 
 import torch
@@ -75,9 +75,11 @@ def main(arguments: list[str]) -> int:
         return INTERRUPTED
     except (ConfigError, DataError, OtherRankError) as error:
         print_error("train", error)
+        clear_frames(error.__traceback__)  # they hold loaders, whose workers outlive SIGTERM and so a caller of this
         return WRONG_INPUT
     except BaseException as error:
         _explain(error, run_dir)
+        clear_frames(error.__traceback__)
         return FAILED
 
 
@@ -105,7 +107,7 @@ def _explain(error: BaseException, run_dir: Path) -> None:
         less = "raise train.accumulation_steps, set train.grad_checkpointing, or lower eval.batch_size"
         print_error("train", RuntimeError(f"{reason(error).rstrip('.')}: {less}; {way_out}"))
     else:
-        traceback.print_exception(error)
+        print_exception(error)
         print_error("train", RuntimeError(f"{reason(error).rstrip('.')}: {way_out}"))
 
 

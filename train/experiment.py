@@ -13,7 +13,7 @@ from eval.predictions import Predictions
 from eval.top1 import Labelled, evaluate
 from train.pipeline import ignore_stop_signals, train_decoder
 from train.sharding import unsharded
-from train.trainer import Trainer
+from train.trainer import DivergedError, Trainer
 from train.weights import start_from, weight_files
 from vitreuse.config import Config, ConfigError
 from vitreuse.data import ShardDataset, open_split, prepare_source
@@ -86,9 +86,13 @@ def _check_same_classes(folder: str, trained: Sequence[str], measured: Sequence[
 
 
 def predict(config: Config, model: torch.nn.Module, val_set: Labelled, ranks: Ranks) -> Predictions:
-    """What a model says of the validation set as an experiment measures it, by all ranks together."""
+    """What a model says of the validation set as an experiment measures it, by all ranks together.
+
+    Raises:
+        DivergedError: Of some images it says nothing: their logits are not finite.
+    """
     with unsharded(model):
-        return evaluate(
+        found = evaluate(
             model,
             val_set,
             transform=evaluation_transform(model, config.eval.crop_pct),
@@ -97,6 +101,12 @@ def predict(config: Config, model: torch.nn.Module, val_set: Labelled, ranks: Ra
             num_workers=config.data.num_workers,
             worker_init_fn=ignore_stop_signals,
         )
+    if found.num_not_finite:
+        raise DivergedError(
+            f"the logits of {found.num_not_finite} of {found.n} validation images are not finite, so that no accuracy "
+            "would mean anything: lower train.optimizer.lr, or look at these images and at the weights."
+        )
+    return found
 
 
 def evaluation_is_due(config: Config, step: int, steps_per_epoch: int) -> bool:

@@ -44,7 +44,7 @@ def train(config: Config, run_dir: Path, command: str, allow: Collection[str] = 
     Raises:
         ConfigError: The experiment cannot be run as it stands; nothing was written.
         DataError: The data cannot be used.
-        DivergedError: The loss stayed infinite or NaN.
+        DivergedError: Weights or logits are infinite or NaN, or the loss stayed so.
         OtherRankError: Another rank raised one of these at the start or in an evaluation.
     """
     with joined(config.train.device) as ranks, StopSignal().listening() as stop, ExitStack() as held:
@@ -152,6 +152,7 @@ class _Loop:
             if self.ranks.is_main:
                 self._begin(facts)
         trainer = self.trainer
+        trainer.check_weights()
         name, step, num_steps = self.folder.path.name, trainer.counters.step, trainer.num_steps
         with WorkProgress(name, "steps", num_steps, step, enabled=self.ranks.is_main) as self.progress:
             if self.config.train.heal is not None and not step and not self._record(0, "heal"):
@@ -301,6 +302,7 @@ class _Loop:
             self.folder.save(state, self.trainer.counters.step)
 
     def _finish(self) -> None:
+        self.trainer.check_updated()
         measured = self.measured or self._evaluate()  # resumed after the last step, nothing was measured
         begun = self._record(0, "heal")
         weights = self.trainer.final_weights()
