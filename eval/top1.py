@@ -39,7 +39,7 @@ from vitreuse.config import DataConfig
 from vitreuse.console import add_allow, local_path, positive
 from vitreuse.data import open_split, prepare_source
 from vitreuse.durable import write_durably
-from vitreuse.inputs import Transform, evaluation_transform, image_settings
+from vitreuse.inputs import Transform, evaluation_transform, image_mode
 from vitreuse.local import refuse_idle_allow, refuse_url, url_kind
 from vitreuse.measure import describe_machine
 from vitreuse.targets import Target, resolve_targets
@@ -229,7 +229,7 @@ def _row(target: Target, model: Any, root: str, part: str, args: argparse.Namesp
 
 
 def _open(target: Target, model: Any, root: str, split: str, args: argparse.Namespace) -> TestSet:
-    mode = "L" if image_settings(model)["input_size"][0] == 1 else "RGB"
+    mode = image_mode(model)
     cache_root = DataConfig.cache_root if target.config is None else target.config.data.cache_root
     dataset = open_split(root, split, mode, cache_root=cache_root, allow=args.allow)
     if args.set is None:

@@ -612,7 +612,7 @@ def test_a_run_whose_last_steps_were_skipped_fails_once_they_are_too_many(config
 @pytest.mark.parametrize("more", [[], ["train.ema={decay: 0.5}"]])
 def test_a_run_whose_logits_are_not_finite_fails(config_path, tmp_path, capsys, more):
     """Weights that the last step made infinite give no loss that would show it."""
-    huge = ["train.optimizer={name: sgd, lr: 1e38}", "train.global_batch_size=17", "train.loss.smoothing=0.1"]
+    huge = ["train.optimizer={name: sgd, lr: 1e30}", "train.global_batch_size=17", "train.loss.smoothing=0.1"]
     arguments = [str(config_path), *BRIEF, *huge, *more]
     assert main([*arguments, f"run_dir={tmp_path / 'run'}"]) == 1
     assert "the logits of 7 of 7 validation images are not finite" in capsys.readouterr().err

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from train.weights import load_weights
 from vitreuse.config import ConfigError, DistillConfig
-from vitreuse.inputs import image_settings
+from vitreuse.inputs import check_answers, image_settings
 
 
 def create_teacher(settings: DistillConfig, student: Any, student_images: dict[str, Any]) -> Teacher:
@@ -44,7 +44,10 @@ def create_teacher(settings: DistillConfig, student: Any, student_images: dict[s
         )
     assert settings.teacher.weights is not None  # its schema's rule
     load_weights(model, settings.teacher.weights)
-    return Teacher(model.to(next(student.parameters()).device), student_images)
+    device = next(student.parameters()).device
+    teacher, images = Teacher(model.to(device), student_images), torch.zeros(1, *student_images["input_size"])
+    check_answers(teacher, images.to(device), student.num_classes, f"train.distill.teacher {settings.teacher.name!r}")
+    return teacher
 
 
 class Teacher:

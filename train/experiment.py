@@ -7,17 +7,18 @@ from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from timm.models import VisionTransformer
 
 from eval.distributed import Ranks
 from eval.predictions import Predictions
 from eval.top1 import Labelled, evaluate
-from train.pipeline import ignore_stop_signals, train_decoder
+from train.pipeline import ignore_stop_signals, restored_generators, train_decoder
 from train.sharding import unsharded
 from train.trainer import DivergedError, Trainer
 from train.weights import start_from, weight_files
 from vitreuse.config import Config, ConfigError
 from vitreuse.data import ShardDataset, open_split, prepare_source
-from vitreuse.inputs import evaluation_transform, image_settings
+from vitreuse.inputs import check_answers, evaluation_transform, image_mode, image_settings
 
 
 class Experiment(NamedTuple):
@@ -48,8 +49,8 @@ def set_up(config: Config, ranks: Ranks, allow: Collection[str] = ()) -> Experim
         if config.data.source is not None and ranks.local_rank == 0:
             prepare_source(config.data.source, config.data.folder)
     with ranks.together():
-        settings = image_settings(model)
-        mode = "L" if settings["input_size"][0] == 1 else "RGB"
+        settings, mode = image_settings(model), image_mode(model)
+        _check_model(model, settings, config.model.name, ranks.device)
         where = {"cache_root": config.data.cache_root, "allow": allow}
         train_set = open_split(config.data.folder, "train", mode, train_decoder(config), **where)
         val_set = open_split(config.data.folder, "val", mode, **where)
@@ -62,6 +63,15 @@ def inputs(experiment: Experiment) -> dict[str, str]:
     """Digests of what an experiment reads: both splits, and every file of weights."""
     splits = {"training images": experiment.train_set, "validation images": experiment.val_set}
     return {name: split.digest for name, split in splits.items()} | weight_files(experiment.trainer.config)
+
+
+def _check_model(model: Any, settings: dict[str, Any], name: str, device: torch.device) -> None:
+    """Refuses a model that cannot be trained on the images that it is built for."""
+    is_training = isinstance(model, VisionTransformer)  # others have statistics that an image would move
+    images = torch.zeros(1, *settings["input_size"], device=device)
+    with restored_generators():
+        check_answers(model.train(is_training), images, model.num_classes, f"model {name!r}")
+    model.train()
 
 
 def _check_shuffled(config: Config, train_set: Any) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vitreuse.data import DataError, open_images, prepare_source
-from vitreuse.inputs import Transform, evaluation_transform, image_settings
+from vitreuse.inputs import Transform, evaluation_transform, image_mode
 from vitreuse.targets import Target
 
 
@@ -62,7 +62,7 @@ def sample_images(
     """
     if root is None:
         root = _own_root(target)
-    mode = "L" if image_settings(model)["input_size"][0] == 1 else "RGB"
+    mode = image_mode(model)
     dataset = open_images(root / split if (root / split).is_dir() else root, mode)
     crop_pct = None if target.config is None else target.config.eval.crop_pct
     return ImageSample(dataset, evaluation_transform(model, crop_pct), num_images, seed)

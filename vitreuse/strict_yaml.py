@@ -39,6 +39,8 @@ _NAMES = {
     tuple: "a list",
 }
 
+LARGEST = 10**12  # of whole numbers without a maximum of their own: more overflows in what is given them
+
 Tree = dict[str, Any]  # key -> yaml.Node (scalar or sequence) or Tree
 Sources = dict[str, str]  # dotted path -> "file:line" it was read from; "" -> the file as a whole
 
@@ -64,7 +66,7 @@ def setting(
         default: Its value when the YAML leaves it out; without one the key is required.
         above: The value must be greater.
         minimum: The value must be at least this.
-        maximum: The value must be at most this.
+        maximum: The value must be at most this; LARGEST for whole numbers.
         choices: The only values allowed.
         changes_run: Whether another value gives other weights, so that a run cannot be resumed under it.
     """
@@ -247,7 +249,7 @@ def _read_plain(text: str) -> bool | int | float | str:
     """An unquoted scalar: true, false, a decimal number, or the text itself."""
     if text in _BOOL:
         return _BOOL[text]
-    if _INT.fullmatch(text):
+    if _INT.fullmatch(text) and len(text) < 40:  # Python reads no more than 4,300 digits
         return int(text)
     if _FLOAT.fullmatch(text) and math.isfinite(float(text)):
         return float(text)
@@ -309,8 +311,9 @@ def _check_bounds(value: Any, rules: Mapping[str, Any], sources: Sources, path: 
             raise ConfigError(f"{_at(sources, path)} is {number}, it must be greater than {rules['above']}.")
         if rules["minimum"] is not None and not number >= rules["minimum"]:
             raise ConfigError(f"{_at(sources, path)} is {number}, it must be at least {rules['minimum']}.")
-        if rules["maximum"] is not None and not number <= rules["maximum"]:
-            raise ConfigError(f"{_at(sources, path)} is {number}, it must be at most {rules['maximum']}.")
+        maximum = LARGEST if rules["maximum"] is None and type(number) is int else rules["maximum"]
+        if maximum is not None and not number <= maximum:
+            raise ConfigError(f"{_at(sources, path)} is {number}, it must be at most {maximum}.")
 
 
 class _Dumper(yaml.SafeDumper):
