@@ -8,6 +8,7 @@ A corrupted split stands for NAME as CORRUPTION-SEVERITY.
 """
 
 import argparse
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -133,7 +134,8 @@ class _Images(Dataset[tuple[Tensor, Any, str]]):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command line."""
     parser.add_argument("targets", nargs="+", metavar="TARGET", help="run folder, config or model name")
-    parser.add_argument("--data", metavar="DIR", help="folder with SPLIT/, or its URL; default: the run's own data")
+    text = "folder with SPLIT/, or its URL; default: the run's own data"
+    parser.add_argument("--data", type=os.path.expanduser, metavar="DIR", help=text)
     add_allow(parser)
     parser.add_argument("--split", default="val", help="default: %(default)s")
     parser.add_argument("--set", choices=SETS, help="ImageNet's set that it is, with classes by name; default: none")

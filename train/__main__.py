@@ -124,14 +124,14 @@ def _parse(arguments: list[str]) -> tuple[Path, list[str], Path, str | None, Seq
     arguments = [argument for argument in arguments if argument not in OPTIONS]
     if not arguments or "=" in arguments[0] or arguments[0].startswith("-"):
         raise ConfigError(f"no config is given; {USAGE}.")
-    path = Path(arguments[0])
+    path = Path(os.path.expanduser(arguments[0]))
     run_dir = Path("runs") / path.stem
     overrides = []
     for argument in arguments[1:]:
         if argument.startswith("run_dir="):
             text = argument.removeprefix("run_dir=")
             refuse_url("run_dir", text)
-            run_dir = Path(text)
+            run_dir = Path(os.path.expanduser(text))
         else:
             overrides.append(argument)
     return path, overrides, run_dir, options[0] if options else None, given.allow

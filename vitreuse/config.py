@@ -43,6 +43,7 @@ class ModelConfig:
         "what training starts from: a file of weights, a run folder, a hub folder, or a name of "
         "timm.list_pretrained(); null for random ones",
         None,
+        is_path=True,
     )
     pos_embed: str = setting(
         "what it starts from: random numbers to learn, or timm's sines and cosines, which train.freeze can keep",
@@ -133,10 +134,15 @@ class DataConfig:
         "folder with train/ and val/, each shards with an index or one folder per class; or a URL of such shards, with "
         "{} for SPLIT/NAME, which the command line must --allow",
         None,
+        is_path=True,
     )
-    cache_root: str = setting("folder for what is fetched from a URL", CACHE_ROOT, changes_run=False)
+    cache_root: str = setting(
+        "folder for what is fetched from a URL", CACHE_ROOT, changes_run=False, is_path=True
+    )
     source: str | None = setting("built-in data set, written as shards on first use", None, choices=SOURCES)
-    source_root: str = setting("folder under which a built-in data set is written", "data", changes_run=False)
+    source_root: str = setting(
+        "folder under which a built-in data set is written", "data", changes_run=False, is_path=True
+    )
     num_workers: int = setting(
         "decoding processes per rank; 0 decodes in the rank itself", 4, minimum=0, maximum=1024, changes_run=False
     )
@@ -372,7 +378,7 @@ class ReferenceConfig:
     """A curve that the loss should follow: training says in one line when it is too far above it, and goes on."""
 
     curve: str = setting(
-        "a CSV with the columns epoch and loss, or the metrics.jsonl of another run", changes_run=False
+        "a CSV with the columns epoch and loss, or the metrics.jsonl of another run", changes_run=False, is_path=True
     )
     tolerance_percent: float = setting("how far above the curve the mean loss may be", 10.0, above=0, changes_run=False)
     num_records: int = setting("newest step records that the mean is taken over", 20, above=0, changes_run=False)
