@@ -250,7 +250,7 @@ def test_a_missing_run_folder_finds_the_one_that_was_meant(tmp_path, monkeypatch
             target.label for target in resolve_targets(["~/runs/lazy"])
         ]  # fmt: skip
         return
-    with pytest.raises(ValueError, match="did you mean '.*runs/lazy'"):
+    with pytest.raises(ValueError, match=r"did you mean '.*runs/lazy'"):
         resolve_targets([text.format(tmp_path)])
 
 

@@ -1,4 +1,4 @@
-"""Any value that a config can hold is right, or refused in one sentence: nothing else comes of it up to a first step."""
+"""Any value that a config can hold is right, or refused in one sentence, up to a first step of training."""
 
 import types
 import typing

@@ -69,7 +69,8 @@ def train(config: Config, run_dir: Path, command: str, allow: Collection[str] = 
             loop.resume()
             return loop.run({"command": command, "inputs": read})
         except BaseException as error:
-            folder.fail(reason(error))
+            if loop.has_begun or not isinstance(error, ValueError):  # which is about the input: nothing has happened yet
+                folder.fail(reason(error))
             if isinstance(error, Exception):
                 raise
             raise RuntimeError(f"training was ended from inside by {reason(error)}") from error  # signals are none
@@ -125,6 +126,7 @@ class _Loop:
         self.reference = reference  # None of every rank but the main one
         self.pace = _Pace()
         self.mfu = Mfu(self.config, self.ranks)
+        self.has_begun = False
 
     def resume(self) -> None:
         """Goes to where the newest checkpoint was saved, if there is one.
@@ -151,7 +153,7 @@ class _Loop:
         with self.ranks.together():  # none fails before run.json is this start's, and can say why
             if self.ranks.is_main:
                 self._begin(facts)
-        trainer = self.trainer
+        self.has_begun, trainer = True, self.trainer
         trainer.check_weights()
         name, step, num_steps = self.folder.path.name, trainer.counters.step, trainer.num_steps
         with WorkProgress(name, "steps", num_steps, step, enabled=self.ranks.is_main) as self.progress:
