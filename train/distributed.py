@@ -58,15 +58,28 @@ def lost_process(error: RuntimeError) -> str | None:
     return None
 
 
-def end_process(code: int) -> NoReturn:
-    """Ends this process, and its DataLoader workers before it, whatever they are doing.
+def kill_workers() -> None:
+    """Ends the DataLoader workers of this process, whatever they are doing.
 
-    An exit as usual ends them by SIGTERM, which they ignore (pipeline.ignore_stop_signals), and waits for them. After a
-    failure it is not waited for anything: for a library's threads, or a collective that another rank will not join.
+    They ignore SIGTERM (pipeline.ignore_stop_signals), by which an exit as usual would end them before it waits for
+    them, and one that hangs in a read does not hear its loader either.
     """
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises an error where a worker dies
-    for worker in multiprocessing.active_children():
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's raises an error where a worker dies
+    workers = multiprocessing.active_children()
+    for worker in workers:
         worker.kill()
+    for worker in workers:
+        worker.join()
+    signal.signal(signal.SIGCHLD, handler)
+
+
+def end_process(code: int) -> NoReturn:
+    """Ends this process and its DataLoader workers.
+
+    After a failure it is not waited for anything: for a library's threads, or a collective that another rank will not
+    join.
+    """
+    kill_workers()
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError):
             stream.flush()

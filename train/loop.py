@@ -16,7 +16,7 @@ import torch
 
 from eval.distributed import Ranks, joined
 from eval.predictions import Predictions
-from train.distributed import StopSignal, reason
+from train.distributed import StopSignal, kill_workers, reason
 from train.experiment import checkpoint_is_due, evaluation_is_due, inputs, predict, set_up
 from train.mfu import Mfu
 from train.reference import Reference
@@ -69,8 +69,9 @@ def train(config: Config, run_dir: Path, command: str, allow: Collection[str] = 
             loop.resume()
             return loop.run({"command": command, "inputs": read})
         except BaseException as error:
-            if loop.has_begun or not isinstance(error, ValueError):  # which is about the input: nothing has happened yet
+            if loop.has_begun or not isinstance(error, ValueError):  # before that one is about the input
                 folder.fail(reason(error))
+            kill_workers()
             if isinstance(error, Exception):
                 raise
             raise RuntimeError(f"training was ended from inside by {reason(error)}") from error  # signals are none

@@ -309,7 +309,7 @@ print(json.dumps({"seconds": seconds, "added_bytes": resident_bytes() - before, 
 
 
 def test_index_at_the_size_of_imagenet(tmp_path):
-    """1.3 million samples in 1,300 shards load within seconds and 250 MiB, counting what is mapped as the process's own."""
+    """1.3 million samples in 1,300 shards load in seconds and 250 MiB, counting what is mapped as the process's own."""
     per_shard, num_shards = 1000, 1300
     records = np.zeros(per_shard * num_shards, record_dtype(27))
     numbers = np.arange(len(records))

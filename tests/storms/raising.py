@@ -1,12 +1,13 @@
 """`python -m train ARGUMENTS` in which one rank raises an error: raising.py RANK STEP PLACE ERROR ARGUMENTS.
 
 PLACE is where: in the step itself, in its loss, in a worker of the loader, in an evaluation, in a worker of that, while
-a checkpoint is half written, or in a callback that logs. It is raised at the first of them after so many steps; in the
-loader after so many of a worker's batches.
+a checkpoint is half written, or in a callback that logs; stuck is in the step while the workers hang. It is raised at
+the first of them after so many steps; in the loader after so many of a worker's batches.
 """
 
 import os
 import sys
+import time
 from collections.abc import Callable
 from itertools import count
 from typing import Any
@@ -50,6 +51,17 @@ def raising(function: Callable[..., Any], is_due: Callable[..., bool], after: bo
     return call
 
 
+def hanging(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, which does not come back once it has been called often enough."""
+
+    def call(*args: Any) -> Any:
+        if next(calls) > step // 2 + 1:  # of each of two workers
+            time.sleep(3600)
+        return function(*args)
+
+    return call
+
+
 def counted(trainer: Trainer, *args: Any) -> Any:
     """Trainer.train_step, which tells the others how far the run is."""
     global steps_done
@@ -69,6 +81,9 @@ if rank == sys.argv[1]:
     calls = count(1)
     if place == "step":
         Trainer.train_step = raising(counted, lambda trainer, *_: trainer.counters.step >= step)
+    elif place == "stuck":
+        Trainer.train_step = raising(counted, lambda trainer, *_: trainer.counters.step >= step)
+        TrainingImages.__getitems__ = hanging(TrainingImages.__getitems__)
     elif place == "loss":
         Trainer._loss = raising(Trainer._loss, enough)
     elif place == "loader":
