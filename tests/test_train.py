@@ -389,7 +389,7 @@ def test_any_error_ends_a_run_with_code_1_and_its_reason(config_path, tmp_path, 
 @pytest.mark.parametrize(("place", "error"), [("step", "memory"), ("stuck", "exit")])
 def test_an_error_ends_a_process_that_has_workers(config_path, tmp_path, place, error):
     """They ignore the SIGTERM by which an exit as usual would end them, and it would wait for them."""
-    program = (str(CHECKOUT / "tests/storms/raising.py"), "0", "5", place, error)
+    program = (str(CHECKOUT / "tests/storms/raising.py"), "0", "4", place, error)  # amid the second epoch
     run = Run(tmp_path / "run", (str(config_path), "data.num_workers=2"))
     start = run.start(program=program)
     start.wait_for_step(2)
