@@ -83,6 +83,8 @@ class Ranks:
 def joined(device_name: str) -> Iterator[Ranks]:
     """The ranks that torchrun started, or this process alone.
 
+    After an error they are not parted: over NCCL that waits for the others, which may wait for this one.
+
     Args:
         device_name: auto, cpu or cuda.
 
@@ -94,13 +96,11 @@ def joined(device_name: str) -> Iterator[Ranks]:
     if ranks.world_size > 1:
         has_cuda = device_name != "cpu" and torch.cuda.is_available()
         dist.init_process_group("cpu:gloo,cuda:nccl" if has_cuda else "gloo", timeout=COLLECTIVE_TIMEOUT)
-    try:
-        with ranks.together():
-            device = _own_device(device_name, ranks.local_rank)
-        yield replace(ranks, device=device)
-    finally:
-        if ranks.world_size > 1:
-            dist.destroy_process_group()
+    with ranks.together():
+        device = _own_device(device_name, ranks.local_rank)
+    yield replace(ranks, device=device)
+    if ranks.world_size > 1:
+        dist.destroy_process_group()
 
 
 def _own_device(name: str, local_rank: int) -> torch.device:

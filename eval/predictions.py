@@ -70,6 +70,11 @@ class Predictions:
         return len(self.keys)
 
     @property
+    def num_not_finite(self) -> int:
+        """How many images got logits of which one is NaN or infinite, so that they have no probabilities."""
+        return int((self.probabilities == 0).sum())
+
+    @property
     def is_correct(self) -> np.ndarray:
         """(n,), bool: whether the first class is the label, or one of them."""
         return self._hits[:, 0]

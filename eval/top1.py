@@ -8,6 +8,7 @@ A corrupted split stands for NAME as CORRUPTION-SEVERITY.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -46,7 +47,7 @@ from vitreuse.console import add_allow, is_first_rank, local_path, positive
 from vitreuse.data import find_split, open_split, prepare_source
 from vitreuse.durable import write_durably
 from vitreuse.file_names import for_terminal, printable, to_bytes
-from vitreuse.inputs import Transform, evaluation_transform, image_settings
+from vitreuse.inputs import Transform, evaluation_transform, image_mode
 from vitreuse.local import refuse_idle_allow, refuse_url, url_kind
 from vitreuse.measure import describe_machine
 from vitreuse.targets import Target, resolve_targets
@@ -140,7 +141,8 @@ class _Images(Dataset[tuple[Tensor, Any, str]]):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command line."""
     parser.add_argument("targets", nargs="+", metavar="TARGET", help="run folder, config or model name")
-    parser.add_argument("--data", metavar="DIR", help="folder with SPLIT/, or its URL; default: the run's own data")
+    text = "folder with SPLIT/, or its URL; default: the run's own data"
+    parser.add_argument("--data", type=os.path.expanduser, metavar="DIR", help=text)
     add_allow(parser)
     parser.add_argument("--split", default="val", help="default: %(default)s")
     parser.add_argument("--set", choices=SETS, help="ImageNet's set that it is, with classes by name; default: none")
@@ -241,7 +243,7 @@ def _row(target: Target, model: Any, root: str, part: str, args: argparse.Namesp
 
 
 def _open(target: Target, model: Any, root: str, split: str, args: argparse.Namespace) -> TestSet:
-    mode = "L" if image_settings(model)["input_size"][0] == 1 else "RGB"
+    mode = image_mode(model)
     cache_root = DataConfig.cache_root if target.config is None else target.config.data.cache_root
     dataset = open_split(root, split, mode, cache_root=cache_root, allow=args.allow)
     for note in dataset.notes if is_first_rank() else ():

@@ -1,5 +1,6 @@
 """Strict YAML: what is read is what was declared, and every mistake names file, key, rule and way out."""
 
+import typing
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from hypothesis import strategies as st
 from timm.layers import build_sincos2d_pos_embed
 
 from vitreuse.config import Config, ConfigError, ModelConfig, changed_settings, load_config, to_yaml
+from vitreuse.console import local_path
+from vitreuse.targets import resolve_targets
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml"))
 SHIPPED = [path for path in CONFIGS if not path.name.startswith("_")]
@@ -194,6 +197,61 @@ def test_a_wrong_override_is_one_sentence(write, override, sentence):
 )
 def test_a_wrong_file_is_one_sentence(write, text, sentence):
     assert sentence in _error(write(text))
+
+
+def test_a_tilde_is_a_home_folder_wherever_a_path_is_given(write, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    write(MINIMAL, "home/base.yaml")
+    text = 'base: ~/base.yaml\ndata: {source: null, root: "~/a"}\ntrain: {reference: {curve: "~"}}'
+    overrides = ["model.weights=~/b/c.pt", "data.cache_root='~/d'", "data.source_root=e/~"]
+    config = load_config(write(text), overrides)
+    found = (config.data.root, config.model.weights, config.data.cache_root, config.train.reference.curve)
+    assert found == tuple(str(tmp_path / "home" / part) for part in ("a", "b/c.pt", "d", ""))[:3] + (
+        str(tmp_path / "home"),
+    )
+    assert config.data.source_root == "e/~"
+    assert local_path("~/x") == tmp_path / "home/x"
+    paths = {name for name, field in _settings(Config) if field.metadata["is_path"]}
+    assert paths == {"weights", "root", "cache_root", "source_root", "curve"}
+
+
+def _settings(kind):
+    for field in fields(kind):
+        yield field.name, field
+    for hint in typing.get_type_hints(kind).values():
+        for inner in (hint, *typing.get_args(hint)):
+            if is_dataclass(inner):
+                yield from _settings(inner)
+
+
+@pytest.mark.parametrize(
+    ("path", "meant"),
+    [("lazi.yaml", "lazy.yaml"), ("Lazy.yml", "lazy.yaml"), ("lazy", "lazy.yaml"), ("configz/exact.yaml", None)],
+)
+def test_a_missing_file_finds_the_one_that_was_meant(write, tmp_path, path, meant):
+    (tmp_path / "configs").mkdir()
+    for name in ("lazy.yaml", "reuse.yaml", "configs/exact.yaml"):
+        write(MINIMAL, name)
+    meant = tmp_path / (meant or "configs/exact.yaml")
+    assert _error(tmp_path / path).endswith(f"cannot be read (No such file or directory), did you mean '{meant}'?")
+    assert f"did you mean '{meant}'?" in _error(write(f"base: {path}\n"))
+    assert _error(tmp_path / "zzz").endswith("cannot be read (No such file or directory).")
+
+
+@pytest.mark.parametrize("text", ["runs/lazi", "local-dir:{}/runs/lazi", "runz/lazy", "runs/lazy/"])
+def test_a_missing_run_folder_finds_the_one_that_was_meant(tmp_path, monkeypatch, text):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "runs/lazy").mkdir(parents=True)
+    (tmp_path / "runs/lazy/config.yaml").write_text(MINIMAL)
+    if text.rstrip("/") == "runs/lazy":
+        assert [target.label for target in resolve_targets([text])] == ["lazy"] == [
+            target.label for target in resolve_targets(["~/runs/lazy"])
+        ]  # fmt: skip
+        return
+    with pytest.raises(ValueError, match=r"did you mean '.*runs/lazy'"):
+        resolve_targets([text.format(tmp_path)])
 
 
 def test_a_base_is_what_a_file_differs_from(write, tmp_path):

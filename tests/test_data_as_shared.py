@@ -104,4 +104,5 @@ def test_names_that_look_the_same_are_told_apart(tmp_path: Path) -> None:
     path.write_text(CONFIG.format(root=tmp_path))
     with pytest.raises(ConfigError) as error:
         set_up(load_config(path), ALONE)
-    assert r"label 1 is class 'caf\xe9' in train and 'cafe\u0301' in val" in str(error.value)
+    assert r"val has 'cafe\u0301', which " in str(error.value)
+    assert r"train has as 'caf\xe9', which differs only in Unicode normalisation" in str(error.value)

@@ -280,9 +280,9 @@ def test_healing_stopped_amid_annealing_goes_on_to_the_bit(tmp_path, healed, mon
             raise MemoryError
         return plan_share(trainer.counters.step, 6)
 
-    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+    with monkeypatch.context() as patch:
         patch.setattr("train.trainer.Trainer.plan_share", property(die))
-        main([*recipe, f"run_dir={killed.folder}"])
+        assert main([*recipe, f"run_dir={killed.folder}"]) == 1
     assert killed.saved_step == 3
     assert main([*recipe, f"run_dir={killed.folder}"]) == 0
     killed.check_equals(whole)

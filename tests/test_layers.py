@@ -157,7 +157,7 @@ def test_a_model_can_be_copied_after_a_forward(name, backend):
 
 @every_small_case
 def test_two_threads_can_run_one_model_in_lockstep(name, backend):
-    model, x, barrier = build(name, backend), images(), threading.Barrier(2, timeout=60)
+    model, x, barrier = build(name, backend), images(), threading.Barrier(2, timeout=300)
 
     def wait_for_the_other(*_):
         barrier.wait()

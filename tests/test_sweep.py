@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 from PIL import Image
+from storms.processes import PATIENCE_S
 
 from train.__main__ import main as train
 from train.sweep import main
@@ -64,7 +65,7 @@ def on_a_terminal(*arguments):
         try:
             received += os.read(ours, 1 << 16)
         except OSError:  # the other end is closed
-            return received.decode(), process.wait(timeout=60)
+            return received.decode(), process.wait(timeout=PATIENCE_S)
 
 
 def status(run_dir):
@@ -86,7 +87,7 @@ def test_a_terminal_shows_a_bar_for_each_run(write_config, tmp_path):
 def test_elsewhere_the_runs_lines_are_passed_on_and_a_failure_does_not_stop_the_others(write_config, tmp_path):
     configs, cards = [write_config("wrong", lr="fast"), write_config("right")], tmp_path / "cards"
     process = start(*configs, f"runs={tmp_path / 'runs'}", f"cards={cards}", stderr=subprocess.PIPE)
-    said = process.communicate(timeout=100)[1].decode()
+    said = process.communicate(timeout=PATIENCE_S)[1].decode()
     assert process.returncode == 2
     assert "\x1b[" not in said
     assert "wrong.yaml:7: train.optimizer.lr must be a number" in said and "wrong ended with exit code 2." in said
@@ -98,12 +99,12 @@ def test_elsewhere_the_runs_lines_are_passed_on_and_a_failure_does_not_stop_the_
 def test_a_signal_stops_the_running_ones_and_starts_no_more(write_config, tmp_path):
     configs = [write_config("long", epochs=100_000), write_config("waiting")]
     process = start(*configs, f"runs={tmp_path / 'runs'}", stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE_S
     while not (tmp_path / "runs/long/metrics.jsonl").exists():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) == 75
+    assert process.wait(timeout=PATIENCE_S) == 75
     assert status(tmp_path / "runs/long") == "stopped"
     assert not (tmp_path / "runs/waiting").exists()
 
@@ -131,6 +132,12 @@ def test_seeds_are_the_outer_loop(started):
     assert started == [
         [config, "train.epochs=2", f"train.seed={seed}", f"run_dir=r/{stem}-seed{seed}"] for config, stem, seed in runs
     ]
+
+
+def test_a_tilde_is_a_home_folder(started, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert main(["~/x.yaml", "runs=~/r"]) == 0
+    assert started == [[f"{tmp_path}/x.yaml", f"run_dir={tmp_path}/r/x"]]
 
 
 def test_without_seeds_the_configs_own_holds(started):
@@ -182,8 +189,11 @@ def test_cards_are_kept_and_stand_for_their_runs(write_config, tmp_path, started
     [
         ([], "give one or more configs"),
         (["a/x.yaml", "b/x.yaml"], "each of another name"),
-        (["x.yaml", "jobs=none"], "jobs=none is not a whole number above 0"),
-        (["x.yaml", "seeds=0"], "seeds=0 is not a whole number above 0"),
+        (["x.yaml", "jobs=none"], "jobs=none is not a whole number from 1 to 99999"),
+        (["x.yaml", "seeds=0"], "seeds=0 is not a whole number from 1 to 99999"),
+        (["x.yaml", "seeds=100000000000"], "seeds=100000000000 is not a whole number from 1 to 99999"),
+        (["x.yaml", "run_dir=runs/y"], "run_dir=runs/y is for python -m train, of one run"),
+        (["x.yaml", "--doctor"], "--doctor is for python -m train"),
         (["x.yaml", "seeds=2", "train.seed=1"], "train.seed and seeds: give at most one of the two"),
     ],
 )

@@ -4,6 +4,7 @@ import copy
 import errno
 import io
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -14,7 +15,9 @@ import socket
 import subprocess
 import sys
 import tarfile
+from contextlib import nullcontext
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -23,7 +26,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 from storms.pictures import write_pictures
-from storms.processes import Run
+from storms.processes import CHECKOUT, Run
 from timm.models import VisionTransformer
 
 from eval.card import read_card
@@ -36,7 +39,7 @@ from train.loop import _Loop
 from train.order import Draw
 from train.pipeline import TrainingImages, train_decoder, train_transform
 from train.run import RunFolder
-from train.trainer import DivergedError, Trainer
+from train.trainer import Counters, DivergedError, Trainer
 from vitreuse.config import Config, ConfigError, load_config
 from vitreuse.data import Sample, load_index, open_split
 from vitreuse.inputs import image_settings
@@ -191,9 +194,9 @@ def test_a_run_killed_in_an_evaluation_has_saved_its_epoch(config_path, tmp_path
     def die(*args):
         raise MemoryError
 
-    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+    with monkeypatch.context() as patch:
         patch.setattr("train.loop.predict", die)
-        main([*recipe, f"run_dir={killed.folder}"])
+        assert main([*recipe, f"run_dir={killed.folder}"]) == 1
     assert killed.saved_step == killed.last_step > 0
     assert main([*recipe, f"run_dir={killed.folder}"]) == 0
     killed.check_equals(whole)
@@ -332,13 +335,75 @@ def test_a_damaged_image_of_an_evaluation_leaves_no_worker_behind(root, config_p
     assert multiprocessing.active_children() == []
 
 
-def test_an_error_of_the_code_keeps_its_traceback(config_path, monkeypatch):
+def test_an_error_of_the_code_keeps_its_traceback(config_path, monkeypatch, capsys):
     def broken(*_):
-        raise RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nsizes do not match")
+        raise RuntimeError(f"Caught TypeError in DataLoader worker process 0.\n{WORKERS_TRACEBACK}")
 
     monkeypatch.setattr("train.__main__.train", broken)
-    with pytest.raises(RuntimeError, match="sizes do not match"):
-        main([str(config_path)])
+    assert main([str(config_path)]) == 1
+    *traceback, told = capsys.readouterr().err.splitlines()
+    assert traceback[0].startswith("Traceback") and '  File "x.py", line 1, in item' in traceback
+    assert told.startswith("train: TypeError: sizes do not match, or types: what runs/tiny held before is whole")
+
+
+ERRORS = {
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."): "CUDA out of memory. Tried to allocate",
+    MemoryError(): "MemoryError",
+    AssertionError(): "AssertionError",
+    KeyError("blocks.0"): "KeyError: 'blocks.0'",
+    KeyboardInterrupt(): "KeyboardInterrupt",  # which no signal raises here
+    SystemExit(0): "SystemExit: 0",
+    OSError(errno.EIO, "Input/output error"): "[Errno 5] Input/output error",
+    ValueError("two\nlines"): "two lines",
+}
+PLACES = {
+    "in a step": "train.trainer.Trainer.train_step",
+    "in the loss": "train.trainer.Trainer._loss",
+    "in an update": "train.trainer.Trainer._update",
+    "in the loader": "train.pipeline.TrainingImages.__getitems__",
+    "in an evaluation": "train.loop.predict",
+    "while saving": "train.checkpoint._write",
+    "while logging": "train.run.RunFolder.log",
+    "while finishing": "train.run.pack_weights",
+}
+
+
+@pytest.mark.parametrize(
+    ("place", "error"),
+    [*(pair for pair in zip(PLACES, ERRORS, strict=True)), *(("in a step", error) for error in ERRORS)],
+)
+def test_any_error_ends_a_run_with_code_1_and_its_reason(config_path, tmp_path, monkeypatch, capsys, place, error):
+    run = Run(tmp_path / "run", (str(config_path), "train.epochs=2", "train.checkpoint.every_epochs=1"))
+    arguments = [*run.arguments, f"run_dir={run.folder}"]
+    with monkeypatch.context() as patch:
+        patch.setattr(PLACES[place], Mock(side_effect=error))
+        assert main(arguments) == 1
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("train: ")]
+    assert len(told) == 1 and ERRORS[error] in told[0] and "run it again to go on" in told[0]
+    assert run.record["status"] == "failed" and ERRORS[error] in run.record["error"]
+    assert not list(run.folder.rglob(".*.tmp"))
+    assert main(arguments) == 0
+    assert run.record["status"] == "completed" and "error" not in run.record
+
+
+@pytest.mark.parametrize(("place", "error"), [("step", "memory"), ("stuck", "exit")])
+def test_an_error_ends_a_process_that_has_workers(config_path, tmp_path, place, error):
+    """They ignore the SIGTERM by which an exit as usual would end them, and it would wait for them."""
+    program = (str(CHECKOUT / "tests/storms/raising.py"), "0", "4", place, error)  # amid the second epoch
+    run = Run(tmp_path / "run", (str(config_path), "data.num_workers=2"))
+    start = run.start(program=program)
+    start.wait_for_step(2)
+    assert len(start.pids) == 3
+    assert start.end() == 1
+    assert start.pids == []
+    assert run.record["status"] == "failed"
+
+
+WORKERS_TRACEBACK = """Original Traceback (most recent call last):
+  File "x.py", line 1, in item
+    torch.stack(items)
+TypeError: sizes do not match,
+or types"""
 
 
 class _SlowImages:
@@ -489,6 +554,70 @@ def test_a_loss_that_is_not_finite_skips_the_step_and_then_ends_the_run(config_p
     trainer.train_step(broken, stop=False)
     with pytest.raises(DivergedError, match=f"2 steps in a row up to step 5, with {broken.keys[0]}, "):
         trainer.train_step(broken, stop=False)
+
+
+BRIEF = ["train.epochs=1", "eval.every_epochs=1", "train.schedule.warmup_epochs=0"]  # 3 steps
+
+
+def _fails(arguments: list[str], run_dir: Path, capsys) -> str:
+    """What is said, and noted, of a run that fails, each time that it is started."""
+    for _ in range(2):
+        assert main([*arguments, f"run_dir={run_dir}"]) == 1
+        (told,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("train: ")]
+        record = json.loads((run_dir / "run.json").read_text())
+        assert record["status"] == "failed" and f"train: {record['error']}" == told
+        assert not (run_dir / "model.safetensors").exists()
+    return told
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+@pytest.mark.parametrize("whose", ["model", "teacher"])
+def test_weights_that_are_not_finite_are_not_trained(config_path, tmp_path, capsys, number, whose):
+    """Nor learned from: under kind hard the most probable of classes of NaN would be one."""
+    config = load_config(config_path, ["model.name=vit_tiny_patch16_224", "model.plan=null"])
+    state = config.model.create().state_dict()
+    state["blocks.1.mlp.fc2.bias"][3] = number
+    torch.save(state, tmp_path / "broken.pt")
+    source = "model.weights" if whose == "model" else "train.distill.teacher.weights"
+    teacher = config.model if whose == "teacher" else None
+    distill = [] if teacher is None else [
+        "train.distill.kind=hard", f"train.distill.teacher.name={teacher.name}",
+        f"train.distill.teacher.keywords={json.dumps(teacher.keywords)}",
+    ]  # fmt: skip
+    arguments = [str(config_path), *BRIEF, *distill, f"{source}={tmp_path / 'broken.pt'}"]
+    told = _fails(arguments, tmp_path / "run", capsys)
+    assert f"the {whose}'s weights are not finite in 1 tensors, the first blocks.1.mlp.fc2.bias" in told
+    assert main([*arguments, f"run_dir={tmp_path / 'other'}", "--doctor"]) == 1
+    assert f"the {whose}'s weights are not finite" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+def test_a_run_of_which_every_step_was_skipped_fails(config_path, tmp_path, capsys, monkeypatch, precision):
+    monkeypatch.setattr("train.trainer.Normalize.__call__", lambda self, images: images.float() * math.nan)
+    told = _fails([str(config_path), *BRIEF, f"train.precision={precision}"], tmp_path / "run", capsys)
+    assert "all 3 of 3 steps were skipped" in told
+
+
+def test_a_run_whose_last_steps_were_skipped_fails_once_they_are_too_many(config_path):
+    trainer = _trainer(load_config(config_path, ["train.max_skipped_steps=3"]))
+    for since_update, fails in ((0, False), (2, False), (3, True), (17, True)):
+        trainer.counters = Counters(step=180, skipped=20, skipped_since_update=since_update)
+        with pytest.raises(DivergedError, match="the last") if fails else nullcontext():
+            trainer.check_updated()
+    trainer.counters = Counters(step=2, skipped=2, skipped_since_update=2)
+    with pytest.raises(DivergedError, match="all 2 of 2"):
+        trainer.check_updated()
+
+
+@pytest.mark.parametrize("more", [[], ["train.ema={decay: 0.5}"]])
+def test_a_run_whose_logits_are_not_finite_fails(config_path, tmp_path, capsys, more):
+    """Weights that the last step made infinite give no loss that would show it."""
+    huge = ["train.optimizer={name: sgd, lr: 1e30}", "train.global_batch_size=17", "train.loss.smoothing=0.1"]
+    arguments = [str(config_path), *BRIEF, *huge, *more]
+    assert main([*arguments, f"run_dir={tmp_path / 'run'}"]) == 1
+    assert "the logits of 7 of 7 validation images are not finite" in capsys.readouterr().err
+    assert json.loads((tmp_path / "run/run.json").read_text())["status"] == "failed"
+    assert main([*arguments, f"run_dir={tmp_path / 'run'}"]) == 1
 
 
 def test_warm_up_rises_and_the_cosine_ends_near_zero(config_path):

@@ -8,9 +8,12 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from traceback import clear_frames
+from traceback import clear_frames, print_exception
+from typing import NoReturn
 
-from train.distributed import lost_process
+import torch
+
+from train.distributed import end_process, lost_process, reason
 from train.doctor import doctor
 from train.loop import train
 from train.trainer import DivergedError
@@ -85,20 +88,40 @@ def main(arguments: list[str]) -> int:
         return INTERRUPTED
     except (ConfigError, DataError, OtherRankError) as error:
         print_error("train", error)
-        clear_frames(error.__traceback__)  # they hold loaders, whose workers outlive SIGTERM and so this process
+        clear_frames(error.__traceback__)  # they hold loaders, whose workers outlive SIGTERM and so a caller of this
         return WRONG_INPUT
-    except DivergedError as error:
+    except BaseException as error:
+        _explain(error, run_dir)
+        clear_frames(error.__traceback__)
+        return FAILED
+
+
+def run_as_program(arguments: list[str]) -> NoReturn:
+    """Trains as main does, and ends this process however that went; nothing that training started outlives it."""
+    try:
+        code = main(arguments)
+    except SystemExit as error:  # the parser's
+        code = error.code if isinstance(error.code, int) else FAILED
+    end_process(code)
+
+
+def _explain(error: BaseException, run_dir: Path) -> None:
+    """Prints what ended training, and the way out; of an error that is nobody's input where it came from, too."""
+    way_out = f"what {run_dir} held before is whole, so cure this and run it again to go on."
+    lost = lost_process(error) if isinstance(error, RuntimeError) else None
+    if isinstance(error, DivergedError):
         if is_first_rank():
             print_error("train", error)
-    except OSError as error:
-        again = f"what {run_dir} held before is whole, so cure this and run it again to go on."
-        print_error("train", OSError(f"{error}: {again}"))
-    except RuntimeError as error:
-        reason = lost_process(error)
-        if reason is None:
-            raise
-        print_error("train", RuntimeError(reason))
-    return FAILED
+    elif lost is not None:
+        print_error("train", RuntimeError(lost))
+    elif isinstance(error, OSError):
+        print_error("train", OSError(f"{reason(error)}: {way_out}"))
+    elif isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        less = "raise train.accumulation_steps, set train.grad_checkpointing, or lower eval.batch_size"
+        print_error("train", RuntimeError(f"{reason(error).rstrip('.')}: {less}; {way_out}"))
+    else:
+        print_exception(error)
+        print_error("train", RuntimeError(f"{reason(error).rstrip('.')}: {way_out}"))
 
 
 def _parse(arguments: list[str]) -> tuple[Path, list[str], Path, str | None, Sequence[str]]:
@@ -114,14 +137,14 @@ def _parse(arguments: list[str]) -> tuple[Path, list[str], Path, str | None, Seq
     arguments = [argument for argument in arguments if argument not in OPTIONS]
     if not arguments or "=" in arguments[0] or arguments[0].startswith("-"):
         raise ConfigError(f"no config is given; {USAGE}.")
-    path = Path(arguments[0])
+    path = Path(os.path.expanduser(arguments[0]))
     run_dir = Path("runs") / path.stem
     overrides = []
     for argument in arguments[1:]:
         if argument.startswith("run_dir="):
             text = argument.removeprefix("run_dir=")
             refuse_url("run_dir", text)
-            run_dir = Path(text)
+            run_dir = Path(os.path.expanduser(text))
         else:
             overrides.append(argument)
     return path, overrides, run_dir, options[0] if options else None, given.allow
@@ -138,4 +161,4 @@ def _launcher() -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_as_program(sys.argv[1:])

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from train.weights import load_weights
 from vitreuse.config import ConfigError, DistillConfig
 from vitreuse.console import is_first_rank
-from vitreuse.inputs import image_settings
+from vitreuse.inputs import check_answers, image_settings
 
 
 def create_teacher(
@@ -51,7 +51,10 @@ def create_teacher(
     remark = load_weights(model, settings.teacher.weights, class_names)
     if remark and is_first_rank():
         print(f"train.distill.teacher: {remark}.", file=sys.stderr)
-    return Teacher(model.to(next(student.parameters()).device), student_images)
+    device = next(student.parameters()).device
+    teacher, images = Teacher(model.to(device), student_images), torch.zeros(1, *student_images["input_size"])
+    check_answers(teacher, images.to(device), student.num_classes, f"train.distill.teacher {settings.teacher.name!r}")
+    return teacher
 
 
 class Teacher:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import re
 import signal
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, suppress
+from typing import Any, NoReturn
 
 import torch.distributed as dist
 from torch import nn
@@ -24,6 +27,23 @@ def replicated(model: nn.Module, ranks: Ranks) -> nn.Module:
     return DistributedDataParallel(model, device_ids=device_ids, forward_sync_buffers=False)
 
 
+def reason(error: BaseException) -> str:
+    """What an error says, in one line; of one of Python's kinds that say little alone, such as KeyError, the kind too.
+
+    A DataLoader raises a worker's error again with the worker's traceback as its text: what the error said comes last,
+    after the indented lines.
+    """
+    lines = str(error).strip().splitlines()
+    if lines and lines[0].startswith("Caught "):
+        while any(line.startswith("  ") for line in lines):
+            lines.pop(0)
+    text, kind = " ".join(" ".join(lines).split()), type(error).__name__
+    if not text:
+        return kind
+    says_enough = isinstance(error, (ValueError, OSError, RuntimeError)) or text.startswith(f"{kind}: ")
+    return text if says_enough else f"{kind}: {text}"
+
+
 def lost_process(error: RuntimeError) -> str | None:
     """The sentence for a process that this one waited for in vain; None for any other error.
 
@@ -36,6 +56,36 @@ def lost_process(error: RuntimeError) -> str | None:
         reason = re.sub(r"^\[.*?\] ", "", reason)  # where in gloo's sources
         return f"another rank does not answer ({reason}): run it again to go on."
     return None
+
+
+def kill_workers() -> None:
+    """Ends the DataLoader workers of this process, whatever they are doing.
+
+    They ignore SIGTERM (pipeline.ignore_stop_signals), by which an exit as usual would end them before it waits for
+    them, and one that hangs in a read does not hear its loader either.
+    """
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's raises an error where a worker dies
+    workers = multiprocessing.active_children()
+    for worker in workers:
+        worker.kill()
+    for worker in workers:
+        worker.join()
+    signal.signal(signal.SIGCHLD, handler)
+
+
+def end_process(code: int) -> NoReturn:
+    """Ends this process and its DataLoader workers.
+
+    After a failure it is not waited for anything: for a library's threads, or a collective that another rank will not
+    join.
+    """
+    kill_workers()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            stream.flush()
+    if code:
+        os._exit(code)
+    sys.exit(code)
 
 
 class StopSignal:

@@ -83,7 +83,7 @@ def doctor(config: Config, run_dir: Path, allow: Collection[str] = ()) -> int:
 
     Raises:
         ConfigError, DataError, OtherRankError: As training does at the start; there is nothing to examine then.
-        DivergedError: The loss is not finite from the first steps on.
+        DivergedError: Weights are not finite, or the loss is not from the first steps on.
     """
     with joined(config.train.device) as ranks:
         checks = list(_examine(set_up(config, ranks, allow), RunFolder(run_dir, config), ranks))
@@ -118,6 +118,7 @@ def _examine(experiment: Experiment, folder: RunFolder, ranks: Ranks) -> Iterato
     yield check
     if check.state == WRONG:
         return
+    trainer.check_weights()
     trainer.counters.step = _first_of_last_epoch(trainer)
     try:
         with ranks.together():

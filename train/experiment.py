@@ -7,19 +7,20 @@ from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import torch
+from timm.models import VisionTransformer
 
 from eval.distributed import Ranks
 from eval.predictions import Predictions
 from eval.top1 import Labelled, evaluate
 from train.class_coverage import check_numbers
-from train.pipeline import ignore_stop_signals, train_decoder
+from train.pipeline import ignore_stop_signals, restored_generators, train_decoder
 from train.sharding import unsharded
-from train.trainer import Trainer
+from train.trainer import DivergedError, Trainer
 from train.weights import start_from, weight_files
 from vitreuse.class_names import name_classes, numbered_as
 from vitreuse.config import Config, ConfigError
 from vitreuse.data import ShardDataset, open_split, prepare_source
-from vitreuse.inputs import evaluation_transform, image_settings
+from vitreuse.inputs import check_answers, evaluation_transform, image_mode, image_settings
 
 
 class Experiment(NamedTuple):
@@ -46,8 +47,8 @@ def set_up(config: Config, ranks: Ranks, allow: Collection[str] = ()) -> Experim
         if config.data.source is not None and ranks.local_rank == 0:
             prepare_source(config.data.source, config.data.folder)
     with ranks.together():
-        settings = image_settings(model)
-        mode = "L" if settings["input_size"][0] == 1 else "RGB"
+        settings, mode = image_settings(model), image_mode(model)
+        _check_model(model, settings, config.model.name, ranks.device)
         where = {"cache_root": config.data.cache_root, "allow": allow}
         train_set = open_split(config.data.folder, "train", mode, train_decoder(config), **where)
         val_set = open_split(config.data.folder, "val", mode, **where)
@@ -71,6 +72,15 @@ def inputs(experiment: Experiment) -> dict[str, str]:
     return {name: split.digest for name, split in splits.items()} | weight_files(experiment.trainer.config)
 
 
+def _check_model(model: Any, settings: dict[str, Any], name: str, device: torch.device) -> None:
+    """Refuses a model that cannot be trained on the images that it is built for."""
+    is_training = isinstance(model, VisionTransformer)  # others have statistics that an image would move
+    images = torch.zeros(1, *settings["input_size"], device=device)
+    with restored_generators():
+        check_answers(model.train(is_training), images, model.num_classes, f"model {name!r}")
+    model.train()
+
+
 def _check_shuffled(config: Config, train_set: Any) -> None:
     """Refuses to shuffle class folders within stretches: an epoch would go through one class after another."""
     if config.data.shuffle_window is not None and not isinstance(train_set, ShardDataset):
@@ -81,9 +91,13 @@ def _check_shuffled(config: Config, train_set: Any) -> None:
 
 
 def predict(config: Config, model: torch.nn.Module, val_set: Labelled, ranks: Ranks) -> Predictions:
-    """What a model says of the validation set as an experiment measures it, by all ranks together."""
+    """What a model says of the validation set as an experiment measures it, by all ranks together.
+
+    Raises:
+        DivergedError: Of some images it says nothing: their logits are not finite.
+    """
     with unsharded(model):
-        return evaluate(
+        found = evaluate(
             model,
             val_set,
             transform=evaluation_transform(model, config.eval.crop_pct),
@@ -92,6 +106,12 @@ def predict(config: Config, model: torch.nn.Module, val_set: Labelled, ranks: Ra
             num_workers=config.data.num_workers,
             worker_init_fn=ignore_stop_signals,
         )
+    if found.num_not_finite:
+        raise DivergedError(
+            f"the logits of {found.num_not_finite} of {found.n} validation images are not finite, so that no accuracy "
+            "would mean anything: lower train.optimizer.lr, or look at these images and at the weights."
+        )
+    return found
 
 
 def evaluation_is_due(config: Config, step: int, steps_per_epoch: int) -> bool:

@@ -17,7 +17,7 @@ import torch
 from eval.distributed import Ranks, joined
 from eval.predictions import Predictions
 from train.class_coverage import remarks
-from train.distributed import StopSignal
+from train.distributed import StopSignal, kill_workers, reason
 from train.experiment import checkpoint_is_due, evaluation_is_due, inputs, predict, set_up
 from train.mfu import Mfu
 from train.reference import Reference
@@ -45,7 +45,7 @@ def train(config: Config, run_dir: Path, command: str, allow: Collection[str] = 
     Raises:
         ConfigError: The experiment cannot be run as it stands; nothing was written.
         DataError: The data cannot be used.
-        DivergedError: The loss stayed infinite or NaN.
+        DivergedError: Weights or logits are infinite or NaN, or the loss stayed so.
         OtherRankError: Another rank raised one of these at the start or in an evaluation.
     """
     with joined(config.train.device) as ranks, StopSignal().listening() as stop, ExitStack() as held:
@@ -69,13 +69,17 @@ def train(config: Config, run_dir: Path, command: str, allow: Collection[str] = 
                 held.enter_context(folder.claimed())
                 folder.refuse_other_classes(experiment.train_set.class_names)
                 folder.refuse_other_inputs(read)
-        loop.resume()
         try:
+            loop.resume()
             class_names = list(experiment.train_set.class_names)
             return loop.run({"command": command, "inputs": read, "class_names": class_names})
-        except Exception as error:
-            folder.fail(str(error) or repr(error))
-            raise
+        except BaseException as error:
+            if loop.has_begun or not isinstance(error, ValueError):  # before that one is about the input
+                folder.fail(reason(error))
+            kill_workers()
+            if isinstance(error, Exception):
+                raise
+            raise RuntimeError(f"training was ended from inside by {reason(error)}") from error  # signals are none
 
 
 def _say(ranks: Ranks, text: str) -> None:
@@ -128,6 +132,7 @@ class _Loop:
         self.reference = reference  # None of every rank but the main one
         self.pace = _Pace()
         self.mfu = Mfu(self.config, self.ranks)
+        self.has_begun = False
 
     def resume(self) -> None:
         """Goes to where the newest checkpoint was saved, if there is one.
@@ -151,9 +156,11 @@ class _Loop:
         Args:
             facts: For run.json, beside those that it is always made of.
         """
-        if self.ranks.is_main:
-            self._begin(facts)
-        trainer = self.trainer
+        with self.ranks.together():  # none fails before run.json is this start's, and can say why
+            if self.ranks.is_main:
+                self._begin(facts)
+        self.has_begun, trainer = True, self.trainer
+        trainer.check_weights()
         name, step, num_steps = self.folder.path.name, trainer.counters.step, trainer.num_steps
         with WorkProgress(name, "steps", num_steps, step, enabled=self.ranks.is_main) as self.progress:
             if self.config.train.heal is not None and not step and not self._record(0, "heal"):
@@ -303,6 +310,7 @@ class _Loop:
             self.folder.save(state, self.trainer.counters.step)
 
     def _finish(self) -> None:
+        self.trainer.check_updated()
         measured = self.measured or self._evaluate()  # resumed after the last step, nothing was measured
         begun = self._record(0, "heal")
         weights = self.trainer.final_weights()

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from timm.data import Mixup, create_transform
+from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch import Tensor
@@ -21,7 +21,8 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import resized_crop
 
 from train.order import Draw, RankBatches, Stream, seed_sequence
-from vitreuse.config import Config, ConfigError, CropConfig
+from train.policy import colour_transform
+from vitreuse.config import Config, CropConfig
 from vitreuse.data import DecodeError, Decoder, Sample, decode_image, decode_tensor
 
 Transform = Callable[[Any], Tensor]  # from a PIL image or a tensor of bytes, to bytes or normalised floats
@@ -137,29 +138,10 @@ def _crop_transform(crop: CropConfig, settings: dict[str, Any]) -> Transform:
         transforms.RandomHorizontalFlip(crop.hflip),
     ]
     if crop.auto_augment is not None or crop.color_jitter:
-        steps += [transforms.ToPILImage(), _colour_transform(crop, settings), transforms.PILToTensor()]
+        steps += [transforms.ToPILImage(), colour_transform(crop, settings), transforms.PILToTensor()]
     if crop.erase_prob:
         steps += [Normalize(settings), RandomErasing(crop.erase_prob, mode="pixel", device="cpu")]
     return transforms.Compose(steps)
-
-
-def _colour_transform(crop: CropConfig, settings: dict[str, Any]) -> Any:
-    """timm's policy and colour jitter, which are for PIL images."""
-    try:
-        parts: Any = create_transform(
-            input_size=settings["input_size"],
-            is_training=True,
-            color_jitter=crop.color_jitter,
-            auto_augment=crop.auto_augment,
-            interpolation=settings["interpolation"],
-            mean=settings["mean"],
-            std=settings["std"],
-            separate=True,
-        )
-    except (AssertionError, ValueError) as error:  # what timm makes of a policy that it cannot read
-        policy = f"train.crop.auto_augment {crop.auto_augment!r}"
-        raise ConfigError(f"{policy} is no policy of timm's ({error}): rand-m9-mstd0.5-inc1 is one.") from error
-    return parts[1]  # between the crop and the conversion to a tensor
 
 
 class TrainingImages(Dataset[Item]):

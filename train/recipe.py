@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 
 import torch
@@ -48,21 +49,48 @@ def create_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
     """timm's optimizer of the parameters that are not frozen.
 
     Raises:
-        ConfigError: timm does not know its name, cannot make it here, or would pass a keyword over in silence.
+        ConfigError: timm does not know its name, cannot make it here, or would pass a keyword over in silence; or it
+            cannot take a step.
     """
     settings = config.train.optimizer
     _check_optimizer(settings)
+    device = next(model.parameters()).device
     try:
-        return create_optimizer_v2(
-            model,
-            settings.name,
-            settings.lr,
-            settings.weight_decay,
-            layer_decay=settings.layer_decay,
-            **settings.keywords,
-        )
-    except (TypeError, ValueError, AssertionError, ImportError) as error:
-        raise ConfigError(f"train.optimizer {settings.name!r} cannot be made: {error}.") from error
+        optimizer = _optimizer(settings, model)
+    except Exception as error:  # whatever a keyword leads to
+        raise ConfigError(f"train.optimizer {settings.name!r} cannot be made: {_reason(error)}.") from error
+    try:
+        _take_a_step(settings, device)
+    except Exception as error:
+        raise ConfigError(
+            f"train.optimizer {settings.name!r} cannot take a step on {device.type} ({_reason(error)}): change its "
+            "keywords, or choose another."
+        ) from error
+    return optimizer
+
+
+def _optimizer(settings: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
+    return create_optimizer_v2(
+        model,
+        settings.name,
+        settings.lr,
+        settings.weight_decay,
+        layer_decay=settings.layer_decay,
+        **settings.keywords,
+    )
+
+
+def _take_a_step(settings: OptimizerConfig, device: torch.device) -> None:
+    """Moves a layer of its own: an optimizer may be made and be unable to, as with betas of text."""
+    layer = nn.Linear(2, 2, device="meta").to_empty(device=device)  # no random numbers are drawn for it
+    for parameter in layer.parameters():
+        parameter.data.fill_(1.0)
+        parameter.grad = torch.ones_like(parameter)
+    _optimizer(replace(settings, layer_decay=None), layer).step()
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).splitlines()[:1]).rstrip(".") or type(error).__name__
 
 
 def _check_optimizer(settings: OptimizerConfig) -> None:

@@ -155,9 +155,9 @@ class RunFolder:
         return {}
 
     def fail(self, reason: str) -> None:
-        """Notes why a run ended, where it can be written; the first rank to fail is the one that knows."""
+        """Notes why a begun run ended, where that can be written; the first rank to fail is the one that knows."""
         with suppress(OSError):  # the disk is full, say, or a rank elsewhere does not see the folder
-            if self._record().get("status") != "failed":
+            if (self.path / "config.yaml").exists() and self._record().get("status") != "failed":
                 self.describe(status="failed", error=reason)
 
     def begin(self, step: int, facts: dict[str, Any]) -> None:

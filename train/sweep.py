@@ -12,6 +12,8 @@ completed: cards are small enough to be committed, and a sweep goes on from them
 from __future__ import annotations
 
 import json
+import os
+import re
 import subprocess
 import sys
 import time
@@ -202,12 +204,17 @@ def main(arguments: list[str]) -> int:
 
 def _parse(arguments: Sequence[str]) -> tuple[list[Run], int]:
     """The runs of a command line, and how many at a time."""
-    configs = [Path(argument) for argument in arguments if "=" not in argument]
+    configs = [Path(os.path.expanduser(argument)) for argument in arguments if "=" not in argument]
     own, overrides = {}, []
     for argument in arguments:
+        if argument.startswith(("-", "run_dir=")):
+            raise ConfigError(
+                f"{argument} is for python -m train, of one run: a sweep's are in runs=DIR, each in a folder of its "
+                f"config's name; {USAGE}."
+            )
         key, is_setting, value = argument.partition("=")
         if key in ("runs", "jobs", "seeds", "cards") and is_setting:
-            own[key] = value
+            own[key] = os.path.expanduser(value)
         elif is_setting:
             overrides.append(argument)
     stems = [config.stem for config in configs]
@@ -228,8 +235,8 @@ def _run(config: Path, overrides: list[str], seed: int | None, folder: Path, car
 
 
 def _count(key: str, text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise ConfigError(f"{key}={text} is not a whole number above 0.")
+    if not re.fullmatch("[1-9][0-9]{0,4}", text):
+        raise ConfigError(f"{key}={text} is not a whole number from 1 to 99999.")
     return int(text)
 
 

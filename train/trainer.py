@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from timm.utils import ModelEmaV3, dispatch_clip_grad
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from eval.distributed import Ranks
 from train.distill import create_teacher, distillation_loss
@@ -29,7 +30,7 @@ from vitreuse.data import DataError
 
 
 class DivergedError(RuntimeError):
-    """Too many steps in a row without a finite loss and gradient."""
+    """Training that leads nowhere: weights, logits, or the losses and gradients of many steps, are not finite."""
 
 
 @dataclass
@@ -39,6 +40,7 @@ class Counters:
     step: int = 0  # done, skipped ones included
     skipped: int = 0  # without an update, since a loss or gradient was not finite
     skipped_in_a_row: int = 0  # without those by which float16 looks for the scale of its loss
+    skipped_since_update: int = 0  # with them
     epoch_loss: float = 0.0  # summed over the images of this epoch's steps that were not skipped
     epoch_images: int = 0
     seconds: float = 0.0  # spent, over all starts of the run
@@ -261,8 +263,9 @@ class Trainer:
             # gradients that overflow float16 halve the scale of the loss: no divergence while that can help
             overflow = self.scaler.is_enabled() and math.isfinite(total_loss) and self.scaler.get_scale() >= 1
             counters.skipped_in_a_row += not overflow
+            counters.skipped_since_update += 1
             return
-        counters.skipped_in_a_row = 0
+        counters.skipped_in_a_row = counters.skipped_since_update = 0
         counters.epoch_loss += total_loss
         counters.epoch_images += count
 
@@ -295,6 +298,36 @@ class Trainer:
             f"{self.counters.step}, with {', '.join(suspects[:4])} in its batch: "
             f"lower train.optimizer.lr, or look at these samples."
         )
+
+    def check_weights(self) -> None:
+        """Checks that training starts, or goes on, from finite weights, and is taught by such; by all ranks together.
+
+        Raises:
+            DivergedError: Some are NaN or infinite.
+        """
+        networks = {"model": self.model} | ({} if self.teacher is None else {"teacher": self.teacher.model})
+        for whose, network in networks.items():
+            own = [name for name, tensor in network.state_dict().items() if not _is_finite(tensor)]
+            broken = sorted(set().union(*self.ranks.gather(own)))
+            if broken:
+                raise DivergedError(
+                    f"the {whose}'s weights are not finite in {len(broken)} tensors, the first {broken[0]}, so that "
+                    "nothing can be learned: give it others, in a run folder of its own (run_dir=PATH)."
+                )
+
+    def check_updated(self) -> None:
+        """Checks at the end of a run that its weights were trained to the end.
+
+        Raises:
+            DivergedError: No step changed them, or none of the last train.max_skipped_steps.
+        """
+        counters, skipped = self.counters, self.counters.skipped_since_update
+        if skipped == counters.step or skipped >= self.config.train.max_skipped_steps:
+            which = "all" if skipped == counters.step else "the last"
+            raise DivergedError(
+                f"{which} {skipped} of {counters.step} steps were skipped, since a loss or gradient was not finite: "
+                "lower train.optimizer.lr, or look at the data, and train in another run folder (run_dir=PATH)."
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors, numbers and strings from which load_state_dict goes on as if nothing had happened.
@@ -337,6 +370,11 @@ class Trainer:
             for number, values in state["state"].items()
         }
         return {**state, "state": kept}
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether all numbers are finite, of a tensor of which this rank has a part those of the part."""
+    return bool((tensor.to_local() if isinstance(tensor, DTensor) else tensor).isfinite().all())
 
 
 def _check_fit(config: Config, num_dataset_classes: int, num_model_classes: int, world_size: int) -> None:

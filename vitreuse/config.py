@@ -43,6 +43,7 @@ class ModelConfig:
         "what training starts from: a file of weights, a run folder, a hub folder, or a name of "
         "timm.list_pretrained(); null for random ones",
         None,
+        is_path=True,
     )
     pos_embed: str = setting(
         "what it starts from: random numbers to learn, or timm's sines and cosines, which train.freeze can keep",
@@ -71,7 +72,7 @@ class ModelConfig:
         try:
             with torch.device(device or "cpu"):
                 model = timm.create_model(self.name, **keywords)
-        except (ValueError, TypeError, AssertionError, RuntimeError) as error:  # timm's answers to a bad keyword
+        except Exception as error:  # timm's answers to a bad keyword are of every kind, ZeroDivisionError among them
             reason = str(error) or f"timm refuses one of its keywords, {', '.join(keywords)}."
             raise ConfigError(
                 _unknown_keyword(self.name, error) or f"model {self.name!r} cannot be built: {reason}"
@@ -133,12 +134,17 @@ class DataConfig:
         "folder with train/ and val/, each shards with an index or one folder per class; or a URL of such shards, with "
         "{} for SPLIT/NAME, which the command line must --allow",
         None,
+        is_path=True,
     )
-    cache_root: str = setting("folder for what is fetched from a URL", CACHE_ROOT, changes_run=False)
+    cache_root: str = setting(
+        "folder for what is fetched from a URL", CACHE_ROOT, changes_run=False, is_path=True
+    )
     source: str | None = setting("built-in data set, written as shards on first use", None, choices=SOURCES)
-    source_root: str = setting("folder under which a built-in data set is written", "data", changes_run=False)
+    source_root: str = setting(
+        "folder under which a built-in data set is written", "data", changes_run=False, is_path=True
+    )
     num_workers: int = setting(
-        "decoding processes per rank; 0 decodes in the rank itself", 4, minimum=0, changes_run=False
+        "decoding processes per rank; 0 decodes in the rank itself", 4, minimum=0, maximum=1024, changes_run=False
     )
     cache_images: bool = setting("keep decoded images in memory; for small sets", False, changes_run=False)
     max_bad_images: int = setting(
@@ -170,8 +176,10 @@ class OptimizerConfig:
     """timm.optim.create_optimizer_v2."""
 
     name: str = setting("a name of timm.optim.list_optimizers()", "adamw")
-    lr: float = setting("peak learning rate at the global batch size, not rescaled", above=0)
-    weight_decay: float = setting("decoupled for adamw; biases, norms and embeddings are exempt", 0.05, minimum=0)
+    lr: float = setting("peak learning rate at the global batch size, not rescaled", above=0, maximum=1e30)
+    weight_decay: float = setting(
+        "decoupled for adamw; biases, norms and embeddings are exempt", 0.05, minimum=0, maximum=1e6
+    )
     layer_decay: float | None = setting(
         "factor on the learning rate per layer below the head", None, above=0, maximum=1
     )
@@ -185,8 +193,10 @@ class ScheduleConfig:
     name: str = setting("shape after the warm-up", "cosine", choices=("cosine", "tanh", "poly", "wsd", "constant"))
     warmup_epochs: float = setting("linear warm-up, part of the epochs", 0.0, minimum=0)
     warmup_steps: int = setting("the same in optimizer steps", 0, minimum=0)
-    warmup_lr: float = setting("learning rate of the first step when there is a warm-up", 1e-6, minimum=0)
-    min_lr: float = setting("learning rate at the end", 0.0, minimum=0)
+    warmup_lr: float = setting(
+        "learning rate of the first step when there is a warm-up", 1e-6, minimum=0, maximum=1e30
+    )
+    min_lr: float = setting("learning rate at the end", 0.0, minimum=0, maximum=1e30)
 
     def __post_init__(self):
         if self.warmup_epochs and self.warmup_steps:
@@ -240,7 +250,9 @@ class CropConfig:
     )
     ratio: tuple[float, float] = setting("width over height of a crop, from and to", (0.75, 4 / 3), above=0)
     hflip: float = setting("probability of a left-right flip", 0.5, minimum=0, maximum=1)
-    color_jitter: float = setting("strength of brightness, contrast and saturation jitter", 0.0, minimum=0)
+    color_jitter: float = setting(
+        "strength of brightness, contrast and saturation jitter", 0.0, minimum=0, maximum=100
+    )
     auto_augment: str | None = setting("timm's policy text: rand-m9-mstd0.5-inc1, 3a, augmix-m3-w3, original", None)
     erase_prob: float = setting("probability of random erasing, per-pixel noise", 0.0, minimum=0, maximum=1)
 
@@ -257,7 +269,7 @@ class AffineConfig:
 
     degrees: float = setting("largest turn to either side", 0.0, minimum=0, maximum=180)
     shift: float = setting("largest shift, as a share of the image's side", 0.0, minimum=0, maximum=1)
-    scale: tuple[float, float] = setting("factor on the size, from and to", (1.0, 1.0), above=0)
+    scale: tuple[float, float] = setting("factor on the size, from and to", (1.0, 1.0), minimum=0.001, maximum=1000)
 
     def __post_init__(self):
         _check_order("scale", self.scale)
@@ -366,7 +378,7 @@ class ReferenceConfig:
     """A curve that the loss should follow: training says in one line when it is too far above it, and goes on."""
 
     curve: str = setting(
-        "a CSV with the columns epoch and loss, or the metrics.jsonl of another run", changes_run=False
+        "a CSV with the columns epoch and loss, or the metrics.jsonl of another run", changes_run=False, is_path=True
     )
     tolerance_percent: float = setting("how far above the curve the mean loss may be", 10.0, above=0, changes_run=False)
     num_records: int = setting("newest step records that the mean is taken over", 20, above=0, changes_run=False)
@@ -379,8 +391,8 @@ class ReferenceConfig:
 class TrainConfig:
     """The recipe."""
 
-    seed: int = setting("of the weights, the order and every augmentation", 0, minimum=0)
-    epochs: int = setting("passes over the training set", above=0)
+    seed: int = setting("of the weights, the order and every augmentation", 0, minimum=0, maximum=2**64 - 1)
+    epochs: int = setting("passes over the training set", above=0, maximum=1_000_000)
     global_batch_size: int = setting("images per optimizer step, over all ranks", above=0)
     accumulation_steps: int = setting("pieces in which a rank computes its share of a step", 1, above=0)
     repeats: int = setting("repeated augmentation: copies of an image in a batch, fewer images an epoch", 1, above=0)
@@ -394,7 +406,7 @@ class TrainConfig:
         changes_run=False,
     )
     num_threads: int | None = setting(
-        "CPU threads per rank; null leaves torch's own number", None, above=0, changes_run=False
+        "CPU threads per rank; null leaves torch's own number", None, above=0, maximum=1024, changes_run=False
     )
     precision: str = setting(
         "bfloat16 and float16 are mixed: weights stay float32; float16 scales the loss",

@@ -221,12 +221,12 @@ def positive(text: str) -> int:
 
 
 def local_path(text: str) -> Path:
-    """A path of this machine, from the command line."""
+    """A path of this machine, from the command line; a shell leaves the ~ in --output=~/x for us to read."""
     try:
         refuse_url("the path", text)
     except ConfigError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
-    return Path(text)
+    return Path(os.path.expanduser(text))
 
 
 def add_allow(parser: argparse.ArgumentParser) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vitreuse.class_names import Names, names_of, numbered_as
 from vitreuse.data import DataError, choose_split, find_split, open_images, prepare_source
-from vitreuse.inputs import Transform, evaluation_transform, image_settings
+from vitreuse.inputs import Transform, evaluation_transform, image_mode
 from vitreuse.targets import Target
 
 
@@ -65,8 +65,7 @@ def sample_images(
     """
     if root is None:
         root = _own_root(target)
-    mode = "L" if image_settings(model)["input_size"][0] == 1 else "RGB"
-    dataset = open_images(choose_split(root, split), mode)
+    dataset = open_images(choose_split(root, split), image_mode(model))
     crop_pct = None if target.config is None else target.config.eval.crop_pct
     dataset, remark = _under_labels_of(model, dataset, target.label)
     return ImageSample(dataset, evaluation_transform(model, crop_pct), num_images, seed, remark)

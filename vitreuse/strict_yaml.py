@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import re
 import types
 import typing
@@ -19,7 +20,7 @@ from typing import Any
 import yaml
 
 from vitreuse.file_names import printable
-from vitreuse.spelling import closest
+from vitreuse.spelling import closest, closest_path
 
 _INT = re.compile(r"[+-]?(0|[1-9][0-9]*)")
 _FLOAT = re.compile(r"[+-]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
@@ -40,6 +41,8 @@ _NAMES = {
     tuple: "a list",
 }
 
+LARGEST = 10**12  # of whole numbers without a maximum of their own: more overflows in what is given them
+
 Tree = dict[str, Any]  # key -> yaml.Node (scalar or sequence) or Tree
 Sources = dict[str, str]  # dotted path -> "file:line" it was read from; "" -> the file as a whole
 
@@ -57,6 +60,7 @@ def setting(
     maximum: float | None = None,
     choices: Sequence[str] = (),
     changes_run: bool = True,
+    is_path: bool = False,
 ) -> Any:
     """A dataclass field with its meaning and its bounds.
 
@@ -65,9 +69,10 @@ def setting(
         default: Its value when the YAML leaves it out; without one the key is required.
         above: The value must be greater.
         minimum: The value must be at least this.
-        maximum: The value must be at most this.
+        maximum: The value must be at most this; LARGEST for whole numbers.
         choices: The only values allowed.
         changes_run: Whether another value gives other weights, so that a run cannot be resumed under it.
+        is_path: Whether a ~ at its beginning stands for a home folder.
     """
     metadata = {
         "meaning": meaning,
@@ -76,6 +81,7 @@ def setting(
         "maximum": maximum,
         "choices": tuple(choices),
         "changes_run": changes_run,
+        "is_path": is_path,
     }
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -84,6 +90,12 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """The end of an error sentence: `, did you mean 'epochs'?`, or nothing when no known word is close."""
     match = closest(word, known)
     return f", did you mean {match!r}?" if match else ""
+
+
+def nearest_path(path: str | Path) -> str:
+    """The end of an error sentence about a path that does not exist, as nearest for a word."""
+    match = None if os.path.lexists(path) else closest_path(Path(path))
+    return f", did you mean '{match}'?" if match else ""
 
 
 def read_tree(path: str | Path) -> tuple[Tree, Sources]:
@@ -106,7 +118,8 @@ def _read_chain(path: Path, above: tuple[Path, ...]) -> tuple[Tree, Sources]:
     base = tree.pop("base", None)
     if base is None:
         return tree, sources
-    below, sources_below = _read_chain(path.parent / convert(base, str, sources, "base"), (*above, resolved))
+    named = os.path.expanduser(convert(base, str, sources, "base"))
+    below, sources_below = _read_chain(path.parent / named, (*above, resolved))
     return merged(below, tree), {**sources_below, **sources}
 
 
@@ -114,7 +127,7 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}).") from None
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}){nearest_path(path) or '.'}") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: cannot be read (not UTF-8 text).") from None
 
@@ -250,7 +263,7 @@ def _read_plain(text: str) -> bool | int | float | str:
     """An unquoted scalar: true, false, a decimal number, or the text itself."""
     if text in _BOOL:
         return _BOOL[text]
-    if _INT.fullmatch(text):
+    if _INT.fullmatch(text) and len(text) < 40:  # Python reads no more than 4,300 digits
         return int(text)
     if _FLOAT.fullmatch(text) and math.isfinite(float(text)):
         return float(text)
@@ -289,6 +302,8 @@ def build(kind: Any, tree: Mapping[str, Any], sources: Sources, path: str = "") 
         if name in tree:
             values[name] = convert(tree[name], hints[name], sources, dotted)
             _check_bounds(values[name], field.metadata, sources, dotted)
+            if field.metadata.get("is_path") and values[name] is not None:
+                values[name] = os.path.expanduser(values[name])
         elif dataclasses.is_dataclass(hints[name]) or hints[name] is dict:
             values[name] = convert({}, hints[name], sources, dotted)
         elif field.default is dataclasses.MISSING:
@@ -312,8 +327,9 @@ def _check_bounds(value: Any, rules: Mapping[str, Any], sources: Sources, path: 
             raise ConfigError(f"{_at(sources, path)} is {number}, it must be greater than {rules['above']}.")
         if rules["minimum"] is not None and not number >= rules["minimum"]:
             raise ConfigError(f"{_at(sources, path)} is {number}, it must be at least {rules['minimum']}.")
-        if rules["maximum"] is not None and not number <= rules["maximum"]:
-            raise ConfigError(f"{_at(sources, path)} is {number}, it must be at most {rules['maximum']}.")
+        maximum = LARGEST if rules["maximum"] is None and type(number) is int else rules["maximum"]
+        if maximum is not None and not number <= maximum:
+            raise ConfigError(f"{_at(sources, path)} is {number}, it must be at most {maximum}.")
 
 
 class _Dumper(yaml.SafeDumper):

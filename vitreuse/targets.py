@@ -1,6 +1,7 @@
 """What a command is pointed at: a model name, a config, a run folder or a hub folder, each a network to be built."""
 
 import json
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -20,7 +21,7 @@ from vitreuse.hub import CONFIG, WEIGHTS, is_hub_folder, read_hub_folder
 from vitreuse.models import default_cfgs, plain_name, variant_of
 from vitreuse.options import PlanOptions
 from vitreuse.plan import parse_plan
-from vitreuse.strict_yaml import nearest
+from vitreuse.strict_yaml import nearest, nearest_path
 from vitreuse.weights import LoadReport, load_checkpoint, load_exactly
 
 PLAN_KEYWORDS = tuple(field.name for field in fields(PlanOptions))
@@ -162,7 +163,7 @@ def _planned(target: Target, plan: str) -> Target:
 
 
 def _resolve(text: str) -> Target:
-    path = Path(text.removeprefix(LOCAL_DIR))
+    path = Path(os.path.expanduser(text.removeprefix(LOCAL_DIR)))
     if path.is_dir():
         if is_hub_folder(path):
             return Target(path.resolve().name, read_hub_folder(path), hub_dir=path)
@@ -177,7 +178,8 @@ def _resolve(text: str) -> Target:
         config = load_experiment(path)
         return Target(path.stem, config.model, config)
     if path.exists() or len(path.parts) > 1:
-        raise ValueError(f"{text} is neither a run folder nor a config: give one, or a name of timm.list_models().")
+        hint = nearest_path(path) or ": give one, or a name of timm.list_models()."
+        raise ValueError(f"{text} is neither a run folder nor a config{hint}")
     model = ModelConfig(name=text, plan=None, keywords={})
     model.create("meta")  # refuses an unknown name before any work is done
     return Target(text, model)
@@ -202,10 +204,11 @@ def _of_folder(model: ModelConfig, key: str) -> ModelConfig:
     """A model named local-dir:DIR by the name, plan, keywords and weights of the folder; any other as it is."""
     if not model.is_folder:
         return model
-    folder = Path(model.name.removeprefix(LOCAL_DIR))
+    folder = Path(os.path.expanduser(model.name.removeprefix(LOCAL_DIR)))
     try:
         if not folder.is_dir():
-            raise ValueError(f"{folder} is no folder: give a run folder, or one that vitreuse convert or export wrote.")
+            hint = nearest_path(folder) or ": give a run folder, or one that vitreuse convert or export wrote."
+            raise ValueError(f"{folder} is no folder{hint}")
         own = _resolve(str(folder)).model
         if not (folder / WEIGHTS).is_file():
             raise ValueError(f"{folder} has no {WEIGHTS} yet: go on with its training.")
@@ -242,7 +245,8 @@ def pretrained_weights(name: str) -> dict[str, torch.Tensor]:
         ValueError: there are none of that name, or they cannot be fetched.
     """
     if not timm.is_model_pretrained(name):
-        hint = nearest(name, timm.list_pretrained()) or ", timm.list_pretrained() has the names."
+        known = ", timm.list_pretrained() has the names."
+        hint = nearest(name, timm.list_pretrained()) or nearest_path(name) or known
         raise ValueError(f"weights {name!r} are neither a file nor pretrained weights of timm{hint}")
     try:
         return timm.create_model(name, pretrained=True).state_dict()

@@ -16,7 +16,7 @@ from eval.flops import macs_by_part
 from eval.profile import profile_parts
 from eval.series import Series
 from vitreuse.data import find_split, open_split
-from vitreuse.inputs import evaluation_transform, example, image_settings
+from vitreuse.inputs import evaluation_transform, example, image_mode
 from vitreuse.measure import inference_call, peak_memory_mib, time_interleaved
 from vitreuse.similarity import map_similarity
 from vitreuse.targets import Target
@@ -102,7 +102,7 @@ def similarity(series: Series, device: torch.device) -> dict[str, Any]:
 def _some_images(target: Target, model: nn.Module) -> Tensor:
     """Validation images from all over the set."""
     assert target.config is not None
-    mode = "L" if image_settings(model)["input_size"][0] == 1 else "RGB"
+    mode = image_mode(model)
     dataset = open_split(target.config.data.folder, "val", mode)
     transform = evaluation_transform(model, target.config.eval.crop_pct)
     numbers: Sequence[int] = np.linspace(0, len(dataset) - 1, min(SIMILARITY_IMAGES, len(dataset))).astype(int).tolist()

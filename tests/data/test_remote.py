@@ -121,7 +121,7 @@ def test_workers_fetch_for_each_other(split, tmp_path):
 
 
 def _read_after(barrier, url, cache):
-    barrier.wait(timeout=60)
+    barrier.wait(timeout=300)
     assert len(read_all(open_split(url, "train", cache_root=cache, allow=["pipe"]))) == sum(SHARD_SIZES)
 
 
@@ -134,7 +134,7 @@ def test_processes_that_start_together_fetch_once(split, tmp_path):
     for process in processes:
         process.start()
     for process in processes:
-        process.join(timeout=60)
+        process.join(timeout=300)
     assert [process.exitcode for process in processes] == [0, 0, 0]
     assert sorted(log.read_text().splitlines()) == [f"train/{name}" for name in FILES]
     assert files(tmp_path / "cache") == FILES

@@ -164,7 +164,7 @@ def test_losing_a_race_ends_well(tmp_path, monkeypatch):
 
 
 def _prepare_after(barrier, root):
-    barrier.wait(timeout=60)
+    barrier.wait(timeout=300)
     prepare_source("digits", root)
 
 
@@ -175,7 +175,7 @@ def test_two_processes_at_once(tmp_path):
     for process in processes:
         process.start()
     for process in processes:
-        process.join(timeout=120)
+        process.join(timeout=300)
     assert [process.exitcode for process in processes] == [0, 0]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["train", "val"]
     assert verify_shards(tmp_path / "train") == verify_shards(tmp_path / "val") == []

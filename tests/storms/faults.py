@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from processes import CHECKOUT, Run, Start, check, children
+from processes import CHECKOUT, PATIENCE_S, Run, Start, check, children
 from stage import NUM_TRAIN, SHORTER, Stage
 
 from vitreuse.data import load_index
 
 POISONED = str(CHECKOUT / "tests/storms/poisoned.py")
+RAISING = str(CHECKOUT / "tests/storms/raising.py")
+ENDED_S = 20  # on two busy cores; the time-out of a collective is 30 minutes
 DISK_BYTES, FREE_BYTES = 16 << 20, 64 << 10  # of a full disk free is room for logs and none for a checkpoint
 EQUAL = "run again, it ended equal to the bit"
 
@@ -150,6 +154,44 @@ def the_loss_of_one_rank_is_nan(stage: Stage) -> str:
     return f"one step left out and counted, the same on whichever rank; three in a row end it in one sentence, {EQUAL}"
 
 
+# Place, error, rank and what its sentence says; evaluations and checkpoints come when they are due.
+RAISED = (
+    ("step", "memory", 0, "CUDA out of memory"),
+    ("loader", "runtime", 1, "a bug of several lines"),
+    ("loss", "assertion", 1, "AssertionError"),
+    ("saving", "exit", 0, "SystemExit: 0"),
+    ("saving", "key", 1, "KeyError: 'blocks.0'"),
+    ("evaluation", "interrupt", 1, "KeyboardInterrupt"),
+    ("evaluation_worker", "runtime", 0, "a bug of several lines"),
+    ("logging", "disk", 0, "No space left on device"),
+)
+
+
+def one_rank_raises(stage: Stage) -> str:
+    """An error that nobody expects on one of two ranks, whose DataLoader workers ignore SIGTERM: all end, at once."""
+    run, seconds = stage.run("raising", "everything", SHORTER), []
+    for place, error, rank, said in RAISED:
+        step = 6 if place in ("loader", "evaluation_worker") else run.last_step + 3  # the former: a worker's own
+        program = (RAISING, str(rank), str(step), place, error)
+        start = run.start(ranks=2, program=program)
+        start.wait_until(lambda: run.status == "running", "its first step")
+        start.wait_until(lambda: run.status == "failed", f"an error in {place}")
+        failed = time.monotonic()
+        check(start.end() == 1, f"{run.name}: torchrun ended with {start.process.returncode} after an error in {place}")
+        while start.pids:
+            check(time.monotonic() - failed < PATIENCE_S, f"{run.name}: processes outlive an error in {place}")
+            time.sleep(0.01)
+        seconds.append(time.monotonic() - failed)
+        told = re.findall(r"^train: .*$", start.said_by(rank), flags=re.MULTILINE)
+        is_told = len(told) == 1 and said in told[0] and said in run.record["error"]
+        check(is_told, f"{run.name}: {error} in {place} was told as {told} and {run.record['error']}")
+        check(not list(run.folder.rglob(".*.tmp")), f"{run.name}: an error in {place} left half a file")
+    check(max(seconds) < ENDED_S, f"{run.name}: the processes took {max(seconds):.0f} s to end after an error")
+    run.complete(ranks=2)
+    run.check_equals(stage.whole_on_two)
+    return f"{len(seconds)} errors, all processes ended within {max(seconds):.1f} s, exit code 1, one reason; {EQUAL}"
+
+
 SCENARIOS = (
     the_disk_is_full,
     the_folder_cannot_be_written,
@@ -158,4 +200,5 @@ SCENARIOS = (
     a_worker_dies,
     a_rank_dies,
     the_loss_of_one_rank_is_nan,
+    one_rank_raises,
 )

@@ -4,7 +4,7 @@ import math
 import os
 import sys
 
-from train.__main__ import main
+from train.__main__ import run_as_program
 from train.pipeline import Batch
 from train.trainer import StepResult, Trainer
 
@@ -21,4 +21,4 @@ def poisoned_step(trainer: Trainer, batch: Batch, stop: bool) -> StepResult:
 
 if os.environ["RANK"] == str(rank):
     Trainer.train_step = poisoned_step
-sys.exit(main(sys.argv[4:]))
+run_as_program(sys.argv[4:])

@@ -87,6 +87,13 @@ class Start:
         return sorted(children(self.process.pid), key=lambda pid: int(variables(pid)["RANK"]))
 
     @property
+    def pids(self) -> list[int]:
+        """All its processes that live: torchrun, ranks and workers have the run folder in their command line."""
+        lines = {path: _text(path).split("\0") for path in Path("/proc").glob("[0-9]*/cmdline")}
+        pids = [int(path.parent.name) for path, line in lines.items() if f"run_dir={self.run.folder}" in line]
+        return [pid for pid in pids if is_alive(pid)]
+
+    @property
     def half_written(self) -> list[Path]:
         """Files that its first rank is writing, or was when it was killed."""
         return list(self.run.folder.rglob(f".*.{self.rank_pids[0]}.tmp"))
@@ -156,6 +163,11 @@ class Run:
     def record(self) -> dict[str, Any]:
         """What run.json says."""
         return json.loads((self.folder / "run.json").read_text())
+
+    @property
+    def status(self) -> str | None:
+        """What run.json says of how far it is; None before there is one."""
+        return json.loads(_text(self.folder / "run.json") or "{}").get("status")
 
     @property
     def checkpoints(self) -> list[Path]:
@@ -231,6 +243,14 @@ def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
+def is_alive(pid: int) -> bool:
+    """Whether a process still does anything; one that has ended may wait to be noticed."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 def variables(pid: int) -> dict[str, str]:
     """A process's environment variables."""
     pairs = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
@@ -240,5 +260,5 @@ def variables(pid: int) -> dict[str, str]:
 def _text(path: Path) -> str:
     try:
         return path.read_text()
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):
         return ""
