@@ -28,12 +28,14 @@ class Ranks:
         world_size: How many there are.
         local_rank: Its number on this machine.
         device: Where it computes.
+        store: Where they meet, and leave each other words; None of a process alone.
     """
 
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
     device: torch.device = CPU
+    store: dist.Store | None = None
 
     @property
     def is_main(self) -> bool:
@@ -95,7 +97,10 @@ def joined(device_name: str) -> Iterator[Ranks]:
     ranks = Ranks(rank, int(os.environ.get("WORLD_SIZE", "1")), local_rank)
     if ranks.world_size > 1:
         has_cuda = device_name != "cpu" and torch.cuda.is_available()
-        dist.init_process_group("cpu:gloo,cuda:nccl" if has_cuda else "gloo", timeout=COLLECTIVE_TIMEOUT)
+        store, *_ = next(dist.rendezvous("env://", timeout=COLLECTIVE_TIMEOUT))
+        of_these = {"store": store, "rank": rank, "world_size": ranks.world_size, "timeout": COLLECTIVE_TIMEOUT}
+        dist.init_process_group("cpu:gloo,cuda:nccl" if has_cuda else "gloo", **of_these)
+        ranks = replace(ranks, store=store)
     with ranks.together():
         device = _own_device(device_name, ranks.local_rank)
     yield replace(ranks, device=device)

@@ -229,6 +229,8 @@ def _row(target: Target, model: Any, root: str, part: str, args: argparse.Namesp
         num_workers=args.num_workers,
         progress=bar,
     )
+    with ranks.together():
+        _refuse_nothing_said(found, target.label)
     data = root if url_kind(root) else str(find_split(Path(root), split) or Path(root, split))
     training = None if args.checkpoint is not None or args.pretrained else target.unfinished
     row = {"name": target.label, "data": data, "set": test_set.title, "remark": test_set.remark, "training": training}
@@ -240,6 +242,14 @@ def _row(target: Target, model: Any, root: str, part: str, args: argparse.Namesp
             _write(args.output / stem, found, test_set.class_names)
             _card(target, row, found, _class_names(model, args), args, ranks).write(args.output / f"{stem}.card.json")
     return row
+
+
+def _refuse_nothing_said(found: Predictions, label: str) -> None:
+    if found.num_not_finite:
+        raise ValueError(
+            f"{label} gives {found.num_not_finite} of {found.n} images logits that are not finite, so that no accuracy "
+            "would mean anything: look at its weights, or at these images."
+        )
 
 
 def _open(target: Target, model: Any, root: str, split: str, args: argparse.Namespace) -> TestSet:

@@ -14,7 +14,7 @@ from eval.report.measured import similarity
 from eval.top1 import ALONE
 from train.__main__ import main as train
 from train.experiment import set_up
-from vitreuse.config import ConfigError, load_config
+from vitreuse.config import load_config
 from vitreuse.data import DataError
 from vitreuse.images import learning_split, sample_images
 from vitreuse.targets import Target, resolve_targets
@@ -102,7 +102,7 @@ def test_names_that_look_the_same_are_told_apart(tmp_path: Path) -> None:
         draw(tmp_path / split, ("bar", name, "pub"))
     path = tmp_path / "x.yaml"
     path.write_text(CONFIG.format(root=tmp_path))
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(DataError) as error:
         set_up(load_config(path), ALONE)
     assert r"val has 'cafe\u0301', which " in str(error.value)
     assert r"train has as 'caf\xe9', which differs only in Unicode normalisation" in str(error.value)

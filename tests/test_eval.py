@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.multiprocessing as mp
 from matplotlib.text import Text
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from timm.layers.config import use_fused_attn
 from torch import nn
 
@@ -176,6 +177,14 @@ def test_top1_of_a_run_folder(tmp_path, experiment, capsys):
     assert (row["n"], row["top1"], row["top5"]) == (9, pytest.approx(100 * num_correct / 9), 100.0)
 
 
+def test_answers_that_are_not_finite_are_no_accuracy(tmp_path, experiment, capsys):
+    run = make_run(tmp_path / "run", experiment)
+    state = load_file(run / "model.safetensors")
+    save_file({**state, "head.bias": torch.tensor([0.0, torch.nan, 0.0])}, run / "model.safetensors")
+    assert main(["top1", str(run), "--device", "cpu"]) == 2
+    assert "run gives 9 of 9 images logits that are not finite, so that no accuracy would" in capsys.readouterr().err
+
+
 RANK_SIZES = (1, 2, 7, 11)
 
 
@@ -273,6 +282,8 @@ def _refused_rank(rank: int, folder: str, run: str, ports: list[int]) -> None:
         os.environ["MASTER_PORT"] = str(port)  # at one and the same the second might find the first's old store
         with redirect_stderr(io.StringIO()) as errors:
             code = exit_code(["top1", *arguments, "--device", "cpu"])
+        if dist.is_initialized():  # a process that has failed ends without parting from the others
+            dist.destroy_process_group()
         told.append((code, [line for line in errors.getvalue().splitlines() if line.startswith("python -m eval")]))
     Path(folder, f"{rank}.json").write_text(json.dumps(told))
 

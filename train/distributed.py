@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
@@ -86,6 +87,45 @@ def end_process(code: int) -> NoReturn:
     if code:
         os._exit(code)
     sys.exit(code)
+
+
+FAILED = "a rank has failed"  # a word in the store of the ranks
+POLL_S, GRACE_S = 1.0, 3.0  # between two looks at it, and for a process to end by itself
+
+
+@contextmanager
+def ended_with_others(ranks: Ranks) -> Iterator[None]:
+    """Ends this process within seconds if another rank fails inside its block, whatever this one waits for.
+
+    A rank amid a long evaluation, or in a collective over NCCL, hears of a failure in no other way: torchrun kills it
+    after half a minute, and other launchers may leave it to the collective's time-out.
+    """
+    if ranks.store is None:
+        yield
+        return
+    is_over = threading.Event()
+    threading.Thread(target=_end_with_others, args=(ranks.store.clone(), is_over), daemon=True).start()
+    try:
+        yield
+    except BaseException:
+        with suppress(RuntimeError):  # who kept the store is gone
+            ranks.store.set(FAILED, "")
+        raise
+    finally:
+        is_over.set()
+
+
+def _end_with_others(store: dist.Store, is_over: threading.Event) -> None:
+    """Looks for the word until the block is over; runs in a thread of its own, over a connection of its own."""
+    while not is_over.wait(POLL_S):
+        try:
+            has_failed = store.check([FAILED])
+        except RuntimeError:
+            return
+        if has_failed and not is_over.wait(GRACE_S):
+            for worker in multiprocessing.active_children():
+                worker.kill()
+            os._exit(1)
 
 
 class StopSignal:

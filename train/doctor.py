@@ -37,7 +37,7 @@ from train.pipeline import Batch
 from train.run import RunFolder
 from train.trainer import Trainer
 from vitreuse.config import Config, ConfigError
-from vitreuse.console import DONE, WRONG_INPUT, OtherRankError
+from vitreuse.console import DONE, WRONG_INPUT, OtherRankError, fitted
 from vitreuse.data import DataError, ShardDataset, usable_cpus
 from vitreuse.durable import nearest_folder
 from vitreuse.file_names import for_terminal
@@ -101,7 +101,7 @@ def _print(checks: Sequence[Check]) -> None:
     console = Console()
     if not console.is_terminal:
         console.width = 1000  # a line a check, for programs to read
-    console.print(table)
+    console.print(fitted(table, console))
 
 
 def _examine(experiment: Experiment, folder: RunFolder, ranks: Ranks) -> Iterator[Check]:

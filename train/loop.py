@@ -17,7 +17,7 @@ import torch
 from eval.distributed import Ranks, joined
 from eval.predictions import Predictions
 from train.class_coverage import remarks
-from train.distributed import StopSignal, kill_workers, reason
+from train.distributed import StopSignal, ended_with_others, kill_workers, reason
 from train.experiment import checkpoint_is_due, evaluation_is_due, inputs, predict, set_up
 from train.mfu import Mfu
 from train.reference import Reference
@@ -70,9 +70,10 @@ def train(config: Config, run_dir: Path, command: str, allow: Collection[str] = 
                 folder.refuse_other_classes(experiment.train_set.class_names)
                 folder.refuse_other_inputs(read)
         try:
-            loop.resume()
-            class_names = list(experiment.train_set.class_names)
-            return loop.run({"command": command, "inputs": read, "class_names": class_names})
+            with ended_with_others(ranks):
+                loop.resume()
+                class_names = list(experiment.train_set.class_names)
+                return loop.run({"command": command, "inputs": read, "class_names": class_names})
         except BaseException as error:
             if loop.has_begun or not isinstance(error, ValueError):  # before that one is about the input
                 folder.fail(reason(error))

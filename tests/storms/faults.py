@@ -164,6 +164,8 @@ RAISED = (
     ("evaluation", "interrupt", 1, "KeyboardInterrupt"),
     ("evaluation_worker", "runtime", 0, "a bug of several lines"),
     ("logging", "disk", 0, "No space left on device"),
+    ("alone", "key", 1, "KeyError: 'blocks.0'"),
+    ("alone", "memory", 0, "CUDA out of memory"),
 )
 
 

@@ -1,7 +1,8 @@
 """`python -m train ARGUMENTS` in which one rank raises an error: raising.py RANK STEP PLACE ERROR ARGUMENTS.
 
 PLACE is where: in the step itself, in its loss, in a worker of the loader, in an evaluation, in a worker of that, while
-a checkpoint is half written, or in a callback that logs; stuck is in the step while the workers hang. It is raised at
+a checkpoint is half written, or in a callback that logs; stuck is in the step while the workers hang, and alone while
+the other ranks hang outside any collective. It is raised at
 the first of them after so many steps; in the loader after so many of a worker's batches.
 """
 
@@ -51,11 +52,11 @@ def raising(function: Callable[..., Any], is_due: Callable[..., bool], after: bo
     return call
 
 
-def hanging(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, which does not come back once it has been called often enough."""
+def hanging(function: Callable[..., Any], is_due: Callable[..., bool]) -> Callable[..., Any]:
+    """The function, which does not come back once it is due."""
 
     def call(*args: Any) -> Any:
-        if next(calls) >= step:  # the epoch's last batch, where a worker has two of three
+        if is_due(*args):
             time.sleep(3600)
         return function(*args)
 
@@ -77,13 +78,13 @@ def enough(*_: Any) -> bool:
 
 
 train_step, Trainer.train_step = Trainer.train_step, counted
+calls = count(1)
 if rank == sys.argv[1]:
-    calls = count(1)
-    if place == "step":
+    if place in ("step", "stuck", "alone"):
         Trainer.train_step = raising(counted, lambda trainer, *_: trainer.counters.step >= step)
-    elif place == "stuck":
-        Trainer.train_step = raising(counted, lambda trainer, *_: trainer.counters.step >= step)
-        TrainingImages.__getitems__ = hanging(TrainingImages.__getitems__)
+    if place == "stuck":
+        # the epoch's last batch, where a worker has two of three
+        TrainingImages.__getitems__ = hanging(TrainingImages.__getitems__, lambda *_: next(calls) >= step)
     elif place == "loss":
         Trainer._loss = raising(Trainer._loss, enough)
     elif place == "loader":
@@ -98,4 +99,6 @@ if rank == sys.argv[1]:
         Trainer.state_dict = raising(Trainer.state_dict, enough)
     elif place == "logging":
         RunFolder.log = raising(RunFolder.log, enough)
+elif place == "alone":
+    Trainer.train_step = hanging(counted, lambda trainer, *_: trainer.counters.step >= step)
 run_as_program(sys.argv[5:])
