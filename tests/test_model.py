@@ -117,6 +117,8 @@ def test_a_mask_reaches_a_layer_called_as_timms_is():
     block, tokens = Case("exact").build().blocks[0], torch.randn(2, 16, 15, dtype=torch.float64)
     mask = torch.ones(16, 16, dtype=torch.bool).tril()
     assert_close(block(tokens, attn_mask=mask), block(tokens, is_causal=True))
+    with pytest.raises(ValueError, match="carry is a Tensor and must be a Carry or None: give attn_mask by name"):
+        block(tokens, mask)
 
 
 @pytest.mark.parametrize(("name", "backend"), [*REPRESENTATIVE, ("exact", "auto"), ("span dense", "auto")])

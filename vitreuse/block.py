@@ -69,8 +69,11 @@ class PlanBlock(nn.Module):
         Without a carry, as code written for timm's block calls it, tokens alone.
 
         Raises:
-            ValueError: the layer needs what an earlier one hands on, and no carry was given.
+            ValueError: the layer needs what an earlier one hands on, and no carry was given; or it was given something
+                else, such as timm's second argument, a mask.
         """
+        if not isinstance(carry, Carry | None):
+            raise ValueError(f"carry is a {type(carry).__name__} and must be a Carry or None: give attn_mask by name.")
         handed = EMPTY_CARRY if carry is None else carry
         rows = x if num_queries is None else x[:, :num_queries]
         if self.has_attention:

@@ -137,23 +137,32 @@ def load_exactly(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> Dict[str, Tensor]:
     """timm's hook for pretrained weights, which it looks for in the module of the model's class too."""
-    return adapt_state_dict(as_weights(state_dict), model)[0]
+    adapted, dropped, _ = adapt_state_dict(as_weights(state_dict), model)
+    _log_dropped(dropped)
+    return adapted
 
 
 def in_plan_for_timm(state_dict: Mapping[str, Any], model: Any) -> Mapping[str, Any]:
     """A plain state dict that load_state_dict takes, with the model's own new token projections; any other as it is.
 
-    timm loads a checkpoint_path by load_state_dict alone. What a plain checkpoint has no weights for is logged.
+    timm loads a checkpoint_path by load_state_dict alone. What a plain checkpoint has no weights for, and what the plan
+    leaves out of it, is logged.
     """
     own = model.state_dict()
     if state_dict.keys() == own.keys():
         return state_dict
-    adapted, _ = _in_plan(state_dict, model)
+    adapted, dropped = _in_plan(state_dict, model)
     new = [key for key in own if key.endswith(PROJECTIONS) and key not in adapted]
     if new and "patch_embed.proj.weight" in adapted:
         _logger.warning("new, since the checkpoint is of a plain ViT: %s", _listed(tuple(new)))
         adapted |= {key: own[key] for key in new}
+    _log_dropped(dropped)
     return adapted
+
+
+def _log_dropped(dropped: List[str]) -> None:
+    if dropped:
+        _logger.warning("left out, since the model has no use for it: %s", _listed(tuple(dropped)))
 
 
 class _Source(NamedTuple):
