@@ -22,6 +22,7 @@ from vitreuse.__main__ import main as vitreuse
 from vitreuse.config import load_config
 from vitreuse.data import DataError, DecodeError, EncodedSample, build_index, load_index, write_shards
 from vitreuse.file_names import for_picture, is_name, printable, to_bytes
+from vitreuse.front import front_plot
 
 CLASSES = [b"[red]", b'a\xff, b"\n', b"caf\xc3\xa9 "]
 IMAGES = [b"x\xfe.png", b'y,"\n.png', b"z\r.png", b"\tw.png", b" q .png", b"\xed\xa0\x80.png"]
@@ -180,3 +181,15 @@ def test_text_for_files_and_pictures():
     assert is_name("\udcff") and not is_name("\ud800")
     assert printable("a\udcffé") == r"a\udcffé" and printable("é±", "ascii") == r"\xe9\xb1"
     assert for_picture("$x$") == r"\$x\$"
+
+
+def test_what_a_search_found_is_drawn_under_any_name():
+    row = {"plan": "exact none", "share": 0.5, "damage": 1.0}
+    found = {"name": "ru\udcffn$^$", "front": [row], "presets": {"lazy": row}, "chosen": row, "budget": 0.5}
+    assert front_plot({**found, "metric": "macs"}).startswith(b"\x89PNG")
+
+
+def test_a_table_of_speeds_keeps_any_name(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("eval.throughput.measure", lambda *_: [{"name": "ru\udcffn", "speedup": 1.0}])
+    assert evaluate(["throughput", "vit_tiny_patch16_224", "--csv", str(tmp_path / "x.csv"), "--json"]) == 0
+    assert (tmp_path / "x.csv").read_bytes().splitlines() == [b"name,speedup", b"ru\xffn,1.0"]
