@@ -14,10 +14,12 @@ import pytest
 from data.tiny_split import encode
 from PIL import Image
 
+from eval import controls
 from eval.__main__ import main as evaluate
 from eval.card import read_card
 from eval.table import csv_text
 from train.__main__ import main as train
+from train.trackers import Start, Wandb
 from vitreuse.__main__ import main as vitreuse
 from vitreuse.config import load_config
 from vitreuse.data import DataError, DecodeError, EncodedSample, build_index, load_index, write_shards
@@ -193,3 +195,16 @@ def test_a_table_of_speeds_keeps_any_name(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("eval.throughput.measure", lambda *_: [{"name": "ru\udcffn", "speedup": 1.0}])
     assert evaluate(["throughput", "vit_tiny_patch16_224", "--csv", str(tmp_path / "x.csv"), "--json"]) == 0
     assert (tmp_path / "x.csv").read_bytes().splitlines() == [b"name,speedup", b"ru\xffn,1.0"]
+
+
+def test_a_tracker_is_told_a_name_that_is_text(run, monkeypatch):
+    seen = {}
+    monkeypatch.setattr("wandb.init", lambda **given: seen.update(given))
+    Wandb(Start(run, 0, load_config(run / "config.yaml")))
+    assert seen["name"] == SHOWN
+
+
+def test_configs_of_controls_are_text(tmp_path, monkeypatch):
+    monkeypatch.setattr(controls, "_yaml", lambda path, base, result: f"base: {base}\n")
+    controls._write(tmp_path, Path("ru\udcffn.yaml"), {"rows": [{"file": "x.yaml"}, {"file": None}]})
+    assert (tmp_path / "x.yaml").read_text() == "base: ru\\udcffn.yaml\n"
