@@ -1,6 +1,7 @@
 """Modules are called: what others do to a Linear, a norm or a dropout has the effect that it has on timm's models."""
 
 import copy
+from functools import partial
 from typing import Any
 
 import pytest
@@ -152,13 +153,12 @@ def test_quantised_layers_are_used(name, backend):
     quantised = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
     errors = {}
 
-    def compare(key, inputs, output):
+    def compare(key, module, inputs, output):
         wanted = model.get_submodule(key)(*inputs)
         errors[key] = (output - wanted).norm() / wanted.norm()
 
     for key in linears(model):
-        hook = lambda module, inputs, output, key=key: compare(key, inputs, output)  # noqa: E731
-        quantised.get_submodule(key).register_forward_hook(hook)
+        quantised.get_submodule(key).register_forward_hook(partial(compare, key))
     with torch.no_grad():
         assert not torch.equal(quantised(x), model(x))
     assert errors.keys() == linears(model).keys() and max(errors.values()) < 0.05

@@ -16,7 +16,9 @@ from timm.models.vision_transformer import Block as TimmBlock
 from torch import Tensor, nn
 
 from vitreuse.attention import AttentionConfig, Carry, ExactAttention, SpanAttention
+from vitreuse.attention.base import CarryingAttention
 from vitreuse.attention.choice import Costs, load_costs
+from vitreuse.attention.maps import Mask
 from vitreuse.block import PlanBlock, PlanBlocks
 from vitreuse.mlp import InplaceMlp
 from vitreuse.plan import Plan, Spec
@@ -269,7 +271,7 @@ class ClassRowsBlocks(PlanBlocks):
         return super().forward(x, grid, self.num_rows, *args, **kwargs)
 
 
-class ClassAttention(nn.Module):
+class ClassAttention(CarryingAttention):
     """Softmax attention of a few class rows to all tokens, whose keys and values are never made.
 
     (x_r W_q) (x W_k)^T = (x_r W_q W_k^T) x^T, and a map times x W_v is the map times x, times W_v.
@@ -281,6 +283,7 @@ class ClassAttention(nn.Module):
     def __init__(self, exact: ExactAttention) -> None:
         super().__init__()
         self.num_heads, self.head_dim, self.scale = exact.num_heads, exact.head_dim, exact.scale
+        self.grid = exact.grid
         q, k, v = exact.qkv.weight.chunk(3)
         self.q: Any = nn.Linear(exact.dim, exact.dim, bias=False, device="meta")
         self.q.weight = _frozen(q.clone())
@@ -293,17 +296,11 @@ class ClassAttention(nn.Module):
             self.value_bias = _frozen(v_bias.clone())
         self.norm, self.proj = exact.norm, exact.proj
 
-    def forward(
-        self,
-        x: Tensor,
-        carry: Optional[Carry] = None,
-        grid: Optional[Tuple[int, int]] = None,
-        num_queries: Optional[int] = None,
-        attn_mask: Optional[Tensor] = None,
-        is_causal: bool = False,
-    ) -> Any:
+    def attend(
+        self, x: Tensor, carry: Carry, grid: Tuple[int, int], num_queries: Optional[int], mask: Mask
+    ) -> Tuple[Tensor, Carry]:
         assert num_queries is not None
-        if attn_mask is not None or is_causal:
+        if mask.is_given:
             raise ValueError("a model folded with class_rows takes no attn_mask and no is_causal: leave this step out.")
         q = self.q(x[:, :num_queries]).unflatten(-1, (self.num_heads, self.head_dim))  # (B, R, H, D)
         queries = (q * self.scale).transpose(1, 2) @ self.key_heads  # (B, H, R, C)
@@ -312,8 +309,7 @@ class ClassAttention(nn.Module):
         mixed = (pooled @ self.value_heads).transpose(1, 2).flatten(2)
         if self.value_bias is not None:
             mixed = mixed + self.value_bias
-        y = self.proj(self.norm(mixed))
-        return y if carry is None else (y, carry)
+        return self.proj(self.norm(mixed)), carry
 
 
 STEPS = {

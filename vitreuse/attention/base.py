@@ -123,8 +123,33 @@ def norm_params(norm: nn.Module) -> int:
     return sum(parameter.numel() for parameter in norm.parameters())
 
 
-class Attention(nn.Module):
-    """Head geometry, qk-norm and output projection; a subclass per kind of layer adds its inputs and ``forward``."""
+class CarryingAttention(nn.Module):
+    """What a layer calls: attention that takes and returns a carry, or tokens alone as timm's does."""
+
+    grid: Tuple[int, int]  # built for
+
+    def forward(
+        self,
+        x: Tensor,
+        carry: Optional[Carry] = None,
+        grid: Optional[Tuple[int, int]] = None,
+        num_queries: Optional[int] = None,
+        attn_mask: Optional[Tensor] = None,
+        is_causal: bool = False,
+    ) -> Any:
+        """Tokens (B, num_queries, C), and the carry for the next layer where one was given."""
+        y, handed = self.attend(x, carry or EMPTY_CARRY, grid or self.grid, num_queries, Mask(attn_mask, is_causal))
+        return y if carry is None else (y, handed)
+
+    @abstractmethod
+    def attend(
+        self, x: Tensor, carry: Carry, grid: Tuple[int, int], num_queries: Optional[int], mask: Mask
+    ) -> Tuple[Tensor, Carry]:
+        """Tokens (B, num_queries, C), and the carry for the next layer."""
+
+
+class Attention(CarryingAttention):
+    """Head geometry, qk-norm and output projection; a subclass per kind of layer adds its inputs and ``attend``."""
 
     costs: Costs
 
@@ -162,25 +187,6 @@ class Attention(nn.Module):
         self.anchor_readers = 0 if anchor is None else plan.num_readers[anchor]
         self.num_maps = plan.num_maps  # that are alive at the same time in training
         self.takes_span_bias = plan.repeats_span[layer]
-
-    def forward(
-        self,
-        x: Tensor,
-        carry: Optional[Carry] = None,
-        grid: Optional[Tuple[int, int]] = None,
-        num_queries: Optional[int] = None,
-        attn_mask: Optional[Tensor] = None,
-        is_causal: bool = False,
-    ) -> Any:
-        """Tokens (B, num_queries, C), and the carry for the next layer where one was given."""
-        y, handed = self.attend(x, carry or EMPTY_CARRY, grid or self.grid, num_queries, Mask(attn_mask, is_causal))
-        return y if carry is None else (y, handed)
-
-    @abstractmethod
-    def attend(
-        self, x: Tensor, carry: Carry, grid: Tuple[int, int], num_queries: Optional[int], mask: Mask
-    ) -> Tuple[Tensor, Carry]:
-        """Tokens (B, num_queries, C), and the carry for the next layer."""
 
     @property
     def settings(self) -> Settings:

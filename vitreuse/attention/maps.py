@@ -67,10 +67,10 @@ class Settings(NamedTuple):
     training: bool
     fused: bool  # whether timm's switch allows a fused kernel
     costs: Costs
-    backend: str = "qk"  # what an anchor hands on, one of REUSE_BACKENDS
-    num_readers: int = 0  # reuse layers that read what is handed on
-    num_maps: int = 0  # of the model that are alive at the same time in training
-    num_keys: int = 0  # of the grid that the layer is built for
+    backend: str  # what an anchor hands on, one of REUSE_BACKENDS
+    num_readers: int  # reuse layers that read what is handed on
+    num_maps: int  # of the model that are alive at the same time in training
+    num_keys: int  # of the grid that the layer is built for
 
 
 def carries_map(
@@ -322,11 +322,11 @@ def reattend(
         ValueError: neither a map nor a (q, k) pair was handed on.
     """
     weights, prefix_weights, q, k = carried
-    mask = checked(mask, v)
+    mask, own = checked(mask, v), None if own is None else (own[0].type_as(v), own[1].type_as(v))
     num_reused_heads = v.shape[1] - (0 if own is None else own[0].shape[1])
     if weights is not None:
         if own is not None:
-            made, made_prefix = make_map(own[0].type_as(v), own[1].type_as(v), settings.scale, mask, layout)
+            made, made_prefix = make_map(*own, settings.scale, mask, layout)
             weights, handed = join_heads(weights, made, num_reused_heads)
             carried = Carried(handed)
             if prefix_weights is not None and made_prefix is not None:
@@ -335,8 +335,8 @@ def reattend(
         mixed = apply_map(weights, prefix_weights, v, layout, drop)
     elif q is not None and k is not None:
         if own is not None:
-            q, handed_q = join_heads(q, own[0].type_as(v), num_reused_heads)
-            k, handed_k = join_heads(k, own[1].type_as(v), num_reused_heads)
+            q, handed_q = join_heads(q, own[0], num_reused_heads)
+            k, handed_k = join_heads(k, own[1], num_reused_heads)
             carried = Carried(q=handed_q, k=handed_k)
         mixed, _ = attend(q, k, v, mask, layout, drop, settings._replace(num_readers=0))
     else:

@@ -1,14 +1,15 @@
 """No attention: the control that every method must beat."""
-from typing import Any, Dict, Optional, Tuple
+from typing import Dict, Optional, Tuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from vitreuse.attention.base import AttentionConfig, Carry
+from vitreuse.attention.base import AttentionConfig, Carry, CarryingAttention
+from vitreuse.attention.maps import Mask
 from vitreuse.plan import Plan
 
 
-class NoAttention(nn.Module):
+class NoAttention(CarryingAttention):
     """The attention of a layer that has only an MLP. Its block skips it; the carry passes it by.
 
     Cost: none.
@@ -19,17 +20,10 @@ class NoAttention(nn.Module):
         super().__init__()
         self.grid = config.grid
 
-    def forward(
-        self,
-        x: Tensor,
-        carry: Optional[Carry] = None,
-        grid: Optional[Tuple[int, int]] = None,
-        num_queries: Optional[int] = None,
-        attn_mask: Optional[Tensor] = None,
-        is_causal: bool = False,
-    ) -> Any:
-        y = torch.zeros_like(x if num_queries is None else x[:, :num_queries])
-        return y if carry is None else (y, carry)
+    def attend(
+        self, x: Tensor, carry: Carry, grid: Tuple[int, int], num_queries: Optional[int], mask: Mask
+    ) -> Tuple[Tensor, Carry]:
+        return torch.zeros_like(x if num_queries is None else x[:, :num_queries]), carry
 
     def place(self, plan: Plan, layer: int) -> None:
         """Nothing is handed on."""
