@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 
 from eval import compare, controls, flops, report, throughput, top1
-from vitreuse.console import Parser, run_command
+from vitreuse.cli.console import Parser, run_command
 
 COMMANDS = {
     "top1": top1,

@@ -18,7 +18,7 @@ import numpy as np
 from eval.flops import model_macs
 from eval.predictions import Predictions
 from vitreuse.config import Config, ModelConfig
-from vitreuse.durable import write_durably
+from vitreuse.io.durable import write_durably
 
 VERSION = 1
 NAME = "card.json"

@@ -12,10 +12,11 @@ from rich.console import RenderableType
 from eval.series import Series, check_same_images, model_changes, read_series, recipe_changes
 from eval.statistics import LEVEL, NOISE, NUM_RESAMPLES, difference, holm, verdict
 from eval.table import Column, to_csv, to_latex, to_markdown, to_rich
-from vitreuse.console import choose_device, local_path, positive
-from vitreuse.file_names import for_picture, to_bytes
-from vitreuse.inputs import example
-from vitreuse.measure import describe_machine, inference_call, peak_memory_mib, time_interleaved
+from vitreuse.cli.console import local_path, positive
+from vitreuse.cost.measure import describe_machine, inference_call, peak_memory_mib, time_interleaved
+from vitreuse.io.file_names import for_picture, to_bytes
+from vitreuse.io.process import choose_device
+from vitreuse.model.preprocessing import example
 
 HELP = "completed runs in one table, with what of their differences is noise; also as files and a plot with -o"
 COLUMNS = (

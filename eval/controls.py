@@ -17,16 +17,17 @@ from rich.console import RenderableType
 
 from eval.flops import model_macs, num_params
 from eval.table import Column, to_rich
+from vitreuse.cli.console import local_path, positive
 from vitreuse.config import ModelConfig
-from vitreuse.console import choose_device, local_path, positive
-from vitreuse.durable import write_durably
-from vitreuse.file_names import printable
-from vitreuse.inputs import DTYPES, example
-from vitreuse.measure import describe_machine, inference_call, time_interleaved
-from vitreuse.options import PlanOptions
+from vitreuse.cost.measure import describe_machine, inference_call, time_interleaved
+from vitreuse.cost.summary import LARGEST
+from vitreuse.export.networks import exact_model, load_experiment
+from vitreuse.io.durable import write_durably
+from vitreuse.io.file_names import printable
+from vitreuse.io.process import choose_device
+from vitreuse.model.preprocessing import DTYPES, example
 from vitreuse.plan import MAX_LAYERS, PRESETS, Plan, Spec, parse_plan, preset_plan
-from vitreuse.targets import exact_model, load_experiment
-from vitreuse.widen import LARGEST
+from vitreuse.plan.options import PlanOptions
 
 HELP = "configs of the models that a plan must beat at equal MACs, parameters or latency"
 COLUMNS = (

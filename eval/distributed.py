@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vitreuse.config import ConfigError
-from vitreuse.console import OtherRankError, choose_device
+from vitreuse.io.process import OtherRankError, choose_device
 
 # A rank may wait for one that compiles, reads a cold disk or has the larger images, for longer than torch's 10 minutes.
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)

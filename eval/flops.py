@@ -11,12 +11,13 @@ from rich.console import Group, RenderableType
 from torch import Tensor, nn
 
 from eval.table import Column, to_rich, to_rich_upright
-from vitreuse.console import choose_device, positive
-from vitreuse.flops import fvcore_macs, norm_operations, torch_flops, training_flops
-from vitreuse.inputs import DTYPES, example
-from vitreuse.macs import count_macs
-from vitreuse.measure import Call, device_name, inference_call, peak_memory_mib, saved_memory_mib
-from vitreuse.targets import Target, exact_model, resized, resolve_targets
+from vitreuse.cli.console import positive
+from vitreuse.cost.counters import fvcore_macs, norm_operations, torch_flops, training_flops
+from vitreuse.cost.macs import count_macs
+from vitreuse.cost.measure import Call, device_name, inference_call, peak_memory_mib, saved_memory_mib
+from vitreuse.export.networks import Target, exact_model, resized, resolve_targets
+from vitreuse.io.process import choose_device
+from vitreuse.model.preprocessing import DTYPES, example
 
 # A layer's attention or MLP, a top-level module, or the whole model.
 PART = re.compile(r"blocks\.\d+\.(attn|mlp)|(?!blocks\b)[^.]*")

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from eval.table import csv_text
-from vitreuse.file_names import to_bytes
-from vitreuse.measure import top_classes
+from vitreuse.cost.measure import top_classes
+from vitreuse.io.file_names import to_bytes
 
 NUM_BINS = 15  # of confidence, as Guo et al. have them
 

@@ -12,7 +12,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from eval.table import Column
-from vitreuse.macs import count_macs
+from vitreuse.cost.macs import count_macs
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # else torch's profiler prints each start, and that there is no GPU
 PREFIX = "part: "

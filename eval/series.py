@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from eval.card import NAME, Card, read_card
-from vitreuse.class_names import difference
-from vitreuse.targets import Target, plain_model, resolve_targets
+from vitreuse.data.labels import difference
+from vitreuse.export.networks import Target, plain_model, resolve_targets
 
 
 @dataclass(frozen=True)

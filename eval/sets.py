@@ -20,8 +20,8 @@ import torch
 from timm.data import ImageNetInfo, RealLabelsImagenet
 from torch import Tensor, nn
 
-from vitreuse.class_names import are_numbers, listed, numbered_as, places
 from vitreuse.data import FolderDataset, Sample, ShardDataset
+from vitreuse.data.labels import are_numbers, listed, numbered_as, places
 
 NUM_CLASSES = 1000
 VALIDATION_KEY = re.compile(r"ILSVRC2012_val_(\d{8})")  # in the key of a validation image

@@ -10,7 +10,7 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from vitreuse.file_names import for_terminal, printable
+from vitreuse.io.file_names import for_terminal, printable
 
 Row = Mapping[str, Any]
 

@@ -19,12 +19,10 @@ from eval.flops import model_macs
 from eval.profile import COLUMNS as PROFILE_COLUMNS
 from eval.profile import profile_parts
 from eval.table import Column, to_csv, to_rich
-from vitreuse.backends import Conditions, summary
+from vitreuse.cli.console import local_path, positive
 from vitreuse.config import ModelConfig
-from vitreuse.console import choose_device, local_path, positive
-from vitreuse.file_names import to_bytes
-from vitreuse.inputs import DTYPES, example, image_settings
-from vitreuse.measure import (
+from vitreuse.cost.backends import Conditions, summary
+from vitreuse.cost.measure import (
     Call,
     Timing,
     describe_machine,
@@ -33,7 +31,10 @@ from vitreuse.measure import (
     peak_memory_mib,
     time_interleaved,
 )
-from vitreuse.targets import Target, plain_model, resized, resolve_targets
+from vitreuse.export.networks import Target, plain_model, resized, resolve_targets
+from vitreuse.io.file_names import to_bytes
+from vitreuse.io.process import choose_device
+from vitreuse.model.preprocessing import DTYPES, example, image_settings
 
 HELP = "speed and memory, against timm's plain model with fused and with unfused attention"
 MODES = ("inference", "train")

@@ -41,16 +41,17 @@ from eval.sets import (
     plain_set,
 )
 from eval.table import Column, to_csv, to_rich
-from vitreuse.class_names import names_of
+from vitreuse.cli.console import add_allow, local_path, positive
 from vitreuse.config import DataConfig
-from vitreuse.console import add_allow, is_first_rank, local_path, positive
+from vitreuse.cost.measure import describe_machine
 from vitreuse.data import find_split, open_split, prepare_source
-from vitreuse.durable import write_durably
-from vitreuse.file_names import for_terminal, printable, to_bytes
-from vitreuse.inputs import Transform, evaluation_transform, image_mode
-from vitreuse.local import refuse_idle_allow, refuse_url, url_kind
-from vitreuse.measure import describe_machine
-from vitreuse.targets import Target, resolve_targets
+from vitreuse.export.networks import Target, resolve_targets
+from vitreuse.io.durable import write_durably
+from vitreuse.io.file_names import for_terminal, printable, to_bytes
+from vitreuse.io.process import is_first_rank
+from vitreuse.io.urls import refuse_idle_allow, refuse_url, url_kind
+from vitreuse.model.class_names import names_of
+from vitreuse.model.preprocessing import Transform, evaluation_transform, image_mode
 
 HELP = "accuracy of run folders, or of a model name with --data and --checkpoint or --pretrained"
 COLUMNS = (

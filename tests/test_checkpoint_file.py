@@ -24,8 +24,8 @@ import vitreuse
 from eval.__main__ import main as eval_main
 from train.weights import start_from
 from vitreuse.__main__ import main
-from vitreuse.checkpoint_file import as_weights, read_weights
-from vitreuse.weights import adapt_state_dict
+from vitreuse.io.checkpoint_file import as_weights, read_weights
+from vitreuse.model.checkpoint import adapt_state_dict
 
 SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 2, "num_classes": 3}
 NAME, PLAN = "vit_reuse_tiny_patch16_224", "exact reuse lowrank:5"
@@ -459,7 +459,7 @@ def test_timm_loads_a_plain_checkpoint_into_any_plan(plan, door, tmp_path, caplo
     expected = timm.create_model(NAME, plan=plan, **SIZES)
     report = vitreuse.load_checkpoint(expected, RIGHT)
     torch.testing.assert_close(model.state_dict(), expected.state_dict(), rtol=0, atol=0)
-    told = [record.message for record in caplog.records if record.name == "vitreuse.weights"]
+    told = [record.message for record in caplog.records if record.name == "vitreuse.model.checkpoint"]
     expected_lines = [names[0] for names in (report.dropped, report.new) if names]
     assert len(told) == len(expected_lines)
     assert all(any(name in line for line in told) for name in expected_lines)

@@ -8,8 +8,9 @@ import torch
 from cases import CASES, images
 from torch.nn import functional as F
 
-from vitreuse.attention import EMPTY_CARRY, choice, maps
-from vitreuse.attention.choice import (
+from vitreuse.attention import EMPTY_CARRY, maps
+from vitreuse.attention import costs as choice
+from vitreuse.attention.costs import (
     COST_NAMES,
     cost_at,
     cost_key,
@@ -18,7 +19,7 @@ from vitreuse.attention.choice import (
     load_costs,
     load_rates,
 )
-from vitreuse.backends import Conditions, layer_backends, sentence, summary
+from vitreuse.cost.backends import Conditions, layer_backends, sentence, summary
 
 CPU = torch.device("cpu")
 POINTS = [(10, 1.0, 2.0, 3.0, 4.0), (20, 5.0, 4.0, 3.0, 2.0), (40, 5.0, 8.0, 1.0, 2.0)]
@@ -143,7 +144,7 @@ def always(way):
 
 
 def with_costs(monkeypatch, case, costs, **keywords):
-    monkeypatch.setattr("vitreuse.vit.load_costs", lambda: costs)
+    monkeypatch.setattr("vitreuse.model.vit.load_costs", lambda: costs)
     return case.build(**keywords).eval()
 
 

@@ -22,12 +22,13 @@ from train.__main__ import main as train
 from train.distill import create_teacher
 from train.head_rows import known_rows
 from vitreuse.__main__ import main as vitreuse
-from vitreuse.class_names import are_numbers, names_of, places, read_names
 from vitreuse.config import ConfigError, DistillConfig, ModelConfig
 from vitreuse.data import EncodedSample, FolderDataset, write_shards
-from vitreuse.hub import save_hub_folder
-from vitreuse.inputs import image_settings
-from vitreuse.targets import resolve_targets
+from vitreuse.data.labels import are_numbers, places
+from vitreuse.export.hub import save_hub_folder
+from vitreuse.export.networks import resolve_targets
+from vitreuse.model.class_names import names_of, read_names
+from vitreuse.model.preprocessing import image_settings
 
 GREYS = {"cat": 20, "dog": 120, "emu": 220}  # what an image of each class looks like
 OTHER_ORDER = ("emu", "cat", "dog")

@@ -15,7 +15,7 @@ from eval.__main__ import main
 from eval.controls import Control, closest, deepened
 from vitreuse import parse_plan
 from vitreuse.config import ModelConfig, load_config
-from vitreuse.flops import torch_flops
+from vitreuse.cost.counters import torch_flops
 from vitreuse.plan import preset_plan
 
 LAZY = Path(__file__).parent.parent / "configs" / "digits" / "lazy.yaml"

@@ -17,19 +17,18 @@ from PIL import Image
 
 from vitreuse import parse_plan
 from vitreuse.__main__ import main
-from vitreuse.agreement import agreement
 from vitreuse.attention.lowrank import grid_pooling
-from vitreuse.console import WorkProgress
-from vitreuse.convert import convert, fit_projections
-from vitreuse.durable import durable_folder
-from vitreuse.head_errors import measure_head_errors
-from vitreuse.heads import match_heads, order_of_heads, rows_of_heads
-from vitreuse.hub import save_hub_folder
-from vitreuse.images import sample_images
-from vitreuse.inputs import image_settings
-from vitreuse.shape import exact_copy
-from vitreuse.similarity import attention_maps, measure_redundancy
-from vitreuse.targets import resolve_targets
+from vitreuse.cli.source import sample_images
+from vitreuse.compress.convert import convert, fit_projections
+from vitreuse.compress.fidelity import agreement
+from vitreuse.compress.head_matching import match_heads, order_of_heads, rows_of_heads
+from vitreuse.compress.redundancy import attention_maps, measure_head_errors, measure_redundancy
+from vitreuse.export.hub import save_hub_folder
+from vitreuse.export.networks import resolve_targets
+from vitreuse.io.durable import durable_folder
+from vitreuse.io.progress import WorkProgress
+from vitreuse.model.copies import exact_copy
+from vitreuse.model.preprocessing import image_settings
 
 
 def test_heads_are_matched_at_the_least_sum():
@@ -245,7 +244,7 @@ def test_token_projections_start_as_pooling(sharing):
 
 @pytest.mark.parametrize("options", [{}, {"lowrank_sharing": "none"}, {"lowrank_projection": "conv"}])
 def test_fitted_projections_come_nearer_and_are_the_same_again(options, monkeypatch):
-    monkeypatch.setattr("vitreuse.convert.FIT_STEPS", 30)
+    monkeypatch.setattr("vitreuse.compress.convert.FIT_STEPS", 30)
     model = trained()
     images = pixels(model, 8)
     pooled, fitted, again = (convert(model, "exact lowrank:5 lowrank:9", **options) for _ in range(3))
@@ -317,7 +316,7 @@ def command(folder, *argv):
 
 
 def test_the_command_writes_a_folder_that_timm_loads(folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("vitreuse.convert.FIT_STEPS", 20)
+    monkeypatch.setattr("vitreuse.compress.convert.FIT_STEPS", 20)
     argv = ("--plan", "exact reuse:2 lowrank:6", "-o", tmp_path / "new", "--data", folder / "data", "--json")
     assert command(folder, *argv) == 0
     result = json.loads(capsys.readouterr().out)

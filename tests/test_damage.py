@@ -10,12 +10,12 @@ import vitreuse
 from vitreuse.attention.base import EMPTY_CARRY
 from vitreuse.attention.lowrank import grid_pooling
 from vitreuse.cli.source import words
-from vitreuse.console import WorkProgress
-from vitreuse.damage import Change, measure_damage, possible_changes
-from vitreuse.heads import match_heads, order_of_heads, rows_of_heads
-from vitreuse.measure import peak_memory_mib
+from vitreuse.compress.damage import Change, measure_damage, possible_changes
+from vitreuse.compress.head_matching import match_heads, order_of_heads, rows_of_heads
+from vitreuse.compress.redundancy import measure_redundancy
+from vitreuse.cost.measure import peak_memory_mib
+from vitreuse.io.progress import WorkProgress
 from vitreuse.plan import Spec
-from vitreuse.similarity import measure_redundancy
 
 SIZES = {"img_size": 15, "patch_size": 3, "embed_dim": 21, "depth": 3, "num_heads": 3, "num_classes": 7}
 L, H, D = 3, 3, 7
@@ -142,7 +142,7 @@ def test_a_model_without_a_head_is_measured_by_its_features():
 
 
 def test_memory_does_not_grow_with_the_images(monkeypatch):
-    monkeypatch.setattr("vitreuse.similarity.MAP_NUMBERS", 1)  # image by image
+    monkeypatch.setattr("vitreuse.compress.redundancy.MAP_NUMBERS", 1)  # image by image
     model = build()
     redundancy = measure_redundancy(model, [(images(),)], silent())
 

@@ -14,10 +14,10 @@ from eval.report.measured import similarity
 from eval.top1 import ALONE
 from train.__main__ import main as train
 from train.experiment import set_up
+from vitreuse.cli.source import learning_split, sample_images
 from vitreuse.config import load_config
 from vitreuse.data import DataError
-from vitreuse.images import learning_split, sample_images
-from vitreuse.targets import Target, resolve_targets
+from vitreuse.export.networks import Target, resolve_targets
 
 CONFIG = """\
 model:

@@ -2,8 +2,8 @@ import os
 
 import pytest
 
-from vitreuse import durable
-from vitreuse.durable import durable_file, write_durably
+from vitreuse.io import durable
+from vitreuse.io.durable import durable_file, write_durably
 
 
 def test_a_write_that_fails_leaves_the_file_as_it_was_and_nothing_beside_it(tmp_path):

@@ -30,10 +30,10 @@ from eval.table import Column, to_csv, to_latex, to_markdown
 from eval.throughput import Condition, fused_attention, measure
 from eval.top1 import evaluate
 from vitreuse.config import load_config, to_yaml
+from vitreuse.cost.measure import Timing, _LiveStorages, inference_call, peak_memory_mib
 from vitreuse.data import EncodedSample, Sample, write_shards
-from vitreuse.inputs import evaluation_transform, image_settings
-from vitreuse.measure import Timing, _LiveStorages, inference_call, peak_memory_mib
-from vitreuse.targets import plain_model, resolve_targets
+from vitreuse.export.networks import plain_model, resolve_targets
+from vitreuse.model.preprocessing import evaluation_transform, image_settings
 
 CONFIG = """
 model:

@@ -16,12 +16,12 @@ from safetensors.torch import load_file, save_file
 import vitreuse.export
 from eval.__main__ import main as eval_main
 from vitreuse.__main__ import main
+from vitreuse.cli.source import sample_images
 from vitreuse.config import ModelConfig, load_config, to_yaml
-from vitreuse.export import load_onnx, load_torch
-from vitreuse.hub import save_hub_folder
-from vitreuse.images import sample_images
-from vitreuse.inputs import image_settings
-from vitreuse.targets import resolve_targets
+from vitreuse.export.hub import save_hub_folder
+from vitreuse.export.networks import resolve_targets
+from vitreuse.export.programs import load_onnx, load_torch
+from vitreuse.model.preprocessing import image_settings
 
 ROOT = Path(__file__).resolve().parents[1]
 PLAN = "exact reuse:2 lowrank:8 span:3 reuse none"
@@ -67,7 +67,7 @@ def exported(run, tmp_path_factory):
     argv = ["--format", "safetensors", "hub", "torch", "onnx", "--batch-size", "3", "--repeats", "2", "--json"]
     with pytest.MonkeyPatch.context() as patch:
         said = []
-        patch.setattr("vitreuse.console._print_whole", said.append)
+        patch.setattr("vitreuse.cli.console._print_whole", said.append)
         assert main(["export", str(run), "-o", str(folder), *argv]) == 0
     return folder, json.loads(said[0])
 

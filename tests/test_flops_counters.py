@@ -7,7 +7,7 @@ from timm.layers import set_fused_attn, use_fused_attn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vitreuse.flops import fvcore_macs, norm_operations, torch_flops, training_flops
+from vitreuse.cost.counters import fvcore_macs, norm_operations, torch_flops, training_flops
 
 
 class Calls(nn.Module):

@@ -8,7 +8,7 @@ from timm.models import VisionTransformer
 from timm.models.deit import VisionTransformerDistilled
 from torch import nn
 
-from vitreuse.fold import STEPS, ClassAttention, fold
+from vitreuse.compress.fold import STEPS, ClassAttention, fold
 
 PLAIN = {
     "class token": {},

@@ -14,11 +14,11 @@ from storms.processes import Run
 
 from train.__main__ import main
 from train.heal import Healing, attention_outputs, outputs_loss, plan_share
+from vitreuse.compress.head_matching import rows_of_heads
 from vitreuse.config import ConfigError
-from vitreuse.heads import rows_of_heads
-from vitreuse.hub import save_hub_folder
-from vitreuse.targets import load_experiment, resolve_targets
-from vitreuse.weights import load_checkpoint
+from vitreuse.export.hub import save_hub_folder
+from vitreuse.export.networks import load_experiment, resolve_targets
+from vitreuse.model.checkpoint import load_checkpoint
 
 SIZES = {"img_size": 8, "patch_size": 4, "in_chans": 1, "num_classes": 3, "embed_dim": 16, "depth": 2, "num_heads": 2}
 CONFIG = """\

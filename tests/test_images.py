@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
+from vitreuse.cli.source import sample_images
 from vitreuse.data import DataError, prepare_source
-from vitreuse.images import sample_images
-from vitreuse.targets import resolve_targets
+from vitreuse.export.networks import resolve_targets
 
 
 def draw(folder: Path, count: int) -> None:

@@ -285,7 +285,7 @@ def test_a_backend_carries_either_the_map_or_queries_and_keys(backend, attn_drop
 @every_case
 @pytest.mark.parametrize("block_bytes", [1, 5000])
 def test_inference_by_blocks_of_the_map_is_the_same_function(name, backend, block_bytes, monkeypatch):
-    monkeypatch.setattr("vitreuse.attention.blocked.BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr("vitreuse.attention.maps.BLOCK_BYTES", block_bytes)
     model, x = build(name, backend).eval(), images(CASES[name].grid, num_images=3)
     for block in model.blocks:
         block.attn.costs = UNFUSED

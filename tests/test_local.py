@@ -6,7 +6,7 @@ from eval.__main__ import main as eval_main
 from train.__main__ import main as train_main
 from vitreuse.__main__ import main
 from vitreuse.config import ConfigError
-from vitreuse.local import refuse_url
+from vitreuse.io.urls import refuse_url
 
 CONFIG = """
 model: {name: vit_reuse_tiny_patch16_224}

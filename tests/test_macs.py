@@ -7,7 +7,7 @@ import timm
 import torch
 
 import vitreuse
-from vitreuse.flops import fvcore_macs, torch_flops, training_flops
+from vitreuse.cost.counters import fvcore_macs, torch_flops, training_flops
 
 NAMES = timm.list_models(module="models")
 RESOLUTIONS = (224, pytest.param(384, marks=pytest.mark.proof))  # px

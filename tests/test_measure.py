@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
 
-from vitreuse import measure
-from vitreuse.measure import Timing, peak_memory_mib, saved_memory_mib, time_interleaved, top_classes
+from vitreuse.cost import measure
+from vitreuse.cost.measure import Timing, peak_memory_mib, saved_memory_mib, time_interleaved, top_classes
 
 CPU = torch.device("cpu")
 MIB = 2**20

@@ -6,7 +6,7 @@ import torch
 from eval.distributed import Ranks
 from train.mfu import PEAK_TFLOPS, Mfu, Peak, peak_flops
 from vitreuse.config import Config, load_config
-from vitreuse.measure import device_name
+from vitreuse.cost.measure import device_name
 
 CONFIG = """\
 model:

@@ -5,8 +5,8 @@ import torch
 from timm.layers import Mlp
 from torch import nn
 
-from vitreuse.measure import peak_memory_mib
-from vitreuse.mlp import InplaceMlp
+from vitreuse.cost.measure import peak_memory_mib
+from vitreuse.model.block import InplaceMlp
 
 DIM, HIDDEN = 13, 37
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vitreuse import count_macs, count_params
 from vitreuse.attention import EMPTY_CARRY, Carry
-from vitreuse.flops import fvcore_macs, torch_flops
+from vitreuse.cost.counters import fvcore_macs, torch_flops
 
 OTHER_GRIDS = {(3, 5): (5, 7), (13, 17): (17, 13), (14, 14): (13, 17), (17, 19): (14, 14), (2, 29): (3, 31)}
 REPRESENTATIVE = [

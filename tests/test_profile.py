@@ -9,7 +9,7 @@ from torch import nn
 
 from eval.profile import profile_parts
 from vitreuse import count_macs
-from vitreuse.measure import inference_call
+from vitreuse.cost.measure import inference_call
 
 SIZES = {"img_size": 42, "patch_size": 6, "embed_dim": 33, "depth": 3, "num_heads": 3, "num_classes": 7}
 PARTS = {"patch_embed", "norm", "head", *(f"blocks.{i}.{part}" for i in range(3) for part in ("norm1", "attn", "mlp"))}
@@ -63,7 +63,7 @@ def test_time_is_that_of_the_part_where_it_passes():
 def test_macs_sum_to_the_model(costs, dtype, monkeypatch):
     points = [(7, *costs, 9.0, 9.0)]
     keys = ("cpu float32 inference", "cpu bfloat16 inference")
-    monkeypatch.setattr("vitreuse.vit.load_costs", lambda: dict.fromkeys(keys, points))
+    monkeypatch.setattr("vitreuse.model.vit.load_costs", lambda: dict.fromkeys(keys, points))
     (*rows, total), _, model = profile(plan="exact reuse exact", dtype=dtype)
     assert sum(row["macs_percent"] or 0 for row in rows) == pytest.approx(100)
     assert total["macs_percent"] == 100

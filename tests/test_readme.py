@@ -10,7 +10,7 @@ import timm
 from train.__main__ import main as train
 from vitreuse.__main__ import main
 from vitreuse.config import load_config
-from vitreuse.describe import describe
+from vitreuse.cost.summary import describe
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

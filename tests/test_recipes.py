@@ -17,7 +17,7 @@ from eval.flops import model_macs
 from train.pipeline import Normalize, create_mixup, train_transform
 from train.recipe import create_criterion, create_optimizer, create_scheduler, freeze
 from vitreuse.config import Config, load_config
-from vitreuse.inputs import image_settings
+from vitreuse.model.preprocessing import image_settings
 from vitreuse.plan import PRESETS, preset_plan
 
 ROOT = Path(__file__).parent.parent

@@ -17,7 +17,7 @@ from eval.report.curves import CURVE_POINTS, shortened
 from eval.report.measured import by_layer, layer_macs
 from eval.report.page import to_html
 from vitreuse import count_macs
-from vitreuse.similarity import map_similarity
+from vitreuse.compress.redundancy import map_similarity
 
 HOSTILE = "</script><script>alert('x')</script><!-- \u2028 & \" ' <b>"
 

@@ -12,15 +12,17 @@ import timm
 import torch
 from PIL import Image
 
-from vitreuse import count_macs, plan_costs, search
+from vitreuse import count_macs
 from vitreuse.__main__ import main
-from vitreuse.attention import choice
+from vitreuse.attention import costs as choice
 from vitreuse.cli.search import thinned
-from vitreuse.damage import EXACT, Change, possible_changes
-from vitreuse.hub import save_hub_folder
-from vitreuse.measure import saved_memory_mib
+from vitreuse.compress import search
+from vitreuse.compress.damage import EXACT, Change, possible_changes
+from vitreuse.cost import plan_costs
+from vitreuse.cost.measure import saved_memory_mib
+from vitreuse.cost.plan_costs import PlanCosts
+from vitreuse.export.hub import save_hub_folder
 from vitreuse.plan import Plan, Spec, parse_plan
-from vitreuse.plan_costs import PlanCosts
 
 DEPTH = 4
 REUSE, LOWRANK, SPAN, NONE = Spec("reuse"), Spec("lowrank", 3), Spec("span", 3), Spec("none")

@@ -27,7 +27,7 @@ from eval.sets import (
 )
 from eval.top1 import evaluate
 from vitreuse.data import EncodedSample, FolderDataset, ShardDataset, write_shards
-from vitreuse.inputs import evaluation_transform
+from vitreuse.model.preprocessing import evaluation_transform
 
 SYNSETS = ImageNetInfo().label_names()
 CONFIG = """
@@ -266,7 +266,7 @@ def test_pretrained_weights_are_those_of_the_name(tmp_path, monkeypatch, capsys)
     options = ("--data", str(tmp_path), "--set", "sketch", "--subset", "-o", str(tmp_path))
     (from_file,) = run_top1(capsys, name, "--checkpoint", str(tmp_path / "weights.pt"), *options)
     predictions = (tmp_path / f"{name}.sketch.predictions.csv").read_text()
-    monkeypatch.setattr("vitreuse.targets.pretrained_weights", {name: state}.__getitem__)
+    monkeypatch.setattr("vitreuse.export.networks.pretrained_weights", {name: state}.__getitem__)
     (pretrained,) = run_top1(capsys, name, "--pretrained", *options)
     assert pretrained == from_file
     assert (tmp_path / f"{name}.sketch.predictions.csv").read_text() == predictions

@@ -19,7 +19,7 @@ from eval.top1 import evaluate
 from train.sharding import OPTIMIZERS, unsharded
 from train.trainer import Trainer
 from vitreuse.config import ConfigError, load_config
-from vitreuse.inputs import evaluation_transform, image_settings
+from vitreuse.model.preprocessing import evaluation_transform, image_settings
 
 pytestmark = pytest.mark.proof  # each rank is a process
 

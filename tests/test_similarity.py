@@ -8,10 +8,10 @@ import torch
 from PIL import Image
 
 from vitreuse.__main__ import main
-from vitreuse.console import WorkProgress
-from vitreuse.hub import save_hub_folder
-from vitreuse.measure import peak_memory_mib
-from vitreuse.similarity import Redundancy, attention_maps, map_similarity, measure_redundancy
+from vitreuse.compress.redundancy import Redundancy, attention_maps, map_similarity, measure_redundancy
+from vitreuse.cost.measure import peak_memory_mib
+from vitreuse.export.hub import save_hub_folder
+from vitreuse.io.progress import WorkProgress
 
 SIZES = {"img_size": 15, "patch_size": 3, "embed_dim": 22, "depth": 4, "num_heads": 2, "num_classes": 7}
 H, N = 2, 26
@@ -116,7 +116,7 @@ def test_layers_without_patches_as_keys_have_no_distance():
 
 
 def test_memory_does_not_grow_with_the_images(monkeypatch):
-    monkeypatch.setattr("vitreuse.similarity.MAP_NUMBERS", 1)  # image by image
+    monkeypatch.setattr("vitreuse.compress.redundancy.MAP_NUMBERS", 1)  # image by image
     model, batches = build(), [images(2) for _ in range(16)]
     few, many = (
         peak_memory_mib(lambda count=count: measured(model, *batches[:count]), model.parameters(), torch.device("cpu"))

@@ -21,13 +21,13 @@ from train import trackers
 from train.__main__ import main
 from train.mfu import PEAK_TFLOPS, Peak
 from train.run import RunFolder
-from vitreuse import console
+from vitreuse.cli import console
 from vitreuse.config import load_config
-from vitreuse.console import WorkProgress
+from vitreuse.cost.macs import count_macs
+from vitreuse.cost.measure import device_name, peak_process_memory_mib
 from vitreuse.data import open_split
-from vitreuse.inputs import evaluation_transform
-from vitreuse.macs import count_macs
-from vitreuse.measure import device_name, peak_process_memory_mib
+from vitreuse.io.progress import WorkProgress
+from vitreuse.model.preprocessing import evaluation_transform
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 CPU = torch.device("cpu")

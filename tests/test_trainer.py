@@ -38,7 +38,7 @@ from train.trainer import DivergedError, Trainer
 from train.weights import start_from
 from vitreuse.config import ConfigError, DistillConfig, ModelConfig, ResolutionConfig, load_config
 from vitreuse.data import Sample
-from vitreuse.inputs import image_settings
+from vitreuse.model.preprocessing import image_settings
 
 SIZES = {"img_size": 8, "patch_size": 4, "in_chans": 1, "num_classes": 3, "embed_dim": 16, "depth": 2, "num_heads": 2}
 SMALL = "img_size: 8, patch_size: 4, in_chans: 1, num_classes: 3, embed_dim: 16, depth: 2, num_heads: 2"

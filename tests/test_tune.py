@@ -6,12 +6,12 @@ import pytest
 import timm
 import torch
 
-from vitreuse import tune
 from vitreuse.__main__ import main
-from vitreuse.attention import choice
-from vitreuse.attention.choice import COST_NAMES, RATE_NAMES, load_costs, load_rates
-from vitreuse.measure import Timing
-from vitreuse.tune import measure_costs, measure_rates, write_costs
+from vitreuse.attention import costs as choice
+from vitreuse.attention.costs import COST_NAMES, RATE_NAMES, load_costs, load_rates
+from vitreuse.cost import tune
+from vitreuse.cost.measure import Timing
+from vitreuse.cost.tune import measure_costs, measure_rates, write_costs
 
 CPU = torch.device("cpu")
 

@@ -10,8 +10,8 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 
 from vitreuse import PlanVisionTransformer, load_checkpoint, parse_plan
-from vitreuse.convert import convert
-from vitreuse.hub import pack_weights
+from vitreuse.compress.convert import convert
+from vitreuse.export.hub import pack_weights
 
 HEADS = 5
 TOKEN_PROJECTIONS = ("key_proj", "value_proj")

@@ -7,7 +7,7 @@ import timm
 
 from vitreuse import count_macs
 from vitreuse.__main__ import main
-from vitreuse.widen import equal_macs
+from vitreuse.cost.summary import equal_macs
 
 LAZY = "(exact reuse*2)*4"
 NAME = "vit_reuse_small_patch16_224"

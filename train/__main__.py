@@ -18,25 +18,23 @@ from train.doctor import doctor
 from train.loop import train
 from train.trainer import DivergedError
 from train.verify import verify_resume
+from vitreuse.cli.console import Parser, add_allow, versions
 from vitreuse.config import ConfigError
-from vitreuse.console import (
+from vitreuse.data import DataError
+from vitreuse.export.networks import load_experiment
+from vitreuse.io.errors import nearest
+from vitreuse.io.process import (
     DONE,
     FAILED,
     INTERRUPTED,
     STOPPED,
     WRONG_INPUT,
     OtherRankError,
-    Parser,
-    add_allow,
     is_first_of_machine,
     is_first_rank,
     print_error,
-    versions,
 )
-from vitreuse.data import DataError
-from vitreuse.local import refuse_idle_allow, refuse_url
-from vitreuse.strict_yaml import nearest
-from vitreuse.targets import load_experiment
+from vitreuse.io.urls import refuse_idle_allow, refuse_url
 
 USAGE = "usage: python -m train CONFIG [section.key=value ...] [run_dir=PATH] [--allow KIND] [--doctor|--verify-resume]"
 HELP = """usage: python -m train CONFIG [section.key=value ...] [run_dir=PATH]
@@ -52,7 +50,7 @@ Trains the experiment of a YAML file; under torchrun on several devices.
                  resumed run is the same to the bit
 --version        print versions and exit
 
-keys and their meaning: vitreuse/config.py; experiments: configs/"""
+keys and their meaning: vitreuse/config/; experiments: configs/"""
 OPTIONS = {"--doctor": doctor, "--verify-resume": verify_resume}  # instead of training; they leave the run folder alone
 
 

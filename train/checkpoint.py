@@ -17,8 +17,8 @@ from typing import Any, BinaryIO
 import torch
 
 from vitreuse.config import ConfigError
-from vitreuse.console import is_first_rank
-from vitreuse.durable import durable_file, sync, write_durably
+from vitreuse.io.durable import durable_file, sync, write_durably
+from vitreuse.io.process import is_first_rank
 
 STATE_FILE = "state.pt"
 MARKER_FILE = "complete.json"

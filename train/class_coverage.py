@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import Any
 
-from vitreuse.class_names import are_numbers, listed
 from vitreuse.config import ConfigError
+from vitreuse.data.labels import are_numbers, listed
 
 # By whether there are images to train on and images to validate with.
 REMARKS = {

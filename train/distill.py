@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from train.weights import load_weights
 from vitreuse.config import ConfigError, DistillConfig
-from vitreuse.console import is_first_rank
-from vitreuse.inputs import check_answers, image_settings
+from vitreuse.io.process import is_first_rank
+from vitreuse.model.preprocessing import check_answers, image_settings
 
 
 def create_teacher(
@@ -26,7 +26,7 @@ def create_teacher(
     Args:
         settings: The experiment's train.distill.
         student: The model.
-        student_images: vitreuse.inputs.image_settings of the model.
+        student_images: vitreuse.model.preprocessing.image_settings of the model.
         class_names: Of the model's classes, by which those of the teacher are put in order.
 
     Raises:
@@ -62,7 +62,7 @@ class Teacher:
 
     Args:
         model: The trained one.
-        images: vitreuse.inputs.image_settings of the other: the statistics by which its images are normalised.
+        images: vitreuse.model.preprocessing.image_settings of the other: the statistics by which its images are normalised.
     """
 
     def __init__(self, model: nn.Module, images: dict[str, Any]):

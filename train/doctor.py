@@ -36,12 +36,13 @@ from train.experiment import Experiment, checkpoint_is_due, evaluation_is_due, p
 from train.pipeline import Batch
 from train.run import RunFolder
 from train.trainer import Trainer
+from vitreuse.cli.console import fitted
 from vitreuse.config import Config, ConfigError
-from vitreuse.console import DONE, WRONG_INPUT, OtherRankError, fitted
+from vitreuse.cost.measure import device_name, peak_process_memory_mib, time_interleaved
 from vitreuse.data import DataError, ShardDataset, usable_cpus
-from vitreuse.durable import nearest_folder
-from vitreuse.file_names import for_terminal
-from vitreuse.measure import device_name, peak_process_memory_mib, time_interleaved
+from vitreuse.io.durable import nearest_folder
+from vitreuse.io.file_names import for_terminal
+from vitreuse.io.process import DONE, WRONG_INPUT, OtherRankError
 
 OK, WARNING, WRONG = "ok", "warning", "wrong"
 STYLES = {OK: "green", WARNING: "yellow", WRONG: "bold red"}

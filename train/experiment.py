@@ -17,10 +17,11 @@ from train.pipeline import ignore_stop_signals, restored_generators, train_decod
 from train.sharding import unsharded
 from train.trainer import DivergedError, Trainer
 from train.weights import start_from, weight_files
-from vitreuse.class_names import name_classes, numbered_as
 from vitreuse.config import Config, ConfigError
 from vitreuse.data import ShardDataset, open_split, prepare_source
-from vitreuse.inputs import check_answers, evaluation_transform, image_mode, image_settings
+from vitreuse.data.labels import numbered_as
+from vitreuse.model.class_names import name_classes
+from vitreuse.model.preprocessing import check_answers, evaluation_transform, image_mode, image_settings
 
 
 class Experiment(NamedTuple):

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from vitreuse.class_names import Names, are_numbers, listed, places
+from vitreuse.data.labels import are_numbers, listed, places
+from vitreuse.model.class_names import Names
 
 State = dict[str, Tensor]
 

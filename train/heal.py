@@ -23,8 +23,8 @@ from torch.nn import functional as F
 from vitreuse.attention import EMPTY_CARRY, ReuseAttention
 from vitreuse.attention.base import split_heads
 from vitreuse.attention.submodules import rows_of
+from vitreuse.compress.head_matching import rows_of_heads
 from vitreuse.config import ConfigError, HealConfig
-from vitreuse.heads import rows_of_heads
 
 Outputs = dict[int, Tensor]  # of each layer with attention, what its output projection gives
 

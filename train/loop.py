@@ -24,10 +24,10 @@ from train.reference import Reference
 from train.run import RunFolder, run_facts
 from train.trackers import check_installed
 from train.trainer import StepResult, Trainer
-from vitreuse.backends import Conditions, sentence
 from vitreuse.config import Config, ConfigError
-from vitreuse.console import WorkProgress
-from vitreuse.measure import peak_process_memory_mib
+from vitreuse.cost.backends import Conditions, sentence
+from vitreuse.cost.measure import peak_process_memory_mib
+from vitreuse.io.progress import WorkProgress
 
 
 def train(config: Config, run_dir: Path, command: str, allow: Collection[str] = ()) -> bool:

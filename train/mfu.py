@@ -16,7 +16,7 @@ from torch import nn
 from eval.distributed import Ranks
 from eval.flops import model_macs
 from vitreuse.config import Config
-from vitreuse.measure import device_name
+from vitreuse.cost.measure import device_name
 
 FLOPS_PER_MAC = 2
 PASSES = 3  # a forward pass, and a backward pass of twice its products: by the inputs and by the weights

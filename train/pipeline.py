@@ -79,7 +79,7 @@ def train_transform(config: Config, settings: dict[str, Any]) -> Transform:
 
     Args:
         config: Its train.crop, train.affine, or neither of them.
-        settings: vitreuse.inputs.image_settings of the model.
+        settings: vitreuse.model.preprocessing.image_settings of the model.
     """
     if config.train.crop is not None:
         return _crop_transform(config.train.crop, settings)
@@ -104,7 +104,7 @@ class Normalize:
     """Makes of bytes what a model takes, of one image or, at a quarter of the time an image, of a batch.
 
     Args:
-        settings: vitreuse.inputs.image_settings of the model.
+        settings: vitreuse.model.preprocessing.image_settings of the model.
         device: Where the images are.
     """
 

@@ -26,7 +26,7 @@ def colour_transform(crop: CropConfig, settings: dict[str, Any]) -> Any:
 
     Args:
         crop: The experiment's train.crop.
-        settings: vitreuse.inputs.image_settings of the model.
+        settings: vitreuse.model.preprocessing.image_settings of the model.
 
     Raises:
         ConfigError: The policy is none of timm's.

@@ -14,7 +14,7 @@ from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
 from vitreuse.config import Config, ConfigError, OptimizerConfig
-from vitreuse.strict_yaml import nearest
+from vitreuse.io.errors import nearest
 
 
 def freeze(model: nn.Module, patterns: Sequence[str]) -> None:

@@ -16,7 +16,7 @@ def transforms_by_epoch(config: Config, model: Any, settings: dict[str, Any]) ->
     Args:
         config: The experiment.
         model: What is trained.
-        settings: vitreuse.inputs.image_settings of the model.
+        settings: vitreuse.model.preprocessing.image_settings of the model.
 
     Raises:
         ConfigError: train.resolution does not fit the model.

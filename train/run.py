@@ -30,13 +30,14 @@ from eval.distributed import Ranks
 from eval.predictions import Predictions
 from train.checkpoint import Checkpoints
 from train.trackers import Start, Trackers
-from vitreuse.class_names import difference, names_of
 from vitreuse.config import Config, ConfigError, changed_settings, load_config, to_yaml
-from vitreuse.console import is_first_rank
-from vitreuse.durable import TEMPORARY_FILES, exclusive_lock, sync, write_durably
-from vitreuse.file_names import to_bytes
-from vitreuse.hub import WEIGHTS, pack_weights
-from vitreuse.measure import describe_machine
+from vitreuse.cost.measure import describe_machine
+from vitreuse.data.labels import difference
+from vitreuse.export.hub import WEIGHTS, pack_weights
+from vitreuse.io.durable import TEMPORARY_FILES, exclusive_lock, sync, write_durably
+from vitreuse.io.file_names import to_bytes
+from vitreuse.io.process import is_first_rank
+from vitreuse.model.class_names import names_of
 
 LOCK_FILE = ".lock"
 PACKAGES = ("vitreuse", "torch", "torchvision", "timm", "numpy", "webdataset")

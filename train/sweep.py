@@ -30,9 +30,10 @@ from eval.card import is_of, read_card
 from train.distributed import StopSignal
 from train.run import RunFolder
 from vitreuse.config import ConfigError
-from vitreuse.console import DONE, STOPPED, WRONG_INPUT, print_error, progress_bars
-from vitreuse.durable import write_durably
-from vitreuse.targets import load_experiment
+from vitreuse.export.networks import load_experiment
+from vitreuse.io.durable import write_durably
+from vitreuse.io.process import DONE, STOPPED, WRONG_INPUT, print_error
+from vitreuse.io.progress import progress_bars
 
 USAGE = "usage: python -m train.sweep CONFIG... [section.key=value ...] [runs=DIR] [jobs=N] [seeds=N] [cards=DIR]"
 SECONDS_BETWEEN_LOOKS = 0.5

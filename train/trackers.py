@@ -16,8 +16,8 @@ from typing import Any, NamedTuple, Protocol
 from uuid import uuid4
 
 from vitreuse.config import Config, ConfigError
-from vitreuse.durable import write_durably
-from vitreuse.file_names import printable
+from vitreuse.io.durable import write_durably
+from vitreuse.io.file_names import printable
 
 UPLOAD_PATIENCE_S = 60  # at the end of a start, for a network that is down
 

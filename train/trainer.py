@@ -24,9 +24,9 @@ from train.pipeline import Batch, Normalize, TrainingImages, create_loader, crea
 from train.recipe import create_criterion, create_optimizer, create_scheduler, freeze
 from train.resolution import transforms_by_epoch
 from train.sharding import check_shardable, gradients_kept, part_like, parts_like, shard, whole, whole_state
-from vitreuse.class_names import LABEL_NAMES, names_of, pack_names
 from vitreuse.config import Config, ConfigError
 from vitreuse.data import DataError
+from vitreuse.model.class_names import LABEL_NAMES, names_of, pack_names
 
 
 class DivergedError(RuntimeError):
@@ -66,7 +66,7 @@ class Trainer:
         config: The experiment.
         model: One of timm's, on the rank's device.
         samples: The training set, as open_split returns it.
-        settings: vitreuse.inputs.image_settings of the model.
+        settings: vitreuse.model.preprocessing.image_settings of the model.
         ranks: This process among those of the run.
 
     Raises:

@@ -27,10 +27,10 @@ from train.checkpoint import Checkpoints
 from train.experiment import set_up
 from train.trainer import Trainer
 from vitreuse.config import Config
-from vitreuse.console import DONE, FAILED
 from vitreuse.data import end_with_parent
-from vitreuse.durable import nearest_folder
-from vitreuse.file_names import for_terminal
+from vitreuse.io.durable import nearest_folder
+from vitreuse.io.file_names import for_terminal
+from vitreuse.io.process import DONE, FAILED
 
 NUM_STEPS = 6  # the checkpoint is saved after half of them
 CHECKPOINT, WHOLE, RESUMED, REPEATED = "checkpoint", "whole", "resumed", "repeated"  # folders of one state each

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from train.head_rows import fitted_head, known_rows, missing_heads, num_head_rows
-from vitreuse.checkpoint_file import Weights, as_weights, read_weights
-from vitreuse.class_names import Names, difference, read_names
 from vitreuse.config import Config, ConfigError
-from vitreuse.hub import WEIGHTS
-from vitreuse.targets import pretrained_weights
-from vitreuse.weights import LoadReport, load_checkpoint
+from vitreuse.data.labels import difference
+from vitreuse.export.hub import WEIGHTS
+from vitreuse.export.networks import pretrained_weights
+from vitreuse.io.checkpoint_file import Weights, as_weights, read_weights
+from vitreuse.model.checkpoint import LoadReport, load_checkpoint
+from vitreuse.model.class_names import Names, read_names
 
 
 def start_from(model: Any, source: str, class_names: Sequence[str] | None = None) -> str:

@@ -2,12 +2,12 @@
 
 Importing registers the models: ``timm.create_model("vit_reuse_small_patch16_224", plan="exact reuse*6 exact*5")``.
 """
-from vitreuse import models
-from vitreuse.fold import fold
-from vitreuse.macs import count_macs, count_params
+from vitreuse.compress.fold import fold
+from vitreuse.cost.macs import count_macs, count_params
+from vitreuse.model import registry
+from vitreuse.model.checkpoint import LoadReport, load_checkpoint
+from vitreuse.model.vit import PlanVisionTransformer, PlanVisionTransformerDistilled
 from vitreuse.plan import PRESETS, Plan, Spec, parse_plan, preset_plan
-from vitreuse.vit import PlanVisionTransformer, PlanVisionTransformerDistilled
-from vitreuse.weights import LoadReport, load_checkpoint
 
 __version__ = "0.1.0"
 
@@ -22,7 +22,7 @@ __all__ = [
     "count_params",
     "fold",
     "load_checkpoint",
-    "models",
     "parse_plan",
     "preset_plan",
+    "registry",
 ]

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from vitreuse.cli import convert, export, fold, models, plan, search, shards, similarity, tune
-from vitreuse.console import Parser, run_command
+from vitreuse.cli.console import Parser, run_command
 
 COMMANDS = {
     "models": models,

@@ -26,7 +26,7 @@ from eval.card import NAME as CARD
 from eval.card import read_card
 from eval.statistics import difference, verdict
 from eval.table import Column, to_markdown
-from vitreuse.durable import write_durably
+from vitreuse.io.durable import write_durably
 
 FOLDER = Path(__file__).parent / "conversion"
 LINES = FOLDER / "runs.jsonl"

@@ -17,9 +17,11 @@ from eval.report import measured
 from eval.report.curves import curves
 from eval.report.page import to_html
 from eval.series import Series, read_series
-from vitreuse.console import WorkProgress, choose_device, local_path, positive
-from vitreuse.durable import write_durably
-from vitreuse.measure import describe_machine
+from vitreuse.cli.console import local_path, positive
+from vitreuse.cost.measure import describe_machine
+from vitreuse.io.durable import write_durably
+from vitreuse.io.process import choose_device
+from vitreuse.io.progress import WorkProgress
 from vitreuse.plan import parse_plan
 
 HELP = "run folders or cards on one HTML page that needs no network"

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from eval.flops import macs_by_part
 from eval.profile import profile_parts
 from eval.series import Series
+from vitreuse.compress.redundancy import map_similarity
+from vitreuse.cost.measure import inference_call, peak_memory_mib, time_interleaved
 from vitreuse.data import find_split, open_split
-from vitreuse.inputs import evaluation_transform, example, image_mode
-from vitreuse.measure import inference_call, peak_memory_mib, time_interleaved
-from vitreuse.similarity import map_similarity
-from vitreuse.targets import Target
+from vitreuse.export.networks import Target
+from vitreuse.model.preprocessing import evaluation_transform, example, image_mode
 
 SIMILARITY_IMAGES = 8
 LAYER_PART = re.compile(r"blocks\.(\d+)\.(norm1|attn|ls1|drop_path1)?")

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from timm.models import _registry as registry
 
-from vitreuse.models import plain_name
+from vitreuse.model.registry import plain_name
 
 PLAIN_NAMES = {name: plain_name(name) for name in registry.list_models(module="models")}
 WRITTEN_OUT = ("vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224")  # names that timm's tests have in their text

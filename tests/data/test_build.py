@@ -23,9 +23,9 @@ from torchvision.datasets import ImageFolder
 
 from vitreuse.__main__ import main
 from vitreuse.data import BuildSettings, DataError, Workers, build_shards, load_index, verify_shards
-from vitreuse.data.build import ShardTask, _write_shard
-from vitreuse.data.folders import list_classes, list_images
+from vitreuse.data.datasets import list_classes
 from vitreuse.data.listing import list_splits
+from vitreuse.data.shards.build import ShardTask, _write_shard
 
 CLASS_SIZES = {"n01.cat": 7, "n02": 11, "n03": 5}
 NUM_IMAGES = sum(CLASS_SIZES.values())
@@ -72,6 +72,10 @@ def read_samples(folder):
     index = load_index(folder)
     found = [index.locate(number) for number in range(len(index))]
     return [(r.key, r.label, path.read_bytes()[r.offset : r.offset + r.size]) for path, r in found]
+
+
+def list_images(folder, class_name):
+    return [f"{class_name}/{name}" for name in list_below(DiskFolder(str(folder / class_name)))[0]]
 
 
 def read_members(folder):

@@ -25,8 +25,8 @@ from vitreuse.data import (
     write_shard,
     write_shards,
 )
-from vitreuse.data.index import Index, write_index
-from vitreuse.data.scan import record_dtype
+from vitreuse.data.shards.index import Index, write_index
+from vitreuse.data.shards.scan import record_dtype
 
 
 def write_tar(path, members, **options):

@@ -23,7 +23,7 @@ from eval.__main__ import main as evaluate
 from train.__main__ import main as train
 from vitreuse.config import ConfigError
 from vitreuse.data import DataError, EncodedSample, open_split
-from vitreuse.data.index import Index, load_index, write_index
+from vitreuse.data.shards.index import Index, load_index, write_index
 
 FILES = ["index.json", "index.npy", *(f"shard-{number:06d}.tar" for number in range(len(SHARD_SIZES)))]
 CONFIG = """\

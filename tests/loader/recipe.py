@@ -8,7 +8,7 @@ from train.pipeline import train_decoder
 from train.trainer import Trainer
 from vitreuse.config import load_config
 from vitreuse.data import open_split
-from vitreuse.inputs import image_settings
+from vitreuse.model.preprocessing import image_settings
 
 CONFIG = """\
 model: {{name: vit_tiny_patch16_224, keywords: {{img_size: {side_px}, depth: 1, num_classes: {num_classes}}}}}

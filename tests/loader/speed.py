@@ -16,7 +16,7 @@ from sklearn.datasets import load_sample_images
 from timm.data import create_dataset, create_loader
 
 from tests.loader.recipe import create_trainer
-from vitreuse.inputs import image_settings
+from vitreuse.model.preprocessing import image_settings
 
 LEAST_RATIO = 1.5
 NUM_PHOTOGRAPHS, NUM_CLASSES, BATCH_SIZE = 256, 8, 32

@@ -8,14 +8,15 @@ value and nothing else. ``y = attention(x)``, as code written for timm calls it,
 Shapes: B images, N tokens, M keys, C channels, H heads, D = C / H, P prefix tokens.
 """
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Callable, Dict, NamedTuple, Optional, Tuple
+from typing import Any, NamedTuple
 
 import torch
 from timm.layers import register_notrace_function, use_fused_attn
 from torch import Tensor, nn
 
-from vitreuse.attention.choice import Costs
+from vitreuse.attention.costs import Costs
 from vitreuse.attention.maps import NO_MASK, Carried, Layout, Mask, Settings
 from vitreuse.attention.tiles import span_pairs
 from vitreuse.plan import Plan, Spec
@@ -25,10 +26,10 @@ class Carry(NamedTuple):
     """What a layer hands to the next besides its tokens; None where no later layer reads it."""
 
     made: Carried = Carried()  # the map that later layers reuse, or its queries and keys
-    key_proj: Optional[Tensor] = None  # the anchor's token projections, see lowrank.py
-    value_proj: Optional[Tensor] = None
-    layerwise_proj: Optional[Tensor] = None  # the model's one under layerwise sharing, passed on by every layer
-    span_bias: Optional[Tensor] = None  # of the newest span layer, see maps.span_bias; passed on by every layer
+    key_proj: Tensor | None = None  # the anchor's token projections, see lowrank.py
+    value_proj: Tensor | None = None
+    layerwise_proj: Tensor | None = None  # the model's one under layerwise sharing, passed on by every layer
+    span_bias: Tensor | None = None  # of the newest span layer, see maps.span_bias; passed on by every layer
 
 
 EMPTY_CARRY = Carry()
@@ -42,7 +43,7 @@ class AttentionConfig:
     layer: int  # the place of this layer in the plan
     dim: int
     num_heads: int
-    grid: Tuple[int, int]
+    grid: tuple[int, int]
     num_prefix_tokens: int
     costs: Costs
     reuse_backend: str  # this and the next three as in options.PlanOptions
@@ -56,8 +57,8 @@ class AttentionConfig:
     attn_drop: float
     proj_drop: float
     norm_layer: Callable[..., nn.Module]
-    device: Optional[torch.device]
-    dtype: Optional[torch.dtype]
+    device: torch.device | None
+    dtype: torch.dtype | None
 
     @property
     def spec(self) -> Spec:
@@ -65,7 +66,7 @@ class AttentionConfig:
         return self.plan[self.layer]
 
     @property
-    def anchor(self) -> Optional[Spec]:
+    def anchor(self) -> Spec | None:
         """Of a reuse layer: the spec of the layer that made the map."""
         anchor = self.plan.anchors[self.layer]
         return None if anchor is None else self.plan[anchor]
@@ -94,7 +95,7 @@ def without_mask(kind: str, mask: Mask) -> Mask:
 
 @torch.fx.wrap
 @register_notrace_function
-def with_all_tokens(kind: str, x: Tensor, grid: Tuple[int, int], num_prefix_tokens: int) -> Tensor:
+def with_all_tokens(kind: str, x: Tensor, grid: tuple[int, int], num_prefix_tokens: int) -> Tensor:
     """The tokens, for a kind of layer that must know where on the grid each of them lies.
 
     Raises:
@@ -126,15 +127,15 @@ def norm_params(norm: nn.Module) -> int:
 class CarryingAttention(nn.Module):
     """What a layer calls: attention that takes and returns a carry, or tokens alone as timm's does."""
 
-    grid: Tuple[int, int]  # built for
+    grid: tuple[int, int]  # built for
 
     def forward(
         self,
         x: Tensor,
-        carry: Optional[Carry] = None,
-        grid: Optional[Tuple[int, int]] = None,
-        num_queries: Optional[int] = None,
-        attn_mask: Optional[Tensor] = None,
+        carry: Carry | None = None,
+        grid: tuple[int, int] | None = None,
+        num_queries: int | None = None,
+        attn_mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Any:
         """Tokens (B, num_queries, C), and the carry for the next layer where one was given."""
@@ -143,8 +144,8 @@ class CarryingAttention(nn.Module):
 
     @abstractmethod
     def attend(
-        self, x: Tensor, carry: Carry, grid: Tuple[int, int], num_queries: Optional[int], mask: Mask
-    ) -> Tuple[Tensor, Carry]:
+        self, x: Tensor, carry: Carry, grid: tuple[int, int], num_queries: int | None, mask: Mask
+    ) -> tuple[Tensor, Carry]:
         """Tokens (B, num_queries, C), and the carry for the next layer."""
 
 
@@ -212,23 +213,23 @@ class Attention(CarryingAttention):
         """Keys of a query over that grid."""
         return self.num_tokens
 
-    def layout(self, grid: Tuple[int, int], num_rows: Optional[int]) -> Layout:
+    def layout(self, grid: tuple[int, int], num_rows: int | None) -> Layout:
         """Where the tokens lie; the first rows, where only these are computed, see every key."""
         return Layout(grid, self.width if num_rows is None else 0, self.num_prefix_tokens)
 
-    def computed_rows(self, num_queries: Optional[int]) -> Optional[int]:
+    def computed_rows(self, num_queries: int | None) -> int | None:
         """How many query rows to compute: those asked for, or all (None) where windows need whole tiles."""
         if num_queries is not None and self.width > 0 and num_queries > self.num_prefix_tokens:
             return None
         return num_queries
 
-    def output(self, mixed: Tensor, num_queries: Optional[int]) -> Tensor:
+    def output(self, mixed: Tensor, num_queries: int | None) -> Tensor:
         """Output projection of mixed values (B, H, N, D): (B, num_queries, C)."""
         if num_queries is not None:
             mixed = mixed[:, :, :num_queries]
         return self.proj_drop(self.proj(self.norm(mixed.transpose(1, 2).flatten(2))))
 
-    def set_grid(self, grid: Tuple[int, int]) -> None:
+    def set_grid(self, grid: tuple[int, int]) -> None:
         """Makes ``grid`` the one built for."""
         self.grid = grid
 
@@ -236,7 +237,7 @@ class Attention(CarryingAttention):
         """Query rows that run when ``num_queries`` are asked for."""
         return num_tokens if self.computed_rows(num_queries) is None else num_queries
 
-    def num_pairs(self, grid: Tuple[int, int], num_queries: int, num_keys: int, theoretical: bool) -> int:
+    def num_pairs(self, grid: tuple[int, int], num_queries: int, num_keys: int, theoretical: bool) -> int:
         """Query-key pairs of the map, whole tiles with their halo unless ``theoretical``."""
         if self.width == 0 or num_queries <= self.num_prefix_tokens:
             return num_queries * num_keys
@@ -247,7 +248,7 @@ class Attention(CarryingAttention):
         return linear_params(self.proj) + sum(norm_params(norm) for norm in (self.q_norm, self.k_norm, self.norm))
 
     @abstractmethod
-    def macs(self, grid: Tuple[int, int], num_queries: int, theoretical: bool) -> Dict[str, int]:
+    def macs(self, grid: tuple[int, int], num_queries: int, theoretical: bool) -> dict[str, int]:
         """Multiply-adds of the matrix products of one image, by part.
 
         ``theoretical`` counts a carried map and exact neighbourhoods; else the products that run, those of the

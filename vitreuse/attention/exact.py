@@ -1,5 +1,4 @@
 """Full softmax attention, timm's own, with its map or (q, k) handed on when a later layer reuses it."""
-from typing import Dict, Optional, Tuple
 
 from torch import Tensor, nn
 
@@ -9,7 +8,7 @@ from vitreuse.attention.maps import Mask
 from vitreuse.attention.submodules import is_plain_linear, linear_rows
 
 # queries, keys, values, key_proj, value_proj
-Inputs = Tuple[Tensor, Tensor, Tensor, Optional[Tensor], Optional[Tensor]]
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 
 
 class ExactAttention(Attention):
@@ -27,8 +26,8 @@ class ExactAttention(Attention):
         self.build_output(config, computes_map=True)
 
     def attend(
-        self, x: Tensor, carry: Carry, grid: Tuple[int, int], num_queries: Optional[int], mask: Mask
-    ) -> Tuple[Tensor, Carry]:
+        self, x: Tensor, carry: Carry, grid: tuple[int, int], num_queries: int | None, mask: Mask
+    ) -> tuple[Tensor, Carry]:
         """The way of every layer that computes its own map."""
         rows = self.computed_rows(num_queries)
         q, k, v, key_proj, value_proj = self.project(x, rows, grid, carry.layerwise_proj)
@@ -40,7 +39,7 @@ class ExactAttention(Attention):
         return self.output(mixed, num_queries), Carry(made, key_proj, value_proj, carry.layerwise_proj, bias)
 
     def project(
-        self, x: Tensor, rows: Optional[int], grid: Tuple[int, int], layerwise_proj: Optional[Tensor]
+        self, x: Tensor, rows: int | None, grid: tuple[int, int], layerwise_proj: Tensor | None
     ) -> Inputs:
         """Queries (B, H, rows, D) of the first rows, keys and values (B, H, N, D); no token projections."""
         if rows is None or not is_plain_linear(self.qkv):
@@ -50,7 +49,7 @@ class ExactAttention(Attention):
         k, v = split_heads(linear_rows(self.qkv, x, self.dim, 3 * self.dim), self.head_dim).chunk(2, dim=1)
         return q, k, v, None, None
 
-    def macs(self, grid: Tuple[int, int], num_queries: int, theoretical: bool) -> Dict[str, int]:
+    def macs(self, grid: tuple[int, int], num_queries: int, theoretical: bool) -> dict[str, int]:
         num_tokens = self.num_prefix_tokens + grid[0] * grid[1]
         pairs = self.num_pairs(grid, num_queries, num_tokens, theoretical)
         return {

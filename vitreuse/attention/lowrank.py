@@ -5,8 +5,11 @@ Where the heads of a layer share E, E(xW + b) = (Ex)W + (E1)b: projecting the to
 the same function at far fewer multiply-adds. Max is not linear, and unshared projections differ by head: these project
 keys and values.
 """
+
+from __future__ import annotations
+
 import math
-from typing import Any, Dict, Optional, Tuple
+from typing import Any
 
 import torch
 from timm.layers import register_notrace_function
@@ -18,10 +21,8 @@ from vitreuse.attention.base import AttentionConfig, Carry, split_heads
 from vitreuse.attention.exact import ExactAttention, Inputs
 from vitreuse.attention.maps import Mask
 from vitreuse.attention.submodules import is_plain_linear, linear_rows, rows_of
-
-SHARINGS = ("none", "headwise", "key_value", "layerwise")
-PROJECTIONS = ("linear", "mean", "max", "conv")
-INITS = ("random", "mean")
+from vitreuse.plan import Plan
+from vitreuse.plan.options import PlanOptions, layerwise_k
 
 
 def kernel_size(num_tokens: int, projected_dim: int) -> int:
@@ -45,7 +46,7 @@ def projection_macs(num_tokens: int, kind: str, projected_dim: int) -> int:
     return 0
 
 
-def projection_shape(config: AttentionConfig) -> Optional[Tuple[int, ...]]:
+def projection_shape(config: AttentionConfig) -> tuple[int, ...] | None:
     """Shape of one token projection: k x N, (H x k x N without sharing), the kernel's length, None for pooling."""
     assert config.spec.number is not None
     if config.lowrank_projection in ("mean", "max"):
@@ -54,6 +55,20 @@ def projection_shape(config: AttentionConfig) -> Optional[Tuple[int, ...]]:
     if config.lowrank_projection == "conv":
         return (*heads, kernel_size(config.num_tokens, config.spec.number))
     return (*heads, config.spec.number, config.num_tokens)
+
+
+def layerwise_shape(plan: Plan, options: PlanOptions, num_tokens: int) -> tuple[int, ...] | None:
+    """Shape of the model's one token projection, None where layers have their own.
+
+    Raises:
+        ValueError: low-rank layers of several k.
+    """
+    if options.lowrank_sharing != "layerwise":
+        return None
+    projected_dim = layerwise_k(plan)
+    if options.lowrank_projection == "conv":
+        return (kernel_size(num_tokens, projected_dim),)
+    return (projected_dim, num_tokens)
 
 
 def tokens_first(config: AttentionConfig) -> bool:
@@ -77,7 +92,7 @@ def init_projection(projection: Tensor, kind: str, init: str) -> None:
             projection.copy_(bins)
 
 
-def grid_pooling(grid: Tuple[int, int], num_prefix_tokens: int, projected_dim: int) -> Tensor:
+def grid_pooling(grid: tuple[int, int], num_prefix_tokens: int, projected_dim: int) -> Tensor:
     """A token projection (k, N) that keeps the prefix tokens and averages the patches over k - P cells of the grid.
 
     The rows of the grid fall into bands, each band into cells, as nearly square as k - P cells can be. Where k is no
@@ -106,7 +121,7 @@ def grid_pooling(grid: Tuple[int, int], num_prefix_tokens: int, projected_dim: i
 
 @torch.fx.wrap
 @register_notrace_function
-def project_tokens(x: Tensor, projection: Optional[Tensor], kind: str, projected_dim: int) -> Tensor:
+def project_tokens(x: Tensor, projection: Tensor | None, kind: str, projected_dim: int) -> Tensor:
     """Tokens (..., N, D) taken to (..., k, D)."""
     if kind == "linear":
         assert projection is not None
@@ -134,7 +149,7 @@ def _product(projection: Tensor, x: Tensor) -> Tensor:
 @torch.fx.wrap
 @register_notrace_function
 def linear_of_projected(
-    linear: nn.Linear, x: Tensor, projection: Optional[Tensor], kind: str, projected_dim: int, rows: Tuple[int, int]
+    linear: nn.Linear, x: Tensor, projection: Tensor | None, kind: str, projected_dim: int, rows: tuple[int, int]
 ) -> Tensor:
     """Output channels ``rows`` of a plain linear layer for projected tokens, as if they were projected after it.
 
@@ -148,7 +163,7 @@ def linear_of_projected(
     return y + (bias if sums is None else sums * bias).to(y.dtype)  # autocast narrows the product alone
 
 
-def row_sums(projection: Optional[Tensor], kind: str, num_tokens: int) -> Optional[Tensor]:
+def row_sums(projection: Tensor | None, kind: str, num_tokens: int) -> Tensor | None:
     """E1, by which a bias is scaled when the tokens are projected first: (k, 1), or None for ones."""
     if projection is None:
         return None
@@ -162,13 +177,13 @@ def row_sums(projection: Optional[Tensor], kind: str, num_tokens: int) -> Option
 @torch.fx.wrap
 @register_notrace_function
 def at_grid(
-    projection: Optional[Tensor],
+    projection: Tensor | None,
     kind: str,
-    old_grid: Tuple[int, int],
-    grid: Tuple[int, int],
+    old_grid: tuple[int, int],
+    grid: tuple[int, int],
     num_prefix_tokens: int,
     projected_dim: int,
-) -> Optional[Tensor]:
+) -> Tensor | None:
     """A projection built for one grid resampled to another: bilinear over the patches and scaled by the ratio of
     their numbers, so that row sums stay; the prefix tokens' columns are kept."""
     if projection is None or old_grid == grid:
@@ -186,7 +201,7 @@ def at_grid(
     return torch.cat([prefix, resized.reshape(projection.shape[:-1] + (patches,))], dim=-1).to(projection.dtype)
 
 
-def resampled_parameter(parameter: nn.Parameter, resampled: Optional[Tensor]) -> nn.Parameter:
+def resampled_parameter(parameter: nn.Parameter, resampled: Tensor | None) -> nn.Parameter:
     """A new parameter with the resampled values that is trained if the old one was."""
     assert resampled is not None
     return nn.Parameter(resampled.detach().clone(), requires_grad=parameter.requires_grad)
@@ -212,7 +227,7 @@ class LowRankAttention(ExactAttention):
         self.sharing = config.lowrank_sharing
         self.init = config.lowrank_init
         shape = projection_shape(config)
-        factory: Dict[str, Any] = {"device": config.device, "dtype": config.dtype}
+        factory: dict[str, Any] = {"device": config.device, "dtype": config.dtype}
         owns_key_proj = self.sharing != "layerwise"
         owns_value_proj = self.sharing in ("none", "headwise")
         self.key_proj = nn.Parameter(torch.empty(shape, **factory)) if shape and owns_key_proj else None
@@ -232,13 +247,13 @@ class LowRankAttention(ExactAttention):
                 init_projection(projection, self.kind, self.init)
 
     def attend(
-        self, x: Tensor, carry: Carry, grid: Tuple[int, int], num_queries: Optional[int], mask: Mask
-    ) -> Tuple[Tensor, Carry]:
+        self, x: Tensor, carry: Carry, grid: tuple[int, int], num_queries: int | None, mask: Mask
+    ) -> tuple[Tensor, Carry]:
         x = base.with_all_tokens("lowrank", x, grid, self.num_prefix_tokens)
         return super().attend(x, carry, grid, num_queries, base.without_mask("lowrank", mask))
 
     def project(
-        self, x: Tensor, rows: Optional[int], grid: Tuple[int, int], layerwise_proj: Optional[Tensor]
+        self, x: Tensor, rows: int | None, grid: tuple[int, int], layerwise_proj: Tensor | None
     ) -> Inputs:
         """Queries (B, H, rows, D) of the first rows, projected keys and values (B, H, k, D), and E and F."""
         key_proj, value_proj = self.projections(grid, layerwise_proj)
@@ -254,8 +269,8 @@ class LowRankAttention(ExactAttention):
         return q, k, v, key_proj, value_proj
 
     def project_tokens_first(
-        self, x: Tensor, key_proj: Optional[Tensor], value_proj: Optional[Tensor]
-    ) -> Tuple[Tensor, Tensor]:
+        self, x: Tensor, key_proj: Tensor | None, value_proj: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """Keys and values (B, H, k, D) of projected tokens."""
         setting, dim = (self.kind, self.projected_dim), self.dim
         if self.one_projection:
@@ -266,8 +281,8 @@ class LowRankAttention(ExactAttention):
         return split_heads(k, self.head_dim), split_heads(v, self.head_dim)
 
     def projections(
-        self, grid: Tuple[int, int], layerwise_proj: Optional[Tensor]
-    ) -> Tuple[Optional[Tensor], Optional[Tensor]]:
+        self, grid: tuple[int, int], layerwise_proj: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
         """E for keys and F for values on this grid; the same tensor twice where the layer has one."""
         own = layerwise_proj if self.sharing == "layerwise" else self.key_proj
         if self.sharing == "layerwise" and self.kind in ("linear", "conv") and own is None:
@@ -282,7 +297,7 @@ class LowRankAttention(ExactAttention):
             self.value_proj, self.kind, self.grid, grid, self.num_prefix_tokens, self.projected_dim
         )
 
-    def set_grid(self, grid: Tuple[int, int]) -> None:
+    def set_grid(self, grid: tuple[int, int]) -> None:
         for name in ("key_proj", "value_proj"):
             own = getattr(self, name)
             if own is not None and grid != self.grid:
@@ -290,7 +305,7 @@ class LowRankAttention(ExactAttention):
                 setattr(self, name, resampled_parameter(own, at))
         self.grid = grid
 
-    def macs(self, grid: Tuple[int, int], num_queries: int, theoretical: bool) -> Dict[str, int]:
+    def macs(self, grid: tuple[int, int], num_queries: int, theoretical: bool) -> dict[str, int]:
         num_tokens = self.num_prefix_tokens + grid[0] * grid[1]
         num_keys = projected_length(num_tokens, self.kind, self.projected_dim)
         projected = num_keys if self.tokens_first else num_tokens

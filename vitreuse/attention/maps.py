@@ -5,6 +5,7 @@ None) is decided here and not in a module's forward, where a symbolic trace woul
 
 Shapes: B images, H heads, N queries, M keys, D head dim, P prefix tokens.
 """
+
 from __future__ import annotations
 
 import os
@@ -16,11 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitreuse.attention import tiles
-from vitreuse.attention.blocked import block_length, blocked_attention
-from vitreuse.attention.choice import SHORT_ROW, Costs, is_fused_faster, is_map_faster
+from vitreuse.attention.costs import SHORT_ROW, Costs, is_fused_faster, is_map_faster
 from vitreuse.attention.submodules import dropout_rate
-
-REUSE_BACKENDS = ("auto", "map", "qk")
 
 
 class Layout(NamedTuple):
@@ -78,7 +76,7 @@ def carries_map(
 ) -> bool:
     """Whether an anchor hands on its map rather than (q, k), as far as time decides.
 
-    ``auto`` goes by measured costs, see choice.py. No fused kernel recomputes a window, so that its map is carried on
+    ``auto`` goes by measured costs, see costs.py. No fused kernel recomputes a window, so that its map is carried on
     the CPU, and elsewhere where it is small. Dropout on the map cannot be applied to one that a fused kernel
     recomputes, so with dropout the map is always carried.
     """
@@ -366,3 +364,41 @@ def join_heads(reused: Tensor, own: Tensor, num_reused_heads: int) -> tuple[Tens
     """Heads (dim 1) as the values read them, reused ones first, and as they are handed on, new ones first."""
     kept = reused[:, :num_reused_heads]
     return torch.cat([kept, own], dim=1), torch.cat([own, kept], dim=1)
+
+
+BLOCK_BYTES = 2 << 20
+
+
+def block_length(item_bytes: int) -> int:
+    """How many items of a map, heads or images, make a block: as many as fit into BLOCK_BYTES, or one."""
+    return max(1, BLOCK_BYTES // item_bytes)
+
+
+def blocked_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None) -> Tensor:
+    """Mixed values (B, H, N, D) of queries (B, H, N, D), keys and values (B, H, M, D); the bias is (N, M).
+
+    The same function as softmax(q k^T * scale + bias) v at once, whose logits of all heads and images are written to
+    fresh memory and read again.
+    """
+    batch, heads, num_queries, head_dim = q.shape
+    num_keys = k.shape[2]
+    num_maps = block_length(num_queries * num_keys * q.element_size())
+    num_images, num_heads = min(max(1, num_maps // heads), batch), min(num_maps, heads)
+    memory = q.new_empty(num_images, num_heads, num_queries, num_keys)
+    mixed = q.new_empty(batch, num_queries, heads, head_dim).transpose(1, 2)  # as the next layer reads it
+    for image in range(0, batch, num_images):
+        for head in range(0, heads, num_heads):
+            part = (slice(image, image + num_images), slice(head, head + num_heads))
+            mixed[part] = _attention(q[part], k[part], v[part], scale, bias, memory)
+    return mixed
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None, memory: Tensor) -> Tensor:
+    """Mixed values of one block, whose logits are written to ``memory``, as large or larger."""
+    shape = q.shape[:2]
+    logits = memory[: shape[0], : shape[1]].flatten(0, 1)
+    queries, keys, values = (x.flatten(0, 1).contiguous() for x in (q, k, v))  # with strides products take 5 % longer
+    beta = 0 if bias is None else 1
+    torch.baddbmm(logits if bias is None else bias, queries, keys.transpose(1, 2), beta=beta, alpha=scale, out=logits)
+    torch.softmax(logits, dim=-1, out=logits)
+    return torch.bmm(logits, values).unflatten(0, shape)

@@ -1,5 +1,4 @@
 """No attention: the control that every method must beat."""
-from typing import Dict, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -21,18 +20,18 @@ class NoAttention(CarryingAttention):
         self.grid = config.grid
 
     def attend(
-        self, x: Tensor, carry: Carry, grid: Tuple[int, int], num_queries: Optional[int], mask: Mask
-    ) -> Tuple[Tensor, Carry]:
+        self, x: Tensor, carry: Carry, grid: tuple[int, int], num_queries: int | None, mask: Mask
+    ) -> tuple[Tensor, Carry]:
         return torch.zeros_like(x if num_queries is None else x[:, :num_queries]), carry
 
     def place(self, plan: Plan, layer: int) -> None:
         """Nothing is handed on."""
 
-    def set_grid(self, grid: Tuple[int, int]) -> None:
+    def set_grid(self, grid: tuple[int, int]) -> None:
         """Makes ``grid`` the one built for."""
         self.grid = grid
 
-    def macs(self, grid: Tuple[int, int], num_queries: int, theoretical: bool) -> Dict[str, int]:
+    def macs(self, grid: tuple[int, int], num_queries: int, theoretical: bool) -> dict[str, int]:
         """No products."""
         return {}
 

@@ -1,5 +1,4 @@
 """An earlier layer's map applied to this layer's own values."""
-from typing import Dict, Optional, Tuple
 
 import torch
 from timm.layers import register_notrace_function
@@ -7,13 +6,7 @@ from torch import Tensor, nn
 
 # functions that a symbolic trace leaves whole are named by their file, where it finds them
 from vitreuse.attention import base, lowrank, maps, submodules
-from vitreuse.attention.base import (
-    Attention,
-    AttentionConfig,
-    Carry,
-    linear_params,
-    split_heads,
-)
+from vitreuse.attention.base import Attention, AttentionConfig, Carry, linear_params, split_heads
 from vitreuse.attention.lowrank import projected_length, projection_macs, tokens_first
 from vitreuse.attention.maps import Mask, carries_map
 from vitreuse.attention.submodules import is_plain_linear, linear_rows
@@ -21,7 +14,7 @@ from vitreuse.attention.submodules import is_plain_linear, linear_rows
 
 @torch.fx.wrap
 @register_notrace_function
-def new_heads_first(projection: Optional[Tensor], num_reused_heads: int) -> Optional[Tensor]:
+def new_heads_first(projection: Tensor | None, num_reused_heads: int) -> Tensor | None:
     """A token projection per head in the order of the handed-on map's heads: those computed here, then reused ones."""
     return None if projection is None else projection.roll(-num_reused_heads, 0)
 
@@ -66,8 +59,8 @@ class ReuseAttention(Attention):
         return projected_length(self.num_tokens, self.kind, self.projected_dim)
 
     def attend(
-        self, x: Tensor, carry: Carry, grid: Tuple[int, int], num_queries: Optional[int], mask: Mask
-    ) -> Tuple[Tensor, Carry]:
+        self, x: Tensor, carry: Carry, grid: tuple[int, int], num_queries: int | None, mask: Mask
+    ) -> tuple[Tensor, Carry]:
         if self.anchor_word != "exact":
             x = base.with_all_tokens(self.anchor_word, x, grid, self.num_prefix_tokens)
             mask = base.without_mask(self.anchor_word, mask)
@@ -84,8 +77,8 @@ class ReuseAttention(Attention):
         return self.output(mixed, num_queries), handed
 
     def own_queries_and_keys(
-        self, x: Tensor, rows: Optional[int], key_proj: Optional[Tensor]
-    ) -> Optional[Tuple[Tensor, Tensor]]:
+        self, x: Tensor, rows: int | None, key_proj: Tensor | None
+    ) -> tuple[Tensor, Tensor] | None:
         """Queries (B, H - K, N, D) and keys (B, H - K, M, D) of the heads that are not reused, None when all are."""
         if self.qk is None:
             return None
@@ -99,14 +92,14 @@ class ReuseAttention(Attention):
             q, k = (q if rows is None else q[:, :, :rows]), self._projected(k, key_proj)
         return self.q_norm(q), self.k_norm(k)
 
-    def project_values(self, x: Tensor, projection: Optional[Tensor]) -> Tensor:
+    def project_values(self, x: Tensor, projection: Tensor | None) -> Tensor:
         """Values (B, H, M, D) for the tokens that the anchor's map has as columns."""
         if self.tokens_first and is_plain_linear(self.v):
             return self._keys_of_rows(self.v, x, projection, (0, self.dim))
         return self._projected(split_heads(self.v(x), self.head_dim), projection)
 
     def _keys_of_rows(
-        self, linear: nn.Linear, x: Tensor, projection: Optional[Tensor], rows: Tuple[int, int]
+        self, linear: nn.Linear, x: Tensor, projection: Tensor | None, rows: tuple[int, int]
     ) -> Tensor:
         """Output channels ``rows`` of a plain linear layer for each key, (B, heads, M, D)."""
         if self.tokens_first:
@@ -114,13 +107,13 @@ class ReuseAttention(Attention):
             return split_heads(y, self.head_dim)
         return self._projected(split_heads(linear_rows(linear, x, *rows), self.head_dim), projection)
 
-    def _projected(self, y: Tensor, projection: Optional[Tensor]) -> Tensor:
+    def _projected(self, y: Tensor, projection: Tensor | None) -> Tensor:
         """Keys or values (B, heads, N, D) of all tokens as those (B, heads, M, D) of the map's columns."""
         return y if self.projected_dim == 0 else lowrank.project_tokens(y, projection, self.kind, self.projected_dim)
 
     def handed_projections(
-        self, key_proj: Optional[Tensor], value_proj: Optional[Tensor]
-    ) -> Tuple[Optional[Tensor], Optional[Tensor]]:
+        self, key_proj: Tensor | None, value_proj: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
         """E and F as a later layer needs them: unshared ones follow the heads of the map, new heads first."""
         if self.num_readers == 0:
             return None, None
@@ -129,7 +122,7 @@ class ReuseAttention(Attention):
             return new_heads_first(key_proj, reused), new_heads_first(value_proj, reused)
         return key_proj, value_proj
 
-    def macs(self, grid: Tuple[int, int], num_queries: int, theoretical: bool) -> Dict[str, int]:
+    def macs(self, grid: tuple[int, int], num_queries: int, theoretical: bool) -> dict[str, int]:
         num_tokens = self.num_prefix_tokens + grid[0] * grid[1]
         low_rank = self.projected_dim > 0
         num_keys = projected_length(num_tokens, self.kind, self.projected_dim) if low_rank else num_tokens

@@ -1,5 +1,4 @@
 """A square neighbourhood of patches per query: the sparse layers of mixed spans."""
-from typing import Optional, Tuple
 
 from torch import Tensor
 
@@ -28,7 +27,7 @@ class SpanAttention(ExactAttention):
         self.width = config.spec.number
 
     def attend(
-        self, x: Tensor, carry: Carry, grid: Tuple[int, int], num_queries: Optional[int], mask: Mask
-    ) -> Tuple[Tensor, Carry]:
+        self, x: Tensor, carry: Carry, grid: tuple[int, int], num_queries: int | None, mask: Mask
+    ) -> tuple[Tensor, Carry]:
         x = base.with_all_tokens("span", x, grid, self.num_prefix_tokens)
         return super().attend(x, carry, grid, num_queries, base.without_mask("span", mask))

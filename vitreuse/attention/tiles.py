@@ -5,7 +5,6 @@ to each query's exact neighbourhood. Neighbourhoods are truncated at the border 
 
 Shapes: B images, H heads, P prefix tokens, N = P + patches, D head dim, T tiles, Q queries of a tile, K keys of a halo.
 """
-from typing import Tuple
 
 import torch
 from torch import Tensor
@@ -14,7 +13,7 @@ from torch.nn import functional as F
 DENSE_SHARE = 0.44  # of the grid under a tile's halo, from which on a dense map is faster
 
 
-def tile_size(grid: Tuple[int, int], width: int) -> Tuple[int, int]:
+def tile_size(grid: tuple[int, int], width: int) -> tuple[int, int]:
     """Rows and columns of a tile: of two neighbouring sizes the one that pads the grid less, never above the grid."""
     side = max(7, width // 2)
     return _fit(grid[0], side), _fit(grid[1], side)
@@ -25,7 +24,7 @@ def _fit(length: int, side: int) -> int:
     return min(length, side if padding <= larger_padding else side + 1)
 
 
-def covers_grid(grid: Tuple[int, int], width: int) -> bool:
+def covers_grid(grid: tuple[int, int], width: int) -> bool:
     """Whether one tile with its halo covers so much of the grid that a dense masked map is faster than tiles.
 
     On a CPU it is from a share of 0.44 up: 21 x 21 patches and width 7 (experiments.md).
@@ -41,7 +40,7 @@ def tiles_along(length: int, size: int) -> int:
 
 
 def neighbourhood_bias(
-    grid: Tuple[int, int], width: int, num_prefix_tokens: int, dtype: torch.dtype, device: torch.device
+    grid: tuple[int, int], width: int, num_prefix_tokens: int, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     """Dense bias (N, N): 0 where a query sees a key, prefix tokens and patches within the span, and -inf elsewhere."""
     rows = _bias(torch.arange(grid[0], device=device), torch.arange(grid[0], device=device), width, dtype)
@@ -50,7 +49,7 @@ def neighbourhood_bias(
 
 
 def tile_bias(
-    grid: Tuple[int, int], width: int, num_prefix_tokens: int, dtype: torch.dtype, device: torch.device
+    grid: tuple[int, int], width: int, num_prefix_tokens: int, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     """Bias (T, Q, P + K): 0 where a query of a tile sees a prefix token or a patch of the halo, and -inf elsewhere.
 
@@ -69,7 +68,7 @@ def tile_bias(
 
 def _axis_biases(
     length: int, size: int, width: int, dtype: torch.dtype, device: torch.device
-) -> Tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Along one axis: (queries, halo) of the span, the same in every tile, and (tiles, halo) of the grid's border."""
     halo = torch.arange(-(width // 2), size + width // 2, device=device)
     near = _bias(torch.arange(size, device=device), halo, width, dtype)
@@ -89,14 +88,14 @@ def _over_both_axes(rows: Tensor, columns: Tensor) -> Tensor:
     return (rows[:, None, :, None] + columns[None, :, None, :]).flatten(2).flatten(0, 1)
 
 
-def to_tiles(tokens: Tensor, grid: Tuple[int, int], width: int, num_prefix_tokens: int) -> Tensor:
+def to_tiles(tokens: Tensor, grid: tuple[int, int], width: int, num_prefix_tokens: int) -> Tensor:
     """Queries (B, H, N, D) of the patches cut into tiles (B, H, T, Q, D); beyond the border any patch stands in."""
     rows, columns = tile_size(grid, width)
     index = _tile_index(grid, (rows, columns), 0, tokens.device)
     return _gather(tokens, index + num_prefix_tokens)
 
 
-def to_halos(tokens: Tensor, grid: Tuple[int, int], width: int, num_prefix_tokens: int) -> Tensor:
+def to_halos(tokens: Tensor, grid: tuple[int, int], width: int, num_prefix_tokens: int) -> Tensor:
     """Keys or values (B, H, N, D) as each tile sees them: (B, H, T, P + K, D), prefix tokens first; beyond the border
     any patch stands in, which the bias hides."""
     index = _tile_index(grid, tile_size(grid, width), width // 2, tokens.device)
@@ -104,7 +103,7 @@ def to_halos(tokens: Tensor, grid: Tuple[int, int], width: int, num_prefix_token
     return _gather(tokens, torch.cat([prefix, index + num_prefix_tokens], dim=1))
 
 
-def from_tiles(tiles: Tensor, grid: Tuple[int, int], width: int) -> Tensor:
+def from_tiles(tiles: Tensor, grid: tuple[int, int], width: int) -> Tensor:
     """Inverse of ``to_tiles``: (B, H, T, Q, D) back to the patches (B, H, rows * columns, D)."""
     rows, columns = tile_size(grid, width)
     row = torch.arange(grid[0], device=tiles.device)[:, None]
@@ -114,7 +113,7 @@ def from_tiles(tiles: Tensor, grid: Tuple[int, int], width: int) -> Tensor:
     return tiles.flatten(2, 3).index_select(2, (tile * (rows * columns) + inside).flatten())
 
 
-def _tile_index(grid: Tuple[int, int], size: Tuple[int, int], halo: int, device: torch.device) -> Tensor:
+def _tile_index(grid: tuple[int, int], size: tuple[int, int], halo: int, device: torch.device) -> Tensor:
     """Numbers (T, rows * columns) of the patches of each tile with a halo around it, clamped to the grid."""
     rows = _positions(grid[0], size[0], halo, device)
     columns = _positions(grid[1], size[1], halo, device)
@@ -132,7 +131,7 @@ def _gather(tokens: Tensor, index: Tensor) -> Tensor:
     return tokens.index_select(2, index.flatten()).unflatten(2, (index.shape[0], index.shape[1]))
 
 
-def span_pairs(grid: Tuple[int, int], width: int, num_prefix_tokens: int, theoretical: bool) -> int:
+def span_pairs(grid: tuple[int, int], width: int, num_prefix_tokens: int, theoretical: bool) -> int:
     """Query-key pairs of one map: of the exact neighbourhoods, or of the products that run for them."""
     num_patches = grid[0] * grid[1]
     num_tokens = num_prefix_tokens + num_patches

@@ -13,20 +13,21 @@ from rich.console import Group
 from rich.table import Table
 from torch import Tensor
 
-from vitreuse.agreement import agreement
-from vitreuse.attention.lowrank import PROJECTIONS, SHARINGS
-from vitreuse.cli.source import add_source_arguments, load_model, load_sample, training_note
-from vitreuse.console import WorkProgress, choose_device, local_path, titled
-from vitreuse.convert import LOWRANK_STARTS, Conversion, convert, fit_projections
-from vitreuse.durable import durable_folder, refuse_filled, write_durably
-from vitreuse.head_errors import measure_head_errors
-from vitreuse.hub import save_hub_folder
-from vitreuse.images import ImageSample, learning_split
-from vitreuse.macs import count_macs, count_params
+from vitreuse.cli.console import local_path, titled
+from vitreuse.cli.source import add_source_arguments, learning_split, load_model, load_sample, training_note
+from vitreuse.compress.convert import LOWRANK_STARTS, Conversion, convert, fit_projections
+from vitreuse.compress.fidelity import agreement
+from vitreuse.compress.redundancy import measure_head_errors, measure_redundancy
+from vitreuse.cost.macs import count_macs, count_params
+from vitreuse.data.samples import ImageSample
+from vitreuse.export.hub import save_hub_folder
+from vitreuse.export.networks import Target
+from vitreuse.io.durable import durable_folder, refuse_filled, write_durably
+from vitreuse.io.process import choose_device
+from vitreuse.io.progress import WorkProgress
+from vitreuse.model.copies import exact_copy
 from vitreuse.plan import Plan, parse_plan
-from vitreuse.shape import exact_copy
-from vitreuse.similarity import measure_redundancy
-from vitreuse.targets import Target
+from vitreuse.plan.options import PROJECTIONS, SHARINGS
 
 HELP = "convert a trained ViT into a plan: a folder that timm.create_model loads"
 DISTANCES = ("error", "variation")

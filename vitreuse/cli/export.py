@@ -14,13 +14,13 @@ from rich.filesize import decimal
 from rich.table import Table
 from torch import Tensor
 
+from vitreuse.cli.console import local_path, positive, titled
 from vitreuse.cli.source import add_image_arguments, add_model_arguments, load_model, load_sample, training_note
-from vitreuse.console import local_path, positive, titled
-from vitreuse.export import FILES, OPSETS, PROGRAMS, export, load_onnx
-from vitreuse.fold import fold
-from vitreuse.inputs import example
-from vitreuse.measure import inference_call, time_interleaved
-from vitreuse.targets import Target
+from vitreuse.compress.fold import fold
+from vitreuse.cost.measure import inference_call, time_interleaved
+from vitreuse.export.networks import Target
+from vitreuse.export.programs import FILES, OPSETS, PROGRAMS, export, load_onnx
+from vitreuse.model.preprocessing import example
 
 HELP = "write a trained model as a hub folder, safetensors, a program of torch.export, or ONNX"
 

@@ -11,11 +11,12 @@ from rich.console import Group
 from rich.table import Table
 from torch import Tensor
 
+from vitreuse.cli.console import positive, titled
+from vitreuse.compress.fold import DEFAULT_STEPS, STEPS, fold
 from vitreuse.config import ModelConfig
-from vitreuse.console import choose_device, positive, titled
-from vitreuse.fold import DEFAULT_STEPS, STEPS, fold
-from vitreuse.measure import inference_call, time_interleaved
-from vitreuse.models import variant_of
+from vitreuse.cost.measure import inference_call, time_interleaved
+from vitreuse.io.process import choose_device
+from vitreuse.model.registry import variant_of
 
 HELP = "measure each step of vitreuse.fold, alone and all together"
 DTYPES = ("float32", "bfloat16", "float16")

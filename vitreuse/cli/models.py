@@ -10,9 +10,9 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.table import Table
 
-from vitreuse.console import titled
-from vitreuse.describe import describe
-from vitreuse.models import plain_name
+from vitreuse.cli.console import titled
+from vitreuse.cost.summary import describe
+from vitreuse.model.registry import plain_name
 
 HELP = "list model names with their plans, parameters and MACs"
 

@@ -10,9 +10,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.table import Table
 
-from vitreuse.console import titled
-from vitreuse.describe import describe
-from vitreuse.widen import PARTS, equal_macs
+from vitreuse.cli.console import titled
+from vitreuse.cost.summary import PARTS, describe, equal_macs
 
 # parts of a layer and the heading of their sum
 HEADINGS = {

@@ -14,16 +14,16 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.table import Table
 
+from vitreuse.cli.console import local_path, titled
+from vitreuse.cli.plots import front_plot, require_matplotlib
 from vitreuse.cli.source import Source, add_source_arguments, default_words, load_source, words
-from vitreuse.console import WorkProgress, local_path, titled
-from vitreuse.damage import EXACT, Change, check_specs, measure_damage
-from vitreuse.durable import write_durably
-from vitreuse.front import front_plot
-from vitreuse.heatmaps import require_matplotlib
+from vitreuse.compress.damage import EXACT, Change, check_specs, measure_damage
+from vitreuse.compress.redundancy import measure_redundancy
+from vitreuse.compress.search import Candidate, Search, least_cost, score, search
+from vitreuse.cost.plan_costs import METRICS, PlanCosts, plan_costs
+from vitreuse.io.durable import write_durably
+from vitreuse.io.progress import WorkProgress
 from vitreuse.plan import PRESETS, Plan, Spec, preset_plan
-from vitreuse.plan_costs import METRICS, PlanCosts, plan_costs
-from vitreuse.search import Candidate, Search, least_cost, score, search
-from vitreuse.similarity import measure_redundancy
 
 HELP = "find the plan that does a trained model the least damage at a share of its cost"
 DTYPES = ("float32", "bfloat16", "float16")

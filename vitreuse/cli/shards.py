@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.table import Table
 
-from vitreuse.console import local_path, positive
+from vitreuse.cli.console import local_path, positive
 from vitreuse.data import (
     BuildSettings,
     Workers,

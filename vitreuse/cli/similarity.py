@@ -12,13 +12,14 @@ from rich.console import Group
 from rich.table import Table
 from torch import Tensor
 
+from vitreuse.cli.console import local_path, titled
+from vitreuse.cli.plots import heatmaps, require_matplotlib
 from vitreuse.cli.source import Source, add_source_arguments, default_words, load_source, words
-from vitreuse.console import WorkProgress, local_path, titled
-from vitreuse.damage import EXACT, Change, check_specs, has_exact_layers, measure_damage
-from vitreuse.durable import write_durably
-from vitreuse.heads import match_heads
-from vitreuse.heatmaps import heatmaps, require_matplotlib
-from vitreuse.similarity import Redundancy, measure_redundancy
+from vitreuse.compress.damage import EXACT, Change, check_specs, has_exact_layers, measure_damage
+from vitreuse.compress.head_matching import match_heads
+from vitreuse.compress.redundancy import Redundancy, measure_redundancy
+from vitreuse.io.durable import write_durably
+from vitreuse.io.progress import WorkProgress
 
 HELP = "measure how alike the attention maps of a model's layers are, and what a change of each layer would do"
 

@@ -5,16 +5,22 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from timm.models import VisionTransformer
 from torch import Tensor
 
-from vitreuse.console import choose_device, local_path, positive
-from vitreuse.images import ImageSample, learning_split, sample_images
+from vitreuse.cli.console import local_path, positive
+from vitreuse.data import DataError, choose_split, find_split, open_images, prepare_source
+from vitreuse.data.labels import numbered_as
+from vitreuse.data.samples import ImageSample
+from vitreuse.export.networks import Target, resolve_targets
+from vitreuse.io.process import choose_device
+from vitreuse.model.class_names import names_of
+from vitreuse.model.preprocessing import evaluation_transform, image_mode
 from vitreuse.plan import Spec, parse_plan
-from vitreuse.targets import Target, resolve_targets
 
 OWN = "train, for what is chosen on them should not be measured on them; val where there is no train"
 
@@ -131,3 +137,51 @@ def _refuse_other_than_vit(target: Target) -> None:
             f"{target.label} is a {type(model).__name__}, whose attention takes no plan: give a vit, deit, deit3 or "
             "dino model of timm, such as vit_small_patch16_224, or one of vitreuse."
         )
+
+
+def sample_images(
+    target: Target, model: Any, root: Path | None, num_images: int, split: str = "val", seed: int = 0
+) -> ImageSample:
+    """A sample of the images of a folder, or by default of the data that a run was trained on.
+
+    Args:
+        target: What the model is of: a run crops images as it did while it was evaluated.
+        model: The model itself.
+        root: Shards, class folders, or images alone; or a folder that has splits of these.
+        num_images: How many.
+        split: The split to look for.
+        seed: Of the choice.
+
+    Raises:
+        ValueError: There is no folder, no image in it, or no run that would know of one.
+    """
+    if root is None:
+        root = _own_root(target)
+    dataset = open_images(choose_split(root, split), image_mode(model))
+    crop_pct = None if target.config is None else target.config.eval.crop_pct
+    dataset, remark = _under_labels_of(model, dataset, target.label)
+    return ImageSample(dataset, evaluation_transform(model, crop_pct), num_images, seed, remark)
+
+
+def _under_labels_of(model: Any, dataset: Any, label: str) -> tuple[Any, str | None]:
+    """A set under the labels that a model has for its classes, by name; or the set itself, and why it cannot be."""
+    names = names_of(model)
+    if names is None or not dataset.class_names:
+        return dataset, None
+    try:
+        return numbered_as(dataset, names, label, "no top-1 is measured on them"), None
+    except ValueError as error:
+        return dataset, str(error)
+
+
+def learning_split(target: Target, root: Path | None, otherwise: str = "val") -> str:
+    """The split that a model may learn from, or a plan be chosen on: train where there is one; arguments as above."""
+    return otherwise if find_split(root or _own_root(target), "train") is None else "train"
+
+
+def _own_root(target: Target) -> Path:
+    if target.config is None:
+        raise DataError(f"{target.label} is no run, which would know its data: give --data DIR with images.")
+    if target.config.data.source is not None:
+        prepare_source(target.config.data.source, target.config.data.folder)
+    return Path(target.config.data.folder)

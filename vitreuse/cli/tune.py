@@ -11,7 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.table import Table
 
-from vitreuse.attention.choice import (
+from vitreuse.attention.costs import (
     COST_NAMES,
     as_costs,
     cost_key,
@@ -21,9 +21,10 @@ from vitreuse.attention.choice import (
     read_rates,
     tuned_costs_path,
 )
-from vitreuse.console import choose_device, local_path, positive, titled
-from vitreuse.measure import describe_machine
-from vitreuse.tune import MODES, measure_costs, measure_rates, write_costs
+from vitreuse.cli.console import local_path, positive, titled
+from vitreuse.cost.measure import describe_machine
+from vitreuse.cost.tune import MODES, measure_costs, measure_rates, write_costs
+from vitreuse.io.process import choose_device
 
 HELP = "measure which way of computing attention is faster on this device, and keep it for its models and for search"
 DTYPES = ("float32", "bfloat16", "float16")

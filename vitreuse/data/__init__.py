@@ -1,16 +1,16 @@
 """Labelled images from indexed WebDataset shards or from class folders, as map-style data sets."""
 
-from vitreuse.data.build import BuildSettings, build_shards
 from vitreuse.data.datasets import CACHE_ROOT, FolderDataset, ShardDataset, open_images, open_split
 from vitreuse.data.decode import Decoder, Sample, decode_image, decode_tensor
-from vitreuse.data.errors import DataError, DecodeError
-from vitreuse.data.index import Index, Record, build_index, load_index
 from vitreuse.data.names import IMAGE_EXTENSIONS, quoted_apart
-from vitreuse.data.scan import Shard
-from vitreuse.data.shards import EncodedSample, SplitInfo, shards_info, verify_shards, write_shard, write_shards
+from vitreuse.data.shards.build import BuildSettings, build_shards
+from vitreuse.data.shards.folder import EncodedSample, SplitInfo, shards_info, verify_shards, write_shard, write_shards
+from vitreuse.data.shards.index import Index, Record, build_index, load_index
+from vitreuse.data.shards.scan import Shard
+from vitreuse.data.shards.workers import Workers, end_with_parent, usable_cpus
 from vitreuse.data.sources import SOURCES, prepare_source
 from vitreuse.data.splits import choose_split, find_split
-from vitreuse.data.workers import Workers, end_with_parent, usable_cpus
+from vitreuse.io.errors import DataError, DecodeError
 
 __all__ = [
     "CACHE_ROOT",

@@ -14,13 +14,12 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from vitreuse.data.decode import Decoder, Sample, decode_image
-from vitreuse.data.errors import DataError, DecodeError
-from vitreuse.data.folders import list_classes
-from vitreuse.data.index import HEADER_FILE, Index, describe_foreign, list_shards, load_index
 from vitreuse.data.remote import fetch_shard, locate, open_index
+from vitreuse.data.shards.index import HEADER_FILE, Index, describe_foreign, list_shards, load_index
 from vitreuse.data.splits import find_labelled, find_split
 from vitreuse.data.tree import DiskFolder, Level, check_classes, describe_left_out, describe_skipped, list_below
-from vitreuse.local import refuse_unallowed_url, url_kind
+from vitreuse.io.errors import DataError, DecodeError
+from vitreuse.io.urls import refuse_unallowed_url, url_kind
 
 # Shards held open by a data set in each process: ImageNet has a thousand, about as many files as a process may open.
 MAX_OPEN_SHARDS = 64
@@ -119,7 +118,8 @@ def _open_fetched(url: str, index: Index, path: Path) -> _OpenShard:
 class FolderDataset(Dataset[Sample]):
     """The images of one folder a class, in torchvision's order: classes and paths sorted, labels numbered by class.
 
-    Unlike torchvision, what is hidden or left behind by a system is no class and no image, see names.py. Paths are kept
+    Unlike torchvision, what is hidden or left behind by a system is no class and no image (see names.py), and what
+    cannot be read is refused. Paths are kept
     in one array, which forked workers share; a list would be copied into each of them page by page.
 
     Args:
@@ -247,6 +247,15 @@ def open_images(folder: str | Path, mode: str | None = None) -> ShardDataset | F
     if not root.level().images:
         raise DataError(f"{folder} has neither shards, nor class folders, nor images: give a folder that has.")
     return FolderDataset(root.place, mode, is_labelled=False)
+
+
+def list_classes(folder: Path) -> list[str]:
+    """Lists the class folders in the order of their labels.
+
+    Raises:
+        DataError: the folder cannot be read.
+    """
+    return [*DiskFolder(str(folder)).level().folders]
 
 
 def _open_labelled(folder: Path, mode: str | None, decode: Decoder) -> ShardDataset | FolderDataset | None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torchvision.io import ImageReadMode
 from torchvision.transforms.functional import pil_to_tensor
 
-from vitreuse.data.errors import DecodeError
+from vitreuse.io.errors import DecodeError
 
 READ_MODES = {"RGB": ImageReadMode.RGB, "L": ImageReadMode.GRAY}  # PIL's word and torchvision's
 SIXTEEN_BITS = ("PNG", "PPM")  # formats without more, though PIL may hold them in 32

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from vitreuse.data.errors import DataError
 from vitreuse.data.names import find_lookalike, quoted_apart
+from vitreuse.data.shards.workers import Workers
 from vitreuse.data.splits import Splits, find_labelled, find_splits
 from vitreuse.data.tars import TarFolder, open_tar
 from vitreuse.data.tree import (
@@ -33,7 +33,7 @@ from vitreuse.data.tree import (
     list_below,
     shortened,
 )
-from vitreuse.data.workers import Workers
+from vitreuse.io.errors import DataError
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,7 +8,7 @@ import re
 import unicodedata
 from collections.abc import Collection, Iterable
 
-from vitreuse.data.errors import DataError
+from vitreuse.io.errors import DataError
 
 # The file endings that count as images are those of torchvision's ImageFolder; timm's readers know png, jpg and jpeg.
 IMAGE_EXTENSIONS = ("bmp", "jpeg", "jpg", "pgm", "png", "ppm", "tif", "tiff", "webp")

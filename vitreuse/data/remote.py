@@ -18,11 +18,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from vitreuse.data.errors import DataError
-from vitreuse.data.index import HEADER_FILE, RECORDS_FILE, Index, describe_foreign, read_index
-from vitreuse.data.scan import Shard, file_sha256
-from vitreuse.durable import durable_file, exclusive_lock, sync
-from vitreuse.local import url_kind
+from vitreuse.data.shards.index import HEADER_FILE, RECORDS_FILE, Index, describe_foreign, read_index
+from vitreuse.data.shards.scan import Shard, file_sha256
+from vitreuse.io.durable import durable_file, exclusive_lock, sync
+from vitreuse.io.errors import DataError
+from vitreuse.io.urls import url_kind
 
 PAUSES_S = (1.0, 5.0)  # before each further try
 FINAL = ("exit 22", "exit 28")  # curl's for a refusal such as 404 and for a time-out, which it has tried again itself

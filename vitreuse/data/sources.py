@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from vitreuse.data.errors import DataError
-from vitreuse.data.index import HEADER_FILE, load_index
-from vitreuse.data.shards import EncodedSample, write_shards
+from vitreuse.data.shards.folder import EncodedSample, write_shards
+from vitreuse.data.shards.index import HEADER_FILE, load_index
+from vitreuse.io.errors import DataError
 
 DIGITS_CLASSES = tuple("0123456789")
 DIGITS_SAMPLES = {"train": 1437, "val": 360}

@@ -5,7 +5,6 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-from vitreuse.data.errors import DataError
 from vitreuse.data.names import SPLITS, name_splits, split_named
 from vitreuse.data.tree import (
     ClassRoot,
@@ -17,6 +16,7 @@ from vitreuse.data.tree import (
     holds_images,
     shortened,
 )
+from vitreuse.io.errors import DataError
 
 NUM_PEEKED = 8  # class folders in which splits are looked for: a set has them in all of its classes or in none
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from vitreuse.data.errors import DataError
 from vitreuse.data.names import is_leftover
 from vitreuse.data.tree import WHOLE_FILE, Entry, Level, Span, Unusable, list_below, read_level
+from vitreuse.io.errors import DataError
 
 BLOCK_BYTES = 512
 HEADER_MARK, HEADER_MARK_AT = b"ustar", 257  # in a member's header

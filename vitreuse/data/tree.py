@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import NamedTuple, Protocol
 
-from vitreuse.data.errors import DataError
 from vitreuse.data.names import (
     IDLE_WORDS,
     IMAGE_EXTENSIONS,
@@ -20,6 +19,7 @@ from vitreuse.data.names import (
     may_hold_images,
     refuse_lookalikes,
 )
+from vitreuse.io.errors import DataError
 
 
 class Span(NamedTuple):

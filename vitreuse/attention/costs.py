@@ -1,0 +1,142 @@
+"""Which way of computing attention is faster: a cost model of four measured times per device, dtype and mode.
+
+Costs are nanoseconds per head, query and key, at 64 channels a head:
+    fused    attention by torch's fused kernel
+    unfused  attention by two products and a softmax, without keeping the map
+    make     the map
+    apply    a map times values
+costs.json beside this file has those measured for the project; ``vitreuse tune`` measures a device of yours. Both
+hold rates too, nanoseconds per multiply-add of the products outside attention, by which plan_costs.py predicts times:
+    mlp      of a layer's MLP, with its norm, GELU and sum
+    linear   of the projections into and out of attention, with their norm and sum
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+COST_NAMES = ("fused", "unfused", "make", "apply")
+RATE_NAMES = ("mlp", "linear")
+TIE = 1.05  # how much slower the fused kernel may be and still be taken
+SHORT_ROW = 128  # keys of a map that is worth carrying on any device
+Rates = dict[str, list[tuple[int, float, float]]]  # as costs, of channels of a token and the two rates; inference alone
+Point = tuple[int, float, float, float, float]  # keys of a query, then the four costs
+Costs = dict[str, list[Point]]  # by device type, dtype and mode, such as "cpu bfloat16 inference"
+SHIPPED_COSTS = Path(__file__).with_name("costs.json")
+
+
+def tuned_costs_path() -> Path:
+    """Where ``vitreuse tune`` leaves what it measured."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "vitreuse" / "costs.json"
+
+
+def load_costs() -> Costs:
+    """The shipped costs, and over them the ones measured on this machine."""
+    costs: Costs = {}
+    for path in (SHIPPED_COSTS, tuned_costs_path()):
+        if path.exists():
+            costs.update(read_costs(path))
+    return costs
+
+
+def read_costs(path: Path) -> Costs:
+    """The costs in a file.
+
+    Raises:
+        ValueError: it holds none.
+    """
+    try:
+        return as_costs(json.loads(path.read_text(encoding="utf-8"))["costs"])
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} holds no costs: delete it, or write it anew with vitreuse tune.") from error
+
+
+def load_rates() -> Rates:
+    """Rates by device type, dtype and mode, each of the file that load_costs takes the costs from."""
+    rates: Rates = {}
+    for path in (SHIPPED_COSTS, tuned_costs_path()):
+        if path.exists():
+            rates = {key: points for key, points in rates.items() if key not in read_costs(path)}
+            rates.update(read_rates(path))
+    return rates
+
+
+def read_rates(path: Path) -> Rates:
+    """The rates in a file of costs; a file may have been written before there were any.
+
+    Raises:
+        ValueError: they are damaged.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")).get("rates", {})
+        return {key: [(int(dim), mlp, linear) for dim, mlp, linear in points] for key, points in found.items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} holds no rates: delete it, or write it anew with vitreuse tune.") from error
+
+
+def as_costs(found: Mapping[str, Sequence[Sequence[float]]]) -> Costs:
+    """Costs as the functions below take them."""
+    return {
+        key: [(int(keys), fused, unfused, make, apply) for keys, fused, unfused, make, apply in points]
+        for key, points in found.items()
+    }
+
+
+def cost_key(device_type: str, dtype: torch.dtype, training: bool) -> str:
+    """The name under which costs are kept; the meta device stands for the CPU, and other dtypes for float32."""
+    device = "cpu" if device_type == "meta" else device_type
+    name = "float32"
+    if dtype == torch.bfloat16:
+        name = "bfloat16"
+    if dtype == torch.float16:
+        name = "float16"
+    return f"{device} {name} {'train' if training else 'inference'}"
+
+
+def cost_at(points: list[Point], num_keys: int) -> tuple[float, float, float, float]:
+    """Costs at a number of keys: linear between the measured ones, those of the nearest beyond them."""
+    below = points[0]
+    for above in points:
+        if above[0] >= num_keys:
+            share = 1.0 if above[0] <= below[0] else max(0.0, (num_keys - below[0]) / (above[0] - below[0]))
+            return (
+                below[1] + share * (above[1] - below[1]),
+                below[2] + share * (above[2] - below[2]),
+                below[3] + share * (above[3] - below[3]),
+                below[4] + share * (above[4] - below[4]),
+            )
+        below = above
+    return below[1], below[2], below[3], below[4]
+
+
+def is_fused_faster(costs: Costs, device_type: str, dtype: torch.dtype, training: bool, num_keys: int) -> bool:
+    """Whether one layer's attention should use the fused kernel; where nothing was measured it should.
+
+    Near ties go to the fused kernel: in a whole model it is ahead by what it does not write to memory.
+    """
+    key = cost_key(device_type, dtype, training)
+    if key not in costs:
+        return True
+    fused, unfused, _, _ = cost_at(costs[key], num_keys)
+    return fused <= TIE * unfused
+
+
+def is_map_faster(
+    costs: Costs, device_type: str, dtype: torch.dtype, training: bool, num_keys: int, num_readers: int
+) -> bool:
+    """Whether an anchor should hand its map, rather than (q, k), to so many reuse layers.
+
+    Where nothing was measured only a short row is carried: on paper, reading a longer one on a GPU costs more than
+    recomputing it.
+    """
+    key = cost_key(device_type, dtype, training)
+    if key not in costs:
+        return num_keys <= SHORT_ROW
+    fused, unfused, make, apply = cost_at(costs[key], num_keys)
+    return make + (1 + num_readers) * apply <= (1 + num_readers) * min(fused, unfused)

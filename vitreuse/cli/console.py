@@ -1,0 +1,222 @@
+"""What the project's commands have in common: arguments, --json, progress, one-sentence errors, exit codes.
+
+A command is a module with ``HELP``, ``add_arguments(parser)``, ``run(args)``, which returns what --json prints, and
+``render(result)``, which makes of it what a terminal shows; it may have an ``EPILOG``, shown below its help as it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import redirect_stdout
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NoReturn
+
+import timm
+import torch
+from rich.console import Console, Group, RenderableType
+from rich.measure import Measurement
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from vitreuse.io.errors import ConfigError
+from vitreuse.io.file_names import for_terminal
+from vitreuse.io.process import DONE, INTERRUPTED, WRONG_INPUT, is_first_of_machine, is_first_rank, print_error
+from vitreuse.io.urls import FETCHED, refuse_url
+
+SHELLS = ("bash", "zsh", "fish", "tcsh")
+PATH_METAVARS = ("MODEL", "TARGET")  # which may be paths beside names
+
+
+class HelpText(argparse.HelpFormatter):
+    """argparse's help, with paragraphs of several lines left as they are."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if "\n" in text else super()._fill_text(text, width, indent)
+
+
+class Parser(argparse.ArgumentParser):
+    """One sentence for wrong arguments, without the usage text."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"formatter_class": HelpText, **kwargs})
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(WRONG_INPUT, f"{self.prog}: {message}; see {self.prog} --help.\n" if is_first_of_machine() else None)
+
+
+class PrintCompletion(argparse.Action):
+    """Prints the script by which a shell completes the command, made once: to start the command takes seconds."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option: Any = None) -> None:
+        try:
+            import shtab
+        except ImportError:
+            parser.error("--print-completion needs shtab, which pip install 'vitreuse[completion]' installs")
+        for command in _all_parsers(parser):
+            for action in command._actions:
+                if action.type is local_path or action.metavar in PATH_METAVARS:
+                    vars(action)["complete"] = shtab.FILE
+        print(shtab.complete(parser, values))
+        parser.exit(DONE)
+
+
+def _all_parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    """A parser and those of its commands."""
+    yield parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for inner in action.choices.values():
+                yield from _all_parsers(inner)
+
+
+def run_command(
+    prog: str, description: str, commands: Mapping[str, ModuleType], shared: Parser, argv: Sequence[str] | None
+) -> int:
+    """Runs one of the commands: its result on standard output, progress and errors on standard error; the exit code.
+
+    Under torchrun the first rank prints the result and the first of each machine what is wrong with the arguments; any
+    other error is printed by the rank that raises it.
+
+    Args:
+        prog: how the program is called.
+        description: what it is for.
+        commands: the commands by name.
+        shared: arguments that every command takes, besides --json; made with add_help=False.
+        argv: the arguments, those of the process when None.
+    """
+    shared.add_argument("--json", action="store_true", help="print one JSON object on standard output")
+    parser = Parser(prog=prog, description=description)
+    parser.add_argument("--version", action="version", version=versions(), help="print versions and exit")
+    if " " not in prog:  # what a shell can complete
+        meaning = "print what completes this command in a shell, see README.md"
+        parser.add_argument("--print-completion", action=PrintCompletion, choices=SHELLS, help=meaning)
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, command in commands.items():
+        described, epilog = f"{command.HELP[0].upper()}{command.HELP[1:]}.", getattr(command, "EPILOG", None)
+        command.add_arguments(
+            subparsers.add_parser(name, help=command.HELP, description=described, epilog=epilog, parents=[shared])
+        )
+    args = parser.parse_args(argv)
+    command = commands[args.command]
+    try:
+        with redirect_stdout(sys.stderr):  # whatever a library prints must not end up inside the JSON
+            result = command.run(args)
+        if is_first_rank():
+            _print_whole(json.dumps(result) + "\n" if args.json else command.render(result))
+    except (ValueError, OSError) as error:
+        print_error(f"{prog} {args.command}", error)
+        return WRONG_INPUT
+    except KeyboardInterrupt:
+        print(f"{prog} {args.command}: interrupted.", file=sys.stderr)
+        return INTERRUPTED
+    return DONE
+
+
+def versions() -> str:
+    """Of this package, and of those by which it computes."""
+    import vitreuse  # which imports this module
+
+    packages = (vitreuse, torch, timm)
+    named = [f"{package.__name__} {package.__version__}" for package in packages]
+    return ", ".join([*named, f"Python {platform.python_version()}"])
+
+
+def titled(title: str, table: Table, *remarks: str) -> Group:
+    """A table under its title and over remarks, which may be wider than it is."""
+    above = [Text(title, "table.title")] if title else []
+    return Group(*above, table, *(Text(remark, "table.caption") for remark in remarks))
+
+
+def positive(text: str) -> int:
+    """A whole number above 0, from the command line."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
+    return int(text)
+
+
+def local_path(text: str) -> Path:
+    """A path of this machine, from the command line; a shell leaves the ~ in --output=~/x for us to read."""
+    try:
+        refuse_url("the path", text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return Path(os.path.expanduser(text))
+
+
+def add_allow(parser: argparse.ArgumentParser) -> None:
+    """Declares --allow, which alone lets data come from URLs: no config can."""
+    meaning = "let data come from URLs of this kind; pipe runs a shell command; may be given several times"
+    parser.add_argument("--allow", action="append", choices=FETCHED, default=[], help=meaning)
+
+
+def _print_whole(result: RenderableType) -> None:
+    """Prints to the last byte, or until a reader such as head has seen enough.
+
+    Raises:
+        OSError: standard output takes no more.
+    """
+    try:
+        print(for_terminal(result if isinstance(result, str) else _as_text(result)), end="", flush=True)
+    except OSError as error:
+        # Python writes the rest when it ends, and would print a traceback then.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            reason = error.strerror
+            raise OSError(f"standard output cannot be written ({reason}): send it somewhere else.") from error
+
+
+def _as_text(renderable: RenderableType) -> str:
+    """What standard output shows: within a terminal's width, and whatever else it is as wide as it needs."""
+    console = Console(markup=False, emoji=False)  # brackets and colons in a name are its own
+    if sys.stdout.isatty():
+        renderable = fitted(renderable, console)
+    else:
+        width = max(_measured(renderable, console).maximum, console.width)
+        console = Console(width=width, markup=False, emoji=False)
+    with console.capture() as capture:
+        console.print(renderable)
+    return capture.get()
+
+
+def fitted(renderable: RenderableType, console: Console) -> RenderableType:
+    """The same within a console's width, nothing lost: a table with its cells wrapped between words and its columns
+    closer together, or where that does not do, each row as a paragraph."""
+    if isinstance(renderable, Group):
+        return Group(*(fitted(part, console) for part in renderable.renderables))
+    if not isinstance(renderable, Table) or _measured(renderable, console).maximum <= console.width:
+        return renderable
+    cells = [[_measured(cell, console) for cell in (column.header, *column.cells)] for column in renderable.columns]
+    least = [max(cell.minimum for cell in column) for column in cells]
+    most = [max(cell.maximum for cell in column) for column in cells]
+    spare = console.width - sum(least) - (len(least) - 1)  # a space between columns
+    if spare < 0:
+        return _as_paragraphs(renderable)
+    renderable.padding, renderable.pad_edge, renderable.show_edge = 0, False, False
+    for number in sorted(range(len(least)), key=lambda number: most[number] - least[number]):
+        given = min(spare, most[number] - least[number])
+        spare -= given
+        column = renderable.columns[number]
+        column.width, column.no_wrap, column.overflow = least[number] + given, False, "fold"
+    return renderable
+
+
+def _measured(renderable: RenderableType, console: Console) -> Measurement:
+    """How wide something may be, from what can be wrapped no more to what need not be."""
+    return Measurement.get(console, console.options.update(width=1000), renderable)
+
+
+def _as_paragraphs(table: Table) -> Group:
+    """The first cell of each row as a line, and below it all others that hold something, after their headings."""
+    headings = [str(column.header) for column in table.columns]
+    parts: list[RenderableType] = []
+    for first, *others in zip(*(column.cells for column in table.columns), strict=True):
+        shown = [f"{heading} {cell}" for heading, cell in zip(headings[1:], others, strict=True) if str(cell)]
+        parts += [Text(f"{headings[0]} {first}".strip()), Padding(Text(", ".join(shown)), (0, 0, 1, 2))]
+    return Group(*parts, *([] if table.caption is None else [Text(str(table.caption), "table.caption")]))

@@ -1,0 +1,202 @@
+"""A trained ViT taken into a plan, before any training.
+
+Heads: the map that a reuse layer reads is mixed by the value head that suits it, and queries and keys go. Token
+projections start as pooling over the grid, or as what fits the attention of the original on images. All else stays.
+
+Shapes: L layers, B images, H heads, N tokens, C channels.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from vitreuse.attention import EMPTY_CARRY, LowRankAttention
+from vitreuse.attention.lowrank import grid_pooling, init_projection
+from vitreuse.compress.head_matching import match_plan, order_of_heads, rows_of_heads
+from vitreuse.model.checkpoint import load_checkpoint
+from vitreuse.model.copies import exact_copy, layers_of, untrained_copy
+from vitreuse.plan import Plan, parse_plan
+
+LOWRANK_STARTS = ("random", "pooled", "fitted")
+FIT_STEPS, FIT_BATCH_SIZE = 300, 16
+FIT_LR = 0.06  # of the share that one of N tokens has in a mean that makes k, k / N
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A converted model, and what was done to it.
+
+    Attributes:
+        model: With the plan and all the weights, in evaluation mode.
+        original: The model it was made of, as one of ours with exact layers.
+        matches: Of each reuse layer, for each map that it reads, the head of the original that mixes it.
+        new: Parameters that the original does not have: token projections.
+        touched: Parameters of the original in attentions that are no longer exact.
+        dropped: What the plan has no use for.
+    """
+
+    model: Any
+    original: Any
+    matches: dict[int, list[int]]
+    new: tuple[str, ...]
+    touched: tuple[str, ...]
+    dropped: tuple[str, ...]
+
+
+def convert(
+    model: Any, plan: str | Plan, distances: Tensor | None = None, *, pooled: bool = True, **options: Any
+) -> Conversion:
+    """A trained ViT under a plan.
+
+    Args:
+        model: A ViT, DeiT, DeiT III or DINO model of timm, or one of ours whose layers are exact; it stays as it is.
+        plan: One spec per layer.
+        distances: (L, L, H, H), what it costs each head of the second layer to read the map of each head of the first:
+            redundancy.measure_head_errors, or the variation of measure_redundancy; None leaves the heads
+            in their order.
+        pooled: Whether token projections start as pooling, rather than from torch's global generator.
+        options: Further keywords of a model with a plan, such as lowrank_sharing.
+
+    Raises:
+        ValueError: The model is of another kind, or the plan does not suit it.
+    """
+    num_heads = layers_of(model)[0].attn.num_heads
+    plan = parse_plan(str(plan), len(model.blocks), num_heads)
+    original = exact_copy(model)
+    converted = untrained_copy(model, plan, **options).eval()
+    matches = match_plan(plan, num_heads, distances)
+    state = original.state_dict()
+    for layer, matched in matches.items():
+        _reorder_heads(state, f"blocks.{layer}.attn.", order_of_heads(matched, num_heads))
+    report = load_checkpoint(converted, state, original.patch_embed.img_size)
+    if pooled:
+        pool_projections(converted)
+    return Conversion(converted, original, matches, report.new, _touched(converted, report.new), report.dropped)
+
+
+def _reorder_heads(state: dict[str, Tensor], prefix: str, order: list[int]) -> None:
+    """Puts the heads of a layer of a plain state dict in another order, which changes nothing of what it computes."""
+    width = state[f"{prefix}proj.weight"].shape[1]
+    rows = rows_of_heads(order, width // len(order))
+    for name in ("qkv.weight", "qkv.bias"):
+        if prefix + name in state:
+            state[prefix + name] = state[prefix + name].unflatten(0, (3, width))[:, rows].flatten(0, 1)
+    for name in ("norm.weight", "norm.bias"):
+        if prefix + name in state:
+            state[prefix + name] = state[prefix + name][rows]
+    state[f"{prefix}proj.weight"] = state[f"{prefix}proj.weight"][:, rows]
+
+
+def _touched(model: Any, new: tuple[str, ...]) -> tuple[str, ...]:
+    changed = [layer for layer, block in enumerate(model.blocks) if block.spec.word not in ("exact", "none")]
+    prefixes = tuple(f"blocks.{layer}.attn." for layer in changed)
+    return tuple(name for name, _ in model.named_parameters() if name.startswith(prefixes) and name not in new)
+
+
+@torch.no_grad()
+def pool_projections(model: Any) -> None:
+    """Starts all token projections of a model as averages over cells of its grid; a convolution's as its mean."""
+    pools = [(block.attn, (block.attn.key_proj, block.attn.value_proj)) for block in _lowrank_blocks(model)]
+    pools += [(pools[0][0], (model.key_proj, None))] if pools else []
+    for attn, projections in pools:
+        for projection in projections:
+            if projection is None:
+                continue
+            if attn.kind == "conv":
+                init_projection(projection, attn.kind, "mean")
+            else:
+                projection.copy_(grid_pooling(attn.grid, attn.num_prefix_tokens, attn.projected_dim))
+
+
+def _lowrank_blocks(model: Any) -> list[Any]:
+    return [block for block in model.blocks if isinstance(block.attn, LowRankAttention)]
+
+
+def fit_projections(
+    conversion: Conversion,
+    images: Iterable[Tensor],
+    seed: int = 0,
+    progress: Callable[[int], None] = lambda layer: None,
+) -> dict[int, tuple[float, float]]:
+    """Takes the token projections to what best gives back the attention of the original, each layer by itself.
+
+    Each layer sees the tokens that it has in the original, and its projections are all that moves: Adam on the squared
+    error of its output against that of exact attention, from where they are.
+
+    Args:
+        conversion: What convert returned; its model changes.
+        images: Batches (B, channels, rows, columns) to learn from.
+        seed: Of the order of the images.
+        progress: Told each layer that is done.
+
+    Returns:
+        By layer, the error before and after, relative to the square of the exact output.
+
+    Raises:
+        ValueError: Layers share a projection, so that none can be fitted by itself.
+    """
+    if conversion.model.key_proj is not None:
+        raise ValueError("projections of all layers in one cannot be fitted layer by layer: choose the pooled start.")
+    batches = list(images)
+    errors = {}
+    for layer, block in enumerate(conversion.model.blocks):
+        projections = [parameter for name, parameter in block.attn.named_parameters() if name.endswith("_proj")]
+        if isinstance(block.attn, LowRankAttention) and projections:
+            tokens, outputs = _attention_pairs(conversion.original, layer, batches)
+            errors[layer] = _fit(block.attn, projections, tokens, outputs, seed)
+            progress(layer)
+    return errors
+
+
+@torch.no_grad()
+def _attention_pairs(model: Any, layer: int, batches: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """What the attention of a layer is given, and gives back in the rows that are read, over all images."""
+    given, returned = [], []
+
+    def record(_: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        given.append(inputs[0])
+        returned.append(output[0])
+
+    hook = model.blocks[layer].attn.register_forward_hook(record)
+    try:
+        for images in batches:
+            model(images.to(next(model.parameters()).device))
+    finally:
+        hook.remove()
+    return torch.cat(given), torch.cat(returned)
+
+
+def _fit(attn: Any, projections: list[Any], tokens: Tensor, outputs: Tensor, seed: int) -> tuple[float, float]:
+    """Fits the projections of one attention; its error before and after. The better ones stay."""
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.Adam(projections, lr=FIT_LR * attn.projected_dim / tokens.shape[1])
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, FIT_STEPS)
+    before, start = _error(attn, tokens, outputs), copy.deepcopy(attn.state_dict())
+    for _ in range(FIT_STEPS):
+        chosen = torch.randint(len(tokens), (min(FIT_BATCH_SIZE, len(tokens)),), generator=generator)
+        loss = F.mse_loss(_output(attn, tokens[chosen], outputs), outputs[chosen]) / outputs.square().mean()
+        optimizer.zero_grad()
+        loss.backward(inputs=projections)
+        optimizer.step()
+        schedule.step()
+    after = _error(attn, tokens, outputs)
+    if after >= before:
+        attn.load_state_dict(start)
+    return before, min(before, after)
+
+
+@torch.no_grad()
+def _error(attn: Any, tokens: Tensor, outputs: Tensor) -> float:
+    found = torch.cat([_output(attn, part, outputs) for part in tokens.split(FIT_BATCH_SIZE)])
+    return float(F.mse_loss(found, outputs) / outputs.square().mean())
+
+
+def _output(attn: Any, tokens: Tensor, wanted: Tensor) -> Tensor:
+    return attn(tokens, EMPTY_CARRY, None, wanted.shape[1])[0]

@@ -1,0 +1,262 @@
+"""What a change of one layer's attention does to a trained model, before anything is trained again.
+
+Each layer is measured with the tokens that it gets in the unchanged model. A change makes an error in its output; how
+much that matters is told by the gradient of the model's own output, in one backward pass per image:
+
+    damage = mean over images of sum over tokens and channels of (gradient * error)^2 / mean over images of |logits|^2
+
+The gradient is that of the logits summed with random signs. Were the errors of tokens and channels independent and
+small, this would be the relative squared error of the logits; they are not, so that it ranks changes, single ones and
+whole plans by their sum, and forecasts no error. What else was tried is in experiments.md.
+
+Shapes: B images, N tokens, M keys, C channels, H heads, D head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from timm.layers import Attention as TimmAttention
+from timm.models.vision_transformer import Block
+from torch import Tensor
+from torch.nn import functional as F
+
+from vitreuse.attention import ExactAttention
+from vitreuse.attention.base import split_heads
+from vitreuse.attention.lowrank import grid_pooling
+from vitreuse.attention.maps import Mask, softmax_map
+from vitreuse.attention.submodules import rows_of
+from vitreuse.attention.tiles import neighbourhood_bias
+from vitreuse.compress.head_matching import match_heads
+from vitreuse.compress.redundancy import Batches, Redundancy, attentions, evaluated, few_at_a_time
+from vitreuse.io.progress import WorkProgress
+from vitreuse.model.block import PlanBlock
+from vitreuse.plan import Spec
+
+EXACT = Spec("exact")
+
+
+class Change(NamedTuple):
+    """One layer under another attention.
+
+    Attributes:
+        layer: Which.
+        spec: What it becomes.
+        anchor: Of a reuse spec the layer that makes the map, else None.
+        anchor_spec: How that one makes it: exact, a span or low-rank; else None.
+    """
+
+    layer: int
+    spec: Spec
+    anchor: int | None = None
+    anchor_spec: Spec | None = None
+
+
+def measure_damage(
+    model: Any, batches: Batches, specs: Sequence[Spec], redundancy: Redundancy, progress: WorkProgress
+) -> dict[Change, float]:
+    """The damage of each change that the specs allow, in one pass that holds a few images' maps at a time.
+
+    A reuse layer may read each layer before it, exact or of any span or low-rank spec that is asked for, with its own
+    heads in the order that matches the anchor's. A low-rank layer pools the tokens over the grid.
+
+    Args:
+        model: One of timm's ViTs or ours whose layers are all exact, on any device; its mode is restored.
+        batches: Of images first.
+        specs: What a layer may become.
+        redundancy: Of the model, for the heads that match.
+        progress: Told how many images are done.
+
+    Raises:
+        ValueError: The model is not exact, a spec does not fit it, or there are no images.
+    """
+    check_specs(model, specs)
+    if len(redundancy.entropy) != len(model.blocks):
+        depths = f"{len(redundancy.entropy)} layers, the model has {len(model.blocks)}"
+        raise ValueError(f"redundancy is of {depths}: measure it on this model.")
+    changes = possible_changes(len(model.blocks), specs)
+    orders = {change: _order(change, redundancy) for change in changes if change.anchor is not None}
+    signs = torch.Generator().manual_seed(0)
+    errors, size, count = torch.zeros(len(changes), dtype=torch.float64), 0.0, 0
+    with evaluated(model):
+        for images in few_at_a_time(model, batches):
+            layers, logits = _observe(model, images, signs)
+            errors += _errors(changes, layers, _views(model, images, specs), orders)
+            size += float(logits.double().square().sum())
+            count += len(images)
+            progress.reach(count)
+    return dict(zip(changes, (errors / size).tolist(), strict=True))
+
+
+def has_exact_layers(model: Any) -> bool:
+    """Whether damage can be measured: all layers are timm's standard ones or our exact ones.
+
+    Raises:
+        ValueError: The model is no ViT of timm or ours, or has attention of another kind.
+    """
+    own = attentions(model)  # refuses what has no layers
+    return all(map(_is_exact, model.blocks, own))
+
+
+def check_specs(model: Any, specs: Sequence[Spec]) -> None:
+    """Refuses what measure_damage cannot measure, before any work is done.
+
+    Raises:
+        ValueError: The model is not exact, or a spec does not fit it.
+    """
+    if not has_exact_layers(model):
+        plan = f" {model.plan}" if hasattr(model, "plan") else ""
+        raise ValueError(
+            f"{type(model).__name__}{plan} has layers that are not exact, and damage is measured on exact ones alone: "
+            "give a plain vit, deit or deit3 of timm, or one of ours whose plan is exact."
+        )
+    num_tokens = model.num_prefix_tokens + model.patch_embed.num_patches
+    limits = {"lowrank": (num_tokens - 1, "tokens"), "reuse": (model.blocks[0].attn.num_heads, "heads")}
+    for spec in specs:
+        limit, of = limits.get(spec.word, (0, ""))
+        if of and spec.number is not None and spec.number > limit:
+            least = num_tokens if of == "tokens" else limit
+            raise ValueError(f"{spec} does not fit a model of {least} {of}: give {spec.word}:{limit} or less.")
+
+
+def _is_exact(block: Any, attn: Any) -> bool:
+    if type(block) is Block and type(attn) is TimmAttention:
+        return attn.gate is None
+    return type(block) is PlanBlock and type(attn) is ExactAttention
+
+
+def possible_changes(depth: int, specs: Sequence[Spec]) -> list[Change]:
+    """Each layer under each spec; reuse of each earlier layer, exact or of any span or low-rank spec among them."""
+    makers = _makers(specs)
+    changes = []
+    for layer in range(depth):
+        for spec in dict.fromkeys(specs):
+            if spec.word == "reuse":
+                changes += [Change(layer, spec, anchor, maker) for anchor in range(layer) for maker in makers]
+            else:
+                changes.append(Change(layer, spec))
+    return changes
+
+
+def _makers(specs: Sequence[Spec]) -> list[Spec]:
+    """The ways to make a map: exact, and each span and low-rank spec."""
+    return [EXACT, *dict.fromkeys(spec for spec in specs if spec.word in ("lowrank", "span"))]
+
+
+def _order(change: Change, redundancy: Redundancy) -> list[int]:
+    """The layer's own heads that read the first of the anchor's, as many as are reused."""
+    return match_heads(redundancy.variation[change.anchor, change.layer][: change.spec.number])
+
+
+class _Layer(NamedTuple):
+    """A layer at work on some images.
+
+    Attributes:
+        block: The layer.
+        tokens: What its attention gets, (B, N, C).
+        gradient: Of the signed sum of logits by the attention's output, (B, rows, C), rows the first that are computed.
+    """
+
+    block: Any
+    tokens: Tensor
+    gradient: Tensor
+
+
+class _Mixture(NamedTuple):
+    """A map (B, H, rows, M), the values (B, H, M, D), and the values mixed by it, (B, H, rows, D)."""
+
+    weights: Tensor
+    values: Tensor
+    mixed: Tensor
+
+
+def _observe(model: Any, images: Tensor, signs: torch.Generator) -> tuple[list[_Layer], Tensor]:
+    """Each layer at work, and the logits, which are the features of a model without a head."""
+    tokens: list[Tensor] = []
+    outputs: list[Tensor] = []  # after the attention half
+    with torch.enable_grad(), _listed(model, tokens, outputs):
+        logits = model(images.clone().requires_grad_())
+        drawn = 2 * torch.randint(2, logits.shape, generator=signs) - 1
+        gradients = torch.autograd.grad((logits * drawn.to(logits)).sum(), outputs)
+    layers = zip(model.blocks, tokens, gradients, strict=True)
+    return [_Layer(block, x.detach(), gradient) for block, x, gradient in layers], logits.detach()
+
+
+@contextmanager
+def _listed(model: Any, tokens: list[Tensor], outputs: list[Tensor]) -> Iterator[None]:
+    """Lists what each attention gets, and the tokens after its half of the layer, which norm2 gets."""
+    hooks = []
+    for block in model.blocks:
+        for module, seen in ((block.attn, tokens), (block.norm2, outputs)):
+            hooks.append(module.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0])))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _views(model: Any, images: Tensor, specs: Sequence[Spec]) -> dict[Spec, Tensor | None]:
+    """What each way to make a map does to the tokens: a low-rank one's projection, a span's bias."""
+    grid, prefix = model.patch_embed.dynamic_feat_size(images.shape[-2:]), model.num_prefix_tokens
+    views: dict[Spec, Tensor | None] = dict.fromkeys(_makers(specs))
+    for spec in views:
+        if spec.word == "lowrank":
+            views[spec] = grid_pooling(grid, prefix, spec.number or 0).to(images)
+        elif spec.word == "span":
+            views[spec] = neighbourhood_bias(grid, spec.number or 0, prefix, images.dtype, images.device)
+    return views
+
+
+@torch.no_grad()
+def _errors(
+    changes: list[Change],
+    layers: list[_Layer],
+    views: dict[Spec, Tensor | None],
+    orders: dict[Change, list[int]],
+) -> Tensor:
+    """Of each change the sum over images, tokens and channels of (gradient * error)^2."""
+    made = [{spec: _mixture(layer, spec, view) for spec, view in views.items()} for layer in layers]
+    unchanged = [_output(layer, own[EXACT].mixed) for layer, own in zip(layers, made, strict=True)]
+    found = []
+    for change in changes:
+        layer, error = layers[change.layer], -unchanged[change.layer]
+        if change.spec.word != "none":
+            error += _output(layer, _changed(change, made, orders))
+        found.append((layer.gradient * error).square().sum())
+    return torch.stack(found).double().cpu()
+
+
+def _mixture(layer: _Layer, spec: Spec, view: Tensor | None) -> _Mixture:
+    """A layer's own map and values under a spec."""
+    attn, x = layer.block.attn, layer.tokens
+    weight, bias = attn.qkv.weight, attn.qkv.bias
+    dim = len(weight) // 3
+    seen = x if view is None or spec.word != "lowrank" else view @ x  # rows of the pooling sum to 1, as biases need
+    q = F.linear(x[:, : layer.gradient.shape[1]], weight[:dim], rows_of(bias, 0, dim))
+    k, v = F.linear(seen, weight[dim:], rows_of(bias, dim, 3 * dim)).chunk(2, dim=-1)
+    q, k, v = (split_heads(part, attn.head_dim) for part in (q, k, v))
+    mask = view if spec.word == "span" else None
+    weights = softmax_map(attn.q_norm(q), attn.k_norm(k), attn.scale, Mask(mask))
+    return _Mixture(weights, v, weights @ v)
+
+
+def _changed(change: Change, made: list[dict[Spec, _Mixture]], orders: dict[Change, list[int]]) -> Tensor:
+    """The mixed values of a layer after a change: heads that match the anchor's read its map."""
+    if change.anchor is None or change.anchor_spec is None:
+        return made[change.layer][change.spec].mixed
+    weights = made[change.anchor][change.anchor_spec].weights
+    _, values, mixed = made[change.layer][change.anchor_spec]
+    order = orders[change]
+    mixed = mixed.clone()
+    mixed[:, order] = weights[:, : len(order), : mixed.shape[2]] @ values[:, order]
+    return mixed
+
+
+def _output(layer: _Layer, mixed: Tensor) -> Tensor:
+    """What the attention half adds to the tokens, (B, rows, C)."""
+    attn = layer.block.attn
+    return layer.block.ls1(attn.proj(attn.norm(mixed.transpose(1, 2).flatten(2))))

@@ -1,0 +1,80 @@
+"""How far a converted model still says what the original says, image by image."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from vitreuse.cost.measure import top_classes
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Means over images; None where it cannot be said.
+
+    Attributes:
+        num_images: How many were compared.
+        equal_top1: Percent of images of which both models say the same class.
+        kl_divergence_nats: Of the original's probabilities from the converted model's.
+        cosine: Between the features of models without classes.
+        original_top1: Percent of the images with a label.
+        converted_top1: Likewise.
+    """
+
+    num_images: int
+    equal_top1: float | None = None
+    kl_divergence_nats: float | None = None
+    cosine: float | None = None
+    original_top1: float | None = None
+    converted_top1: float | None = None
+
+
+@torch.inference_mode()
+def agreement(original: Any, converted: Any, batches: Iterable[tuple[Tensor, Tensor]], has_labels: bool) -> Agreement:
+    """Compares two models in evaluation mode, on the device of the first.
+
+    Args:
+        original: The model that was converted.
+        converted: What became of it; of as many classes, or of none too.
+        batches: Images (B, channels, rows, columns) and labels (B,).
+        has_labels: Whether the labels are classes of the models.
+
+    Raises:
+        ValueError: There are no images.
+    """
+    device = next(original.parameters()).device
+    rows: dict[str, list[Tensor]] = {}
+    for images, labels in batches:
+        outputs = original(images.to(device)), converted(images.to(device))
+        is_classified = original.num_classes > 0 and outputs[0].ndim == 2
+        compared = _of_classes(*outputs, labels.to(device), has_labels) if is_classified else _of_features(*outputs)
+        for name, values in compared.items():
+            rows.setdefault(name, []).append(values)
+    if not rows:
+        raise ValueError("there are no images to compare on: give at least one.")
+    columns = {name: torch.cat(values).double() for name, values in rows.items()}
+    num_images = len(next(iter(columns.values())))
+    return Agreement(num_images, **{name: float(column.mean()) for name, column in columns.items()})
+
+
+def _of_features(wanted: Tensor, found: Tensor) -> dict[str, Tensor]:
+    """A column of Agreement, a row per image."""
+    return {"cosine": F.cosine_similarity(wanted.flatten(1), found.flatten(1))}
+
+
+def _of_classes(wanted: Tensor, found: Tensor, labels: Tensor, has_labels: bool) -> dict[str, Tensor]:
+    """A column per attribute of Agreement that logits have, a row per image."""
+    classes, found_classes = (top_classes(logits, 1)[:, 0] for logits in (wanted, found))
+    ours, theirs = (logits.float().log_softmax(1) for logits in (found, wanted))
+    columns = {
+        "equal_top1": 100.0 * (classes == found_classes),
+        "kl_divergence_nats": F.kl_div(ours, theirs, reduction="none", log_target=True).sum(1),
+    }
+    if has_labels:
+        columns |= {"original_top1": 100.0 * (classes == labels), "converted_top1": 100.0 * (found_classes == labels)}
+    return columns

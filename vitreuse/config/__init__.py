@@ -1,0 +1,37 @@
+"""The schema of an experiment: what a YAML file may say, what each key means and which values it takes.
+
+A configuration is a complete experiment. The dataclasses in this package are the schema, a YAML file is an instance,
+`base:` names the file that it differs from, and `section.key=value` on the command line lies over both.
+"""
+
+from vitreuse.config.experiment import Config, DataConfig, EvalConfig, changed_settings, load_config, to_yaml
+from vitreuse.config.network import LOCAL_DIR, ModelConfig
+from vitreuse.config.recipe import (
+    CropConfig,
+    DistillConfig,
+    HealConfig,
+    OptimizerConfig,
+    ReferenceConfig,
+    ResolutionConfig,
+    TrainConfig,
+)
+from vitreuse.io.errors import ConfigError
+
+__all__ = [
+    "LOCAL_DIR",
+    "Config",
+    "ConfigError",
+    "CropConfig",
+    "DataConfig",
+    "DistillConfig",
+    "EvalConfig",
+    "HealConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "ReferenceConfig",
+    "ResolutionConfig",
+    "TrainConfig",
+    "changed_settings",
+    "load_config",
+    "to_yaml",
+]

@@ -1,0 +1,114 @@
+"""A whole experiment, which images it takes and how it is measured; read from YAML, written to it, compared."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from vitreuse.config import strict_yaml
+from vitreuse.config.network import ModelConfig
+from vitreuse.config.recipe import TrainConfig
+from vitreuse.config.strict_yaml import setting
+from vitreuse.data import CACHE_ROOT, SOURCES
+from vitreuse.io.errors import ConfigError
+from vitreuse.io.urls import refuse_url
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the images are and how they are read."""
+
+    root: str | None = setting(
+        "folder with train/ and val/, each shards with an index or one folder per class; or a URL of such shards, with "
+        "{} for SPLIT/NAME, which the command line must --allow",
+        None,
+        is_path=True,
+    )
+    cache_root: str = setting(
+        "folder for what is fetched from a URL", CACHE_ROOT, changes_run=False, is_path=True
+    )
+    source: str | None = setting("built-in data set, written as shards on first use", None, choices=SOURCES)
+    source_root: str = setting(
+        "folder under which a built-in data set is written", "data", changes_run=False, is_path=True
+    )
+    num_workers: int = setting(
+        "decoding processes per rank; 0 decodes in the rank itself", 4, minimum=0, maximum=1024, changes_run=False
+    )
+    cache_images: bool = setting("keep decoded images in memory; for small sets", False, changes_run=False)
+    max_bad_images: int = setting(
+        "undecodable training images that others replace before a run ends; 0 ends it at the first",
+        0,
+        minimum=0,
+        changes_run=False,
+    )
+    shuffle_window: int | None = setting(
+        "shuffle the shards, then samples within stretches of this many, to read from few at a time; null shuffles all",
+        None,
+        above=0,
+    )
+
+    def __post_init__(self):
+        if (self.root is None) == (self.source is None):
+            raise ConfigError("root and source: give exactly one of the two, the other null.")
+        refuse_url("source_root", self.source_root)
+        refuse_url("cache_root", self.cache_root)
+
+    @property
+    def folder(self) -> str:
+        """The folder that holds train/ and val/, or its URL."""
+        return self.root if self.root is not None else str(Path(self.source_root) / str(self.source))
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """How top-1 is measured, while training and after."""
+
+    batch_size: int = setting("images per forward pass and rank", 256, above=0, changes_run=False)
+    crop_pct: float | None = setting(
+        "share of the resized image that the crop keeps; null for the model's own", None, above=0, maximum=1
+    )
+    every_epochs: int = setting(
+        "evaluate at the end of each so many epochs, and of the last", 1, above=0, changes_run=False
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """One experiment."""
+
+    model: ModelConfig = setting("which network")
+    data: DataConfig = setting("which images")
+    train: TrainConfig = setting("the recipe")
+    eval: EvalConfig = setting("the measurement")
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The experiment of a YAML file, its bases and overrides such as `train.epochs=5`, as they are written.
+
+    Raises:
+        ConfigError: One sentence with the file, the dotted path, the broken rule and the nearest valid spelling.
+    """
+    tree, sources = strict_yaml.read_tree(path)
+    for override in overrides:
+        tree, sources = strict_yaml.overridden(tree, sources, override)
+    return strict_yaml.build(Config, tree, sources)
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved experiment as YAML, which load_config reads back to an equal one."""
+    return strict_yaml.dump(config)
+
+
+def changed_settings(before: Any, after: Any, path: str = "") -> list[str]:
+    """The settings that differ and give another run, as `train.epochs 40 -> 50`."""
+    changes = []
+    for field in fields(before):
+        old, new = getattr(before, field.name), getattr(after, field.name)
+        dotted = f"{path}{field.name}"
+        if is_dataclass(old) and is_dataclass(new):
+            changes += changed_settings(old, new, f"{dotted}.")
+        elif old != new and field.metadata["changes_run"]:
+            changes.append(f"{dotted} {old!r} -> {new!r}")
+    return changes

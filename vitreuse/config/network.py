@@ -1,0 +1,117 @@
+"""Which network: the part of an experiment that builds a model."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import timm
+import torch
+from timm.layers import build_sincos2d_pos_embed
+from torch import nn
+
+from vitreuse.config.strict_yaml import setting
+from vitreuse.io.errors import ConfigError, nearest
+from vitreuse.io.urls import refuse_url
+from vitreuse.model.vit import PlanVisionTransformer
+
+LOCAL_DIR = "local-dir:"  # as timm spells the name of a hub folder on disk
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which network: a name of timm's registry, its attention plan, its constructor's keywords and its weights."""
+
+    name: str = setting(
+        "a model name that timm.list_models() knows, or local-dir:DIR, the model of a run folder or a hub folder with "
+        "its plan, keywords and weights; plan and keywords given beside it lie over its own"
+    )
+    plan: str | None = setting("attention plan, one spec per layer; null for the model's own", None)
+    keywords: dict = setting("further keywords of timm.create_model")
+    weights: str | None = setting(
+        "what training starts from: a file of weights, a run folder, a hub folder, or a name of "
+        "timm.list_pretrained(); null for random ones",
+        None,
+        is_path=True,
+    )
+    pos_embed: str = setting(
+        "what it starts from: random numbers to learn, or timm's sines and cosines, which train.freeze can keep",
+        "learned",
+        choices=("learned", "sincos2d"),
+    )
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether the name is that of a folder; targets.load_experiment puts in its place what the folder says."""
+        return self.name.startswith(LOCAL_DIR)
+
+    def create(self, device: torch.device | str | None = None) -> nn.Module:
+        """The model, randomly initialised from torch's global generator; train/weights.py fills in trained weights.
+
+        Args:
+            device: Where its parameters are made; 'meta' checks a configuration without memory.
+
+        Raises:
+            ConfigError: The name, the plan or a keyword is not one that timm or the model accepts.
+        """
+        if not timm.is_model(self.name):
+            hint = nearest(self.name, timm.list_models()) or ", timm.list_models() has the names."
+            raise ConfigError(f"model.name {self.name!r} is not a model of timm or vitreuse{hint}")
+        keywords = self.keywords if self.plan is None else {**self.keywords, "plan": self.plan}
+        try:
+            with torch.device(device or "cpu"):
+                model = timm.create_model(self.name, **keywords)
+        except Exception as error:  # timm's answers to a bad keyword are of every kind, ZeroDivisionError among them
+            reason = str(error) or f"timm refuses one of its keywords, {', '.join(keywords)}."
+            raise ConfigError(
+                _unknown_keyword(self.name, error) or f"model {self.name!r} cannot be built: {reason}"
+            ) from error
+        if self.pos_embed == "sincos2d":
+            _fill_with_sincos2d(model)
+        return model
+
+    def __post_init__(self):
+        refuse_url("weights", self.weights)
+        for word, key in {"plan": "plan", "pretrained": "weights", "checkpoint_path": "weights"}.items():
+            if word in self.keywords:
+                raise ConfigError(f"keywords.{word} has a key of its own, {key} beside keywords.")
+        if self.is_folder and (self.weights is not None or self.pos_embed != "learned"):
+            raise ConfigError(f"name {self.name!r} brings weights of its own: leave out weights and pos_embed.")
+        if self.pos_embed != "learned" and self.weights is not None:
+            raise ConfigError(
+                f"pos_embed {self.pos_embed!r} has no effect beside weights, which hold a position embedding: "
+                "leave one of the two out."
+            )
+
+
+@torch.no_grad()
+def _fill_with_sincos2d(model: Any) -> None:
+    """Writes timm's sines and cosines over the patch grid into the position embedding; prefix tokens have zeros."""
+    pos_embed = getattr(model, "pos_embed", None)
+    if not isinstance(model, timm.models.VisionTransformer) or pos_embed is None:
+        raise ConfigError(
+            f"model.pos_embed 'sincos2d' needs a vision transformer with a position embedding, {type(model).__name__} "
+            "has none: leave it out."
+        )
+    if model.embed_dim % 4:
+        raise ConfigError(
+            f"model.pos_embed 'sincos2d' needs a width that is a multiple of 4, not {model.embed_dim}: "
+            "choose another embed_dim, or leave it out."
+        )
+    grid = list(model.patch_embed.grid_size)
+    table = build_sincos2d_pos_embed(grid, model.embed_dim, device=pos_embed.device, dtype=pos_embed.dtype)
+    pos_embed.zero_()
+    pos_embed[:, -len(table) :] = table
+
+
+def _unknown_keyword(name: str, error: Exception) -> str | None:
+    """The sentence for a keyword that the model's constructor does not take; None for any other error."""
+    match = re.search(r"got an unexpected keyword argument '(\w+)'", str(error))
+    if match is None:
+        return None
+    classes = (timm.models.VisionTransformer, PlanVisionTransformer)
+    known = {keyword for kind in classes for keyword in inspect.signature(kind).parameters} - {match[1]}
+    hint = nearest(match[1], sorted(known)) or "; timm's VisionTransformer has the list."
+    return f"model.keywords.{match[1]} is not a keyword of {name}{hint}"

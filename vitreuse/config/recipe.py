@@ -1,0 +1,323 @@
+"""How a network is trained: the recipe of an experiment, a dataclass for each of its sections."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vitreuse.config.network import ModelConfig
+from vitreuse.config.strict_yaml import setting
+from vitreuse.io.errors import ConfigError
+from vitreuse.io.urls import refuse_url
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """timm.optim.create_optimizer_v2."""
+
+    name: str = setting("a name of timm.optim.list_optimizers()", "adamw")
+    lr: float = setting("peak learning rate at the global batch size, not rescaled", above=0, maximum=1e30)
+    weight_decay: float = setting(
+        "decoupled for adamw; biases, norms and embeddings are exempt", 0.05, minimum=0, maximum=1e6
+    )
+    layer_decay: float | None = setting(
+        "factor on the learning rate per layer below the head", None, above=0, maximum=1
+    )
+    keywords: dict = setting("further keywords of the optimizer, such as betas, eps or momentum")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """timm.scheduler.create_scheduler_v2, by optimizer step."""
+
+    name: str = setting("shape after the warm-up", "cosine", choices=("cosine", "tanh", "poly", "wsd", "constant"))
+    warmup_epochs: float = setting("linear warm-up, part of the epochs", 0.0, minimum=0)
+    warmup_steps: int = setting("the same in optimizer steps", 0, minimum=0)
+    warmup_lr: float = setting(
+        "learning rate of the first step when there is a warm-up", 1e-6, minimum=0, maximum=1e30
+    )
+    min_lr: float = setting("learning rate at the end", 0.0, minimum=0, maximum=1e30)
+
+    def __post_init__(self):
+        if self.warmup_epochs and self.warmup_steps:
+            raise ConfigError("warmup_epochs and warmup_steps: give at most one of the two, the other 0.")
+        if not (self.warmup_epochs or self.warmup_steps) and self.warmup_lr != ScheduleConfig.warmup_lr:
+            raise ConfigError(
+                f"warmup_lr {self.warmup_lr:g} has no effect without a warm-up: set warmup_epochs or warmup_steps, "
+                "or leave it out."
+            )
+        if self.name == "constant" and self.min_lr:
+            raise ConfigError(
+                f"min_lr {self.min_lr:g} is never reached by the schedule 'constant': set it to 0, or choose another."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """timm.loss, on soft targets under mixup."""
+
+    name: str = setting("softmax cross-entropy, or a binary one per class", "ce", choices=("ce", "bce"))
+    smoothing: float = setting("label smoothing", 0.0, minimum=0, maximum=0.999)
+    target_threshold: float | None = setting(
+        "under bce, a class with more than this share of a mixed image is its target in full; null for the share",
+        None,
+        minimum=0,
+        maximum=0.999,
+    )
+
+    def __post_init__(self):
+        if self.target_threshold is None:
+            return
+        if self.name != "bce":
+            raise ConfigError(
+                f"target_threshold {self.target_threshold:g} has no effect on the loss {self.name!r}: leave it out."
+            )
+        if self.smoothing:
+            raise ConfigError("target_threshold undoes smoothing: leave one of the two out.")
+
+
+def _check_order(key: str, bounds: tuple[float, float]) -> None:
+    if bounds[0] > bounds[1]:
+        raise ConfigError(f"{key}: runs from {bounds[0]} to {bounds[1]}, write the smaller number first.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CropConfig:
+    """timm.data.create_transform for training: random resized crop, flip, colour, policy, erasing."""
+
+    scale: tuple[float, float] = setting(
+        "share of the image's area that a crop covers, from and to", (0.08, 1.0), above=0, maximum=1
+    )
+    ratio: tuple[float, float] = setting("width over height of a crop, from and to", (0.75, 4 / 3), above=0)
+    hflip: float = setting("probability of a left-right flip", 0.5, minimum=0, maximum=1)
+    color_jitter: float = setting(
+        "strength of brightness, contrast and saturation jitter", 0.0, minimum=0, maximum=100
+    )
+    auto_augment: str | None = setting("timm's policy text: rand-m9-mstd0.5-inc1, 3a, augmix-m3-w3, original", None)
+    erase_prob: float = setting("probability of random erasing, per-pixel noise", 0.0, minimum=0, maximum=1)
+
+    def __post_init__(self):
+        _check_order("scale", self.scale)
+        _check_order("ratio", self.ratio)
+        if self.auto_augment is not None and "3a" not in self.auto_augment and self.color_jitter:
+            raise ConfigError(f"color_jitter: timm drops it under auto_augment {self.auto_augment!r}, set it to 0.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AffineConfig:
+    """torchvision.transforms.RandomAffine on the whole image: for small centred pictures that a crop would spoil."""
+
+    degrees: float = setting("largest turn to either side", 0.0, minimum=0, maximum=180)
+    shift: float = setting("largest shift, as a share of the image's side", 0.0, minimum=0, maximum=1)
+    scale: tuple[float, float] = setting("factor on the size, from and to", (1.0, 1.0), minimum=0.001, maximum=1000)
+
+    def __post_init__(self):
+        _check_order("scale", self.scale)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixupConfig:
+    """timm.data.Mixup over one rank's share of a batch."""
+
+    mixup: float = setting("alpha of the beta law for mixup; 0 is off", 0.8, minimum=0)
+    cutmix: float = setting("alpha of the beta law for CutMix; 0 is off", 1.0, minimum=0)
+    prob: float = setting("share of batches that are mixed", 1.0, minimum=0, maximum=1)
+    switch_prob: float = setting("share of CutMix among them when both are on", 0.5, minimum=0, maximum=1)
+
+    def __post_init__(self):
+        if self.mixup == 0 and self.cutmix == 0:
+            raise ConfigError("mixup and cutmix are both 0; write train.mixup: null to mix nothing.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolutionConfig:
+    """Smaller images at first: they grow linearly, by whole patches, to the size that the model is built for."""
+
+    from_px: int = setting("shorter side of the first epoch's images, in pixels", above=0)
+    epochs: int = setting("epochs before the first one at the model's own size", above=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig:
+    """A trained model that teaches: it sees the images that the model sees, and the loss holds its answers too."""
+
+    teacher: ModelConfig = setting("which network teaches, weights included; its classes are the model's")
+    kind: str = setting(
+        "soft: its probabilities; hard: its most probable class; token: that class, by the distillation token's head",
+        choices=("soft", "hard", "token"),
+    )
+    alpha: float = setting("share of the teacher's part in the loss", 0.5, above=0, maximum=1)
+    temperature: float = setting("divides the logits of both under kind soft", 3.0, above=0)
+
+    def __post_init__(self):
+        if self.teacher.weights is None and not self.teacher.is_folder:
+            raise ConfigError(
+                "teacher.weights is missing: an untrained teacher has nothing to teach, give a file, a folder or a "
+                "name of timm.list_pretrained()."
+            )
+        if self.kind != "soft" and self.temperature != DistillConfig.temperature:
+            raise ConfigError(f"temperature {self.temperature:g} has no effect under kind {self.kind!r}: leave it out.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HealConfig:
+    """How a converted model wins back accuracy from its original, the teacher of train.distill."""
+
+    parameters: str = setting(
+        "what is trained. new: token projections; touched: those and the attention of layers that are not exact; all",
+        "all",
+        choices=("new", "touched", "all"),
+    )
+    outputs: float = setting(
+        "weight in the loss of the squared error of each layer's attention output, over the teacher's mean square; "
+        "0 is off",
+        0.0,
+        minimum=0,
+    )
+    anneal_epochs: float = setting(
+        "epochs, or a part of one, over which the plan's attention takes the place of the original's; 0 is at once",
+        0.0,
+        minimum=0,
+    )
+
+    @property
+    def compares_layers(self) -> bool:
+        """Whether layers are trained against, or together with, those of the original."""
+        return bool(self.outputs or self.anneal_epochs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmaConfig:
+    """timm.utils.ModelEmaV3: a moving average of the weights, which is the model that a run leaves."""
+
+    decay: float = setting("share of the average that one step keeps", above=0, maximum=0.999999)
+    warmup: bool = setting("start with a smaller decay, (1 + step)^(-2/3) away from 1", False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipConfig:
+    """timm.utils.dispatch_clip_grad."""
+
+    mode: str = setting(
+        "total norm, each value, or adaptive by the size of the weights", "norm", choices=("norm", "value", "agc")
+    )
+    limit: float = setting("largest norm, value, or ratio to the weights", 1.0, above=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When the state of a run is saved, and how much of it stays."""
+
+    every_epochs: int = setting("save at the end of each so many epochs", 1, above=0, changes_run=False)
+    every_steps: int | None = setting("save after each so many steps besides", None, above=0, changes_run=False)
+    keep_last: int = setting("newest checkpoints that stay, beside the best one", 2, above=0, changes_run=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceConfig:
+    """A curve that the loss should follow: training says in one line when it is too far above it, and goes on."""
+
+    curve: str = setting(
+        "a CSV with the columns epoch and loss, or the metrics.jsonl of another run", changes_run=False, is_path=True
+    )
+    tolerance_percent: float = setting("how far above the curve the mean loss may be", 10.0, above=0, changes_run=False)
+    num_records: int = setting("newest step records that the mean is taken over", 20, above=0, changes_run=False)
+
+    def __post_init__(self):
+        refuse_url("curve", self.curve)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The recipe."""
+
+    seed: int = setting("of the weights, the order and every augmentation", 0, minimum=0, maximum=2**64 - 1)
+    epochs: int = setting("passes over the training set", above=0, maximum=1_000_000)
+    global_batch_size: int = setting("images per optimizer step, over all ranks", above=0)
+    accumulation_steps: int = setting("pieces in which a rank computes its share of a step", 1, above=0)
+    repeats: int = setting("repeated augmentation: copies of an image in a batch, fewer images an epoch", 1, above=0)
+    device: str = setting(
+        "auto takes cuda where there is one", "auto", choices=("auto", "cpu", "cuda"), changes_run=False
+    )
+    strategy: str = setting(
+        "several ranks: ddp keeps the whole model on each; fsdp2 shares out weights, optimizer and moving average",
+        "ddp",
+        choices=("ddp", "fsdp2"),
+        changes_run=False,
+    )
+    num_threads: int | None = setting(
+        "CPU threads per rank; null leaves torch's own number", None, above=0, maximum=1024, changes_run=False
+    )
+    precision: str = setting(
+        "bfloat16 and float16 are mixed: weights stay float32; float16 scales the loss",
+        "float32",
+        choices=("float32", "bfloat16", "float16"),
+    )
+    compile: bool = setting("torch.compile the model", False)
+    grad_checkpointing: bool = setting("recompute activations in the backward pass to save memory", False)
+    optimizer: OptimizerConfig = setting("optimizer")
+    schedule: ScheduleConfig = setting("learning rate over the run")
+    loss: LossConfig = setting("loss")
+    crop: CropConfig | None = setting("augmentation of photographs", None)
+    affine: AffineConfig | None = setting("augmentation of small centred pictures", None)
+    resolution: ResolutionConfig | None = setting("progressive resolution", None)
+    mixup: MixupConfig | None = setting("mixing of image pairs", None)
+    distill: DistillConfig | None = setting("learning from a trained model", None)
+    heal: HealConfig | None = setting("winning back what a conversion cost", None)
+    freeze: tuple[str, ...] = setting("parameters or modules that stay as they are, by name; * stands for any text", ())
+    ema: EmaConfig | None = setting("moving average of the weights", None)
+    clip: ClipConfig | None = setting("gradient clipping", None)
+    checkpoint: CheckpointConfig = setting("checkpoints")
+    max_skipped_steps: int = setting(
+        "steps in a row with a loss or gradient that is not finite before giving up", 5, above=0
+    )
+    log_every_steps: int = setting("steps between two step records in metrics.jsonl", 10, above=0, changes_run=False)
+    ledger: bool = setting("write the sample keys of every step to ledger.jsonl", False, changes_run=False)
+    reference: ReferenceConfig | None = setting("a curve that the loss should follow", None, changes_run=False)
+    loggers: tuple[str, ...] = setting(
+        "what shows the records beside metrics.jsonl", (), choices=("tensorboard", "wandb"), changes_run=False
+    )
+
+    def __post_init__(self):
+        if self.crop is not None and self.affine is not None:
+            raise ConfigError("crop and affine: give at most one of the two, the other null.")
+        if self.schedule.warmup_epochs >= self.epochs:
+            raise ConfigError(
+                f"schedule.warmup_epochs {self.schedule.warmup_epochs:g} leaves nothing of {self.epochs} epochs: "
+                "make it smaller, or train for longer."
+            )
+        if self.resolution is not None and self.resolution.epochs >= self.epochs:
+            raise ConfigError(
+                f"resolution.epochs {self.resolution.epochs} leaves none of {self.epochs} epochs at the model's own "
+                "size: make it smaller, or train for longer."
+            )
+        if self.loss.target_threshold is not None and self.mixup is None:
+            raise ConfigError(
+                f"loss.target_threshold {self.loss.target_threshold:g} has no effect without train.mixup: leave it out."
+            )
+        if self.heal is not None:
+            self._check_heal(self.heal)
+        if self.accumulation_steps > self.global_batch_size:
+            raise ConfigError(
+                f"accumulation_steps {self.accumulation_steps} is more than the batch of {self.global_batch_size}."
+            )
+
+
+    def _check_heal(self, heal: HealConfig) -> None:
+        if self.distill is None:
+            raise ConfigError("heal needs the original as a teacher: give distill.teacher, or leave heal out.")
+        if heal.anneal_epochs >= self.epochs:
+            raise ConfigError(
+                f"heal.anneal_epochs {heal.anneal_epochs:g} leaves nothing of {self.epochs} epochs to the plan alone: "
+                "make it smaller, or train for longer."
+            )
+        excluded = {
+            "compile: true": self.compile,
+            "grad_checkpointing: true": self.grad_checkpointing,
+            "strategy: fsdp2": self.strategy == "fsdp2",
+            "resolution": self.resolution is not None,
+        }
+        for setting_name in (name for name, is_on in excluded.items() if is_on and heal.compares_layers):
+            raise ConfigError(
+                f"heal.outputs and anneal_epochs run the layers one by one, at the teacher's size, and exclude "
+                f"{setting_name}: leave that out, or set both to 0."
+            )

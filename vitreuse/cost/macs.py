@@ -1,0 +1,77 @@
+"""Multiply-adds and parameters of a model in closed form, from the shapes of its layers.
+
+MACs are the multiply-adds of matrix products and convolutions of one image's forward pass; FLOPs are twice as many.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import nn
+
+from vitreuse.attention.base import linear_params, norm_params
+
+
+def count_macs(
+    model: Any, image_size: int | tuple[int, int] | None = None, theoretical: bool = False
+) -> dict[str, int]:
+    """MACs by part, such as ``blocks.0.attn.qkv``; their sum is the model's.
+
+    Args:
+        model: a model with a plan.
+        image_size: pixels, (height, width) or one for both; the size the model is built for when None.
+        theoretical: count a carried map and exact neighbourhoods instead of the products that run on this device.
+
+    Raises:
+        ValueError: a part that has no closed form, such as an attention pool.
+    """
+    _check(model)
+    grid = model.patch_embed.grid_size if image_size is None else model.patch_embed.dynamic_feat_size(_pair(image_size))
+    num_tokens = model.num_prefix_tokens + grid[0] * grid[1]
+    parts = {"patch_embed": grid[0] * grid[1] * model.patch_embed.proj.weight.numel()}
+    for index, block in enumerate(model.blocks):
+        is_last = index == len(model.blocks) - 1
+        num_queries = model.num_class_rows if is_last and model.reads_class_rows else num_tokens
+        for part, macs in block.macs(grid, num_queries, theoretical).items():
+            parts[f"blocks.{index}.{part}"] = macs
+    for name, head in _heads(model).items():
+        parts[name] = head.in_features * head.out_features
+    return parts
+
+
+def count_params(model: Any) -> int:
+    """Number of parameters, from the shapes of the layers.
+
+    Raises:
+        ValueError: a part that has no closed form, such as an attention pool.
+    """
+    _check(model)
+    embed = model.patch_embed.proj
+    positions = 0
+    if model.pos_embed is not None:
+        positions = model.patch_embed.num_patches + (0 if model.no_embed_class else model.num_prefix_tokens)
+    tokens = (model.num_prefix_tokens + positions) * model.embed_dim
+    kernel = embed.in_channels * embed.kernel_size[0] * embed.kernel_size[1]
+    projections = 0 if model.key_proj is None else math.prod(model.key_proj.shape)
+    norms = sum(norm_params(norm) for norm in (model.patch_embed.norm, model.norm_pre, model.norm, model.fc_norm))
+    layers = sum(block.num_params() for block in model.blocks)
+    heads = sum(linear_params(head) for head in _heads(model).values())
+    return embed.out_channels * (kernel + (embed.bias is not None)) + tokens + projections + norms + layers + heads
+
+
+def _heads(model: Any) -> dict[str, nn.Linear]:
+    """The model's classifiers by name."""
+    found = {name: getattr(model, name, None) for name in ("head", "head_dist")}
+    return {name: head for name, head in found.items() if isinstance(head, nn.Linear)}
+
+
+def _check(model: Any) -> None:
+    if not hasattr(model, "plan"):
+        raise ValueError(f"{type(model).__name__} has no plan and so no closed form: count it with vitreuse.cost.counters.")
+    if model.attn_pool is not None:
+        raise ValueError(f"global_pool={model.global_pool!r} has no closed form: use token, avg, avgmax or max.")
+
+
+def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else size

@@ -1,0 +1,1 @@
+"""Folders of WebDataset shards: built, indexed and verified, by several processes."""

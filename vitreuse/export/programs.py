@@ -1,0 +1,278 @@
+"""A trained model as files that others run: a hub folder, safetensors, a program of torch.export, ONNX.
+
+Programs are checked against the model before they are kept: on images, in batches of other sizes than the traced one.
+
+Shapes: B images of a batch.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import Dim, ExportedProgram
+
+from vitreuse.attention.base import Attention
+from vitreuse.compress.fold import fold
+from vitreuse.cost.counters import torch_flops
+from vitreuse.export.hub import CONFIG, WEIGHTS, model_weights, preprocessing, save_hub_folder
+from vitreuse.export.model_card import model_card
+from vitreuse.io.durable import TEMPORARY_FILES, write_durably
+from vitreuse.model.class_names import LABEL_NAMES, names_of, pack_names
+from vitreuse.model.preprocessing import example
+
+Predict = Callable[[Tensor], Tensor]  # images (B, channels, rows, columns) to logits (B, classes)
+README = "README.md"
+FILES = {
+    "hub": (WEIGHTS, CONFIG, README),
+    "safetensors": (WEIGHTS,),
+    "torch": ("model.pt2",),
+    "onnx": ("model.onnx",),
+}
+PROGRAMS = ("torch", "onnx")  # the formats that hold a program, which is checked
+OPSETS = range(18, 24)  # from the first that torch's exporter writes to the last that torch 2.14 knows
+DIFFERENCE_LIMIT = 1e-4  # of logits, over their standard deviation
+ONNX_BYTES = 2**31  # of one protobuf message
+
+
+@torch.no_grad()
+def export(
+    model: Any,
+    folder: Path,
+    formats: Sequence[str],
+    batches: Sequence[Tensor] = (),
+    folds: bool = False,
+    opset: int = OPSETS[-1],
+    crop_pct: float | None = None,
+    name: str | None = None,
+    accuracy: str | None = None,
+    training: str | None = None,
+) -> dict[str, float]:
+    """Writes a model in each of the formats; each file is whole or not there, and none is if a program is wrong.
+
+    Args:
+        model: A ViT of timm or ours in float32 on the CPU, made by timm.create_model.
+        folder: For the files; made where it is missing. What an earlier export left is replaced.
+        formats: Of FILES.
+        batches: Images (B, channels, rows, columns) that programs are checked on; random ones by default.
+        folds: Whether programs are of the folded model, see vitreuse.fold.
+        opset: The version of ONNX's operators.
+        crop_pct: Share of the resized image that evaluation crops, where it is not the model's own.
+        name: For the model card; that of the folder by default.
+        accuracy: For the model card, where it is known.
+        training: What is to be known of how far the model was trained, where that is not to its end: for the model card
+            and the metadata of every file.
+
+    Returns:
+        For each program the largest difference of its logits to the model's, over their standard deviation.
+
+    Raises:
+        ValueError: The folder holds something else or cannot be written, the model cannot be traced, a package is
+            missing, or a program's logits are not the model's.
+    """
+    check_folder(folder, formats)
+    chosen = [of for of in PROGRAMS if of in formats]
+    contents, differences = programs(model.eval(), chosen, batches, folds, opset, crop_pct, training)
+    if "safetensors" in formats:
+        contents[WEIGHTS] = model_weights(model, training)
+    if "hub" in formats:
+        save_hub_folder(model, folder, crop_pct, training)
+        macs = torch_flops(in_export_form(model), example(model, 1))[""] // 2
+        contents[README] = model_card(model, name or folder.resolve().name, macs, accuracy, training).encode()
+    for file, content in contents.items():
+        write_durably(folder / file, content)
+    return differences
+
+
+def programs(
+    model: Any,
+    formats: Sequence[str],
+    batches: Sequence[Tensor],
+    folds: bool,
+    opset: int,
+    crop_pct: float | None,
+    training: str | None,
+) -> tuple[dict[str, bytes], dict[str, float]]:
+    """The content of each program's file, and how far each is from the model; arguments as for export."""
+    contents: dict[str, bytes] = {}
+    differences: dict[str, float] = {}
+    if not formats:
+        return contents, differences
+    if "onnx" in formats:
+        require_onnx(model)
+    batches = batches or [example(model, 8)]
+    program = trace(fold(model) if folds else model, len(batches[0]) + 1)
+    facts = {"name": model.pretrained_cfg["architecture"], "plan": str(getattr(model, "plan", ""))}
+    facts["preprocessing"] = json.dumps(preprocessing(model, crop_pct))
+    facts |= {"training": training} if training is not None else {}
+    class_names = names_of(model)
+    if class_names is not None:
+        facts[LABEL_NAMES] = pack_names(class_names)
+    for of in formats:
+        content = pack_torch(program, facts) if of == "torch" else pack_onnx(program, facts, opset)
+        predict = load_torch(content) if of == "torch" else load_onnx(content)
+        differences[of] = checked_difference(of, predict, model, batches)
+        contents[FILES[of][0]] = content
+    return contents, differences
+
+
+def check_folder(folder: Path, formats: Sequence[str]) -> None:
+    """Makes the folder, if it is new.
+
+    Raises:
+        ValueError: It holds what is no earlier export of these formats, or cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be made ({error.strerror}): choose another -o DIR.") from error
+    written = {file for of in formats for file in FILES[of]}
+    found = {path.name for path in folder.iterdir() if not path.match(TEMPORARY_FILES)}
+    foreign = sorted(found - written) or sorted(found if not any(file.startswith("model.") for file in found) else ())
+    if foreign:
+        raise ValueError(
+            f"{folder} holds {foreign[0]}, which is not of an earlier export to {', '.join(formats)}: choose another "
+            "-o DIR, or all the formats of what is there."
+        )
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"{folder} cannot be written: choose another -o DIR.")
+
+
+def require_onnx(model: Any) -> None:
+    """Refuses what would fail late.
+
+    Raises:
+        ValueError: A package is not installed, or the model is too large for one file.
+    """
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        if find_spec(package) is None:
+            raise ValueError(f"the format onnx needs {package}: install it with pip install 'vitreuse[export]'.")
+    num_bytes = sum(parameter.nbytes for parameter in model.parameters())
+    if num_bytes >= ONNX_BYTES:
+        raise ValueError(f"{num_bytes / 2**30:.1f} GiB of weights do not fit into an ONNX file of 2 GiB: use torch.")
+
+
+def in_export_form(model: Any) -> Any:
+    """A copy whose layers compute attention in one way, whatever device and shapes they are traced on.
+
+    A map that later layers read is made once and carried. Attention that nobody reads stays one operation, as which
+    runtimes know it. No measured costs of this machine decide.
+    """
+    copied = copy.deepcopy(model).eval().requires_grad_(False)
+    for module in copied.modules():
+        if isinstance(module, Attention):
+            module.reuse_backend, module.costs = "map", {}
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = True
+    for parameter in copied.parameters():
+        parameter.data = parameter.data.contiguous()  # torch.export.save wants whole storages, fold leaves transposes
+    return copied
+
+
+def trace(model: Any, batch_size: int) -> ExportedProgram:
+    """The model as a program of torch.export for batches of any size, traced at one above 1.
+
+    Raises:
+        ValueError: The model is none that torch.export takes.
+    """
+    images = example(model, batch_size)
+    try:
+        with silenced():
+            program = torch.export.export(in_export_form(model), (images,), dynamic_shapes=({0: Dim("batch")},))
+    except Exception as error:  # whatever the model's code and its trace lead to
+        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        raise ValueError(
+            f"torch.export cannot take this {type(model).__name__} ({reason}): export it as hub or safetensors."
+        ) from error
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # it would publish paths of this machine
+    return program
+
+
+@contextmanager
+def silenced() -> Iterator[None]:
+    """Keeps back what torch logs and prints of a failed trace: pages, whose first line the error has."""
+    logging.disable(logging.WARNING)
+    try:
+        with redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def pack_torch(program: ExportedProgram, facts: dict[str, str]) -> bytes:
+    """The content of a .pt2 file, with facts about the model beside the program."""
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer, extra_files={"model.json": json.dumps(facts)})
+    return buffer.getvalue()
+
+
+def pack_onnx(program: ExportedProgram, facts: dict[str, str], opset: int) -> bytes:
+    """The content of an .onnx file from ``images`` to ``logits``, with facts about the model as metadata.
+
+    Raises:
+        ValueError: The exporter has no operator for a part of the model.
+    """
+    from onnx.helper import set_model_props
+    from onnxscript.ir.passes.common import ClearMetadataAndDocStringPass
+
+    try:
+        exported: Any = torch.onnx.export(
+            program,
+            input_names=["images"],
+            output_names=["logits"],
+            dynamic_shapes=({0: "batch"},),
+            opset_version=opset,
+            dynamo=True,
+            verbose=False,
+        )
+    except torch.onnx.OnnxExporterError as error:
+        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        raise ValueError(f"torch.onnx cannot take this model ({reason}): export it as torch.") from error
+    ClearMetadataAndDocStringPass()(exported.model)  # where each node comes from is larger than the graph
+    proto = exported.model_proto
+    set_model_props(proto, facts)
+    return proto.SerializeToString()
+
+
+def load_torch(content: bytes) -> Predict:
+    """What a .pt2 file computes."""
+    return torch.export.load(io.BytesIO(content)).module()
+
+
+def load_onnx(content: bytes) -> Predict:
+    """What an .onnx file computes in onnxruntime, on a CPU and as many threads as torch has."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # others measure in turns with it
+    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+
+
+def checked_difference(of: str, predict: Predict, model: Any, batches: Sequence[Tensor]) -> float:
+    """Largest difference of logits, over their standard deviation, of the first image alone and of all batches.
+
+    Raises:
+        ValueError: It is above DIFFERENCE_LIMIT, or not a number.
+    """
+    inputs = [batches[0][:1], *batches]
+    wanted, found = (torch.cat([function(images) for images in inputs]) for function in (model, predict))
+    difference = float((found - wanted).abs().max() / wanted.std().clamp_min(torch.finfo(wanted.dtype).tiny))
+    if not difference <= DIFFERENCE_LIMIT:
+        raise ValueError(
+            f"the {of} program's logits differ from the model's by {difference:.1e} of their standard deviation, above "
+            f"{DIFFERENCE_LIMIT:.0e}: no file is kept; another --opset or format may be right."
+        )
+    return difference

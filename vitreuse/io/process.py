@@ -1,0 +1,51 @@
+"""This process among those of its machine: whether it speaks for all, where it computes, how it ends."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import torch
+
+from vitreuse.io.errors import ConfigError
+
+DONE, FAILED, WRONG_INPUT, STOPPED, INTERRUPTED = 0, 1, 2, 75, 130  # exit codes; 75 asks to be started again
+
+
+class OtherRankError(ValueError):
+    """What another rank met and prints: this one ends with it, and in silence."""
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of a name: auto takes cuda where there is one.
+
+    Raises:
+        ConfigError: cuda is asked for and there is none.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("there is no CUDA device for the device cuda: use cpu or auto.")
+    return torch.device(name)
+
+
+def is_first_rank() -> bool:
+    """Whether this process is the one that speaks for all, under torchrun or alone."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def is_first_of_machine() -> bool:
+    """Whether this process speaks for those of its machine, which were all started with the same arguments."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def print_error(prog: str, error: Exception) -> None:
+    """Prints an error as one line on standard error; nothing where another rank prints it."""
+    if not isinstance(error, OtherRankError):
+        print(f"{prog}: {' '.join(str(error).split())}", file=sys.stderr)
+
+
+def print_note(text: str) -> None:
+    """Prints a line on standard error that no other rank repeats."""
+    if is_first_rank():
+        print(text, file=sys.stderr)

@@ -1,0 +1,111 @@
+"""What a model takes in: the size and statistics of its images, its evaluation transform, an example."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from timm.data.config import resolve_model_data_config
+from timm.data.transforms_factory import create_transform
+from timm.models import VisionTransformer
+from torch import Tensor, nn
+
+from vitreuse.io.errors import ConfigError
+
+DTYPES = ("float32", "bfloat16")  # in which models are measured
+Transform = Callable[[Any], Tensor]  # from a PIL image to (channels, rows, columns)
+
+
+def image_settings(model: Any, use_test_size: bool = False) -> dict[str, Any]:
+    """timm's data settings of a model (interpolation, mean, std, crop_pct, ...), for a ViT with its own input_size.
+
+    ImageNet's three statistics become their mean for every channel of images that are not RGB.
+
+    Args:
+        use_test_size: the size and crop that timm's table was measured at, where they are not those of the training.
+    """
+    settings: dict[str, Any] = resolve_model_data_config(model, use_test_size=use_test_size)
+    if not isinstance(model, VisionTransformer):
+        return settings
+    in_chans, (rows, columns) = model.patch_embed.proj.in_channels, model.patch_embed.img_size
+    for key in ("mean", "std"):
+        if len(settings[key]) != in_chans:
+            settings[key] = (sum(settings[key]) / len(settings[key]),) * in_chans
+    return {**settings, "input_size": (in_chans, rows, columns)}
+
+
+def image_mode(model: Any) -> str:
+    """PIL's mode of the images that a model takes: L for one channel, RGB for three.
+
+    Raises:
+        ConfigError: It takes another number of channels, which no image file is decoded to.
+    """
+    num_channels = image_settings(model)["input_size"][0]
+    if num_channels not in (1, 3):
+        raise ConfigError(
+            f"the model takes images of {num_channels} channels, and image files are decoded to 1 (grey) or 3 (RGB): "
+            "set model.keywords.in_chans to one of them."
+        )
+    return "L" if num_channels == 1 else "RGB"
+
+
+@torch.no_grad()
+def check_answers(answer: Callable[[Tensor], Any], images: Tensor, num_classes: int, name: str) -> None:
+    """Checks that a model takes images and answers with a logit for each class, under each of its heads.
+
+    Args:
+        answer: The model, or what calls it.
+        images: (B, channels, rows, columns).
+        num_classes: How many logits there should be.
+        name: Of the model, for the error.
+
+    Raises:
+        ConfigError: It fails, as under a keyword that its constructor took, or answers with something else.
+    """
+    shape = " x ".join(map(str, images.shape[1:]))
+    try:
+        found = answer(images)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a keyword leads to
+        raise ConfigError(f"{name} fails on an image of {shape} ({_in_a_line(error)}): change its keywords.") from error
+    for logits in found if isinstance(found, tuple) else (found,):
+        if getattr(logits, "shape", None) != (len(images), num_classes):
+            given = " x ".join(map(str, logits.shape)) if isinstance(logits, Tensor) else type(logits).__name__
+            raise ConfigError(
+                f"{name} answers an image of {shape} with {given} instead of a logit for each of {num_classes} "
+                "classes: change its keywords, such as global_pool or features_only."
+            )
+
+
+def _in_a_line(error: Exception) -> str:
+    return " ".join(str(error).splitlines()[:1]) or type(error).__name__
+
+
+def evaluation_transform(model: nn.Module, crop_pct: float | None = None, use_test_size: bool = False) -> Transform:
+    """Resize, centre crop and normalise, by the model's own settings.
+
+    Args:
+        crop_pct: share of the resized image that the crop keeps; the model's own by default.
+        use_test_size: see image_settings.
+    """
+    settings = image_settings(model, use_test_size)
+    transform: Any = create_transform(**{**settings, "crop_pct": crop_pct or settings["crop_pct"]}, is_training=False)
+    return transform
+
+
+def example(model: nn.Module, batch_size: int) -> Tensor:
+    """Random images (B, channels, rows, columns) for a model, on its device and in its dtype.
+
+    Raises:
+        ValueError: the model was built for images smaller than one patch.
+    """
+    size = image_settings(model)["input_size"]
+    if isinstance(model, VisionTransformer) and not model.patch_embed.num_patches:
+        raise ValueError(f"images of {size[-1]} px are smaller than a patch of {model.patch_embed.patch_size[-1]} px.")
+    weight = next(model.parameters())
+    return torch.randn(batch_size, *size, device=weight.device, dtype=weight.dtype)
+
+
+PREPROCESSING = ("mean", "std", "interpolation", "crop_pct", "crop_mode")  # of an image, beside its size

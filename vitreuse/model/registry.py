@@ -1,0 +1,132 @@
+"""Model names: families x methods x sizes x resolutions, registered with timm.
+
+Registering builds nothing. Every default config is that of timm's plain model of the same family, size and resolution,
+without its weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from timm.layers import LayerNorm, get_norm_layer
+from timm.models import build_model_with_cfg, generate_default_cfgs, get_pretrained_cfg, register_model
+from torch import nn
+
+from vitreuse.io.errors import closest
+from vitreuse.model.checkpoint import checkpoint_filter_fn
+from vitreuse.model.vit import PlanVisionTransformer, PlanVisionTransformerDistilled
+from vitreuse.plan import PRESETS, preset_plan
+
+SIZES: dict[str, dict[str, int]] = {
+    "tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3},
+    "small": {"embed_dim": 384, "depth": 12, "num_heads": 6},
+    "base": {"embed_dim": 768, "depth": 12, "num_heads": 12},
+    "large": {"embed_dim": 1024, "depth": 24, "num_heads": 16},
+}
+FAMILY_ARGS: dict[str, dict[str, Any]] = {
+    "vit": {},
+    "deit": {},
+    "deit3": {"no_embed_class": True, "init_values": 1e-6},
+}
+# resolutions where timm has the plain model
+RESOLUTIONS: dict[str, dict[str, tuple[int, ...]]] = {
+    "vit": {"tiny": (224, 384), "small": (224, 384), "base": (224, 384), "large": (224, 384)},
+    "deit": {"tiny": (224,), "small": (224,), "base": (224, 384)},
+    "deit3": {"small": (224, 384), "base": (224, 384), "large": (224, 384)},
+}
+DISTILLED_SIZES = ("tiny", "small", "base")
+
+
+def plain_name(name: str) -> str:
+    """timm's name of the plain model that a name of ours is a variant of."""
+    return _PLAIN_NAMES[name]
+
+
+def variant_of(name: str) -> str:
+    """One of our names for the plain model that ``name`` is, or is a variant of.
+
+    Raises:
+        ValueError: neither a name of ours nor the plain model of one.
+    """
+    if name in _PLAIN_NAMES:
+        return name
+    for variant, plain in _PLAIN_NAMES.items():
+        if plain == name:
+            return variant
+    near = closest(name, [*_PLAIN_NAMES, *_PLAIN_NAMES.values()], likeness=0.0)
+    raise ValueError(f"no model {name!r} that takes a plan: the nearest is {near!r}, 'vitreuse models' lists ours.")
+
+
+def _name_table() -> dict[str, tuple[str, str, dict[str, Any]]]:
+    """Our name: timm's plain name, the method, and the keywords of the size."""
+    table = {}
+    for method in PRESETS:
+        for family, sizes in RESOLUTIONS.items():
+            for size, resolutions in sizes.items():
+                args = {"patch_size": 16, **SIZES[size], **FAMILY_ARGS[family]}
+                for resolution in resolutions:
+                    tail = f"{size}_patch16_{resolution}"
+                    table[f"{family}_{method}_{tail}"] = f"{family}_{tail}", method, args
+        for size in DISTILLED_SIZES:
+            tail = f"{size}_distilled_patch16_224"
+            table[f"deit_{method}_{tail}"] = f"deit_{tail}", method, {"patch_size": 16, **SIZES[size]}
+    return table
+
+
+def _default_cfg(plain: str) -> dict[str, Any]:
+    """The plain model's default config without where its weights lie."""
+    cfg = get_pretrained_cfg(plain)
+    assert cfg is not None
+    kept = ("input_size", "crop_pct", "interpolation", "mean", "std", "first_conv", "classifier", "fixed_input_size")
+    return {"num_classes": 1000, "pool_size": None, **{key: getattr(cfg, key) for key in kept}}
+
+
+def _create(
+    name: str,
+    distilled: bool,
+    pretrained: bool,
+    plan: str | None,
+    method: str,
+    out_indices: Any = 3,
+    norm_eps: float | None = None,
+    **kwargs: Any,
+) -> nn.Module:
+    """Builds a registered model with its method's preset plan, or another plan.
+
+    ``norm_eps`` is of all norms: JSON, and so a hub folder, cannot hold timm's ``norm_layer=partial(...)``.
+    """
+    if plan is None:
+        plan = str(preset_plan(method, kwargs["depth"]))
+    if norm_eps is not None:
+        kwargs["norm_layer"] = partial(get_norm_layer(kwargs.get("norm_layer")) or LayerNorm, eps=norm_eps)
+    return build_model_with_cfg(
+        PlanVisionTransformerDistilled if distilled else PlanVisionTransformer,
+        name,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
+        plan=plan,
+        **kwargs,
+    )
+
+
+def _entrypoint(name: str, method: str, args: dict[str, Any]) -> Callable[..., nn.Module]:
+    """The function that timm.create_model calls for ``name``."""
+
+    def create(pretrained: bool = False, plan: str | None = None, **kwargs: Any) -> nn.Module:
+        return build(pretrained=pretrained, plan=plan, method=method, **{**args, **kwargs})
+
+    build = partial(_create, name, "_distilled_" in name)
+    create.__name__ = create.__qualname__ = name
+    create.__doc__ = f"{_PLAIN_NAMES[name]} with the plan of the {method} preset, or any ``plan=``."
+    return create
+
+
+_TABLE = _name_table()
+_PLAIN_NAMES = {name: plain for name, (plain, _, _) in _TABLE.items()}
+default_cfgs = generate_default_cfgs({name: _default_cfg(plain) for name, (plain, _, _) in _TABLE.items()})
+__all__: list[str] = []  # timm adds each name
+for _name, (_, _method, _args) in _TABLE.items():
+    globals()[_name] = register_model(_entrypoint(_name, _method, _args))
