@@ -26,6 +26,7 @@ from vitreuse.data import BuildSettings, DataError, Workers, build_shards, load_
 from vitreuse.data.datasets import list_classes
 from vitreuse.data.listing import list_splits
 from vitreuse.data.shards.build import ShardTask, _write_shard
+from vitreuse.data.tree import DiskFolder, list_below
 
 CLASS_SIZES = {"n01.cat": 7, "n02": 11, "n03": 5}
 NUM_IMAGES = sum(CLASS_SIZES.values())

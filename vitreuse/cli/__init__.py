@@ -1,1 +1,1 @@
-"""One file per command of ``vitreuse``; see vitreuse.console for what a command is."""
+"""One file per command of ``vitreuse``; see vitreuse.cli.console for what a command is."""

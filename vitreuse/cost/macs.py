@@ -68,7 +68,8 @@ def _heads(model: Any) -> dict[str, nn.Linear]:
 
 def _check(model: Any) -> None:
     if not hasattr(model, "plan"):
-        raise ValueError(f"{type(model).__name__} has no plan and so no closed form: count it with vitreuse.cost.counters.")
+        name = type(model).__name__
+        raise ValueError(f"{name} has no plan and so no closed form: count it with vitreuse.cost.counters.")
     if model.attn_pool is not None:
         raise ValueError(f"global_pool={model.global_pool!r} has no closed form: use token, avg, avgmax or max.")
 
