@@ -62,7 +62,8 @@ class Teacher:
 
     Args:
         model: The trained one.
-        images: vitreuse.model.preprocessing.image_settings of the other: the statistics by which its images are normalised.
+        images: image_settings (vitreuse.model.preprocessing) of the other: the statistics by which its images are
+            normalised.
     """
 
     def __init__(self, model: nn.Module, images: dict[str, Any]):
