@@ -19,9 +19,10 @@ from eval.flops import model_macs
 from eval.profile import COLUMNS as PROFILE_COLUMNS
 from eval.profile import profile_parts
 from eval.table import Column, to_csv, to_rich
+from vitreuse.attention.policy import Conditions
 from vitreuse.cli.console import local_path, positive
 from vitreuse.config import ModelConfig
-from vitreuse.cost.backends import Conditions, summary
+from vitreuse.cost.backends import summary
 from vitreuse.cost.measure import (
     Call,
     Timing,

@@ -24,8 +24,9 @@ from train.reference import Reference
 from train.run import RunFolder, run_facts
 from train.trackers import check_installed
 from train.trainer import StepResult, Trainer
+from vitreuse.attention.policy import Conditions
 from vitreuse.config import Config, ConfigError
-from vitreuse.cost.backends import Conditions, sentence
+from vitreuse.cost.backends import sentence
 from vitreuse.cost.measure import peak_process_memory_mib
 from vitreuse.io.progress import WorkProgress
 

@@ -17,9 +17,11 @@ from timm.layers import register_notrace_function, use_fused_attn
 from torch import Tensor, nn
 
 from vitreuse.attention.costs import Costs
-from vitreuse.attention.maps import NO_MASK, Carried, Layout, Mask, Settings
+from vitreuse.attention.maps import NO_MASK, Carried, Layout, Mask
+from vitreuse.attention.policy import Call, Conditions, Settings, Way, choose
 from vitreuse.attention.tiles import span_pairs
 from vitreuse.plan import Plan, Spec
+from vitreuse.plan.options import PlanOptions
 
 
 class Carry(NamedTuple):
@@ -46,13 +48,10 @@ class AttentionConfig:
     grid: tuple[int, int]
     num_prefix_tokens: int
     costs: Costs
-    reuse_backend: str  # this and the next three as in options.PlanOptions
-    lowrank_sharing: str
-    lowrank_projection: str
-    lowrank_init: str
-    qkv_bias: bool
+    options: PlanOptions
+    qkv_bias: bool  # this and the rest as timm's blocks take them
     qk_norm: bool
-    scale_norm: bool
+    scale_attn_norm: bool
     proj_bias: bool
     attn_drop: float
     proj_drop: float
@@ -153,6 +152,7 @@ class Attention(CarryingAttention):
     """Head geometry, qk-norm and output projection; a subclass per kind of layer adds its inputs and ``attend``."""
 
     costs: Costs
+    makes_map = True  # and does not read one that it hands on
 
     def __init__(self, config: AttentionConfig) -> None:
         super().__init__()
@@ -166,9 +166,12 @@ class Attention(CarryingAttention):
         self.num_prefix_tokens = config.num_prefix_tokens
         self.costs = config.costs
         self.place(config.plan, config.layer)
-        self.reuse_backend = config.reuse_backend
+        self.reuse_backend = config.options.reuse_backend
         self.fused_attn = use_fused_attn()
-        self.width = 0  # of the span, 0 for all keys
+        map_spec = config.anchor or config.spec  # of the layer that makes the map
+        self.map_word = map_spec.word
+        self.width = map_spec.number or 0 if self.map_word == "span" else 0  # of the span, 0 for all keys
+        self.projected_dim = map_spec.number or 0 if self.map_word == "lowrank" else 0  # k, 0 for all tokens
 
     def build_output(self, config: AttentionConfig, computes_map: bool) -> None:
         """Adds timm's submodules after the input projections, in timm's order, so that a seed gives timm's weights."""
@@ -177,7 +180,7 @@ class Attention(CarryingAttention):
         self.q_norm = config.norm_layer(self.head_dim, **factory) if qk_norm else nn.Identity()
         self.k_norm = config.norm_layer(self.head_dim, **factory) if qk_norm else nn.Identity()
         self.attn_drop = nn.Dropout(config.attn_drop)
-        self.norm = config.norm_layer(self.dim, **factory) if config.scale_norm else nn.Identity()
+        self.norm = config.norm_layer(self.dim, **factory) if config.scale_attn_norm else nn.Identity()
         self.proj = nn.Linear(self.dim, self.dim, bias=config.proj_bias, **factory)
         self.proj_drop = nn.Dropout(config.proj_drop)
 
@@ -203,6 +206,24 @@ class Attention(CarryingAttention):
             self.num_keys,
         )
 
+    def way(self, conditions: Conditions, num_queries: int | None = None) -> Way:
+        """How the layer would compute attention, without a mask and handed no map; see policy.choose."""
+        layout = self.layout(self.grid, self.computed_rows(num_queries))
+        dropout = self.attn_drop.p if conditions.training else 0.0
+        is_eager = not (conditions.training or conditions.compiled)
+        call = Call(
+            device_type=conditions.device.type,
+            dtype=conditions.dtype,
+            num_keys=self.num_keys,
+            num_logits=conditions.batch_size * self.num_heads * self.num_tokens * self.num_keys,
+            width=layout.width,
+            is_tiled=layout.is_tiled,
+            dropout=dropout,
+            in_blocks=conditions.device.type == "cpu" and is_eager,
+        )
+        num_readers = self.num_readers if self.makes_map else 0
+        return choose(call, self.settings._replace(training=conditions.training, num_readers=num_readers))
+
     @property
     def num_tokens(self) -> int:
         """N of the grid that the layer is built for."""
@@ -216,6 +237,12 @@ class Attention(CarryingAttention):
     def layout(self, grid: tuple[int, int], num_rows: int | None) -> Layout:
         """Where the tokens lie; the first rows, where only these are computed, see every key."""
         return Layout(grid, self.width if num_rows is None else 0, self.num_prefix_tokens)
+
+    def on_grid(self, x: Tensor, grid: tuple[int, int], mask: Mask) -> tuple[Tensor, Mask]:
+        """The inputs, checked where a map is low-rank or of windows: it must know where on the grid each token lies."""
+        if self.map_word not in ("lowrank", "span"):
+            return x, mask
+        return with_all_tokens(self.map_word, x, grid, self.num_prefix_tokens), without_mask(self.map_word, mask)
 
     def computed_rows(self, num_queries: int | None) -> int | None:
         """How many query rows to compute: those asked for, or all (None) where windows need whole tiles."""

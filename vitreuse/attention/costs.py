@@ -22,8 +22,6 @@ import torch
 
 COST_NAMES = ("fused", "unfused", "make", "apply")
 RATE_NAMES = ("mlp", "linear")
-TIE = 1.05  # how much slower the fused kernel may be and still be taken
-SHORT_ROW = 128  # keys of a map that is worth carrying on any device
 Rates = dict[str, list[tuple[int, float, float]]]  # as costs, of channels of a token and the two rates; inference alone
 Point = tuple[int, float, float, float, float]  # keys of a query, then the four costs
 Costs = dict[str, list[Point]]  # by device type, dtype and mode, such as "cpu bfloat16 inference"
@@ -113,30 +111,3 @@ def cost_at(points: list[Point], num_keys: int) -> tuple[float, float, float, fl
             )
         below = above
     return below[1], below[2], below[3], below[4]
-
-
-def is_fused_faster(costs: Costs, device_type: str, dtype: torch.dtype, training: bool, num_keys: int) -> bool:
-    """Whether one layer's attention should use the fused kernel; where nothing was measured it should.
-
-    Near ties go to the fused kernel: in a whole model it is ahead by what it does not write to memory.
-    """
-    key = cost_key(device_type, dtype, training)
-    if key not in costs:
-        return True
-    fused, unfused, _, _ = cost_at(costs[key], num_keys)
-    return fused <= TIE * unfused
-
-
-def is_map_faster(
-    costs: Costs, device_type: str, dtype: torch.dtype, training: bool, num_keys: int, num_readers: int
-) -> bool:
-    """Whether an anchor should hand its map, rather than (q, k), to so many reuse layers.
-
-    Where nothing was measured only a short row is carried: on paper, reading a longer one on a GPU costs more than
-    recomputing it.
-    """
-    key = cost_key(device_type, dtype, training)
-    if key not in costs:
-        return num_keys <= SHORT_ROW
-    fused, unfused, make, apply = cost_at(costs[key], num_keys)
-    return make + (1 + num_readers) * apply <= (1 + num_readers) * min(fused, unfused)

@@ -29,6 +29,7 @@ class ExactAttention(Attention):
         self, x: Tensor, carry: Carry, grid: tuple[int, int], num_queries: int | None, mask: Mask
     ) -> tuple[Tensor, Carry]:
         """The way of every layer that computes its own map."""
+        x, mask = self.on_grid(x, grid, mask)
         rows = self.computed_rows(num_queries)
         q, k, v, key_proj, value_proj = self.project(x, rows, grid, carry.layerwise_proj)
         layout, bias = self.layout(grid, rows), carry.span_bias

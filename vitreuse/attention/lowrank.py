@@ -16,10 +16,8 @@ from timm.layers import register_notrace_function
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vitreuse.attention import base
-from vitreuse.attention.base import AttentionConfig, Carry, split_heads
+from vitreuse.attention.base import AttentionConfig, split_heads
 from vitreuse.attention.exact import ExactAttention, Inputs
-from vitreuse.attention.maps import Mask
 from vitreuse.attention.submodules import is_plain_linear, linear_rows, rows_of
 from vitreuse.plan import Plan
 from vitreuse.plan.options import PlanOptions, layerwise_k
@@ -49,10 +47,10 @@ def projection_macs(num_tokens: int, kind: str, projected_dim: int) -> int:
 def projection_shape(config: AttentionConfig) -> tuple[int, ...] | None:
     """Shape of one token projection: k x N, (H x k x N without sharing), the kernel's length, None for pooling."""
     assert config.spec.number is not None
-    if config.lowrank_projection in ("mean", "max"):
+    if config.options.lowrank_projection in ("mean", "max"):
         return None
-    heads = (config.num_heads,) if config.lowrank_sharing == "none" else ()
-    if config.lowrank_projection == "conv":
+    heads = (config.num_heads,) if config.options.lowrank_sharing == "none" else ()
+    if config.options.lowrank_projection == "conv":
         return (*heads, kernel_size(config.num_tokens, config.spec.number))
     return (*heads, config.spec.number, config.num_tokens)
 
@@ -73,7 +71,7 @@ def layerwise_shape(plan: Plan, options: PlanOptions, num_tokens: int) -> tuple[
 
 def tokens_first(config: AttentionConfig) -> bool:
     """Whether the tokens are projected before W: E must be linear and shared by the heads."""
-    return config.lowrank_projection != "max" and config.lowrank_sharing != "none"
+    return config.options.lowrank_projection != "max" and config.options.lowrank_sharing != "none"
 
 
 def init_projection(projection: Tensor, kind: str, init: str) -> None:
@@ -221,11 +219,9 @@ class LowRankAttention(ExactAttention):
 
     def __init__(self, config: AttentionConfig) -> None:
         super().__init__(config)
-        assert config.spec.number is not None
-        self.projected_dim = config.spec.number
-        self.kind = config.lowrank_projection
-        self.sharing = config.lowrank_sharing
-        self.init = config.lowrank_init
+        self.kind = config.options.lowrank_projection
+        self.sharing = config.options.lowrank_sharing
+        self.init = config.options.lowrank_init
         shape = projection_shape(config)
         factory: dict[str, Any] = {"device": config.device, "dtype": config.dtype}
         owns_key_proj = self.sharing != "layerwise"
@@ -245,12 +241,6 @@ class LowRankAttention(ExactAttention):
         for projection in (self.key_proj, self.value_proj):
             if projection is not None:
                 init_projection(projection, self.kind, self.init)
-
-    def attend(
-        self, x: Tensor, carry: Carry, grid: tuple[int, int], num_queries: int | None, mask: Mask
-    ) -> tuple[Tensor, Carry]:
-        x = base.with_all_tokens("lowrank", x, grid, self.num_prefix_tokens)
-        return super().attend(x, carry, grid, num_queries, base.without_mask("lowrank", mask))
 
     def project(
         self, x: Tensor, rows: int | None, grid: tuple[int, int], layerwise_proj: Tensor | None
@@ -290,19 +280,18 @@ class LowRankAttention(ExactAttention):
                 "a layerwise low-rank layer was run without the model's key_proj: call the whole model, or "
                 "model.blocks(x, layerwise_proj=model.key_proj)."
             )
-        key_proj = at_grid(own, self.kind, self.grid, grid, self.num_prefix_tokens, self.projected_dim)
-        if self.value_proj is None:
-            return key_proj, key_proj
-        return key_proj, at_grid(
-            self.value_proj, self.kind, self.grid, grid, self.num_prefix_tokens, self.projected_dim
-        )
+        key_proj = self.at_grid(own, grid)
+        return key_proj, key_proj if self.value_proj is None else self.at_grid(self.value_proj, grid)
+
+    def at_grid(self, projection: Tensor | None, grid: tuple[int, int]) -> Tensor | None:
+        """A projection of the grid that the layer is built for resampled to another."""
+        return at_grid(projection, self.kind, self.grid, grid, self.num_prefix_tokens, self.projected_dim)
 
     def set_grid(self, grid: tuple[int, int]) -> None:
         for name in ("key_proj", "value_proj"):
             own = getattr(self, name)
             if own is not None and grid != self.grid:
-                at = at_grid(own, self.kind, self.grid, grid, self.num_prefix_tokens, self.projected_dim)
-                setattr(self, name, resampled_parameter(own, at))
+                setattr(self, name, resampled_parameter(own, self.at_grid(own, grid)))
         self.grid = grid
 
     def macs(self, grid: tuple[int, int], num_queries: int, theoretical: bool) -> dict[str, int]:

@@ -8,7 +8,6 @@ Shapes: B images, H heads, N queries, M keys, D head dim, P prefix tokens.
 
 from __future__ import annotations
 
-import os
 from typing import NamedTuple
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitreuse.attention import tiles
-from vitreuse.attention.costs import SHORT_ROW, Costs, is_fused_faster, is_map_faster
+from vitreuse.attention.policy import Call, Settings, choose
 from vitreuse.attention.submodules import dropout_rate
 
 
@@ -56,66 +55,6 @@ class Carried(NamedTuple):
     prefix_weights: Tensor | None = None
     q: Tensor | None = None
     k: Tensor | None = None
-
-
-class Settings(NamedTuple):
-    """What decides how a layer's attention is computed, beside its inputs."""
-
-    scale: float  # of the logits
-    training: bool
-    fused: bool  # whether timm's switch allows a fused kernel
-    costs: Costs
-    backend: str  # what an anchor hands on, one of REUSE_BACKENDS
-    num_readers: int  # reuse layers that read what is handed on
-    num_maps: int  # of the model that are alive at the same time in training
-    num_keys: int  # of the grid that the layer is built for
-
-
-def carries_map(
-    settings: Settings, device_type: str, dtype: torch.dtype, num_keys: int, width: int, dropout: float | None
-) -> bool:
-    """Whether an anchor hands on its map rather than (q, k), as far as time decides.
-
-    ``auto`` goes by measured costs, see costs.py. No fused kernel recomputes a window, so that its map is carried on
-    the CPU, and elsewhere where it is small. Dropout on the map cannot be applied to one that a fused kernel
-    recomputes, so with dropout the map is always carried.
-    """
-    if (dropout or 0.0) > 0.0 or settings.backend == "map":
-        return True
-    if settings.backend == "qk":
-        return False
-    if width > 0:
-        return device_type in ("cpu", "meta") or width * width <= SHORT_ROW
-    return is_map_faster(settings.costs, device_type, dtype, settings.training, num_keys, settings.num_readers)
-
-
-def fits_in_memory(q: Tensor, num_keys: int, num_maps: int) -> bool:
-    """Whether the maps that are alive together take at most a quarter of the device's memory.
-
-    A rule of the device and not of what is free at the moment, so that a run that is resumed rounds as it did. Where a
-    size is not known yet, as that of the batch in a trace or an export, they are taken to fit.
-    """
-    batch, heads, num_queries, _ = q.shape
-    if torch.compiler.is_exporting() or type(batch) is not int or type(num_queries) is not int:
-        return True
-    numbers = batch * heads * num_queries * num_keys
-    return 4 * num_maps * numbers * q.element_size() <= memory_bytes(q.device.type)
-
-
-@torch.compiler.assume_constant_result
-def memory_bytes(device_type: str) -> int:
-    """Memory of the current device of a type; what is not known is taken for 16 GiB."""
-    if device_type == "cpu" and hasattr(os, "sysconf"):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if device_type == "cuda":
-        return torch.cuda.get_device_properties("cuda").total_memory
-    return 16 << 30
-
-
-def num_keys_of(k: Tensor, settings: Settings) -> int:
-    """How many keys there are; those that the layer is built for where a trace or an export has not fixed them."""
-    num_keys = k.shape[-2]
-    return num_keys if type(num_keys) is int else settings.num_keys
 
 
 def overwrites(*tensors: Tensor) -> bool:
@@ -233,17 +172,38 @@ def attend(
         ValueError: see ``checked``.
     """
     mask = checked(mask, v)
-    q, k, dropout = q.type_as(v), k.type_as(v), dropout_rate(drop)
-    hands_map = settings.num_readers > 0 and _hands_map(q, k, layout, dropout, settings)
-    if not hands_map:
-        handed = Carried(q=q, k=k) if settings.num_readers > 0 else Carried()
-        if dropout is not None and _is_fused(q, k, layout, settings):
-            return fused_attention(q, k, v, mask, dropout, settings.scale), handed
-        if dropout == 0.0 and is_blockable(q, k, v) and (layout.width > 0 or not mask.is_given):
-            return blocked(q, k, v, mask.attn_mask, layout, settings.scale), handed
+    q, k = q.type_as(v), k.type_as(v)
+    call = describe_call(q, k, v, mask, layout, dropout_rate(drop), settings)
+    way = choose(call, settings)
+    handed = Carried(q=q, k=k) if way.carried == "qk" else Carried()
+    if way.kernel == "fused":
+        return fused_attention(q, k, v, mask, call.dropout or 0.0, settings.scale), handed
+    if way.carried != "map" and call.in_blocks:
+        return blocked(q, k, v, mask.attn_mask, layout, settings.scale), handed
     weights, prefix_weights = make_map(q, k, settings.scale, mask, layout)
     mixed = apply_map(weights, prefix_weights, v, layout, drop)
-    return mixed, Carried(weights, prefix_weights) if hands_map else handed
+    return mixed, Carried(weights, prefix_weights) if way.carried == "map" else handed
+
+
+def describe_call(
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask, layout: Layout, dropout: float | None, settings: Settings
+) -> Call:
+    """What decides of a call of ``attend``; a number of keys that a trace has not fixed is that of the built grid."""
+    batch, heads, num_queries, _ = q.shape
+    num_keys = k.shape[-2] if type(k.shape[-2]) is int else settings.num_keys
+    can_block = q.device.type == "cpu" and dropout == 0.0 and (layout.width > 0 or not mask.is_given)
+    is_fixed = type(batch) is int and type(num_queries) is int and not torch.compiler.is_exporting()
+    return Call(
+        device_type=q.device.type,
+        dtype=q.dtype,
+        num_keys=num_keys,
+        num_logits=batch * heads * num_queries * num_keys if is_fixed else None,
+        width=layout.width,
+        is_tiled=layout.is_tiled,
+        dropout=dropout,
+        in_blocks=can_block and overwrites(q, k, v),
+        is_traced=torch.jit.is_tracing(),
+    )
 
 
 def checked(mask: Mask, v: Tensor) -> Mask:
@@ -259,33 +219,12 @@ def checked(mask: Mask, v: Tensor) -> Mask:
     return mask if mask.attn_mask.dtype == torch.bool else Mask(mask.attn_mask.to(v.dtype))
 
 
-def _hands_map(q: Tensor, k: Tensor, layout: Layout, dropout: float | None, settings: Settings) -> bool:
-    """Whether an anchor hands on its map, and memory allows it where it is free to choose."""
-    num_keys = num_keys_of(k, settings)
-    if not carries_map(settings, q.device.type, q.dtype, num_keys, layout.width, dropout):
-        return False
-    is_free = settings.backend == "auto" and layout.width == 0 and not dropout
-    return not is_free or fits_in_memory(q, num_keys, settings.num_maps if settings.training else 1)
-
-
-def _is_fused(q: Tensor, k: Tensor, layout: Layout, settings: Settings) -> bool:
-    """Whether a fused kernel attends; counters that trace a forward pass know none of them."""
-    if not settings.fused or layout.width > 0 or torch.jit.is_tracing():
-        return False
-    return is_fused_faster(settings.costs, q.device.type, q.dtype, settings.training, num_keys_of(k, settings))
-
-
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, dropout: float, scale: float) -> Tensor:
     """Mixed values (B, H, N, D) by torch's kernel, for the first N queries."""
     attn_mask = first_rows(mask.attn_mask, q.shape[-2])
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=attn_mask, dropout_p=dropout, is_causal=mask.is_causal, scale=scale
     )
-
-
-def is_blockable(*tensors: Tensor) -> bool:
-    """Whether the map need not exist as a whole: in eager inference on a CPU, where blocks of it stay in the cache."""
-    return tensors[0].device.type == "cpu" and overwrites(*tensors)
 
 
 def blocked(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, layout: Layout, scale: float) -> Tensor:

@@ -5,10 +5,11 @@ from timm.layers import register_notrace_function
 from torch import Tensor, nn
 
 # functions that a symbolic trace leaves whole are named by their file, where it finds them
-from vitreuse.attention import base, lowrank, maps, submodules
+from vitreuse.attention import lowrank, maps, submodules
 from vitreuse.attention.base import Attention, AttentionConfig, Carry, linear_params, split_heads
 from vitreuse.attention.lowrank import projected_length, projection_macs, tokens_first
-from vitreuse.attention.maps import Mask, carries_map
+from vitreuse.attention.maps import Mask
+from vitreuse.attention.policy import Call, choose_carried
 from vitreuse.attention.submodules import is_plain_linear, linear_rows
 
 
@@ -35,15 +36,13 @@ class ReuseAttention(Attention):
         Ying et al., 2021, LazyFormer (arXiv 2102.12702).
     """
 
+    makes_map = False
+
     def __init__(self, config: AttentionConfig) -> None:
         super().__init__(config)
-        assert config.anchor is not None
-        self.anchor_word = config.anchor.word
-        self.width = config.anchor.number or 0 if self.anchor_word == "span" else 0
-        self.projected_dim = config.anchor.number or 0 if self.anchor_word == "lowrank" else 0
-        self.kind = config.lowrank_projection
+        self.kind = config.options.lowrank_projection
         self.tokens_first = self.projected_dim > 0 and tokens_first(config)
-        self.per_head = config.lowrank_sharing == "none"
+        self.per_head = config.options.lowrank_sharing == "none"
         reused = config.spec.number
         self.num_reused_heads = self.num_heads if reused is None else reused
         self.own_dim = (self.num_heads - self.num_reused_heads) * self.head_dim
@@ -61,9 +60,7 @@ class ReuseAttention(Attention):
     def attend(
         self, x: Tensor, carry: Carry, grid: tuple[int, int], num_queries: int | None, mask: Mask
     ) -> tuple[Tensor, Carry]:
-        if self.anchor_word != "exact":
-            x = base.with_all_tokens(self.anchor_word, x, grid, self.num_prefix_tokens)
-            mask = base.without_mask(self.anchor_word, mask)
+        x, mask = self.on_grid(x, grid, mask)
         rows = self.computed_rows(num_queries)
         own = self.own_queries_and_keys(x, rows, carry.key_proj)
         v = self.project_values(x, carry.value_proj)
@@ -145,7 +142,8 @@ class ReuseAttention(Attention):
         """Whether (q, k) is carried on this device in inference, so that the reused heads' maps are computed again."""
         weight = self.proj.weight
         anchor = self.settings._replace(training=False, num_readers=self.anchor_readers)
-        return not theoretical and not carries_map(anchor, weight.device.type, weight.dtype, num_keys, self.width, 0.0)
+        call = Call(weight.device.type, weight.dtype, num_keys, width=self.width)
+        return not theoretical and choose_carried(call, anchor)[0] == "qk"
 
     def num_params(self) -> int:
         own = 0 if self.qk is None else linear_params(self.qk)

@@ -1,11 +1,6 @@
 """A square neighbourhood of patches per query: the sparse layers of mixed spans."""
 
-from torch import Tensor
-
-from vitreuse.attention import base
-from vitreuse.attention.base import AttentionConfig, Carry
 from vitreuse.attention.exact import ExactAttention
-from vitreuse.attention.maps import Mask
 
 
 class SpanAttention(ExactAttention):
@@ -20,14 +15,3 @@ class SpanAttention(ExactAttention):
     Raises: ValueError for an attn_mask, and for fewer tokens than the grid has.
     Paper: Zhang et al., 2023, MASFormer (arXiv 2310.12442).
     """
-
-    def __init__(self, config: AttentionConfig) -> None:
-        super().__init__(config)
-        assert config.spec.number is not None
-        self.width = config.spec.number
-
-    def attend(
-        self, x: Tensor, carry: Carry, grid: tuple[int, int], num_queries: int | None, mask: Mask
-    ) -> tuple[Tensor, Carry]:
-        x = base.with_all_tokens("span", x, grid, self.num_prefix_tokens)
-        return super().attend(x, carry, grid, num_queries, base.without_mask("span", mask))

@@ -15,12 +15,11 @@ from vitreuse.attention.costs import (
     COST_NAMES,
     as_costs,
     cost_key,
-    is_fused_faster,
-    is_map_faster,
     read_costs,
     read_rates,
     tuned_costs_path,
 )
+from vitreuse.attention.policy import is_fused_faster, is_map_faster
 from vitreuse.cli.console import local_path, positive, titled
 from vitreuse.cost.measure import describe_machine
 from vitreuse.cost.tune import MODES, measure_costs, measure_rates, write_costs
@@ -73,15 +72,15 @@ def _points(
     costs = as_costs({key: measured[key]})
     found = []
     for num_keys, *values in costs[key]:
-        condition = costs, device.type, dtype, mode == "train", num_keys
-        carried = {str(readers): "map" if is_map_faster(*condition, readers) else "qk" for readers in READERS}
+        condition = costs, key, num_keys
+        carried = {str(readers): "map" if is_map_faster(*condition, readers)[0] else "qk" for readers in READERS}
         found.append(
             {
                 "dtype": str(dtype).removeprefix("torch."),
                 "mode": mode,
                 "num_keys": num_keys,
                 "costs_ns": dict(zip(COST_NAMES, values, strict=True)),
-                "attention": "fused" if is_fused_faster(*condition) else "unfused",
+                "attention": "fused" if is_fused_faster(*condition)[0] else "unfused",
                 "carried_by_readers": carried,
             }
         )

@@ -25,6 +25,7 @@ from vitreuse.attention.costs import Costs, load_costs
 from vitreuse.attention.maps import Mask
 from vitreuse.model.block import InplaceMlp, PlanBlock, PlanBlocks
 from vitreuse.plan import Plan, Spec
+from vitreuse.plan.options import PlanOptions
 
 Rows = tuple[Any, slice]  # output rows of a linear layer
 
@@ -93,13 +94,10 @@ def with_plan_block(block: Any, model: Any, costs: Costs) -> PlanBlock:
         num_heads=attn.num_heads,
         grid=model.patch_embed.grid_size,
         num_prefix_tokens=model.num_prefix_tokens,
-        reuse_backend="auto",
-        lowrank_sharing="key_value",
-        lowrank_projection="linear",
-        lowrank_init="random",
+        options=PlanOptions(),
         qkv_bias=attn.qkv.bias is not None,
         qk_norm=False,
-        scale_norm=False,
+        scale_attn_norm=False,
         proj_bias=attn.proj.bias is not None,
         attn_drop=attn.attn_drop.p,
         proj_drop=attn.proj_drop.p,

@@ -23,8 +23,9 @@ from torch import nn
 
 from vitreuse.attention import Attention, ReuseAttention
 from vitreuse.attention.costs import cost_at, cost_key, load_costs, load_rates
+from vitreuse.attention.policy import Conditions, Way
 from vitreuse.attention.tiles import tile_size
-from vitreuse.cost.backends import Conditions, LayerBackend, layer_backends
+from vitreuse.cost.backends import layer_backends
 from vitreuse.cost.macs import count_macs
 from vitreuse.cost.measure import saved_storages
 from vitreuse.model.copies import read_keywords
@@ -162,7 +163,7 @@ def _row_length(attn: Attention) -> int:
     return attn.num_prefix_tokens + (rows + attn.width - 1) * (columns + attn.width - 1)
 
 
-def _attention_ns(attn: Attention, way: LayerBackend, costs: tuple[float, float, float, float]) -> float:
+def _attention_ns(attn: Attention, way: Way, costs: tuple[float, float, float, float]) -> float:
     """Nanoseconds per head, query and key."""
     fused, unfused, make, apply = costs
     if way.kernel == "map":

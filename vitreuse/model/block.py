@@ -113,18 +113,9 @@ class PlanBlock(nn.Module):
 class PlanBlocks(nn.Sequential):
     """The layers of a model in a row; a slice of it is one too."""
 
-    def forward(
-        self,
-        x: Tensor,
-        grid: tuple[int, int] | None = None,
-        num_queries: int | None = None,
-        layerwise_proj: Tensor | None = None,
-        attn_mask: Tensor | None = None,
-        is_causal: bool = False,
-        checkpointing: bool = False,
-    ) -> Tensor:
-        """Tokens (B, N, C) after the last layer, of which only the first ``num_queries`` rows are computed."""
-        return self.collect(x, [], grid, num_queries, layerwise_proj, attn_mask, is_causal, checkpointing)[0]
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Tokens (B, N, C) after the last layer; arguments are those of ``collect`` after the indices."""
+        return self.collect(x, [], *args, **kwargs)[0]
 
     def collect(
         self,
@@ -137,7 +128,7 @@ class PlanBlocks(nn.Sequential):
         is_causal: bool = False,
         checkpointing: bool = False,
     ) -> tuple[Tensor, list[Tensor]]:
-        """Tokens after the last layer, and those after each layer of ``indices``."""
+        """Tokens (B, num_queries, C) after the last layer, and all of them after each layer of ``indices``."""
         carry = Carry(layerwise_proj=layerwise_proj)
         collected: list[Tensor] = []
         for i, block in enumerate(self):

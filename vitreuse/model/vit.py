@@ -24,6 +24,11 @@ from vitreuse.model.checkpoint import checkpoint_filter_fn, in_plan_for_timm
 from vitreuse.plan import Plan, parse_plan
 from vitreuse.plan.options import PlanOptions, layerwise_k, warn_if_idle, warn_if_map_is_carried
 
+# What timm's blocks are given that attention is built from.
+BLOCK_KEYWORDS = (
+    *("dim", "num_heads", "qkv_bias", "qk_norm", "scale_attn_norm", "proj_bias", "attn_drop", "proj_drop"),
+    *("norm_layer", "device", "dtype"),
+)
 __all__ = ["PlanVisionTransformer", "PlanVisionTransformerDistilled", "checkpoint_filter_fn"]  # timm looks here
 
 
@@ -51,10 +56,7 @@ class PlanVisionTransformer(timm_vit.VisionTransformer):
             plan: one attention spec per layer, as text or parsed.
             depth: number of layers.
             num_heads: number of heads of every layer.
-            reuse_backend: see PlanOptions, as for the next three.
-            lowrank_sharing: see PlanOptions.
-            lowrank_projection: see PlanOptions.
-            lowrank_init: see PlanOptions.
+            reuse_backend, lowrank_sharing, lowrank_projection, lowrank_init: see PlanOptions.
             **kwargs: timm's.
 
         Raises:
@@ -75,33 +77,13 @@ class PlanVisionTransformer(timm_vit.VisionTransformer):
         num_tokens = self.num_prefix_tokens + self.patch_embed.num_patches
         warn_if_idle(plan, self.patch_embed.grid_size, num_tokens)
         shape = layerwise_shape(plan, options, num_tokens)
-        self.register_parameter("key_proj", None)
-        if shape is not None:
+        self.key_proj = None if shape is None else nn.Parameter(self.patch_embed.proj.weight.new_empty(shape))
+        if self.key_proj is not None:
             self.layerwise_dim = layerwise_k(plan)
-            weight = self.patch_embed.proj.weight
-            self.key_proj = nn.Parameter(torch.empty(shape, device=weight.device, dtype=weight.dtype))
             init_projection(self.key_proj, options.lowrank_projection, options.lowrank_init)
 
     def _make_layer(
-        self,
-        plan: Plan,
-        options: PlanOptions,
-        costs: Costs,
-        *,
-        dim: int,
-        num_heads: int,
-        depth: int,
-        qkv_bias: bool,
-        qk_norm: bool,
-        scale_attn_norm: bool,
-        proj_bias: bool,
-        attn_drop: float,
-        proj_drop: float,
-        norm_layer: Any,
-        attn_layer: Any,
-        device: Any,
-        dtype: Any,
-        **rest: Any,
+        self, plan: Plan, options: PlanOptions, costs: Costs, *, depth: int, attn_layer: Any, **block: Any
     ) -> PlanBlock:
         """timm's block_fn for layer ``depth``; the patch embedding is already built."""
         if attn_layer not in (TimmAttention, "", "attn"):
@@ -109,23 +91,13 @@ class PlanVisionTransformer(timm_vit.VisionTransformer):
         config = AttentionConfig(
             plan=plan,
             layer=depth,
-            dim=dim,
-            num_heads=num_heads,
             grid=self.patch_embed.grid_size,
             num_prefix_tokens=self.num_prefix_tokens + self.num_class_rows - 1,  # timm adds the second one later
-            qkv_bias=qkv_bias,
-            qk_norm=qk_norm,
-            scale_norm=scale_attn_norm,
-            proj_bias=proj_bias,
-            attn_drop=attn_drop,
-            proj_drop=proj_drop,
-            norm_layer=norm_layer,
-            device=device,
-            dtype=dtype,
             costs=costs,
-            **options.__dict__,
+            options=options,
+            **{name: block.pop(name) for name in BLOCK_KEYWORDS},
         )
-        return PlanBlock(config, **rest)
+        return PlanBlock(config, **block)
 
     def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
         """Initialises the weights as timm does, and the layerwise projection where modules do not start initialised."""
