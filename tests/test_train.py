@@ -15,6 +15,8 @@ import socket
 import subprocess
 import sys
 import tarfile
+import threading
+import time
 from contextlib import nullcontext
 from pathlib import Path
 from unittest.mock import Mock
@@ -34,7 +36,7 @@ from eval.distributed import Ranks
 from eval.predictions import Predictions, answers
 from train.__main__ import main
 from train.checkpoint import Checkpoints
-from train.distributed import StopSignal
+from train.distributed import StopSignal, ended_with_others
 from train.loop import _Loop
 from train.order import Draw
 from train.pipeline import TrainingImages, train_decoder, train_transform
@@ -756,3 +758,25 @@ def test_a_checkpoint_with_code_in_it_is_refused_and_the_code_not_run(tmp_path, 
     assert not canary.exists()
     torch.load(tmp_path / "checkpoints/step-000000002/state.pt", weights_only=False)
     assert canary.exists()
+
+
+class StalledStore:
+    """Where ranks meet, when it does not answer a new connection."""
+
+    def __init__(self):
+        self.words = []
+
+    def clone(self):
+        threading.Event().wait()
+
+    def set(self, word, value):
+        self.words.append(word)
+
+
+def test_training_does_not_wait_for_the_connection_by_which_it_hears_of_others():
+    store = StalledStore()
+    start = time.monotonic()
+    with pytest.raises(KeyError), ended_with_others(Ranks(world_size=2, store=store)):
+        raise KeyError
+    assert time.monotonic() - start < 60
+    assert store.words == ["a rank has failed"]

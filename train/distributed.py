@@ -104,7 +104,7 @@ def ended_with_others(ranks: Ranks) -> Iterator[None]:
         yield
         return
     is_over = threading.Event()
-    threading.Thread(target=_end_with_others, args=(ranks.store.clone(), is_over), daemon=True).start()
+    threading.Thread(target=_end_with_others, args=(ranks.store, is_over), daemon=True).start()
     try:
         yield
     except BaseException:
@@ -116,7 +116,14 @@ def ended_with_others(ranks: Ranks) -> Iterator[None]:
 
 
 def _end_with_others(store: dist.Store, is_over: threading.Event) -> None:
-    """Looks for the word until the block is over; runs in a thread of its own, over a connection of its own."""
+    """Looks for the word until the block is over; runs in a thread of its own, over a connection of its own.
+
+    The connection is made here: torch's store may be slow to answer a new one, for which training must not wait.
+    """
+    try:
+        store = store.clone()
+    except RuntimeError:
+        return
     while not is_over.wait(POLL_S):
         try:
             has_failed = store.check([FAILED])
