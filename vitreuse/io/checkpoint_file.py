@@ -39,11 +39,8 @@ UNCHUNKED = re.compile(r"^(blocks\.)\d+\.(\d+\.)")  # DINOv2 is trained in chunk
 OF_TIMM = "visual."  # the prefix of CLIP, which timm converts itself
 PREFERRED, SECOND, LAST = {"ema", "teacher"}, {"student"}, {"momentum", "target", "k", "predictor", "decoder"}
 HEADS = {  # beside a backbone, and timm's name for them
-    "head": "head",
-    "head_dist": "head_dist",
-    "classifier": "head",
-    "cls_classifier": "head",
-    "distillation_classifier": "head_dist",
+    **dict.fromkeys(("head", "classifier", "cls_classifier"), "head"),
+    **dict.fromkeys(("head_dist", "distillation_classifier"), "head_dist"),
 }
 OTHER_FILES = (  # how they begin, and what they are
     (b"version https://git-lfs", "it is a pointer of git-lfs, not the file that it stands for: fetch that one"),
@@ -76,8 +73,7 @@ def read_weights(path: str | Path) -> Weights:
     refuse_url("the checkpoint", str(path))
     path = Path(path).expanduser()
     try:
-        content, metadata = _read(path)
-        return _unwrapped(content)._replace(img_size=_image_size(content, metadata))
+        return _unwrapped(*_read(path))
     except OSError as error:
         reason = error.strerror or str(error)
     except ValueError as error:
@@ -94,19 +90,19 @@ def as_weights(checkpoint: Mapping[str, Any] | Weights) -> Weights:
     if isinstance(checkpoint, Weights):
         return checkpoint
     try:
-        return _unwrapped(checkpoint)
+        return _unwrapped(checkpoint, {})
     except ValueError as error:
         raise ValueError(f"the checkpoint cannot be read as weights: {error}.") from error
 
 
-def _unwrapped(content: Any) -> Weights:
-    """As as_weights, of anything that a file held."""
+def _unwrapped(content: Any, metadata: Mapping[str, str]) -> Weights:
+    """The weights in anything that a file held, with what the file says beside it."""
     found = _state_dict(content)
     tensors = {WRAPPERS.sub("", key): value.detach() for key, value in found.items() if isinstance(value, Tensor)}
     tensors.pop("n_averaged", None)  # of torch's AveragedModel
     state, outside = _without_prefix(tensors)
     state, more = renamed(state)
-    return Weights(state, (*outside, *more), _image_size(content, {}))
+    return Weights(state, (*outside, *more), _image_size(content, metadata))
 
 
 def _read(path: Path) -> tuple[Any, dict[str, str]]:
@@ -274,7 +270,6 @@ def _heads_beside(state: Mapping[str, Tensor], prefix: str, width: int) -> dict[
 
 def _image_size(content: Any, metadata: Mapping[str, str]) -> tuple[int, int] | None:
     """The size of images that a file says its weights were trained at: ours as a keyword, others among arguments."""
-    said: Any = None
     try:
         said = json.loads(metadata.get("keywords", "{}")).get("img_size")
     except (ValueError, AttributeError):
