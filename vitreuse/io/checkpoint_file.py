@@ -106,12 +106,7 @@ def _unwrapped(content: Any, metadata: Mapping[str, str]) -> Weights:
 
 
 def _read(path: Path) -> tuple[Any, dict[str, str]]:
-    """What a file holds, and its metadata.
-
-    Raises:
-        ValueError: It is no file of weights.
-        OSError: It cannot be read.
-    """
+    """What a file of weights holds, and its metadata; any other file is a ValueError that says what it is."""
     if path.is_dir():
         raise ValueError("it is a folder: give a file in it")
     if path.exists() and not path.is_file():
@@ -187,10 +182,8 @@ def _read_torch(path: Path) -> Any:
         foreign = re.search(r"GLOBAL ([\w.]+)|<class '([\w.]+)'>", str(error))
         if foreign is None:
             raise ValueError("it is damaged, or holds more than weights and plain settings") from error
-        name = foreign[1] or foreign[2]
-        raise ValueError(
-            f"it holds a pickled {name}, and nothing that could run code is read: save the model's state_dict() alone"
-        ) from error
+        what = f"it holds a pickled {foreign[1] or foreign[2]}, and nothing that could run code is read"
+        raise ValueError(f"{what}: save the model's state_dict() alone") from error
     except (OSError, MemoryError):
         raise
     except Exception as error:  # torch.load raises whatever a damaged file leads to
@@ -198,11 +191,7 @@ def _read_torch(path: Path) -> Any:
 
 
 def _state_dict(content: Any) -> Mapping[str, Any]:
-    """The state dict in what a file held.
-
-    Raises:
-        ValueError: There is none.
-    """
+    """The state dict in what a file held; a ValueError says what there is instead of one."""
     if not isinstance(content, Mapping):
         raise ValueError(f"it holds a {type(content).__name__} and no weights by name")
     for key in CONTAINERS:
@@ -222,9 +211,8 @@ def _holds_tensors(value: Any) -> bool:
     """Whether something is a state dict, or wraps one."""
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         return False
-    return any(isinstance(part, Tensor) for part in value.values()) or any(
-        _holds_tensors(value.get(key)) for key in CONTAINERS
-    )
+    has_tensors = any(isinstance(part, Tensor) for part in value.values())
+    return has_tensors or any(_holds_tensors(value.get(key)) for key in CONTAINERS)
 
 
 def _without_prefix(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
@@ -242,8 +230,11 @@ def _without_prefix(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], lis
 
 
 def _rank(prefix: str) -> tuple[int, int]:
-    """Which of several is meant: a moving average before what it follows, except where training only compares with
-    it, as MoCo and BYOL do with their momentum and target encoders."""
+    """The rank of a prefix, least for the ViT that is meant.
+
+    A moving average is taken before what it follows, except where training only compares with it, as MoCo and BYOL do
+    with their momentum and target encoders.
+    """
     words = {*re.split(r"[._]", prefix)}
     order = 3 if words & LAST else 0 if words & PREFERRED else 2 if words & SECOND else 1
     return order, len(prefix)

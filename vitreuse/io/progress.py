@@ -30,11 +30,11 @@ class WorkProgress:
     """Shows a piece of work: a bar with rate and time left on a terminal, lines elsewhere.
 
     Args:
-        label: what is done.
-        unit: what is counted, such as 'images'.
-        total: units of the whole work.
-        done: units that an earlier start has done.
-        enabled: whether this process shows anything.
+        label: What is done.
+        unit: What is counted, such as 'images'.
+        total: Units of the whole work.
+        done: Units that an earlier start has done.
+        enabled: Whether this process shows anything.
     """
 
     def __init__(self, label: str, unit: str, total: int, done: int = 0, enabled: bool = True):
@@ -55,7 +55,7 @@ class WorkProgress:
             self.line("")
 
     def reach(self, done: int, text: str = "") -> None:
-        """So many units are done; the text, such as a loss, stands beside the rate."""
+        """Shows that so many units are done; the text, such as a loss, stands beside the rate."""
         self.done = done
         shown = ", ".join(filter(None, (self.label, text, self._rate())))
         self._bar.update(self._task, completed=self.done, description=shown, refresh=True)
@@ -63,7 +63,7 @@ class WorkProgress:
             self.line(text)
 
     def line(self, text: str) -> None:
-        """A line that stays, such as the result of an epoch."""
+        """Prints a line that stays, such as the result of an epoch."""
         if not self.enabled:
             return
         self._last_line, self._told = time.monotonic(), self.done
