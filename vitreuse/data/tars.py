@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from vitreuse.data.names import is_leftover
-from vitreuse.data.tree import WHOLE_FILE, Entry, Level, Span, Unusable, list_below, read_level
+from vitreuse.data.tree import LEADS_BACK, WHOLE_FILE, Entry, Level, Span, Unusable, list_below, read_level
 from vitreuse.io.errors import DataError, as_data_error
 
 BLOCK_BYTES = 512
@@ -182,8 +182,8 @@ class TarFolder:
         if not isinstance(found, Node):
             return found
         if any(found in _with_all_above(passed) for passed in trail):
-            reason = "leads back to a folder that it is in, whose images would be read again"
-            raise DataError(f"the link {name} of {self.place} to {entry.target} {reason}: pack the tar without it.")
+            what = f"the link {name} of {self.place} to {entry.target} {LEADS_BACK}"
+            raise DataError(f"{what}: pack the tar without it.")
         return TarFolder(self.tar, found, trail)
 
 

@@ -52,6 +52,7 @@ class Level(NamedTuple):
 
 Entry = Folder | Span | Unusable | None  # None: neither file nor folder, such as a socket
 WHOLE_FILE = Span(0, None)
+LEADS_BACK = "leads back to a folder that it is in, whose images would be read again"  # a link that is refused
 
 
 def read_level(place: str, names: Iterable[str], look: Callable[[str], Entry]) -> Level:
@@ -204,6 +205,5 @@ class DiskFolder:
             return self.trail
         target, trail = os.path.realpath(entry.path), (*self.trail, os.path.realpath(self.place))
         if any(os.path.commonpath((target, passed)) == target for passed in trail):
-            reason = "leads back to a folder that it is in, whose images would be read again"
-            raise DataError(f"the link {entry.path} to {target} {reason}: remove it.")
+            raise DataError(f"the link {entry.path} to {target} {LEADS_BACK}: remove it.")
         return trail
