@@ -2,10 +2,9 @@
 
 from vitreuse.data.datasets import CACHE_ROOT, FolderDataset, ShardDataset, open_images, open_split
 from vitreuse.data.decode import Decoder, Sample, decode_image, decode_tensor
-from vitreuse.data.names import IMAGE_EXTENSIONS, quoted_apart
 from vitreuse.data.shards.build import BuildSettings, build_shards
-from vitreuse.data.shards.folder import EncodedSample, SplitInfo, shards_info, verify_shards, write_shard, write_shards
-from vitreuse.data.shards.index import Index, Record, build_index, load_index
+from vitreuse.data.shards.folder import EncodedSample, shards_info, verify_shards, write_shard, write_shards
+from vitreuse.data.shards.index import build_index, load_index
 from vitreuse.data.shards.scan import Shard
 from vitreuse.data.shards.workers import Workers, end_with_parent, usable_cpus
 from vitreuse.data.sources import SOURCES, prepare_source
@@ -14,7 +13,6 @@ from vitreuse.io.errors import DataError, DecodeError
 
 __all__ = [
     "CACHE_ROOT",
-    "IMAGE_EXTENSIONS",
     "SOURCES",
     "BuildSettings",
     "DataError",
@@ -22,12 +20,9 @@ __all__ = [
     "Decoder",
     "EncodedSample",
     "FolderDataset",
-    "Index",
-    "Record",
     "Sample",
     "Shard",
     "ShardDataset",
-    "SplitInfo",
     "Workers",
     "build_index",
     "build_shards",
@@ -40,7 +35,6 @@ __all__ = [
     "open_images",
     "open_split",
     "prepare_source",
-    "quoted_apart",
     "shards_info",
     "usable_cpus",
     "verify_shards",

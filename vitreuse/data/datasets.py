@@ -15,16 +15,15 @@ from torch.utils.data import Dataset
 
 from vitreuse.data.decode import Decoder, Sample, decode_image
 from vitreuse.data.remote import fetch_shard, locate, open_index
-from vitreuse.data.shards.index import HEADER_FILE, Index, describe_foreign, list_shards, load_index
+from vitreuse.data.shards.index import HEADER_FILE, Index, describe_foreign, index_call, list_shards, load_index
 from vitreuse.data.splits import find_labelled, find_split
-from vitreuse.data.tree import DiskFolder, Level, check_classes, describe_left_out, describe_skipped, list_below
-from vitreuse.io.errors import DataError, DecodeError
+from vitreuse.data.tree import DiskFolder, Level, check_classes, left_out_notes, list_below, skipped_notes
+from vitreuse.io.errors import DataError, DecodeError, as_data_error
 from vitreuse.io.urls import refuse_unallowed_url, url_kind
 
 # Shards held open by a data set in each process: ImageNet has a thousand, about as many files as a process may open.
 MAX_OPEN_SHARDS = 64
 CACHE_ROOT = "data/cache"
-NO_LABEL = -1
 
 
 class ShardDataset(Dataset[Sample]):
@@ -34,19 +33,19 @@ class ShardDataset(Dataset[Sample]):
     again instead of receiving it.
 
     Args:
-        folder: holds the tars and their index.
+        folder: The folder of the tars and their index.
         mode: PIL mode to convert images to; None keeps the mode they were stored in.
         decode: decode_image for PIL images, decode_tensor for tensors of bytes.
-        url: of the files, with {} for a name, if the folder is a cache: what it lacks is fetched when it is first read.
+        url: URL of the files, with {} for a name, if the folder is a cache: what it lacks is fetched at its first use.
 
     Attributes:
-        class_names: name of each label.
-        shard_sizes: number of samples of each shard.
+        class_names: The name of each label.
+        shard_sizes: The number of samples of each shard.
         digest: SHA-256 of the index, which holds those of shards and samples: equal ones have the same samples.
-        notes: sentences about what was left out or taken for the split.
+        notes: Sentences about what was left out or taken for the split.
 
     Raises:
-        DataError: the index is missing or does not fit the shards.
+        DataError: The index is missing or does not fit the shards.
     """
 
     def __init__(
@@ -69,26 +68,24 @@ class ShardDataset(Dataset[Sample]):
         """Reads and decodes one sample.
 
         Raises:
-            DecodeError: its bytes differ from those indexed, or are no whole image.
-            DataError: its shard is gone, or cannot be opened or fetched.
+            DecodeError: Its bytes differ from those indexed, or are no whole image.
+            DataError: Its shard is gone, or cannot be opened or fetched.
         """
         path, record = self._index.locate(range(len(self))[number])
         place = f"sample {record.key!r} of shard {path}"
-        try:
+        with as_data_error(f"{place} cannot be read", "fetch the shard again"):
             data = self._open_shard(path).read(record.offset, record.size)
-        except OSError as error:
-            raise DataError(f"{place} cannot be read ({error.strerror}): fetch the shard again.") from error
         if zlib.crc32(data) != record.crc32:
             check = f"vitreuse shards verify {self.folder}"
             raise DecodeError(f"{place} is not what was indexed: {check} lists all that differ.")
         return Sample(self.decode(data, self.mode, place), record.label, record.key)
 
     def key(self, number: int) -> str:
-        """Returns the key of a sample, for 0 <= number < len, without a look at its image."""
+        """The key of a sample, for 0 <= number < len, without a look at its image."""
         return self._index.locate(number)[1].key
 
     def class_sizes(self) -> list[int]:
-        """Counts the images of each class."""
+        """How many images each class has."""
         return np.bincount(self._index.records["label"], minlength=len(self.class_names)).tolist()
 
     def close(self) -> None:
@@ -119,50 +116,45 @@ class FolderDataset(Dataset[Sample]):
     """The images of one folder a class, in torchvision's order: classes and paths sorted, labels numbered by class.
 
     Unlike torchvision, what is hidden or left behind by a system is no class and no image (see names.py), and what
-    cannot be read is refused. Paths are kept
-    in one array, which forked workers share; a list would be copied into each of them page by page.
+    cannot be read is refused. Paths are kept in one array, which forked workers share; a list would be copied into each
+    of them page by page.
 
     Args:
-        folder: holds the class folders.
-        mode: PIL mode to convert images to; None keeps the mode they were stored in.
-        decode: decode_image for PIL images, decode_tensor for tensors of bytes.
+        folder: The folder of the class folders.
+        mode, decode: As for a ShardDataset.
         is_labelled: False for images without classes: all those below the folder, each with the label -1.
 
     Attributes:
-        class_names: names of the class folders; none without classes.
-        shard_sizes: one entry, the number of samples.
+        class_names: The names of the class folders; none without classes.
+        shard_sizes: One entry, the number of samples.
         digest: SHA-256 of the paths in order; what the files hold is not looked at.
-        notes: sentences about what was left out.
+        notes: Sentences about what was left out.
 
     Raises:
-        DataError: no class folders, one without images, or a folder that cannot be read.
+        DataError: There are no class folders, one has no images, or a folder cannot be read.
     """
 
     def __init__(
-        self,
-        folder: str | Path,
-        mode: str | None = None,
-        decode: Decoder = decode_image,
-        is_labelled: bool = True,
+        self, folder: str | Path, mode: str | None = None, decode: Decoder = decode_image, is_labelled: bool = True
     ):
         self.folder = Path(folder)
         self.mode, self.decode = mode, decode
         root = DiskFolder(str(folder))
         classes, stray, skipped = root.level() if is_labelled else Level({"": root}, {}, Counter())
-        paths: dict[str, list[bytes]] = {}
+        paths: list[bytes] = []
+        sizes: list[int] = []
         for name, inner in classes.items():
             images, skipped_below = list_below(inner)
-            paths[name] = [os.fsencode(f"{name}/{path}".lstrip("/")) for path in images]
+            paths += [os.fsencode(f"{name}/{path}".lstrip("/")) for path in images]
+            sizes.append(len(images))
             skipped += skipped_below
-        check_classes(str(folder), classes, map(len, paths.values()))
+        check_classes(str(folder), classes, sizes)
         self.class_names = tuple(classes) if is_labelled else ()
-        labels = np.arange(len(paths)) if is_labelled else [NO_LABEL]
-        self._labels = np.repeat(labels, [len(of_class) for of_class in paths.values()])
-        self._paths = np.array([path for of_class in paths.values() for path in of_class])
-        self.shard_sizes = [len(self._paths)]
+        self._labels = np.repeat(np.arange(len(sizes)) if is_labelled else [-1], sizes)
+        self._paths = np.array(paths)
+        self.shard_sizes = [len(paths)]
         self.digest = hashlib.sha256(self._paths.data).hexdigest()
-        self.notes = describe_skipped(str(folder), skipped)
-        self.notes += describe_left_out(str(folder), [*stray])
+        self.notes = skipped_notes(str(folder), skipped) + left_out_notes(str(folder), [*stray])
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -171,24 +163,22 @@ class FolderDataset(Dataset[Sample]):
         """Reads and decodes one image; its key is its path below the folder.
 
         Raises:
-            DecodeError: it is no whole image.
-            DataError: it is gone or cannot be opened.
+            DecodeError: It is no whole image.
+            DataError: It is gone or cannot be opened.
         """
         number = range(len(self))[number]
         key = self.key(number)
         path = self.folder / key
-        try:
+        with as_data_error(f"image {path} cannot be read", "put it back"):
             data = path.read_bytes()
-        except OSError as error:
-            raise DataError(f"image {path} cannot be read ({error.strerror}): put it back.") from error
         return Sample(self.decode(data, self.mode, f"image {path}"), int(self._labels[number]), key)
 
     def key(self, number: int) -> str:
-        """Returns the key of a sample, for 0 <= number < len, without a look at its image."""
+        """The key of a sample, for 0 <= number < len, without a look at its image."""
         return os.fsdecode(self._paths[number].item())
 
     def class_sizes(self) -> list[int]:
-        """Counts the images of each class."""
+        """How many images each class has."""
         return np.bincount(self._labels, minlength=len(self.class_names)).tolist() if self.class_names else []
 
 
@@ -203,30 +193,30 @@ def open_split(
     """Opens ROOT/SPLIT, which holds indexed WebDataset shards or one folder of images a class.
 
     Args:
-        root: folder of a data set, or the URL of one of shards: see remote.py.
+        root: The folder of a data set, or the URL of one of shards: see remote.py.
         split: 'train', 'val' or any other folder in it.
-        mode: PIL mode to convert images to; None keeps the mode they were stored in.
-        decode: decode_image for PIL images, decode_tensor for tensors of bytes.
-        cache_root: folder for what is fetched from URLs.
-        allow: kinds of URL that may be fetched, such as 'https'; 'pipe' runs a shell.
+        mode, decode: As for a ShardDataset.
+        cache_root: A folder for what is fetched from URLs.
+        allow: The kinds of URL that may be fetched, such as 'https'; 'pipe' runs a shell.
 
     Raises:
-        ConfigError: the root is a URL of another kind.
-        DataError: there is neither, or what is there is damaged or cannot be fetched.
+        ConfigError: The root is a URL of another kind.
+        DataError: There is neither, or what is there is damaged or cannot be fetched.
     """
     refuse_unallowed_url("data", str(root), allow)
     if url_kind(str(root)) is not None:
         url, folder = locate(str(root), split, cache_root)
         return ShardDataset(folder, mode, decode, url)
-    folder = find_split(Path(root), split) if not (Path(root) / split).is_dir() else Path(root) / split
+    place = Path(root) / split
+    folder = place if place.is_dir() else find_split(Path(root), split)
     if folder is None:
         found = ", ".join(list_classes(Path(root))) if Path(root).is_dir() else ""
         needed = f"{split}/ with indexed shards or class folders"
-        raise DataError(f"no folder {Path(root) / split}: {root} has {found or 'no folders'} and needs {needed}.")
+        raise DataError(f"no folder {place}: {root} has {found or 'no folders'} and needs {needed}.")
     dataset = _open_labelled(folder, mode, decode)
     if dataset is None:
         raise DataError(f"{folder} has neither shards (*.tar and {HEADER_FILE}) nor class folders: put either there.")
-    if folder != Path(root) / split:
+    if folder != place:
         dataset.notes.append(f"{folder} is read as {split}.")
     return dataset
 
@@ -235,7 +225,7 @@ def open_images(folder: str | Path, mode: str | None = None) -> ShardDataset | F
     """Opens a folder of indexed shards, of class folders, or of images alone, whose labels are -1.
 
     Raises:
-        DataError: there is none of these, or what is there is damaged.
+        DataError: There is none of these, or what is there is damaged.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -243,17 +233,17 @@ def open_images(folder: str | Path, mode: str | None = None) -> ShardDataset | F
     dataset = _open_labelled(folder, mode, decode_image)
     if dataset is not None:
         return dataset
-    root = find_labelled(DiskFolder(str(folder)), folder.name).folder
+    root, _ = find_labelled(DiskFolder(str(folder)), folder.name)
     if not root.level().images:
         raise DataError(f"{folder} has neither shards, nor class folders, nor images: give a folder that has.")
     return FolderDataset(root.place, mode, is_labelled=False)
 
 
 def list_classes(folder: Path) -> list[str]:
-    """Lists the class folders in the order of their labels.
+    """The names of the class folders in the order of their labels.
 
     Raises:
-        DataError: the folder cannot be read.
+        DataError: The folder cannot be read.
     """
     return [*DiskFolder(str(folder)).level().folders]
 
@@ -266,10 +256,8 @@ def _open_labelled(folder: Path, mode: str | None, decode: Decoder) -> ShardData
     root, left_out = find_labelled(DiskFolder(str(folder)), folder.name)
     if root.level().folders:
         dataset = FolderDataset(root.place, mode, decode)
-        dataset.notes += describe_left_out(str(folder), left_out)
+        dataset.notes += left_out_notes(str(folder), left_out)
         return dataset
-    num_tars = len(list_shards(folder))
-    if num_tars:
-        call = f"vitreuse shards index {folder}"
-        raise DataError(f"{folder} has {num_tars} tars and no {HEADER_FILE}: write it with {call}.")
+    if num_tars := len(list_shards(folder)):
+        raise DataError(f"{folder} has {num_tars} tars and no {HEADER_FILE}: write it with {index_call(folder)}.")
     return None

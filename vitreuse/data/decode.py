@@ -36,27 +36,21 @@ def decode_image(data: bytes, mode: str | None, place: str) -> Image.Image:
     """Decodes one image.
 
     Args:
-        data: the content of an image file.
+        data: The content of an image file.
         mode: PIL mode to convert to, such as 'RGB' or 'L'; None keeps the file's own.
-        place: names the image in an error, such as "sample 'a' of shard b.tar".
+        place: What the image is called in an error, such as "sample 'a' of shard b.tar".
 
     Raises:
-        DecodeError: the bytes are no image, or not a whole one.
+        DecodeError: The bytes are no image, or not a whole one.
     """
     with _decoding(place):
         return _load(Image.open(io.BytesIO(data)), mode, place)
 
 
 def decode_tensor(data: bytes, mode: str | None, place: str) -> Tensor:
-    """Decodes one image as bytes (channels, rows, columns), the same numbers as decode_image.
+    """Decodes one image as bytes (channels, rows, columns): the numbers, arguments and errors of decode_image.
 
     A JPEG that needs no conversion is decoded by torchvision, in four fifths of PIL's time; the rest by PIL.
-
-    Args:
-        data, mode, place: as for decode_image.
-
-    Raises:
-        DecodeError: the bytes are no image, or not a whole one.
     """
     with _decoding(place):
         image = Image.open(io.BytesIO(data))  # reads the header only
@@ -85,15 +79,13 @@ def _load(image: Image.Image, mode: str | None, place: str) -> Image.Image:
     image.load()
     if image.mode == "F" or image.mode.startswith("I"):
         image = _eight_bits(image, place)
-    return image if mode is None else _convert(image, mode)
+    if mode is not None and image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # straight to RGB makes PIL warn
+    return image if mode is None else image.convert(mode)
 
 
 def _eight_bits(image: Image.Image, place: str) -> Image.Image:
-    """Grey of more than 8 bits in 8: PIL clips it at 255, which turns most of an image white, or leaves it black.
-
-    Raises:
-        DecodeError: it is not certain which number is white.
-    """
+    """Grey of more than 8 bits in 8: PIL clips it at 255, which turns most of an image white, or leaves it black."""
     values = np.asarray(image).astype(np.float64)
     tags: Mapping[int, Any] = getattr(image, "tag_v2", {})  # of a TIFF
     black, white = 0.0, _find_white(image, tags, values, place)
@@ -104,11 +96,7 @@ def _eight_bits(image: Image.Image, place: str) -> Image.Image:
 
 
 def _find_white(image: Image.Image, tags: Mapping[int, Any], values: np.ndarray, place: str) -> float:
-    """The number that stands for full intensity: of 16 bits, that of the format; else one that leaves no doubt.
-
-    Raises:
-        DecodeError: there is none.
-    """
+    """The number that stands for full intensity: of 16 bits, that of the format; else one that leaves no doubt."""
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in SIXTEEN_BITS):
         return 2 ** tags.get(TIFF_BITS, (16,))[0] - 1
     if not np.isfinite(values).all():
@@ -124,9 +112,3 @@ def _find_white(image: Image.Image, tags: Mapping[int, Any], values: np.ndarray,
         f"{place} has {kind} from {lowest:g} to {highest:g}, of which it is not certain what is white (it would be of "
         "0 to 255, or of floats from 0 to 1): write it again with 8 or 16 bits."
     )
-
-
-def _convert(image: Image.Image, mode: str) -> Image.Image:
-    if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")  # straight to RGB makes PIL warn
-    return image.convert(mode)

@@ -1,16 +1,18 @@
-"""Labels by the names of their classes: how two lists of names differ, and a data set under the labels of another."""
+"""Labels by the names of their classes: a model and its data, or two data sets, may number the same classes otherwise.
 
-from __future__ import annotations
+Here two lists of names are compared, and a data set is given the labels of another list; eval and train ask it.
+"""
 
 from collections import Counter
 from collections.abc import Sequence
 
 from torch.utils.data import Dataset
 
-from vitreuse.data import DataError, FolderDataset, Sample, ShardDataset
+from vitreuse.data.datasets import FolderDataset, ShardDataset
+from vitreuse.data.decode import Sample
 from vitreuse.data.names import find_lookalike
-from vitreuse.io.errors import nearest
-from vitreuse.model.class_names import Names
+from vitreuse.data.tree import shortened
+from vitreuse.io.errors import DataError, nearest
 
 
 def are_numbers(names: Sequence[str]) -> bool:
@@ -29,8 +31,7 @@ def places(names: Sequence[str], known: Sequence[str]) -> list[int | None]:
 
 def listed(names: Sequence[str], limit: int = 3) -> str:
     """The first names, and how many more there are."""
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(map(repr, names[:limit])) + more
+    return shortened([*map(repr, names)], limit)
 
 
 def foreign(names: Sequence[str], known: Sequence[str]) -> list[str]:
@@ -39,11 +40,7 @@ def foreign(names: Sequence[str], known: Sequence[str]) -> list[str]:
 
 
 def difference(names: Sequence[str], known: Sequence[str], whose: str) -> str:
-    """How some names differ from those that are known, as the end of a sentence that has them.
-
-    Args:
-        whose: What has those that are known.
-    """
+    """How some names differ from the known ones of ``whose``: the end of a sentence that begins with who has them."""
     others = foreign(names, known)
     twin = find_lookalike(others[0], known) if others else None
     if twin is not None:
@@ -57,12 +54,12 @@ class Renumbered(Dataset[Sample]):
     """A data set under the labels of a model, or of another data set.
 
     Args:
-        dataset: As vitreuse.data.open_split returns it.
-        numbers: The new label of each of its labels.
-        class_names: Of the new labels.
+        dataset: The data set under its own labels.
+        numbers: The new label of each of these.
+        class_names: The names of the new labels.
     """
 
-    def __init__(self, dataset: ShardDataset | FolderDataset, numbers: Sequence[int], class_names: Names):
+    def __init__(self, dataset: ShardDataset | FolderDataset, numbers: Sequence[int], class_names: tuple[str, ...]):
         self.dataset, self.numbers, self.class_names = dataset, tuple(numbers), class_names
         self.folder, self.digest, self.key = dataset.folder, dataset.digest, dataset.key
         self.notes = dataset.notes
@@ -88,10 +85,10 @@ def numbered_as(
     """A data set under the labels by which others know its classes, by name; itself where they are its own.
 
     Args:
-        dataset: As vitreuse.data.open_split returns it.
-        known: Names of the classes by their labels.
-        whose: For the sentence of the error, what has these classes.
-        way_out: For its end.
+        dataset: As open_split returns it.
+        known: The names of the classes by their labels.
+        whose: What has these classes, for the sentence of the error.
+        way_out: The end of that sentence.
 
     Raises:
         DataError: A class is none of those that are known.

@@ -11,29 +11,19 @@ unpacked: an image is a positioned read of the outer one.
 
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from vitreuse.data.names import find_lookalike, quoted_apart
+from vitreuse.data.names import find_lookalike
 from vitreuse.data.shards.workers import Workers
 from vitreuse.data.splits import Splits, find_labelled, find_splits
 from vitreuse.data.tars import TarFolder, open_tar
-from vitreuse.data.tree import (
-    ClassRoot,
-    DiskFolder,
-    Folder,
-    Span,
-    check_classes,
-    describe_left_out,
-    describe_skipped,
-    list_below,
-    shortened,
-)
-from vitreuse.io.errors import DataError
+from vitreuse.data.tree import DiskFolder, Folder, check_classes, left_out_notes, list_below, shortened, skipped_notes
+from vitreuse.io.errors import DataError, as_data_error
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,10 +31,10 @@ class Listing:
     """The images of a source.
 
     Attributes:
-        source: a folder or a tar.
-        place: names the folder of the classes, which may be in a tar.
-        class_names: name of each label.
-        images: a record an image, class by class: name (CLASS/NAME), offset in the tar (0 in a folder), size,
+        source: A folder or a tar.
+        place: What the folder of the classes, which may be in a tar, is called in a sentence.
+        class_names: The name of each label.
+        images: A record an image, class by class: name (CLASS/NAME), offset in the tar (0 in a folder), size,
             mtime_ns of the file that holds it, label.
     """
 
@@ -63,18 +53,20 @@ def list_splits(source: Path, workers: Workers) -> dict[str, Listing]:
         The listings by split, by '' where there are no splits.
 
     Raises:
-        DataError: there is no such source, it has no classes, splits and classes cannot be told apart, a class has no
+        DataError: There is no such source, it has no classes, splits and classes cannot be told apart, a class has no
             images or cannot be read, an image is empty, or val or test has a class that train has not.
     """
-    root = _open_source(source)
+    if not source.exists():
+        raise DataError(f"there is no {source}: name a folder with one folder of images a class, or a tar.")
+    root = DiskFolder(str(source)) if source.is_dir() else open_tar(source)
     splits = find_splits(root)
     if splits is None:
-        return {"": _list_classes(source, find_labelled(root, source.name), workers)}
+        return {"": _list_classes(source, *find_labelled(root, source.name), workers)}
     roots = {split: find_labelled(folder, name) for split, (name, folder) in splits.folders.items()}
     others = [split for split in roots if split != "test"]
-    unsorted = ["test"] if others and "test" in roots and not roots["test"].folder.level().folders else []
+    unsorted = ["test"] if others and "test" in roots and not roots["test"][0].level().folders else []
     workers.tell(_describe_splits(root.place, splits, unsorted))
-    listings = {split: _list_classes(source, roots[split], workers) for split in roots if split not in unsorted}
+    listings = {split: _list_classes(source, *roots[split], workers) for split in roots if split not in unsorted}
     first = next(iter(listings))
     return {split: _label_as(listings[first].class_names, first, listing) for split, listing in listings.items()}
 
@@ -83,39 +75,30 @@ def read_image(source: Path, name: str, offset: int, size: int) -> bytes:
     """Reads the bytes of an image that was listed.
 
     Raises:
-        DataError: it is gone, or not as long as it was.
+        DataError: It is gone, or not as long as it was.
     """
-    try:
+    with as_data_error(f"image {name} of {source} cannot be read", "put it back"):
         if source.is_dir():
             data = (source / name).read_bytes()
         else:
             with open(source, "rb") as tar:
                 data = os.pread(tar.fileno(), size, offset)
-    except OSError as error:
-        raise DataError(f"image {name} of {source} cannot be read ({error.strerror}): put it back.") from error
     if len(data) != size:
         way_out = "leave the source as it is until it is built"
         raise DataError(f"image {name} of {source} has {len(data)} bytes instead of {size}: {way_out}.")
     return data
 
 
-def _open_source(source: Path) -> Folder:
-    if not source.exists():
-        raise DataError(f"there is no {source}: name a folder with one folder of images a class, or a tar.")
-    return DiskFolder(str(source)) if source.is_dir() else open_tar(source)
-
-
 def _describe_splits(place: str, splits: Splits, unsorted: list[str]) -> list[str]:
-    """What is built under another name than its own, and what is not."""
+    """Sentences about what is built under another name than its own, and what is not."""
     renamed = [f"{name} as {split}" for split, (name, _) in splits.folders.items() if name != split]
     left_out = [*splits.left_out, *(f"{splits.folders[split][0]}, not sorted into classes" for split in unsorted)]
     told = [f"{place}: {shortened(renamed)}."] if renamed else []
-    return told + describe_left_out(place, left_out) + describe_skipped(place, splits.skipped)
+    return told + left_out_notes(place, left_out) + skipped_notes(place, splits.skipped)
 
 
-def _list_classes(source: Path, found: ClassRoot, workers: Workers) -> Listing:
+def _list_classes(source: Path, root: Folder, left_out: list[str], workers: Workers) -> Listing:
     """Lists the class folders of a folder."""
-    root, left_out = found
     place, (folders, stray, skipped) = root.place, root.level()
     if not folders:
         way_out = "put every image into a folder of its class, as ImageNet's validation set needs too"
@@ -126,50 +109,37 @@ def _list_classes(source: Path, found: ClassRoot, workers: Workers) -> Listing:
     if isinstance(root, TarFolder):
         workers = replace(workers, count=1)  # it was read with its tar: to hand it to processes would take longer
     if isinstance(root, DiskFolder):
-        source = Path(root.path)
-    tasks = [*folders.items()]
-    parts = list(workers.map(partial(_list_class, source), tasks, f"listing {source.name}", "classes"))
-    check_classes(place, folders, (len(images) for images, _ in parts))
-    workers.tell(describe_left_out(place, left_out))
-    workers.tell(describe_skipped(place, sum((skipped for _, skipped in parts), skipped)))
-    images = _join(place, [images for images, _ in parts])
+        source = Path(root.place)
+    parts = workers.map(partial(_list_class, source), [*folders.items()], f"listing {source.name}", "classes")
+    records, skipped_below = zip(*parts, strict=True)
+    check_classes(place, folders, map(len, records))
+    workers.tell(left_out_notes(place, left_out) + skipped_notes(place, sum(skipped_below, skipped)))
+    images = _join(place, records)
     if len(folders) == 1:
         workers.tell([f"{place}: one class only, {next(iter(folders))!r}."])
     return Listing(source, place, tuple(folders), images)
 
 
-def _join(place: str, parts: list[np.ndarray]) -> np.ndarray:
-    """The records of all classes with their labels.
-
-    Raises:
-        DataError: an image is empty.
-    """
+def _join(place: str, parts: Sequence[np.ndarray]) -> np.ndarray:
+    """The records of all classes with their labels; refuses empty images."""
     images = np.concatenate(parts)
     images["label"] = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
     empty = [os.fsdecode(name) for name in images["name"][images["size"] == 0].tolist()]
+    if len(empty) == 1:
+        raise DataError(f"image {empty[0]} of {place} is empty: fetch it again or remove it.")
     if empty:
-        subject, them = (f"image {empty[0]}", "it") if len(empty) == 1 else (f"{len(empty)} images", "them")
-        names = f" ({shortened(empty)})" if len(empty) > 1 else ""
-        verb = "is" if len(empty) == 1 else "are"
-        raise DataError(f"{subject} of {place} {verb} empty{names}: fetch {them} again or remove {them}.")
+        what = f"{len(empty)} images of {place} are empty ({shortened(empty)})"
+        raise DataError(f"{what}: fetch them again or remove them.")
     return images
 
 
 def _list_class(source: Path, task: tuple[str, Folder]) -> tuple[np.ndarray, Counter[str]]:
-    """The records of a class, their label still to be set, and what is skipped."""
+    """The records of a class, their label still to be set, and what is skipped; a list takes ten times the memory."""
     class_name, folder = task
     images, skipped = list_below(folder)
-    return _as_records(source, {f"{class_name}/{name}": span for name, span in images.items()}), skipped
-
-
-def _as_records(source: Path, images: Mapping[str, Span]) -> np.ndarray:
-    """Packs images as records; a list of them takes ten times the memory.
-
-    Raises:
-        DataError: one is gone.
-    """
     rows = []
-    for name, (offset, size) in images.items():
+    for below, (offset, size) in images.items():
+        name = f"{class_name}/{below}"
         try:
             stat = os.stat(source if size is not None else os.path.join(source, name))
         except OSError as error:
@@ -177,21 +147,19 @@ def _as_records(source: Path, images: Mapping[str, Span]) -> np.ndarray:
         rows.append((os.fsencode(name), offset, stat.st_size if size is None else size, stat.st_mtime_ns, 0))
     name_bytes = max((len(row[0]) for row in rows), default=1)
     numbers = [("offset", "<i8"), ("size", "<i8"), ("mtime_ns", "<i8"), ("label", "<i4")]
-    return np.array(rows, dtype=[("name", f"S{name_bytes}"), *numbers])
+    return np.array(rows, dtype=[("name", f"S{name_bytes}"), *numbers]), skipped
 
 
 def _label_as(class_names: tuple[str, ...], split: str, listing: Listing) -> Listing:
     """Numbers the classes as they are numbered in another split."""
     labels = {name: label for label, name in enumerate(class_names)}
-    for name in listing.class_names:
-        if name in labels:
-            continue
-        twin = find_lookalike(name, class_names)
+    if strangers := [name for name in listing.class_names if name not in labels]:
+        twin = find_lookalike(strangers[0], class_names)
         if twin is None:
-            raise DataError(f"{listing.place} has a class {name!r} that {split} lacks: remove it or add it there.")
-        mine, other = quoted_apart(name, twin)
-        difference = f"{split} has {other}, which differs only in Unicode normalisation"
-        raise DataError(f"{listing.place} has a class {mine} and {difference}: rename one.")
+            what = f"{listing.place} has a class {strangers[0]!r} that {split} lacks"
+            raise DataError(f"{what}: remove it or add it there.")
+        difference = f"{split} has {twin!a}, which differs only in Unicode normalisation"
+        raise DataError(f"{listing.place} has a class {strangers[0]!a} and {difference}: rename one.")
     images = listing.images.copy()
     images["label"] = np.array([labels[name] for name in listing.class_names])[images["label"]]
     return replace(listing, class_names=class_names, images=images)

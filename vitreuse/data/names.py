@@ -6,6 +6,7 @@ One rule for folders, tars, shards and builders, for training and for validation
 import os
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Collection, Iterable
 
 from vitreuse.io.errors import DataError
@@ -35,22 +36,17 @@ IDLE_WORDS = frozenset(("set", "data", "dataset", "image", "images", "img", "img
 
 
 def is_leftover(name: str) -> bool:
-    """Tells whether a file or folder of this name is hidden, or left behind by a system, and so never looked at."""
+    """Whether a file or folder of this name is hidden, or left behind by a system, and so never looked at."""
     return name.startswith(".") or name.lower() in LEFTOVERS
 
 
 def is_image_name(name: str) -> bool:
-    """Tells whether a file of this name counts as an image."""
+    """Whether a file of this name counts as an image."""
     return name.lower().endswith(ENDINGS) and not is_leftover(name)
 
 
-def may_hold_images(name: str) -> bool:
-    """Tells whether something of this name that cannot be looked at may be an image or a folder of images."""
-    return is_image_name(name) or not os.path.splitext(name)[1]
-
-
 def kind_of(name: str) -> str:
-    """What a file or folder that is no image is counted as: its ending, or the name of what a system left behind."""
+    """The kind by which a file or folder that is no image is counted: its ending, or what a system left behind."""
     if name.startswith("._"):
         return "._*"
     kind = name if is_leftover(name) else os.path.splitext(name)[1].lower() or "without an ending"
@@ -65,16 +61,9 @@ def split_named(name: str) -> str | None:
 
 def name_splits(names: Iterable[str]) -> dict[str, str]:
     """The split of each name that stands for one, by itself or beside its like, as seg_train does beside seg_test."""
-    read = {name: _read_split(name) for name in names}
-    splits_of: dict[str, set[str]] = {}
-    for split, rest in read.values():
-        if split is not None:
-            splits_of.setdefault(rest, set()).add(split)
-    return {
-        name: split
-        for name, (split, rest) in read.items()
-        if split is not None and (not rest or len(splits_of[rest]) > 1)
-    }
+    read = {name: (split, rest) for name in names for split, rest in [_read_split(name)] if split is not None}
+    num_splits = Counter(rest for _, rest in {*read.values()})
+    return {name: split for name, (split, rest) in read.items() if not rest or num_splits[rest] > 1}
 
 
 def _read_split(name: str) -> tuple[str | None, str]:
@@ -85,23 +74,14 @@ def _read_split(name: str) -> tuple[str | None, str]:
     return splits[0] if len(splits) == 1 else None, rest
 
 
-def quoted_apart(name: str, other: str) -> tuple[str, str]:
-    """Both names in quotes, in ASCII where they would look the same: one letter may be one code point or two."""
-    spell = ascii if _look_same(name, other) else repr
-    return spell(name), spell(other)
-
-
 def find_lookalike(name: str, others: Collection[str]) -> str | None:
-    """Finds another name that differs in Unicode normalisation alone."""
-    return next((other for other in others if other != name and _look_same(name, other)), None)
+    """Another name that looks the same, as a letter may be one code point or two, which ascii() shows; None without."""
+    composed = unicodedata.normalize("NFC", name)
+    return next((other for other in others if other != name and unicodedata.normalize("NFC", other) == composed), None)
 
 
 def refuse_lookalikes(place: str, names: Iterable[str]) -> None:
-    """Refuses class folders whose names look the same: copies between systems make two classes of one.
-
-    Raises:
-        DataError: two names differ in Unicode normalisation alone.
-    """
+    """Refuses class folders that differ in Unicode normalisation alone: copies between systems make two of one."""
     seen: dict[str, str] = {}
     for name in names:
         other = seen.setdefault(unicodedata.normalize("NFC", name), name)
@@ -110,7 +90,3 @@ def refuse_lookalikes(place: str, names: Iterable[str]) -> None:
                 f"class folders {other!a} and {name!a} of {place} differ only in Unicode normalisation: "
                 "put the images of one into the other."
             )
-
-
-def _look_same(name: str, other: str) -> bool:
-    return unicodedata.normalize("NFC", name) == unicodedata.normalize("NFC", other)

@@ -21,7 +21,7 @@ from pathlib import Path
 from vitreuse.data.shards.index import HEADER_FILE, RECORDS_FILE, Index, describe_foreign, read_index
 from vitreuse.data.shards.scan import Shard, file_sha256
 from vitreuse.io.durable import durable_file, exclusive_lock, sync
-from vitreuse.io.errors import DataError
+from vitreuse.io.errors import DataError, as_data_error
 from vitreuse.io.urls import url_kind
 
 PAUSES_S = (1.0, 5.0)  # before each further try
@@ -31,19 +31,19 @@ _THREADS = threading.Lock()  # a lock file does not part the threads of a proces
 
 
 class _Broken(Exception):
-    """What a URL gives is nothing, not all, or something else; the text is the reason."""
+    """A URL gives nothing, not all, or something else; the text is the reason."""
 
 
 def locate(root: str, split: str, cache_root: str | Path) -> tuple[str, Path]:
     """The URL of a split's files, with {} for their name, and the folder that they are fetched into.
 
     Args:
-        root: URL of a data set; {} in it stands for SPLIT/NAME, which else is its end.
+        root: The URL of a data set; {} in it stands for SPLIT/NAME, which else is its end.
         split: 'train', 'val' or any other folder of it.
-        cache_root: folder for all that is fetched.
+        cache_root: The folder for all that is fetched.
 
     Raises:
-        DataError: a command has no place for the name.
+        DataError: A command has no place for the name.
     """
     kind = str(url_kind(root))
     if kind == "pipe" and "{}" not in root:
@@ -58,13 +58,16 @@ def open_index(url: str, folder: Path) -> Index:
     """The index of a split, fetched if it is not there.
 
     Raises:
-        DataError: it cannot be fetched or written, or is no index of shards with plain names.
+        DataError: It cannot be fetched or written, or is no index of shards with plain names.
     """
     if not (folder / HEADER_FILE).exists():
         with _fetching(folder, HEADER_FILE) as staged:
             if not (folder / HEADER_FILE).exists():  # else another process was first
                 _fetch(url, HEADER_FILE, staged)
-                _refuse_foreign(url, staged)
+                if foreign := describe_foreign(staged):
+                    what = f"the {HEADER_FILE} that {url} gives is {foreign} and no index of vitreuse's"
+                    way_out = "put shards that vitreuse shards index has indexed into a place of their own"
+                    raise DataError(f"{what}: {way_out}.")
                 _fetch(url, RECORDS_FILE, staged)
                 _check_index(url, staged)
                 for name in (RECORDS_FILE, HEADER_FILE):  # the header, which vouches for the records, comes last
@@ -77,7 +80,7 @@ def fetch_shard(url: str, folder: Path, shard: Shard) -> None:
     """Fetches a shard that is not there.
 
     Raises:
-        DataError: it cannot be fetched or written, or is not what the index says.
+        DataError: It cannot be fetched or written, or is not what the index says.
     """
     if _is_there(folder, shard):
         return
@@ -99,7 +102,7 @@ def _is_there(folder: Path, shard: Shard) -> bool:
 def _fetching(folder: Path, name: str) -> Iterator[Path]:
     """A new folder for a file that is fetched, for this process alone: others wait, and find the file there."""
     staged = folder / f".{name}.fetching"
-    try:
+    with as_data_error(f"{folder} cannot be written", "see to that, or choose another data.cache_root"):
         folder.mkdir(parents=True, exist_ok=True)
         with _THREADS, exclusive_lock(folder / f".{name}.lock", wait=True):
             shutil.rmtree(staged, ignore_errors=True)  # of a process that was killed
@@ -108,9 +111,6 @@ def _fetching(folder: Path, name: str) -> Iterator[Path]:
                 yield staged
             finally:
                 shutil.rmtree(staged, ignore_errors=True)
-    except OSError as error:
-        way_out = "see to that, or choose another data.cache_root"
-        raise DataError(f"{folder} cannot be written ({error.strerror}): {way_out}.") from error
 
 
 def _fetch(url: str, name: str, folder: Path, shard: Shard | None = None) -> None:
@@ -118,21 +118,19 @@ def _fetch(url: str, name: str, folder: Path, shard: Shard | None = None) -> Non
     url = url.replace("{}", name)
     for pause in (*PAUSES_S, None):
         try:
-            _download(url, folder / name)
-            if shard is not None:
-                _compare(folder / name, shard)
+            with durable_file(folder / name) as file:
+                file.writelines(_chunks(url))
+            num_bytes = (folder / name).stat().st_size
+            if shard is not None and num_bytes != shard.num_bytes:
+                raise _Broken(f"{num_bytes} bytes, its index says {shard.num_bytes}")
+            if shard is not None and file_sha256(folder / name) != shard.sha256:
+                raise _Broken("its SHA-256 is not what its index says")
             return
         except _Broken as broken:
             if pause is None or str(broken) in FINAL:
                 command = url.removeprefix("pipe:") if url.startswith("pipe:") else f"curl -fL {url}"
                 raise DataError(f"{url} cannot be fetched ({broken}): see what `{command}` gives.") from broken
         time.sleep(pause)
-
-
-def _download(url: str, path: Path) -> None:
-    with durable_file(path) as file:
-        for chunk in _chunks(url):
-            file.write(chunk)
 
 
 def _chunks(url: str) -> Iterator[bytes]:
@@ -146,19 +144,6 @@ def _chunks(url: str) -> Iterator[bytes]:
     except (OSError, ValueError) as error:
         exit_code = re.search(r"exit -?\d+", str(error))
         raise _Broken(exit_code[0] if exit_code else str(error)) from error
-
-
-def _compare(path: Path, shard: Shard) -> None:
-    if path.stat().st_size != shard.num_bytes:
-        raise _Broken(f"{path.stat().st_size} bytes, its index says {shard.num_bytes}")
-    if file_sha256(path) != shard.sha256:
-        raise _Broken("its SHA-256 is not what its index says")
-
-
-def _refuse_foreign(url: str, folder: Path) -> None:
-    if foreign := describe_foreign(folder):
-        way_out = "put shards that vitreuse shards index has indexed into a place of their own"
-        raise DataError(f"the {HEADER_FILE} that {url} gives is {foreign} and no index of vitreuse's: {way_out}.")
 
 
 def _check_index(url: str, folder: Path) -> None:

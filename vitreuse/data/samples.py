@@ -1,35 +1,35 @@
-"""Some of a data set's images, as a model takes them: what redundancy is measured on."""
+"""A sample of a data set's images, drawn by a seed, as inputs of a model.
 
-from __future__ import annotations
+Commands that measure on a few images, or learn from them, take one: similarity, search, convert, export. Training and
+evaluation, which see every image, do not.
+"""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-
-from vitreuse.model.class_names import Names
-from vitreuse.model.preprocessing import Transform
 
 
 class ImageSample:
     """Some images of a set, the same ones for the same seed, in the order of the set.
 
     Args:
-        dataset: Of image, label and key, as vitreuse.data.open_images returns it; a label of -1 is none.
-        transform: From a PIL image to a model's input.
+        dataset: A set of image, label and key, as open_images returns it; a label of -1 is none.
+        transform: Makes a model's input of a PIL image.
         num_images: How many; all of a set that has no more.
-        seed: Of the choice.
-        remark: Why its labels are not those of the model, where they are not.
+        seed: Decides which.
+        remark: Why the labels are not those of the model, where they are not.
 
     Attributes:
-        class_names: Of the set's labels; none where its images have none, or there is a remark.
+        class_names: The names of the labels; none where images have no labels, or there is a remark.
     """
 
-    def __init__(self, dataset: Any, transform: Transform, num_images: int, seed: int = 0, remark: str | None = None):
-        self.dataset, self.transform = dataset, transform
-        self.remark = remark
-        self.class_names: Names = dataset.class_names if remark is None else ()
+    def __init__(
+        self, dataset: Any, transform: Callable[..., Tensor], num_images: int, seed: int = 0, remark: str | None = None
+    ):
+        self.dataset, self.transform, self.remark = dataset, transform, remark
+        self.class_names: tuple[str, ...] = dataset.class_names if remark is None else ()
         chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:num_images]
         self.numbers: list[int] = chosen.sort().values.tolist()
 

@@ -2,15 +2,15 @@
 
 import io
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from vitreuse.data.shards.folder import EncodedSample, write_shards
 from vitreuse.data.shards.index import HEADER_FILE, load_index
-from vitreuse.io.errors import DataError
+from vitreuse.io.errors import DataError, as_data_error
 
 DIGITS_CLASSES = tuple("0123456789")
 DIGITS_SAMPLES = {"train": 1437, "val": 360}
@@ -28,46 +28,37 @@ def prepare_source(name: str, root: str | Path) -> None:
         name: 'digits', scikit-learn's 1,797 scanned handwritten digits of 8 x 8 pixels, 360 of them held out; or
             'pointer_chain', four of these on 16 x 16 pixels, where the first names the place of the one that names the
             place of the label.
-        root: folder of the data set.
+        root: The folder of the data set.
 
     Raises:
-        DataError: unknown name, package not installed, a folder that cannot be written, or one that holds other data.
+        DataError: The name is unknown, a package not installed, or a folder cannot be written or holds other data.
     """
     if name not in SOURCES:
         raise DataError(f"no built-in data set {name!r}: choose {', '.join(SOURCES)}, or name a folder of your own.")
-    for split in DIGITS_SAMPLES:
+    source = _SOURCES[name]
+    for split, num_samples in source.num_samples.items():
         folder = Path(root) / split
         if not (folder / HEADER_FILE).exists():
-            _write_split(name, split, folder)
-        _check_split(name, split, folder)
-
-
-def _write_split(name: str, split: str, folder: Path) -> None:
-    source = _SOURCES[name]
-    try:
-        write_shards(source.read(split), folder, DIGITS_CLASSES, source.samples_per_shard[split])
-    except OSError as error:
-        raise DataError(f"{name} cannot be written to {folder} ({error.strerror}): name another folder.") from error
-    except DataError:
-        if not (folder / HEADER_FILE).exists():  # else another process was first
-            raise
-
-
-def _check_split(name: str, split: str, folder: Path) -> None:
-    index = load_index(folder)
-    if index.class_names != DIGITS_CLASSES or len(index) != _SOURCES[name].num_samples[split]:
-        raise DataError(f"{folder} holds {len(index)} samples that are not the {name}: name another folder.")
+            with as_data_error(f"{name} cannot be written to {folder}", "name another folder"):
+                try:
+                    write_shards(source.read(split), folder, DIGITS_CLASSES, source.samples_per_shard[split])
+                except DataError:
+                    if not (folder / HEADER_FILE).exists():  # else another process was first
+                        raise
+        index = load_index(folder)
+        if index.class_names != DIGITS_CLASSES or len(index) != num_samples:
+            raise DataError(f"{folder} holds {len(index)} samples that are not the {name}: name another folder.")
 
 
 def _read_digits(split: str) -> Iterator[EncodedSample]:
-    """Yields the images of a split."""
+    """The images of a split, one by one."""
     numbers, images, labels = _load_digits(split)
     for number in numbers:
         yield EncodedSample(f"digits-{number:04d}", _encode(images[number]), "png", int(labels[number]))
 
 
 def _read_pointer_chain(split: str) -> Iterator[EncodedSample]:
-    """Yields four digits of a split at a time, side by side in two rows; the key has their numbers in reading order.
+    """Images of four digits of a split, side by side in two rows; a key has their numbers in reading order.
 
     A digit names a place, from 0 to 3, by its value modulo 4. The first names the place of a second, and this the place
     of the label: pointer value retrieval, arXiv 2107.12580, for which an image has to be read three times over.
@@ -103,8 +94,7 @@ def _encode(pixels: np.ndarray) -> bytes:
     return content.getvalue()
 
 
-@dataclass(frozen=True)
-class _Source:
+class _Source(NamedTuple):
     """A built-in data set: what yields the samples of a split, how many they are, and how many go into a shard."""
 
     read: Callable[[str], Iterator[EncodedSample]]

@@ -6,28 +6,19 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vitreuse.data.names import SPLITS, name_splits, split_named
-from vitreuse.data.tree import (
-    ClassRoot,
-    DiskFolder,
-    Folder,
-    Level,
-    find_class_root,
-    find_only_filled,
-    holds_images,
-    shortened,
-)
+from vitreuse.data.tree import DiskFolder, Folder, Level, find_class_root, find_only_filled, holds_images, shortened
 from vitreuse.io.errors import DataError
 
 NUM_PEEKED = 8  # class folders in which splits are looked for: a set has them in all of its classes or in none
 
 
 class Splits(NamedTuple):
-    """The splits of a data set: name and folder of each, in the order of SPLITS, and what else is beside them.
+    """The splits of a data set, and what else is beside them.
 
     Attributes:
-        folders: by split.
-        left_out: names of folders and images.
-        skipped: number of other files by kind.
+        folders: The name and the folder of each split, in the order of SPLITS.
+        left_out: The names of other folders and of images.
+        skipped: The number of other files by kind.
     """
 
     folders: dict[str, tuple[str, Folder]]
@@ -36,13 +27,13 @@ class Splits(NamedTuple):
 
 
 def find_splits(folder: Folder) -> Splits | None:
-    """Finds the splits of a data set, in the folder or in the one that holds all there is; None where it has classes.
+    """The splits of a data set, in the folder or in the one that holds all there is; None where it has classes.
 
     Folders are splits by their names (see names.py): if all have such names, or at least two and some hold folders. One
     class among others may be called train.
 
     Raises:
-        DataError: two folders are the same split, it is not clear whether they are splits or classes, or classes hold
+        DataError: Two folders are the same split, it is not clear whether they are splits or classes, or classes hold
             splits.
     """
     level = folder.level()
@@ -53,13 +44,12 @@ def find_splits(folder: Folder) -> Splits | None:
     filled = [name for name in others if holds_images(level.folders[name])]
     if filled and not _are_splits(folder, level, named, filled):
         return None
-    folders = {split: (name, level.folders[name]) for name, split in named.items()}
+    folder_names = {split: name for name, split in named.items()}
     for name, split in named.items():
-        other = folders[split][0]
-        if other != name:
+        if (other := folder_names[split]) != name:
             raise DataError(f"{folder.place} has {name} and {other}, which both are {split}: move one away.")
-    ordered = {split: folders[split] for split in SPLITS if split in folders}
-    return Splits(ordered, [*others, *level.images], level.skipped)
+    folders = {split: (name, level.folders[name]) for split in SPLITS if (name := folder_names.get(split))}
+    return Splits(folders, [*others, *level.images], level.skipped)
 
 
 def _are_splits(folder: Folder, level: Level, named: dict[str, str], others: list[str]) -> bool:
@@ -73,7 +63,7 @@ def _are_splits(folder: Folder, level: Level, named: dict[str, str], others: lis
 
 
 def _find_deeper(folder: Folder, level: Level) -> Splits | None:
-    """Looks for splits one folder deeper."""
+    """The splits one folder deeper; None where there are none."""
     only = None if level.images else find_only_filled(level)
     if only is not None:
         inner = level.folders[only]
@@ -97,25 +87,24 @@ def _is_archive_of_one(folder: Folder, splits: Splits) -> bool:
     return len(splits.folders) == 1 and (not flat or bool(folder.level().images))
 
 
-def find_labelled(folder: Folder, name: str) -> ClassRoot:
-    """The folder of the class folders of one split, or of a data set that has none.
+def find_labelled(folder: Folder, name: str) -> tuple[Folder, list[str]]:
+    """The folder of the class folders of one split, or of a data set that has none, and what is left out before it.
 
     Raises:
-        DataError: it has splits, which would be taken for classes.
+        DataError: It has splits, which would be taken for classes.
     """
-    root = find_class_root(folder, name)
-    splits = find_splits(root.folder)
-    if splits is not None:
+    root, left_out = find_class_root(folder, name)
+    if splits := find_splits(root):
         names = shortened([name for name, _ in splits.folders.values()])
-        raise DataError(f"{root.folder.place} has splits ({names}), not classes: name the folder of one of them.")
-    return root
+        raise DataError(f"{root.place} has splits ({names}), not classes: name the folder of one of them.")
+    return root, left_out
 
 
 def find_split(root: Path, split: str) -> Path | None:
     """The folder of a split under its name or, for train, val and test, another that it is known by; None without.
 
     Raises:
-        DataError: as find_splits does.
+        DataError: As find_splits does.
     """
     known = split_named(split)
     if (root / split).is_dir() and (known is None or not DiskFolder(str(root / split)).level().images):
@@ -123,21 +112,17 @@ def find_split(root: Path, split: str) -> Path | None:
     splits = find_splits(DiskFolder(str(root))) if known and root.is_dir() else None
     if splits is None or known not in splits.folders:
         return None
-    folder = splits.folders[known][1]
-    return Path(folder.place)
+    return Path(splits.folders[known][1].place)
 
 
 def choose_split(root: Path, split: str) -> Path:
     """The folder to read images from: that of the split, or the root itself where it has none.
 
     Raises:
-        DataError: the root has splits, but not this one.
+        DataError: The root has splits, but not this one.
     """
     folder = find_split(root, split)
-    if folder is not None or not root.is_dir():
-        return folder or root
-    splits = find_splits(DiskFolder(str(root)))
-    if splits is None:
-        return root
-    names = shortened([name for name, _ in splits.folders.values()])
-    raise DataError(f"{root} has the splits {names} and no {split}: choose one of them with --split.")
+    if folder is None and root.is_dir() and (splits := find_splits(DiskFolder(str(root)))):
+        names = shortened([name for name, _ in splits.folders.values()])
+        raise DataError(f"{root} has the splits {names} and no {split}: choose one of them with --split.")
+    return folder or root

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from vitreuse.data.names import is_leftover
-from vitreuse.data.tree import WHOLE_FILE, Entry, Level, Span, Unusable, list_below, read_level
-from vitreuse.io.errors import DataError
+from vitreuse.data.tree import LEADS_BACK, WHOLE_FILE, Entry, Level, Span, Unusable, list_below, read_level
+from vitreuse.io.errors import DataError, as_data_error
 
 BLOCK_BYTES = 512
 HEADER_MARK, HEADER_MARK_AT = b"ustar", 257  # in a member's header
@@ -31,15 +31,15 @@ ARCHIVES = ((b"PK\x03\x04", "zip"), (b"7z\xbc\xaf\x27\x1c", "7z"), (b"Rar!", "ra
 
 
 def tar_members(file: BinaryIO, start: int = 0, size: int | None = None) -> Iterator[tarfile.TarInfo]:
-    """Yields the members of an uncompressed tar.
+    """The members of an uncompressed tar, each read when it is asked for.
 
     Args:
-        file: holds the tar, or a tar that has it as a member.
-        start: where in the file the tar begins; offset_data of what is yielded counts from the file's beginning.
-        size: of the tar in bytes; None for all that follows.
+        file: The file that is the tar, or that has it as a member.
+        start: Where in the file the tar begins; offset_data of a member counts from the file's beginning.
+        size: Bytes of the tar; None for all that follows.
 
     Raises:
-        TarError: it is no tar, or cut short.
+        TarError: It is no tar, or cut short.
     """
     stop = os.fstat(file.fileno()).st_size if size is None else start + size
     end = start
@@ -57,7 +57,7 @@ def tar_members(file: BinaryIO, start: int = 0, size: int | None = None) -> Iter
 
 
 def describe_tar_error(path: Path, error: Exception, start: int = 0) -> tuple[str, str]:
-    """What is wrong with a file that could not be read as a tar from there on, and the way out."""
+    """The reason why a file could not be read as a tar from ``start`` on, and the way out."""
     with open(path, "rb") as file:
         head = os.pread(file.fileno(), 8, start)
     for magic, name, command in COMPRESSED:
@@ -82,9 +82,9 @@ class Node:
     """A folder in a tar: what lies in it by name, a later member in place of an earlier one of the same name.
 
     Attributes:
-        path: from the top of the tar.
-        above: the folder that it lies in; None for the top.
-        entries: what lies in it.
+        path: Its path from the top of the tar.
+        above: The folder that it lies in; None for the top.
+        entries: What lies in it; None for neither file nor folder, such as a pipe.
     """
 
     path: str = ""
@@ -156,9 +156,9 @@ class TarFolder:
     """A folder in a tar.
 
     Attributes:
-        tar: names the tar in a sentence.
-        node: the folder.
-        trail: the folders from which links led here.
+        tar: What the tar is called in a sentence.
+        node: The folder itself.
+        trail: The folders from which links led here.
     """
 
     tar: str
@@ -182,8 +182,8 @@ class TarFolder:
         if not isinstance(found, Node):
             return found
         if any(found in _with_all_above(passed) for passed in trail):
-            reason = "leads back to a folder that it is in, whose images would be read again"
-            raise DataError(f"the link {name} of {self.place} to {entry.target} {reason}: pack the tar without it.")
+            what = f"the link {name} of {self.place} to {entry.target} {LEADS_BACK}"
+            raise DataError(f"{what}: pack the tar without it.")
         return TarFolder(self.tar, found, trail)
 
 
@@ -191,17 +191,10 @@ def _with_all_above(node: Node) -> list[Node]:
     return [node, *(_with_all_above(node.above) if node.above else ())]
 
 
-@dataclass(frozen=True)
-class InnerTar:
-    """A tar that is a member of a tar, as a folder: read each time it is looked at, in whichever process.
+class InnerTar(NamedTuple):
+    """A tar that is a member of a tar, as a folder: read each time it is looked at, in whichever process."""
 
-    Attributes:
-        tar: the file that holds it.
-        name: of the member.
-        span: where it lies.
-    """
-
-    tar: Path
+    tar: Path  # the file that holds it
     name: str
     span: Span
 
@@ -217,23 +210,20 @@ def read_nodes(tar: Path, place: str, span: Span) -> Node:
     """Reads the members of a tar, or of one inside it, as a tree.
 
     Raises:
-        DataError: it is damaged, compressed, or no tar.
+        DataError: It is damaged, compressed, or no tar.
     """
     top = Node()
     try:
-        with open(tar, "rb") as file:
+        with as_data_error(f"{tar} cannot be read", "make it readable"), open(tar, "rb") as file:
             for info in tar_members(file, span.offset, span.size):
                 top.add(info)
     except tarfile.TarError as error:
         problem, way_out = describe_tar_error(tar, error, span.offset)
         raise DataError(f"{place} {problem}: {way_out}.") from error
-    except OSError as error:
-        raise DataError(f"{tar} cannot be read ({error.strerror}): make it readable.") from error
     return top
 
 
-@dataclass(frozen=True)
-class TarOfTars:
+class TarOfTars(NamedTuple):
     """A tar of tars, as ImageNet's training set is shipped: a folder of theirs, by their names without the ending."""
 
     place: str
@@ -241,14 +231,14 @@ class TarOfTars:
     skipped: Counter[str]
 
     def level(self) -> Level:
-        return Level({name: self.tars[name] for name in sorted(self.tars)}, {}, self.skipped)
+        return Level(dict(sorted(self.tars.items())), {}, self.skipped)
 
 
 def open_tar(tar: Path) -> TarFolder | TarOfTars:
     """Reads a tar of images, or of tars.
 
     Raises:
-        DataError: it cannot be read, has both, or two tars of the same name.
+        DataError: It cannot be read, has both, or two tars of the same name.
     """
     top = TarFolder(str(tar), read_nodes(tar, str(tar), WHOLE_FILE))
     members = [InnerTar(tar, path, span) for path, span in _files(top.node) if path.endswith(".tar")]
@@ -267,9 +257,7 @@ def open_tar(tar: Path) -> TarFolder | TarOfTars:
 def _files(node: Node) -> Iterator[tuple[str, Span]]:
     """The files of a tree but none that a system left behind, with their paths."""
     for name, entry in node.entries.items():
-        if is_leftover(name):
-            continue
-        if isinstance(entry, Node):
+        if isinstance(entry, Node) and not is_leftover(name):
             yield from _files(entry)
-        elif isinstance(entry, Span):
+        elif isinstance(entry, Span) and not is_leftover(name):
             yield posixpath.join(node.path, name), entry

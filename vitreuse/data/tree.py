@@ -10,16 +10,8 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import NamedTuple, Protocol
 
-from vitreuse.data.names import (
-    IDLE_WORDS,
-    IMAGE_EXTENSIONS,
-    is_image_name,
-    is_leftover,
-    kind_of,
-    may_hold_images,
-    refuse_lookalikes,
-)
-from vitreuse.io.errors import DataError
+from vitreuse.data.names import IDLE_WORDS, IMAGE_EXTENSIONS, is_image_name, is_leftover, kind_of, refuse_lookalikes
+from vitreuse.io.errors import DataError, as_data_error
 
 
 class Span(NamedTuple):
@@ -30,7 +22,7 @@ class Span(NamedTuple):
 
 
 class Unusable(NamedTuple):
-    """What cannot be read, with the reason and the way out."""
+    """Something that cannot be read, with the reason and the way out."""
 
     reason: str
 
@@ -45,13 +37,13 @@ class Folder(Protocol):
         """What lies directly in it.
 
         Raises:
-            DataError: it cannot be read, or something in it may hold images and cannot be.
+            DataError: It cannot be read, or something in it may hold images and cannot be.
         """
         ...
 
 
 class Level(NamedTuple):
-    """What lies directly in a folder, sorted by name; what is skipped is counted by kind."""
+    """The folders and images directly in a folder, sorted by name; what is skipped is counted by kind."""
 
     folders: dict[str, Folder]
     images: dict[str, Span]
@@ -60,23 +52,24 @@ class Level(NamedTuple):
 
 Entry = Folder | Span | Unusable | None  # None: neither file nor folder, such as a socket
 WHOLE_FILE = Span(0, None)
+LEADS_BACK = "leads back to a folder that it is in, whose images would be read again"  # a link that is refused
 
 
 def read_level(place: str, names: Iterable[str], look: Callable[[str], Entry]) -> Level:
     """Sorts what lies in a folder into folders, images and what is skipped.
 
     Args:
-        place: of the folder.
-        names: of all that lies in it.
-        look: says what one of them is, of those that no system left behind.
+        place: The place of the folder.
+        names: The names of all that lies in it.
+        look: Says what one of them is, of those that no system left behind.
 
     Raises:
-        DataError: an image, or what may be a folder of images, is Unusable.
+        DataError: An image, or what may be a folder of images, is Unusable.
     """
     level = Level({}, {}, Counter())
     for name in sorted(names):
         found = None if is_leftover(name) else look(name)
-        if isinstance(found, Unusable) and may_hold_images(name):
+        if isinstance(found, Unusable) and (is_image_name(name) or not os.path.splitext(name)[1]):  # maybe a folder
             raise DataError(f"{name} of {place} {found.reason}.")
         if isinstance(found, Span) and is_image_name(name):
             level.images[name] = found
@@ -91,7 +84,7 @@ def list_below(folder: Folder) -> tuple[dict[str, Span], Counter[str]]:
     """All images below a folder by their path from it, in torchvision's order, and what is skipped there, by kind.
 
     Raises:
-        DataError: a part of it cannot be read.
+        DataError: A part of it cannot be read.
     """
     levels = sorted(_levels(folder), key=lambda found: found[0])
     images = {f"{below}/{name}".lstrip("/"): span for below, level in levels for name, span in level.images.items()}
@@ -99,7 +92,7 @@ def list_below(folder: Folder) -> tuple[dict[str, Span], Counter[str]]:
 
 
 def holds_images(folder: Folder) -> bool:
-    """Tells whether there is an image anywhere below a folder."""
+    """Whether there is an image anywhere below a folder."""
     return any(level.images for _, level in _levels(folder))
 
 
@@ -113,34 +106,32 @@ def _levels(folder: Folder) -> Iterator[tuple[str, Level]]:
         waiting += [(f"{below}/{name}".lstrip("/"), inner) for name, inner in level.folders.items()]
 
 
-class ClassRoot(NamedTuple):
-    """The folder of the class folders, and what is left out on the way to it."""
+def find_class_root(folder: Folder, name: str) -> tuple[Folder, list[str]]:
+    """The folder of the class folders, and what is left out on the way to it.
 
-    folder: Folder
-    left_out: list[str]
-
-
-def find_class_root(folder: Folder, name: str) -> ClassRoot:
-    """The folder of the class folders: the one of this name, or one in it that holds all images, as archives do.
+    It is the folder of this name, or one in it that holds all images, as archives do.
 
     A folder that is alone with images of its own is a class, but not if it is called images or as the one that it is
     in: Kaggle's archives have test/test/1.jpg. Then there are no classes.
 
     Raises:
-        DataError: a folder that is alone may be a class, or hold classes.
+        DataError: A folder that is alone may be a class, or hold classes.
     """
     level, left_out = folder.level(), []
     while not level.images and (only := find_only_filled(level)):
         inner = level.folders[only]
         inner_level, others = inner.level(), [other for other in level.folders if other != only]
         if inner_level.images and only != name and only.lower() not in IDLE_WORDS:
-            _check_is_class(inner, inner_level)
+            if len(inner_level.folders) > 1:
+                images, folders = shortened([*inner_level.images]), shortened([*inner_level.folders])
+                way_out = "take the images away, or put each into a folder of its class"
+                raise DataError(f"{inner.place} has images ({images}) beside folders ({folders}): {way_out}.")
             break
         if others and len(inner_level.folders) == 1:  # a class with a deeper folder, beside others yet to be filled
             break
         folder, level, name = inner, inner_level, only
         left_out += others
-    return ClassRoot(folder, left_out)
+    return folder, left_out
 
 
 def find_only_filled(level: Level) -> str | None:
@@ -149,19 +140,8 @@ def find_only_filled(level: Level) -> str | None:
     return filled[0] if len(filled) == 1 else None
 
 
-def _check_is_class(folder: Folder, level: Level) -> None:
-    if level.images and len(level.folders) > 1:
-        images, folders = shortened([*level.images]), shortened([*level.folders])
-        way_out = "take the images away, or put each into a folder of its class"
-        raise DataError(f"{folder.place} has images ({images}) beside folders ({folders}): {way_out}.")
-
-
 def check_classes(place: str, folders: Mapping[str, Folder], num_images: Iterable[int]) -> None:
-    """Refuses class folders that cannot be told apart, or have no images.
-
-    Raises:
-        DataError: two names look the same, or a class has no images.
-    """
+    """Refuses class folders whose names look the same, or that have no images."""
     refuse_lookalikes(place, folders)
     empty = [name for name, number in zip(folders, num_images, strict=True) if not number]
     if empty:
@@ -170,19 +150,19 @@ def check_classes(place: str, folders: Mapping[str, Folder], num_images: Iterabl
         raise DataError(f"class folder {folders[empty[0]].place} has no images ({endings}){more}: fill or remove it.")
 
 
-def describe_skipped(place: str, skipped: Counter[str]) -> list[str]:
+def skipped_notes(place: str, skipped: Counter[str]) -> list[str]:
     """A sentence about what was skipped, if anything was."""
     kinds = shortened([f"{number} {kind}" for kind, number in skipped.most_common()])
     return [f"{place}: {skipped.total()} files or folders that are no images are left out: {kinds}."] if kinds else []
 
 
-def describe_left_out(place: str, names: list[str]) -> list[str]:
+def left_out_notes(place: str, names: list[str]) -> list[str]:
     """A sentence about folders and images that were left out, if any were."""
     return [f"{place}: left out: {shortened(names)}."] if names else []
 
 
 def shortened(names: list[str], limit: int = 20) -> str:
-    """A list of names in a sentence, the first of many."""
+    """Names as a list in a sentence, of many the first."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
 
@@ -192,26 +172,19 @@ class DiskFolder:
     """A folder on a disk.
 
     Attributes:
-        path: of the folder, links in it as they stand.
-        trail: real paths of the folders from which links led here.
+        place: Its path, links in it as they stand.
+        trail: The real paths of the folders from which links led here.
     """
 
-    path: str
+    place: str
     trail: tuple[str, ...] = ()
 
-    @property
-    def place(self) -> str:
-        return self.path
-
     def level(self) -> Level:
-        try:
-            os.stat(os.path.join(self.path, "."))  # without the right to search, names are listed and no file is read
-            with os.scandir(self.path) as entries:
+        with as_data_error(f"folder {self.place} cannot be read", "make it readable, or take it away"):
+            os.stat(os.path.join(self.place, "."))  # without the right to search, names are listed and no file is read
+            with os.scandir(self.place) as entries:
                 found = {entry.name: entry for entry in entries}
-            return read_level(self.path, found, lambda name: self._look(found[name]))
-        except OSError as error:
-            way_out = "make it readable, or take it away"
-            raise DataError(f"folder {self.path} cannot be read ({error.strerror}): {way_out}.") from error
+            return read_level(self.place, found, lambda name: self._look(found[name]))
 
     def _look(self, entry: os.DirEntry[str]) -> Entry:
         try:
@@ -230,8 +203,7 @@ class DiskFolder:
     def _trail_through(self, entry: os.DirEntry[str]) -> tuple[str, ...]:
         if not entry.is_symlink():
             return self.trail
-        target, trail = os.path.realpath(entry.path), (*self.trail, os.path.realpath(self.path))
+        target, trail = os.path.realpath(entry.path), (*self.trail, os.path.realpath(self.place))
         if any(os.path.commonpath((target, passed)) == target for passed in trail):
-            reason = "leads back to a folder that it is in, whose images would be read again"
-            raise DataError(f"the link {entry.path} to {target} {reason}: remove it.")
+            raise DataError(f"the link {entry.path} to {target} {LEADS_BACK}: remove it.")
         return trail

@@ -39,11 +39,8 @@ UNCHUNKED = re.compile(r"^(blocks\.)\d+\.(\d+\.)")  # DINOv2 is trained in chunk
 OF_TIMM = "visual."  # the prefix of CLIP, which timm converts itself
 PREFERRED, SECOND, LAST = {"ema", "teacher"}, {"student"}, {"momentum", "target", "k", "predictor", "decoder"}
 HEADS = {  # beside a backbone, and timm's name for them
-    "head": "head",
-    "head_dist": "head_dist",
-    "classifier": "head",
-    "cls_classifier": "head",
-    "distillation_classifier": "head_dist",
+    **dict.fromkeys(("head", "classifier", "cls_classifier"), "head"),
+    **dict.fromkeys(("head_dist", "distillation_classifier"), "head_dist"),
 }
 OTHER_FILES = (  # how they begin, and what they are
     (b"version https://git-lfs", "it is a pointer of git-lfs, not the file that it stands for: fetch that one"),
@@ -76,8 +73,7 @@ def read_weights(path: str | Path) -> Weights:
     refuse_url("the checkpoint", str(path))
     path = Path(path).expanduser()
     try:
-        content, metadata = _read(path)
-        return _unwrapped(content)._replace(img_size=_image_size(content, metadata))
+        return _unwrapped(*_read(path))
     except OSError as error:
         reason = error.strerror or str(error)
     except ValueError as error:
@@ -94,28 +90,23 @@ def as_weights(checkpoint: Mapping[str, Any] | Weights) -> Weights:
     if isinstance(checkpoint, Weights):
         return checkpoint
     try:
-        return _unwrapped(checkpoint)
+        return _unwrapped(checkpoint, {})
     except ValueError as error:
         raise ValueError(f"the checkpoint cannot be read as weights: {error}.") from error
 
 
-def _unwrapped(content: Any) -> Weights:
-    """As as_weights, of anything that a file held."""
+def _unwrapped(content: Any, metadata: Mapping[str, str]) -> Weights:
+    """The weights in anything that a file held, with what the file says beside it."""
     found = _state_dict(content)
     tensors = {WRAPPERS.sub("", key): value.detach() for key, value in found.items() if isinstance(value, Tensor)}
     tensors.pop("n_averaged", None)  # of torch's AveragedModel
     state, outside = _without_prefix(tensors)
     state, more = renamed(state)
-    return Weights(state, (*outside, *more), _image_size(content, {}))
+    return Weights(state, (*outside, *more), _image_size(content, metadata))
 
 
 def _read(path: Path) -> tuple[Any, dict[str, str]]:
-    """What a file holds, and its metadata.
-
-    Raises:
-        ValueError: It is no file of weights.
-        OSError: It cannot be read.
-    """
+    """What a file of weights holds, and its metadata; any other file is a ValueError that says what it is."""
     if path.is_dir():
         raise ValueError("it is a folder: give a file in it")
     if path.exists() and not path.is_file():
@@ -191,10 +182,8 @@ def _read_torch(path: Path) -> Any:
         foreign = re.search(r"GLOBAL ([\w.]+)|<class '([\w.]+)'>", str(error))
         if foreign is None:
             raise ValueError("it is damaged, or holds more than weights and plain settings") from error
-        name = foreign[1] or foreign[2]
-        raise ValueError(
-            f"it holds a pickled {name}, and nothing that could run code is read: save the model's state_dict() alone"
-        ) from error
+        what = f"it holds a pickled {foreign[1] or foreign[2]}, and nothing that could run code is read"
+        raise ValueError(f"{what}: save the model's state_dict() alone") from error
     except (OSError, MemoryError):
         raise
     except Exception as error:  # torch.load raises whatever a damaged file leads to
@@ -202,11 +191,7 @@ def _read_torch(path: Path) -> Any:
 
 
 def _state_dict(content: Any) -> Mapping[str, Any]:
-    """The state dict in what a file held.
-
-    Raises:
-        ValueError: There is none.
-    """
+    """The state dict in what a file held; a ValueError says what there is instead of one."""
     if not isinstance(content, Mapping):
         raise ValueError(f"it holds a {type(content).__name__} and no weights by name")
     for key in CONTAINERS:
@@ -226,9 +211,8 @@ def _holds_tensors(value: Any) -> bool:
     """Whether something is a state dict, or wraps one."""
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         return False
-    return any(isinstance(part, Tensor) for part in value.values()) or any(
-        _holds_tensors(value.get(key)) for key in CONTAINERS
-    )
+    has_tensors = any(isinstance(part, Tensor) for part in value.values())
+    return has_tensors or any(_holds_tensors(value.get(key)) for key in CONTAINERS)
 
 
 def _without_prefix(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
@@ -246,8 +230,11 @@ def _without_prefix(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], lis
 
 
 def _rank(prefix: str) -> tuple[int, int]:
-    """Which of several is meant: a moving average before what it follows, except where training only compares with
-    it, as MoCo and BYOL do with their momentum and target encoders."""
+    """The rank of a prefix, least for the ViT that is meant.
+
+    A moving average is taken before what it follows, except where training only compares with it, as MoCo and BYOL do
+    with their momentum and target encoders.
+    """
     words = {*re.split(r"[._]", prefix)}
     order = 3 if words & LAST else 0 if words & PREFERRED else 2 if words & SECOND else 1
     return order, len(prefix)
@@ -274,7 +261,6 @@ def _heads_beside(state: Mapping[str, Tensor], prefix: str, width: int) -> dict[
 
 def _image_size(content: Any, metadata: Mapping[str, str]) -> tuple[int, int] | None:
     """The size of images that a file says its weights were trained at: ours as a keyword, others among arguments."""
-    said: Any = None
     try:
         said = json.loads(metadata.get("keywords", "{}")).get("img_size")
     except (ValueError, AttributeError):

@@ -87,12 +87,8 @@ def exclusive_lock(path: Path, wait: bool = False) -> Iterator[None]:
 
     A POSIX lock: forked workers do not share it, and a dead process does not keep it.
 
-    Args:
-        path: The lock file.
-        wait: For a process that holds it to let it go.
-
     Raises:
-        BlockingIOError: Another process holds it.
+        BlockingIOError: Another process holds it, and it is not to wait.
         OSError: The file cannot be made.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT)

@@ -1,27 +1,20 @@
-"""Errors that a user can cause, one sentence each, and the word or path that was probably meant."""
+"""Errors that a user can cause, each one sentence that ends with the way out: what is wrong with a config or with data.
+
+Whatever can suggest the word or the path that was probably meant does it by the functions below. A command prints the
+sentence of a ValueError alone and ends with exit code 2 (see process.py).
+"""
 
 from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be used; its text is one sentence for the user."""
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """The end of an error sentence: `, did you mean 'epochs'?`, or nothing when no known word is close."""
-    match = closest(word, known)
-    return f", did you mean {match!r}?" if match else ""
-
-
-def nearest_path(path: str | Path) -> str:
-    """The end of an error sentence about a path that does not exist, as nearest for a word."""
-    match = None if os.path.lexists(path) else closest_path(Path(path))
-    return f", did you mean '{match}'?" if match else ""
+    """A configuration that cannot be used."""
 
 
 class DataError(ValueError):
@@ -41,6 +34,15 @@ class DecodeError(DataError):
     """One sample whose image cannot be read; the other samples are not affected."""
 
 
+@contextmanager
+def as_data_error(what: str, way_out: str) -> Iterator[None]:
+    """Inside the block, an OSError becomes the DataError `WHAT (No such file or directory): WAY_OUT.`"""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"{what} ({error.strerror}): {way_out}.") from error
+
+
 def closest(word: str, known: Iterable[str], likeness: float = 0.6) -> str | None:
     """The known word most like ``word``, whatever its case; None when none reaches that likeness (0 to 1)."""
     by_lower_case = {candidate.lower(): candidate for candidate in known}
@@ -48,17 +50,24 @@ def closest(word: str, known: Iterable[str], likeness: float = 0.6) -> str | Non
     return by_lower_case[found[0]] if found else None
 
 
-def closest_path(path: Path) -> Path | None:
-    """The existing path most like one that does not exist, name by name; None when a name has none that is close."""
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The end of an error sentence: `, did you mean 'epochs'?`, or nothing when no known word is close."""
+    match = closest(word, known)
+    return f", did you mean {match!r}?" if match else ""
+
+
+def nearest_path(path: str | Path) -> str:
+    """The same of a path, name by name; nothing when it exists, or one of its names has none that is close."""
+    if os.path.lexists(path):
+        return ""
+    path = Path(path)
     found = Path(path.anchor)
     for part in path.parts[len(found.parts) :]:
-        if not os.path.lexists(found / part):
-            try:
-                match = closest(part, os.listdir(found))
-            except OSError:  # a file, or a folder that cannot be listed
-                return None
-            if match is None:
-                return None
-            part = match
-        found = found / part
-    return found
+        try:
+            match = part if os.path.lexists(found / part) else closest(part, os.listdir(found))
+        except OSError:  # a file, or a folder that cannot be listed
+            return ""
+        if match is None:
+            return ""
+        found = found / match
+    return f", did you mean '{found}'?"

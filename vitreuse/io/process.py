@@ -1,4 +1,7 @@
-"""This process among those of its machine: whether it speaks for all, where it computes, how it ends."""
+"""What a command asks about its own process: its device, its rank, where its sentences go, and its exit codes.
+
+torchrun starts several processes with the same arguments, its ranks; without it the one there is counts as the first.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +16,14 @@ DONE, FAILED, WRONG_INPUT, STOPPED, INTERRUPTED = 0, 1, 2, 75, 130  # exit codes
 
 
 class OtherRankError(ValueError):
-    """What another rank met and prints: this one ends with it, and in silence."""
+    """An error that another rank met and prints: this one ends with it too, and in silence."""
 
 
 def choose_device(name: str) -> torch.device:
     """The device of a name: auto takes cuda where there is one.
 
     Raises:
-        ConfigError: cuda is asked for and there is none.
+        ConfigError: CUDA is asked for and there is none.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"

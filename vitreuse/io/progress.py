@@ -1,10 +1,12 @@
-"""How far a piece of work is, on standard error."""
+"""How far a long piece of work is: a bar on a terminal, and a line now and then in a log.
+
+Whatever takes long shows itself so, always on standard error: standard output is for results.
+"""
 
 from __future__ import annotations
 
 import time
 from datetime import timedelta
-from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -25,14 +27,14 @@ def progress_bars(console: Console, unit: str, disable: bool) -> Progress:
 
 
 class WorkProgress:
-    """How far a piece of work is, on standard error: a bar with rate and time left on a terminal, lines elsewhere.
+    """Shows a piece of work: a bar with rate and time left on a terminal, lines elsewhere.
 
     Args:
-        label: what is done.
-        unit: what is counted, such as 'images'.
-        total: units of the whole work.
-        done: units that an earlier start has done.
-        enabled: whether this process shows anything.
+        label: What is done.
+        unit: What is counted, such as 'images'.
+        total: Units of the whole work.
+        done: Units that an earlier start has done.
+        enabled: Whether this process shows anything.
     """
 
     def __init__(self, label: str, unit: str, total: int, done: int = 0, enabled: bool = True):
@@ -47,30 +49,27 @@ class WorkProgress:
         self._bar.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._bar.stop()
         if self._bar.disable and self.done == self.total != self._told:
             self.line("")
 
     def reach(self, done: int, text: str = "") -> None:
-        """So many units are done; the text, such as a loss, stands beside the rate."""
+        """Shows that so many units are done; the text, such as a loss, stands beside the rate."""
         self.done = done
-        shown = ", ".join(part for part in (self.label, text, self._rate()) if part)
+        shown = ", ".join(filter(None, (self.label, text, self._rate())))
         self._bar.update(self._task, completed=self.done, description=shown, refresh=True)
         if self._bar.disable and time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES:
             self.line(text)
 
     def line(self, text: str) -> None:
-        """A line that stays, such as the result of an epoch."""
+        """Prints a line that stays, such as the result of an epoch."""
         if not self.enabled:
             return
         self._last_line, self._told = time.monotonic(), self.done
         so_far = f"{self.label}: {self.done}/{self.total} {self.unit}"
         left = timedelta(seconds=round(self.seconds_left))
-        parts = (so_far, text, self._rate(), f"{left} left")
-        self._console.print(", ".join(part for part in parts if part), markup=False)
+        self._console.print(", ".join(filter(None, (so_far, text, self._rate(), f"{left} left"))), markup=False)
 
     @property
     def seconds_left(self) -> float:

@@ -32,12 +32,7 @@ def refuse_url(name: str, text: str | None) -> None:
 
 
 def refuse_unallowed_url(name: str, text: str, allow: Collection[str]) -> None:
-    """Checks that what has this name is a local path or an allowed URL.
-
-    Args:
-        name: What it is.
-        text: The path or URL.
-        allow: Kinds of URL that the command line allows; no config may.
+    """Checks that what has this name is a local path, or a URL of a kind that the command line allows; no config may.
 
     Raises:
         ConfigError: It is another URL.

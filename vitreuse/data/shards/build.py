@@ -9,8 +9,6 @@ A build that was killed, at whatever moment, goes on with the shards that are mi
 same command again finds that it is done.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json
@@ -32,7 +30,7 @@ from vitreuse.data.shards.index import build_index, find_twins
 from vitreuse.data.shards.workers import THIS_PROCESS, Workers
 from vitreuse.data.tree import shortened
 from vitreuse.io.durable import TEMPORARY_FILES, exclusive_lock, sync, write_durably
-from vitreuse.io.errors import DataError
+from vitreuse.io.errors import DataError, as_data_error
 
 PLAN_FILE = "build.json"
 FORMAT = "vitreuse-build-1"
@@ -43,13 +41,13 @@ class BuildSettings:
     """What decides the bytes of the shards, beside the source.
 
     Attributes:
-        samples_per_shard: of every shard but the last.
-        resize_px: images whose shorter side is longer are shrunk to it; None keeps every file as it is.
-        quality: of the JPEGs that shrunk images become.
-        seed: of the order of the samples.
+        samples_per_shard: The size of every shard but the last.
+        resize_px: Images whose shorter side is longer are shrunk to it; None keeps every file as it is.
+        quality: The quality of the JPEGs that shrunk images become.
+        seed: Decides the order of the samples.
 
     Raises:
-        DataError: a number is out of range.
+        DataError: A number is out of range.
     """
 
     samples_per_shard: int = 1000
@@ -86,16 +84,16 @@ def build_shards(
     orientation included, unless it is shrunk; then it becomes a JPEG of the pixels as they were stored, without EXIF.
 
     Args:
-        source: class folders, a folder with splits of them, or a tar of either: see listing.py.
-        folder: for the shards; of splits, for one folder of shards each, by the names train, val and test.
-        settings: what to write.
-        workers: the processes that write.
+        source: Class folders, a folder with splits of them, or a tar of either: see listing.py.
+        folder: A place for the shards; of splits, for one folder of shards each, by the names train, val and test.
+        settings: What to write.
+        workers: The processes that write.
 
     Returns:
         The folders of shards.
 
     Raises:
-        DataError: the source cannot be used or changed meanwhile, images would have the same key, images cannot be
+        DataError: The source cannot be used or changed meanwhile, images would have the same key, images cannot be
             read or, to be shrunk, decoded, the folder holds something else or cannot be written, it is being built by
             another process, or was begun from another source or with other settings. All such images are counted, and
             the first of them named.
@@ -106,20 +104,19 @@ def build_shards(
     folders = {split: Path(folder) / split for split in listings}
     problems: list[str] = []
     for split, listing in listings.items():
-        try:
+        way_out = "see to that and run the same command again, it goes on where it stopped"
+        with as_data_error(f"{folders[split]} cannot be written", way_out):
             problems += _build_split(folders[split].resolve(), listing, settings, workers)
-        except OSError as error:
-            way_out = "see to that and run the same command again, it goes on where it stopped"
-            raise DataError(f"{folders[split]} cannot be written ({error.strerror}): {way_out}.") from error
     if problems:
         raise DataError("; ".join(problems) + ".")
     return list(folders.values())
 
 
 def _build_split(folder: Path, listing: Listing, settings: BuildSettings, workers: Workers) -> list[str]:
-    """Builds a folder of shards; returns what is wrong with images that cannot be used, for which it is not built."""
+    """Builds a folder of shards, or says what is wrong with images that cannot be used, for which it is not built."""
     order = np.random.default_rng(settings.seed).permutation(len(listing.images))
-    plan = _make_plan(listing, settings)
+    digest = hashlib.sha256(json.dumps(listing.class_names).encode() + listing.images.tobytes()).hexdigest()
+    plan = {"format": FORMAT, **asdict(settings), "num_images": len(listing.images), "listing_sha256": digest}
     with _staging(folder) as staged:
         if _is_built(folder, plan):
             return []
@@ -132,12 +129,6 @@ def _build_split(folder: Path, listing: Listing, settings: BuildSettings, worker
         os.rename(staged, folder)
         sync(folder.parent)
     return []
-
-
-def _make_plan(listing: Listing, settings: BuildSettings) -> dict[str, Any]:
-    """What decides every byte."""
-    digest = hashlib.sha256(json.dumps(listing.class_names).encode() + listing.images.tobytes()).hexdigest()
-    return {"format": FORMAT, **asdict(settings), "num_images": len(listing.images), "listing_sha256": digest}
 
 
 @contextmanager
@@ -159,11 +150,7 @@ def _staging(folder: Path) -> Iterator[Path]:
 
 
 def _is_built(folder: Path, plan: dict[str, Any]) -> bool:
-    """Whether a folder is there and is what the plan says.
-
-    Raises:
-        DataError: it is something else.
-    """
+    """Whether a folder is there and is what the plan says; refuses one that is something else."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
     found = _read_plan(folder)
@@ -174,24 +161,20 @@ def _is_built(folder: Path, plan: dict[str, Any]) -> bool:
 
 
 def _begin(staged: Path, plan: dict[str, Any]) -> None:
-    """Notes what is to be built, or compares it with what was begun.
-
-    Raises:
-        DataError: something else was begun.
-    """
+    """Notes what is to be built; refuses it where something else was begun."""
     staged.mkdir(exist_ok=True)
     begun = _read_plan(staged)
-    if begun not in ({}, plan):
-        changes = _describe_changes(begun, plan)
-        raise DataError(f"{staged.parent} holds a build that was begun otherwise ({changes}): remove it to start anew.")
     if not begun:
         write_durably(staged / PLAN_FILE, (json.dumps(plan, indent=1) + "\n").encode())
+    elif begun != plan:
+        changes = _describe_changes(begun, plan)
+        raise DataError(f"{staged.parent} holds a build that was begun otherwise ({changes}): remove it to start anew.")
     for path in staged.glob(TEMPORARY_FILES):
         path.unlink()
 
 
 def _read_plan(folder: Path) -> dict[str, Any]:
-    """Returns what was noted when a folder was begun; nothing where nothing was."""
+    """The plan that was noted when a folder was begun; nothing where nothing was."""
     path = folder / PLAN_FILE
     try:
         return json.loads(path.read_bytes())
@@ -209,7 +192,7 @@ def _describe_changes(old: dict[str, Any], new: dict[str, Any]) -> str:
 def _write_missing(
     staged: Path, source: Path, images: np.ndarray, settings: BuildSettings, workers: Workers
 ) -> dict[str, str]:
-    """Writes the shards that are not there; returns a sentence for each image that cannot be used, by its name."""
+    """Writes the shards that are not there; tells of each image that cannot be used, by its name, in a sentence."""
     starts = range(0, len(images), settings.samples_per_shard)
     tasks = [
         ShardTask(staged / f"shard-{number:06d}.tar", source, images[start : start + starts.step], settings)
@@ -223,7 +206,7 @@ def _write_missing(
 
 
 def _write_shard(task: ShardTask) -> dict[str, str]:
-    """Writes a shard; returns a sentence for each image that cannot be used, by its name, and then writes none."""
+    """Writes a shard, or none and tells of each image that cannot be used, by its name, in a sentence."""
     problems: dict[str, str] = {}
     try:
         write_shard(_read_samples(task, problems), task.path)
@@ -234,11 +217,7 @@ def _write_shard(task: ShardTask) -> dict[str, str]:
 
 
 def _read_samples(task: ShardTask, problems: dict[str, str]) -> Iterator[EncodedSample]:
-    """Reads the samples of a shard and notes what cannot be used.
-
-    Raises:
-        DataError: at the end, if an image could not be: the shard is not whole.
-    """
+    """Reads the samples of a shard and notes what cannot be used; fails at its end if anything was noted."""
     for raw_name, offset, size, _, label in task.images.tolist():
         name = os.fsdecode(raw_name)
         try:
@@ -252,34 +231,29 @@ def _read_samples(task: ShardTask, problems: dict[str, str]) -> Iterator[Encoded
 
 
 def _read_image(task: ShardTask, name: str, offset: int, size: int) -> tuple[bytes, str]:
-    """The bytes of an image as they go into a shard, and their ending."""
-    resize_px, quality = task.settings.resize_px, task.settings.quality
-    data = read_image(task.source, name, offset, size)
-    if resize_px is not None and (shrunk := _shrink(data, resize_px, quality, f"image {name} of {task.source}")):
-        return shrunk, "jpg"
-    return data, name.rpartition(".")[2].lower()
+    """The bytes of an image as they go into a shard, and their ending: shrunk where its shorter side is too long."""
+    resize_px, place = task.settings.resize_px, f"image {name} of {task.source}"
+    data, ending = read_image(task.source, name, offset, size), name.rpartition(".")[2].lower()
+    if resize_px is None:
+        return data, ending
+    image = decode_image(data, None, place)
+    if min(image.size) <= resize_px:
+        return data, ending
+    if image.mode not in ("L", "RGB"):  # what a JPEG cannot hold, or not without doubt, such as CMYK
+        image = decode_image(data, "RGB", place)
+    width, height = (round(side * resize_px / min(image.size)) for side in image.size)
+    content = io.BytesIO()
+    image.resize((width, height), Image.Resampling.LANCZOS).save(content, "JPEG", quality=task.settings.quality)
+    return content.getvalue(), "jpg"
 
 
 def _summarise(problems: dict[str, str], listing: Listing) -> str:
-    """What is wrong with images, in the order of their names, without the end of the sentence."""
+    """The problems with images, in the order of their names, without the end of the sentence."""
     told = [problems[name].rstrip(".") for name in sorted(problems)]
     if len(told) == 1:
         return told[0]
     told = [part.replace(f" of {listing.source}", "") for part in told]
     return f"{len(told)} images of {listing.source} cannot be used: {shortened(told)}"
-
-
-def _shrink(data: bytes, resize_px: int, quality: int, place: str) -> bytes | None:
-    """Shrinks an image to a shorter side of resize_px; None if it is no longer than that."""
-    image = decode_image(data, None, place)
-    if min(image.size) <= resize_px:
-        return None
-    if image.mode not in ("L", "RGB"):  # what a JPEG cannot hold, or not without doubt, such as CMYK
-        image = decode_image(data, "RGB", place)
-    width, height = (round(side * resize_px / min(image.size)) for side in image.size)
-    content = io.BytesIO()
-    image.resize((width, height), Image.Resampling.LANCZOS).save(content, "JPEG", quality=quality)
-    return content.getvalue()
 
 
 def _make_key(name: bytes) -> bytes:

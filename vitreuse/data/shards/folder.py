@@ -1,10 +1,8 @@
 """Folders of shards: writing them, looking for damage, summing them up."""
 
-from __future__ import annotations
-
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -16,7 +14,7 @@ from vitreuse.data.shards.index import Index, build_index, find_mismatches, load
 from vitreuse.data.shards.scan import file_sha256, scan_shard
 from vitreuse.data.shards.workers import THIS_PROCESS, Workers
 from vitreuse.io.durable import durable_file
-from vitreuse.io.errors import DataError
+from vitreuse.io.errors import DataError, as_data_error
 
 
 class EncodedSample(NamedTuple):
@@ -49,7 +47,7 @@ def write_shards(
     The folder appears under its name only when it is whole, so an interrupted run leaves nothing that looks usable.
 
     Raises:
-        DataError: the folder exists and is not empty, there are no samples or to be none in a shard, or build_index
+        DataError: The folder exists and is not empty, there are no samples or to be none in a shard, or build_index
             refuses them.
     """
     if samples_per_shard < 1:
@@ -57,16 +55,15 @@ def write_shards(
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     remaining = iter(samples)
+    batches = iter(lambda: list(islice(remaining, samples_per_shard)), [])
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
         staged = Path(scratch) / folder.name
         staged.mkdir()
-        for number, batch in enumerate(_batches(remaining, samples_per_shard)):
+        for number, batch in enumerate(batches):
             write_shard(batch, staged / f"shard-{number:06d}.tar")
         build_index(staged, class_names)
-        try:
+        with as_data_error(f"{folder} cannot be written", "choose a new or empty folder"):
             os.rename(staged, folder)
-        except OSError as error:
-            raise DataError(f"{folder} cannot be written ({error.strerror}): choose a new or empty folder.") from error
     return load_index(folder)
 
 
@@ -80,7 +77,7 @@ def write_shard(samples: Iterable[EncodedSample], path: Path) -> None:
 
 
 def verify_shards(folder: str | Path, workers: Workers = THIS_PROCESS) -> list[str]:
-    """Compares every byte of a folder's shards with its index; returns a sentence for each problem, none if whole."""
+    """A sentence for each problem that comparing every byte of a folder's shards with its index finds."""
     try:
         index = read_index(Path(folder))
     except DataError as error:
@@ -99,7 +96,7 @@ def shards_info(folder: str | Path) -> SplitInfo:
     """Sums up a folder of indexed shards.
 
     Raises:
-        DataError: as load_index does.
+        DataError: As load_index does.
     """
     index = load_index(folder)
     sizes = [shard.num_samples for shard in index.shards]
@@ -107,13 +104,8 @@ def shards_info(folder: str | Path) -> SplitInfo:
     return SplitInfo(str(folder), len(index), len(index.class_names), len(sizes), num_bytes, min(sizes), max(sizes))
 
 
-def _batches(samples: Iterator[EncodedSample], size: int) -> Iterator[list[EncodedSample]]:
-    while batch := list(islice(samples, size)):
-        yield batch
-
-
 def _compare_shard(path: Path, expected: np.ndarray) -> list[str]:
-    """Names the samples in which a shard with a wrong checksum differs from its index."""
+    """A sentence for each sample in which a shard with a wrong checksum differs from its index, or one about it all."""
     try:
         _, found, _ = scan_shard(path)
     except DataError as error:

@@ -8,8 +8,6 @@ With it any sample is one read away, so that order, resume and distributed evalu
 records are mapped, not read: the DataLoader workers of a machine share one copy.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import zlib
@@ -27,9 +25,9 @@ import numpy as np
 from vitreuse.data.names import is_leftover
 from vitreuse.data.shards.scan import Shard, record_dtype, scan_shard
 from vitreuse.data.shards.workers import THIS_PROCESS, Workers
-from vitreuse.data.tree import describe_skipped
+from vitreuse.data.tree import skipped_notes
 from vitreuse.io.durable import durable_file, write_durably
-from vitreuse.io.errors import DataError
+from vitreuse.io.errors import DataError, as_data_error
 from vitreuse.io.file_names import is_name
 
 HEADER_FILE = "index.json"
@@ -61,17 +59,17 @@ class Index:
 
     @cached_property
     def shard_starts(self) -> list[int]:
-        """Number of the first sample of each shard."""
+        """The number of the first sample of each shard."""
         return list(accumulate((shard.num_samples for shard in self.shards[:-1]), initial=0))
 
     def locate(self, number: int) -> tuple[Path, Record]:
-        """Returns the shard and the record of a sample, for 0 <= number < len."""
+        """The shard and the record of a sample, for 0 <= number < len."""
         shard = self.shards[bisect_right(self.shard_starts, number) - 1]
         offset, size, label, crc32, key = self.records[number].item()
         return self.folder / shard.name, Record(offset, size, label, crc32, os.fsdecode(key))
 
     def shard_records(self, shard_number: int) -> np.ndarray:
-        """Returns the records of one shard."""
+        """The records of one shard."""
         start = self.shard_starts[shard_number]
         return self.records[start : start + self.shards[shard_number].num_samples]
 
@@ -80,13 +78,13 @@ def build_index(folder: str | Path, class_names: Sequence[str] | None = None, wo
     """Reads every shard of a folder and writes its index.
 
     Args:
-        folder: holds WebDataset tars; any writer's will do.
-        class_names: name of each label; by default those of the index that is there, else the numbers.
-        workers: the processes that read.
+        folder: A folder of WebDataset tars; any writer's will do.
+        class_names: The name of each label; by default those of the index that is there, else the numbers.
+        workers: The processes that read.
 
     Raises:
-        DataError: no shards, a shard that is damaged or empty, a sample without image or label, a label without a
-            name, or a key that occurs twice. Nothing is written then.
+        DataError: There are no shards, a shard is damaged or empty, a sample has no image or no label, a label has no
+            name, or a key occurs twice. Nothing is written then.
     """
     folder = Path(folder)
     paths = list_shards(folder)
@@ -95,27 +93,28 @@ def build_index(folder: str | Path, class_names: Sequence[str] | None = None, wo
     if (folder / HEADER_FILE).exists() and (class_names is None or describe_foreign(folder)):
         class_names = _read_header(folder)[0]
     shards, parts, skipped = zip(*workers.map(scan_shard, paths, f"indexing {folder.name}"), strict=True)
-    workers.tell(describe_skipped(str(folder), sum(skipped, Counter())))
+    workers.tell(skipped_notes(str(folder), sum(skipped, Counter())))
     dtype = record_dtype(max(part.dtype["key"].itemsize for part in parts))  # the widest key sets the width of all
     records = np.concatenate([part.astype(dtype) for part in parts])
-    index = Index(folder, _name_classes(class_names, records), shards, records)
-    _check_names(index)
-    _check_labels(index)
-    _check_keys(index)
+    if class_names is None:
+        class_names = [str(label) for label in range(int(records["label"].max()) + 1)]
+    index = Index(folder, tuple(class_names), shards, records)
+    _check_classes(index)
+    for twins in find_twins(records["key"]):
+        (path, record), (other, _) = map(index.locate, twins)
+        raise DataError(f"key {record.key!r} occurs in shard {path} and again in {other.name}: make keys unique.")
     write_index(index)
     return load_index(folder)
 
 
 def list_shards(folder: Path) -> list[Path]:
-    """Lists the tars of a folder, without those that a system left behind, such as macOS's ._NAME.tar.
+    """The tars of a folder, without those that a system left behind, such as macOS's ._NAME.tar.
 
     Raises:
-        DataError: the folder cannot be read.
+        DataError: The folder cannot be read.
     """
-    try:
+    with as_data_error(f"folder {folder} cannot be read", "name one that can"):
         names = sorted(name for name in os.listdir(folder) if name.endswith(".tar") and not is_leftover(name))
-    except OSError as error:
-        raise DataError(f"folder {folder} cannot be read ({error.strerror}): name one that can.") from error
     return [folder / name for name in names if not (folder / name).is_dir()]
 
 
@@ -123,7 +122,7 @@ def load_index(folder: str | Path) -> Index:
     """Opens the index of a folder and compares it with the shards that are there, by name and size.
 
     Raises:
-        DataError: no index, one that cannot be read, or one that does not fit the shards.
+        DataError: There is no index, it cannot be read, or it does not fit the shards.
     """
     index = read_index(Path(folder))
     for problem in find_mismatches(index):
@@ -135,20 +134,19 @@ def read_index(folder: Path) -> Index:
     """Opens the index of a folder without a look at the shards.
 
     Raises:
-        DataError: no index, one that cannot be read, or one with a label that has no name.
+        DataError: There is no index, it cannot be read, or a label in it has no name.
     """
     if not (folder / HEADER_FILE).is_file():
-        raise DataError(f"{folder} has no {HEADER_FILE}: write it with {_build_call(folder)}.")
+        raise DataError(f"{folder} has no {HEADER_FILE}: write it with {index_call(folder)}.")
     class_names, shards, records_crc32 = _read_header(folder)
     index = Index(folder, class_names, shards, _map_records(folder, records_crc32))
-    _check_names(index)
-    _check_labels(index)
+    _check_classes(index)
     return index
 
 
 def find_mismatches(index: Index) -> Iterator[str]:
-    """Yields a sentence for each shard that is missing, has another size than the index says, or is unknown to it."""
-    way_out = f"fetch or write it again, or index what is there with {_build_call(index.folder)}"
+    """A sentence for each shard that is missing, has another size than the index says, or is unknown to it."""
+    way_out = f"fetch or write it again, or index what is there with {index_call(index.folder)}"
     for number, shard in enumerate(index.shards):
         try:
             num_bytes = os.stat(index.folder / shard.name).st_size
@@ -156,33 +154,30 @@ def find_mismatches(index: Index) -> Iterator[str]:
             yield f"shard {shard.name} is missing from {index.folder}: {way_out}."
             continue
         if num_bytes != shard.num_bytes:
-            lost = _describe_lost(index.shard_records(number), num_bytes)
             sizes = f"has {num_bytes} bytes, its index says {shard.num_bytes}"
-            yield f"shard {index.folder / shard.name} {sizes}{lost}: {way_out}."
+            records = index.shard_records(number)
+            lost = records["key"][records["offset"] + records["size"] > num_bytes].tolist()
+            cut_off = f" ({len(lost)} samples from {os.fsdecode(lost[0])!r} on are cut off)" if lost else ""
+            yield f"shard {index.folder / shard.name} {sizes}{cut_off}: {way_out}."
     known = {shard.name for shard in index.shards}
     for path in list_shards(index.folder):
         if path.name not in known:
-            yield f"shard {path} is not in the index: take it away, or index it with {_build_call(index.folder)}."
+            yield f"shard {path} is not in the index: take it away, or index it with {index_call(index.folder)}."
 
 
-def _describe_lost(records: np.ndarray, num_bytes: int) -> str:
-    lost = records[records["offset"] + records["size"] > num_bytes]
-    if not len(lost):
-        return ""
-    return f" ({len(lost)} samples from {os.fsdecode(lost['key'][0].item())!r} on are cut off)"
-
-
-def _build_call(folder: Path | str) -> str:
+def index_call(folder: Path | str) -> str:
+    """The command that writes the index of a folder, for the end of a sentence."""
     return f"vitreuse shards index {folder}"
 
 
-def _name_classes(class_names: Sequence[str] | None, records: np.ndarray) -> tuple[str, ...]:
-    if class_names is not None:
-        return tuple(class_names)
-    return tuple(str(label) for label in range(int(records["label"].max()) + 1))
-
-
-def _check_labels(index: Index) -> None:
+def _check_classes(index: Index) -> None:
+    """Refuses a name that no table of classes could hold or that tells no class, and a label that has no name."""
+    for label, name in enumerate(index.class_names):
+        if not isinstance(name, str) or not is_name(name):
+            raise DataError(
+                f"{index.folder / HEADER_FILE} names class {label} {name!r}, which is no text: correct it there, or "
+                "give build_index other class_names."
+            )
     num_classes = len(index.class_names)
     for number in np.flatnonzero(index.records["label"] >= num_classes):
         path, record = index.locate(int(number))
@@ -192,24 +187,8 @@ def _check_labels(index: Index) -> None:
         )
 
 
-def _check_names(index: Index) -> None:
-    """Refuses names that no table of classes could hold, or from which a class could not be told."""
-    for label, name in enumerate(index.class_names):
-        if not isinstance(name, str) or not is_name(name):
-            raise DataError(
-                f"{index.folder / HEADER_FILE} names class {label} {name!r}, which is no text: correct it there, or "
-                "give build_index other class_names."
-            )
-
-
-def _check_keys(index: Index) -> None:
-    for twins in find_twins(index.records["key"]):
-        (path, record), (other, _) = map(index.locate, twins)
-        raise DataError(f"key {record.key!r} occurs in shard {path} and again in {other.name}: make keys unique.")
-
-
 def find_twins(keys: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Yields the numbers of each two samples that have the same key."""
+    """The numbers of each two samples that have the same key."""
     order = np.argsort(keys, kind="stable")
     for place in np.flatnonzero(keys[order[1:]] == keys[order[:-1]]):
         yield int(order[place]), int(order[place + 1])
@@ -229,26 +208,24 @@ def write_index(index: Index) -> None:
 
 
 def _read_header(folder: Path) -> tuple[tuple[str, ...], tuple[Shard, ...], int]:
-    """Returns the class names, the shards and the CRC-32 of the records."""
+    """The class names, the shards and the CRC-32 of the records."""
     path = folder / HEADER_FILE
     if foreign := describe_foreign(folder):
-        way_out = "leave it, and write the images as class folders or WebDataset tars elsewhere"
+        way_out = "and write the images as class folders or WebDataset tars elsewhere"
         if list_shards(folder):
-            way_out = (
-                f"leave it, link the tars beside it into a folder of their own and run {_build_call('THAT_FOLDER')}"
-            )
-        raise DataError(f"{path} is {foreign} and no index of vitreuse's: {way_out}.")
+            way_out = f"link the tars beside it into a folder of their own and run {index_call('THAT_FOLDER')}"
+        raise DataError(f"{path} is {foreign} and no index of vitreuse's: leave it, {way_out}.")
     try:
         header = json.loads(path.read_text(encoding="utf-8"))
         shards = tuple(Shard(**shard) for shard in header["shards"])
         return tuple(header["class_names"]), shards, header["records_crc32"]
     except (ValueError, KeyError, TypeError) as error:
-        way_out = f"if it is vitreuse's, delete it and write it with {_build_call(folder)}"
+        way_out = f"if it is vitreuse's, delete it and write it with {index_call(folder)}"
         raise DataError(f"{path} is no index ({error}): {way_out}.") from error
 
 
 def describe_foreign(folder: Path) -> str | None:
-    """What else a folder's index.json is than an index in this format; None if it is one or cannot be read as JSON."""
+    """What a folder's index.json is instead of an index in this format; None if it is one, or no JSON."""
     try:
         header = json.loads((folder / HEADER_FILE).read_text(encoding="utf-8"))
     except ValueError:
@@ -271,4 +248,4 @@ def _map_records(folder: Path, crc32: int) -> np.ndarray:
             raise ValueError(f"not the records that {HEADER_FILE} vouches for")
         return records
     except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"{path} is damaged ({error}): write it again with {_build_call(folder)}.") from error
+        raise DataError(f"{path} is damaged ({error}): write it again with {index_call(folder)}.") from error

@@ -1,7 +1,5 @@
 """Reading shards from end to end: which samples one holds, and where in it they lie."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import posixpath
@@ -19,7 +17,7 @@ import numpy as np
 from vitreuse.data.names import IMAGE_EXTENSIONS, is_leftover, kind_of
 from vitreuse.data.tars import Node, clean_path, describe_tar_error, tar_members
 from vitreuse.data.tree import Span, Unusable
-from vitreuse.io.errors import DataError
+from vitreuse.io.errors import DataError, as_data_error
 
 LABEL = "cls"
 # WebDataset's rule: the key ends at the first dot of the file name. A folder's name may hold the end of a line.
@@ -46,7 +44,7 @@ class Member(NamedTuple):
 
 
 def record_dtype(key_bytes: int) -> np.dtype:
-    """Layout of one sample's record in the index; keys are UTF-8, padded to key_bytes."""
+    """The layout of one sample's record in the index; keys are UTF-8, padded to key_bytes."""
     return np.dtype([("offset", "<i8"), ("size", "<i8"), ("label", "<i4"), ("crc32", "<u4"), ("key", f"S{key_bytes}")])
 
 
@@ -54,18 +52,15 @@ def scan_shard(path: Path) -> tuple[Shard, np.ndarray, Counter[str]]:
     """Reads a whole tar; returns its description, the records of its samples, in order, and what is skipped, by kind.
 
     Raises:
-        DataError: it is cut short, compressed or no tar, holds no sample, or one without exactly one image and one
+        DataError: It is cut short, compressed or no tar, holds no sample, or one without exactly one image and one
             label of 0 or more.
     """
-    try:
-        with open(path, "rb") as file:
-            members, skipped = _list_members(path, file)
-            _check_labelled(path, members)
-            groups = groupby(members, key=lambda member: member.key)
-            samples = [_read_record(path, file, key, list(group)) for key, group in groups]
-            num_bytes = os.fstat(file.fileno()).st_size
-    except OSError as error:
-        raise DataError(f"shard {path} cannot be read ({error.strerror}): fetch it again.") from error
+    with as_data_error(f"shard {path} cannot be read", "fetch it again"), open(path, "rb") as file:
+        members, skipped = _list_members(path, file)
+        _check_labelled(path, members)
+        groups = groupby(members, key=lambda member: member.key)
+        samples = [_read_record(path, file, key, list(group)) for key, group in groups]
+        num_bytes = os.fstat(file.fileno()).st_size
     if not samples:
         raise DataError(f"shard {path} holds no sample: delete it or write it again.")
     records = np.array(samples, dtype=record_dtype(max(len(sample[-1]) for sample in samples)))
@@ -85,7 +80,7 @@ def _check_labelled(path: Path, members: list[Member]) -> None:
 
 
 def file_sha256(path: Path) -> str:
-    """Computes the SHA-256 of a file, as the program sha256sum prints it."""
+    """The SHA-256 of a file, as the program sha256sum prints it."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(1 << 20):
@@ -129,17 +124,10 @@ def _read_record(path: Path, file: BinaryIO, key: str, members: list[Member]) ->
                 f"sample {key!r} of shard {path} has {len(found)} files for its {kind} instead of 1 (found {names}): "
                 f"write the shard again with a sample's files next to each other."
             )
-    image = images[0]
-    crc32 = zlib.crc32(_read_member(file, image))
-    return image.offset, image.size, _parse_label(path, key, _read_member(file, labels[0])), crc32, os.fsencode(key)
-
-
-def _read_member(file: BinaryIO, member: Member) -> bytes:
-    return os.pread(file.fileno(), member.size, member.offset)
-
-
-def _parse_label(path: Path, key: str, text: bytes) -> int:
+    image, label = images[0], labels[0]
+    text = os.pread(file.fileno(), label.size, label.offset)
     if not text.strip().isdigit() or int(text) > np.iinfo(np.int32).max:
         shown = text[:20].decode(errors="replace")
         raise DataError(f"sample {key!r} of shard {path} has the label {shown!r}: write a whole number from 0 on.")
-    return int(text)
+    crc32 = zlib.crc32(os.pread(file.fileno(), image.size, image.offset))
+    return image.offset, image.size, int(text), crc32, os.fsencode(key)

@@ -1,7 +1,5 @@
 """Processes that share the work on a folder: a function of one file or shard, mapped over all of them."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import signal
@@ -25,8 +23,8 @@ class Workers:
     """How a folder is worked on.
 
     Attributes:
-        count: processes that share the work; 1 does it in this process.
-        show_progress: whether to show on standard error how far it is.
+        count: Processes that share the work; 1 does it in this process.
+        show_progress: Whether to show on standard error how far it is.
     """
 
     count: int = 1
@@ -41,18 +39,18 @@ class Workers:
         sizes: Sequence[int] | None = None,
         done: int = 0,
     ) -> Iterator[Result]:
-        """Yields function(task) for each task, in their order.
+        """The result of function(task) for each task, in their order, as soon as it is there.
 
         Args:
-            function: can be pickled, as the tasks can.
-            tasks: what there is to do.
-            label: what is done, for whoever watches.
-            unit: what is counted.
-            sizes: how many of these each task is; 1 by default.
-            done: how many of these an earlier start has done.
+            function: Can be pickled, as the tasks can.
+            tasks: What there is to do.
+            label: What is done, for whoever watches.
+            unit: What is counted.
+            sizes: How many of these each task is; 1 by default.
+            done: How many of these an earlier start has done.
 
         Raises:
-            DataError: a worker was killed.
+            DataError: A worker was killed.
         """
         results = self._run(function, tasks)
         if not self.show_progress:
@@ -86,7 +84,7 @@ THIS_PROCESS = Workers()
 
 
 def usable_cpus() -> int:
-    """Counts the CPUs that this process may use, fewer than the machine's under Slurm, say."""
+    """How many CPUs this process may use, fewer than the machine's under Slurm, say."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -98,11 +96,11 @@ def _prepare_worker() -> None:
 
 def end_with_parent() -> None:
     """Lets this worker end when its parent is killed: it would wait for work for ever."""
-    threading.Thread(target=_end_after_parent, daemon=True).start()
-
-
-def _end_after_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
-    parent.join()
-    os._exit(1)
+
+    def end_after_parent() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end_after_parent, daemon=True).start()
