@@ -14,6 +14,10 @@ import vitreuse
 
 ROOT = Path(__file__).resolve().parents[1]
 MAY_IMPORT = {"vitreuse": set(), "eval": {"vitreuse"}, "train": {"vitreuse", "eval"}}  # of our packages, beside itself
+# Of the packages of vitreuse, what each stands on beside itself; io lies under all.
+LAYERS = (("io",), ("plan",), ("attention",), ("model",), ("cost", "data", "config"), ("compress", "export"), ("cli",))
+MIRRORED = ("__init__", "forward_intermediates")  # whose arguments are those of timm's
+MAX_FILES, MAX_LINES, MAX_FUNCTION_LINES, MAX_ARGUMENTS = 13, 350, 45, 9
 DEPENDENCIES = {"torch", "torchvision", "timm", "fvcore", "webdataset", "yaml", "rich", "safetensors", "numpy", "PIL"}
 
 IMPORT_VITREUSE = """
@@ -58,6 +62,54 @@ def test_arrows_point_one_way(package):
         if (names := forbidden & set(imported_packages(path.read_text(encoding="utf-8"))))
     }
     assert backwards == {}
+
+
+def imported_modules(source: str) -> Iterator[str]:
+    """The module of every absolute import, those inside functions included."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def test_packages_of_the_library_stand_on_those_below_them():
+    packages = {path.name for path in (ROOT / "vitreuse").iterdir() if (path / "__init__.py").exists()}
+    assert packages == {package for layer in LAYERS for package in layer}
+    height = {package: number for number, layer in enumerate(LAYERS) for package in layer}
+    arrows = {
+        (package, module.split(".")[1])
+        for package in packages
+        for path in (ROOT / "vitreuse" / package).rglob("*.py")
+        for module in imported_modules(path.read_text(encoding="utf-8"))
+        if module.startswith("vitreuse.") and module.split(".")[1] in height
+    }
+    assert {arrow for arrow in arrows if height[arrow[0]] < height[arrow[1]]} == set()
+    level = {arrow for arrow in arrows if arrow[0] != arrow[1] and height[arrow[0]] == height[arrow[1]]}
+    assert level == {("config", "data"), ("export", "compress")}  # and none back
+
+
+def test_the_library_is_flat_nowhere_and_crowded_nowhere():
+    assert {path.name for path in (ROOT / "vitreuse").glob("*.py")} == {"__init__.py", "__main__.py"}
+    folders = [path.parent for path in (ROOT / "vitreuse").rglob("__init__.py")]
+    crowded = {str(folder): len(files) for folder in folders if len(files := [*folder.glob("*.*")]) > MAX_FILES}
+    assert crowded == {}
+
+
+def test_files_functions_and_calls_can_be_read_in_one_sitting():
+    too_long = []
+    for package in MAY_IMPORT:
+        for path in (ROOT / package).rglob("*.py"):
+            source = path.read_text(encoding="utf-8")
+            too_long += [str(path)] * (source.count("\n") > MAX_LINES)
+            for node in ast.walk(ast.parse(source)):
+                if isinstance(node, ast.FunctionDef):
+                    num_lines = (node.end_lineno or 0) - node.lineno + 1
+                    names = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+                    num_arguments = sum(argument.arg not in ("self", "cls") for argument in names)
+                    if num_lines > MAX_FUNCTION_LINES or (num_arguments > MAX_ARGUMENTS and node.name not in MIRRORED):
+                        too_long.append(f"{path.name}: {node.name}, {num_lines} lines, {num_arguments} arguments")
+    assert too_long == []
 
 
 def test_the_library_needs_only_its_dependencies_until_a_function_asks_for_more():

@@ -2,7 +2,12 @@
 
 Importing registers the models: ``timm.create_model("vit_reuse_small_patch16_224", plan="exact reuse*6 exact*5")``.
 """
+
+from vitreuse.compress.convert import convert, fit_projections
+from vitreuse.compress.damage import measure_damage
 from vitreuse.compress.fold import fold
+from vitreuse.compress.redundancy import attention_maps, measure_redundancy
+from vitreuse.compress.search import search
 from vitreuse.cost.macs import count_macs, count_params
 from vitreuse.model import registry
 from vitreuse.model.checkpoint import LoadReport, load_checkpoint
@@ -18,11 +23,17 @@ __all__ = [
     "PlanVisionTransformer",
     "PlanVisionTransformerDistilled",
     "Spec",
+    "attention_maps",
+    "convert",
     "count_macs",
     "count_params",
+    "fit_projections",
     "fold",
     "load_checkpoint",
+    "measure_damage",
+    "measure_redundancy",
     "parse_plan",
     "preset_plan",
     "registry",
+    "search",
 ]

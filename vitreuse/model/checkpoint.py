@@ -105,9 +105,17 @@ def load_checkpoint(
         weights = weights._replace(img_size=(img_size, img_size) if isinstance(img_size, int) else tuple(img_size))
     adapted, dropped, source = adapt_state_dict(weights, model, is_size_certain=img_size is not None)
     own = model.state_dict()
+    _refuse_other_model(adapted, own)
+    nn.Module.load_state_dict(model, adapted, strict=False)  # by the plan's keys already
     new = tuple(key for key in own if key not in adapted)
+    return LoadReport(new, tuple(dropped), source and source.grid, source is not None and source.is_guessed)
+
+
+def _refuse_other_model(adapted: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    """Raises ValueError unless weights have the keys and shapes of a model, but for token projections and heads."""
     headless = tuple(head for head in HEADS if not any(key.startswith(head) for key in adapted))
-    missing = [key for key in new if not key.endswith(PROJECTIONS) and not key.startswith(headless)]
+    optional = [key for key in own if key.endswith(PROJECTIONS) or key.startswith(headless)]
+    missing = [key for key in own if key not in adapted and key not in optional]
     unknown = [key for key in adapted if key not in own]
     if missing or unknown:
         what = f"no {missing[0]}" if missing else f"a {unknown[0]} that the model lacks"
@@ -121,8 +129,6 @@ def load_checkpoint(
                 f"{key} is {tuple(value.shape)} in the checkpoint and {tuple(own[key].shape)} in the model: "
                 "create the model with the checkpoint's sizes (num_classes, in_chans, embed_dim)."
             )
-    nn.Module.load_state_dict(model, adapted, strict=False)  # by the plan's keys already
-    return LoadReport(new, tuple(dropped), source and source.grid, source is not None and source.is_guessed)
 
 
 def load_exactly(model: nn.Module, state: Mapping[str, Tensor]) -> None:
