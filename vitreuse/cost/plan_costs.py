@@ -80,18 +80,16 @@ def plan_costs(
     Raises:
         ValueError: The model takes no plan, or nothing was measured of latency on this device.
     """
-    place = device or next(model.parameters()).device
+    conditions = Conditions(device or next(model.parameters()).device, dtype, training=False)
     name, keywords = read_keywords(model)
     depth = len(model.blocks)
 
     def layers_of(first: Spec, other: Spec) -> list[int]:
         """The costs of a first, a middle and a last layer, where there are so many, and of stem and head."""
         plan = Plan((first, other, other)[:depth])
-        with torch.device(place if metric == "memory" else "meta"):
-            made: Any = timm.create_model(name, plan=str(plan), **{**keywords, "depth": len(plan)})
-        if metric == "memory":
-            return _saved_bytes(made)
-        return _macs(made) if metric == "macs" else _nanoseconds(made, Conditions(place, dtype, training=False))
+        with torch.device(conditions.device if metric == "memory" else "meta"):
+            made = timm.create_model(name, plan=str(plan), **{**keywords, "depth": len(plan)})
+        return _MEASURES[metric](made, conditions)
 
     layers: dict[tuple[int, Spec, Spec | None], int] = {}
     handing_on: dict[Spec, int] = {}
@@ -110,12 +108,12 @@ def plan_costs(
 
 
 def _cost_in(costs: Sequence[int], layer: int, depth: int) -> int:
-    """Of a layer of the whole model, from the costs of a first, a middle and a last one."""
+    """What a layer of the whole model costs, by what a first, a middle and a last one do."""
     return costs[-1] if layer == depth - 1 else costs[min(layer, 1)]
 
 
-def _macs(model: Any) -> list[int]:
-    """Of each layer, then of the rest."""
+def _macs(model: Any, _: Conditions) -> list[int]:
+    """Multiply-adds of each layer, then of the rest."""
     totals = [0] * (len(model.blocks) + 1)
     for part, macs in count_macs(model, theoretical=True).items():
         totals[_layer_of(part)] += macs
@@ -129,7 +127,7 @@ def _layer_of(part: str) -> int:
 
 
 def _nanoseconds(model: Any, conditions: Conditions) -> list[int]:
-    """Of each layer, then of the rest: the products that run, each at its measured rate.
+    """Time of each layer, then of the rest: the products that run, each at its measured rate.
 
     Raises:
         ValueError: Nothing was measured under these conditions.
@@ -172,8 +170,8 @@ def _attention_ns(attn: Attention, way: Way, costs: tuple[float, float, float, f
     return fused if way.kernel == "fused" else unfused
 
 
-def _saved_bytes(model: nn.Module) -> list[int]:
-    """Of each layer, then of the rest, what a further image of a batch makes autograd keep; each storage once."""
+def _saved_bytes(model: nn.Module, _: Conditions) -> list[int]:
+    """Bytes that a further image of a batch makes autograd keep in each layer, then in the rest; each storage once."""
     few, more = (_saved_by_layer(model, batch_size) for batch_size in (2, 3))  # with one some copies turn into views
     return [of_more - of_few for of_more, of_few in zip(more, few, strict=True)]
 
@@ -194,3 +192,6 @@ def _saved_by_layer(model: Any, batch_size: int) -> list[int]:
         reach()
     grown = [after - before for before, after in pairwise(reached)]
     return [*grown[:-1], reached[0] + grown[-1]]
+
+
+_MEASURES = {"macs": _macs, "latency": _nanoseconds, "memory": _saved_bytes}
