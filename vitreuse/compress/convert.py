@@ -22,6 +22,7 @@ from vitreuse.attention.lowrank import grid_pooling, init_projection
 from vitreuse.compress.head_matching import match_plan, order_of_heads, rows_of_heads
 from vitreuse.model.checkpoint import load_checkpoint
 from vitreuse.model.copies import exact_copy, layers_of, untrained_copy
+from vitreuse.model.recording import recorded_attention
 from vitreuse.plan import Plan, parse_plan
 
 LOWRANK_STARTS = ("random", "pooled", "fitted")
@@ -159,17 +160,11 @@ def fit_projections(
 def _attention_pairs(model: Any, layer: int, batches: list[Tensor]) -> tuple[Tensor, Tensor]:
     """What the attention of a layer is given, and gives back in the rows that are read, over all images."""
     given, returned = [], []
-
-    def record(_: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        given.append(inputs[0])
-        returned.append(output[0])
-
-    hook = model.blocks[layer].attn.register_forward_hook(record)
-    try:
+    with recorded_attention(model) as calls:
         for images in batches:
             model(images.to(next(model.parameters()).device))
-    finally:
-        hook.remove()
+            given.append(calls[layer].inputs[0])
+            returned.append(calls[layer].output)
     return torch.cat(given), torch.cat(returned)
 
 

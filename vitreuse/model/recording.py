@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from vitreuse.attention import ReuseAttention
 from vitreuse.attention.base import split_heads
@@ -26,10 +26,10 @@ class AttentionCall(NamedTuple):
 
 
 class Heads(NamedTuple):
-    """Queries, keys and values (B, H, N, D) of an attention, queries and keys normalised; None where it has none."""
+    """Queries, keys and values (B, H, N, D) of an attention, queries and keys normalised."""
 
-    q: Tensor | None
-    k: Tensor | None
+    q: Tensor
+    k: Tensor
     v: Tensor
 
 
@@ -38,28 +38,26 @@ def recorded_attention(model: Any) -> Iterator[dict[int, AttentionCall]]:
     """Fills what it gives, by layer, with the newest call of each attention inside the block; no entry without one."""
     calls: dict[int, AttentionCall] = {}
 
-    def recording(layer: int) -> Any:
-        def record(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-            calls[layer] = AttentionCall(inputs, output[0] if isinstance(output, tuple) else output)
-
-        return record
+    def record(layer: int, inputs: tuple[Any, ...], output: Any) -> None:
+        calls[layer] = AttentionCall(inputs, output[0] if isinstance(output, tuple) else output)
 
     with ExitStack() as hooks:
         for layer, block in enumerate(model.blocks):
-            hooks.callback(block.attn.register_forward_hook(recording(layer)).remove)
+            hook = block.attn.register_forward_hook(lambda _, *call, layer=layer: record(layer, *call))
+            hooks.callback(hook.remove)
         yield calls
 
 
 def project_heads(attn: Any, x: Tensor) -> Heads:
     """What an attention of timm's or ours makes of tokens (B, N, C), before any projection along the tokens.
 
-    A reuse layer has queries and keys of the heads that it does not reuse, if any.
+    A reuse layer has queries and keys of those heads alone that it does not reuse, none of a map that it reuses whole.
     """
-    if isinstance(attn, ReuseAttention):
-        v = split_heads(attn.v(x), attn.head_dim)
-        if attn.qk is None:
-            return Heads(None, None, v)
-        q, k = split_heads(attn.qk(x), attn.head_dim).chunk(2, dim=1)
-    else:
+    if not isinstance(attn, ReuseAttention):
         q, k, v = split_heads(attn.qkv(x), attn.head_dim).chunk(3, dim=1)
+        return Heads(attn.q_norm(q), attn.k_norm(k), v)
+    v = split_heads(attn.v(x), attn.head_dim)
+    if attn.qk is None:
+        return Heads(v[:, :0], v[:, :0], v)
+    q, k = split_heads(attn.qk(x), attn.head_dim).chunk(2, dim=1)
     return Heads(attn.q_norm(q), attn.k_norm(k), v)
