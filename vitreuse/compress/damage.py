@@ -40,9 +40,9 @@ class Change(NamedTuple):
     """One layer under another attention.
 
     Attributes:
-        layer: Which.
+        layer: The layer's number.
         spec: What it becomes.
-        anchor: Of a reuse spec the layer that makes the map, else None.
+        anchor: The layer that makes the map where the spec is reuse, else None.
         anchor_spec: How that one makes it: exact, a span or low-rank; else None.
     """
 
@@ -75,7 +75,11 @@ def measure_damage(
         depths = f"{len(redundancy.entropy)} layers, the model has {len(model.blocks)}"
         raise ValueError(f"redundancy is of {depths}: measure it on this model.")
     changes = possible_changes(len(model.blocks), specs)
-    orders = {change: _order(change, redundancy) for change in changes if change.anchor is not None}
+    orders = {  # the layer's own heads that read the first of the anchor's, as many as are reused
+        change: match_heads(redundancy.variation[change.anchor, change.layer][: change.spec.number])
+        for change in changes
+        if change.anchor is not None
+    }
     signs = torch.Generator().manual_seed(0)
 
     def measure(images: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,8 +96,12 @@ def has_exact_layers(model: Any) -> bool:
     Raises:
         ValueError: The model is no ViT of timm or ours, or has attention of another kind.
     """
-    own = attentions(model)  # refuses what has no layers
-    return all(map(_is_exact, model.blocks, own))
+    layers = zip(attentions(model), model.blocks, strict=True)  # attentions refuses what has no layers
+    return all(
+        (type(block) is PlanBlock and type(attn) is ExactAttention)
+        or (type(block) is Block and type(attn) is TimmAttention and attn.gate is None)
+        for attn, block in layers
+    )
 
 
 def check_specs(model: Any, specs: Sequence[Spec]) -> None:
@@ -117,12 +125,6 @@ def check_specs(model: Any, specs: Sequence[Spec]) -> None:
             raise ValueError(f"{spec} does not fit a model of {least} {of}: give {spec.word}:{limit} or less.")
 
 
-def _is_exact(block: Any, attn: Any) -> bool:
-    if type(block) is Block and type(attn) is TimmAttention:
-        return attn.gate is None
-    return type(block) is PlanBlock and type(attn) is ExactAttention
-
-
 def possible_changes(depth: int, specs: Sequence[Spec]) -> list[Change]:
     """Each layer under each spec; reuse of each earlier layer, exact or of any span or low-rank spec among them."""
     makers = _makers(specs)
@@ -141,19 +143,9 @@ def _makers(specs: Sequence[Spec]) -> list[Spec]:
     return [EXACT, *dict.fromkeys(spec for spec in specs if spec.word in ("lowrank", "span"))]
 
 
-def _order(change: Change, redundancy: Redundancy) -> list[int]:
-    """The layer's own heads that read the first of the anchor's, as many as are reused."""
-    return match_heads(redundancy.variation[change.anchor, change.layer][: change.spec.number])
-
-
 class _Layer(NamedTuple):
-    """An attention at work on some images.
-
-    Attributes:
-        attn: The attention.
-        tokens: What it gets, (B, N, C).
-        gradient: Of the signed sum of logits by its output, (B, rows, C), rows the first that are computed.
-    """
+    """An attention at work: the tokens (B, N, C) that it is given, and the gradient of the signed sum of logits by the
+    first rows (B, rows, C) of its output, as many as are computed."""
 
     attn: Any
     tokens: Tensor
@@ -193,12 +185,9 @@ def _views(model: Any, images: Tensor, specs: Sequence[Spec]) -> dict[Spec, Tens
 
 @torch.no_grad()
 def _errors(
-    changes: list[Change],
-    layers: list[_Layer],
-    views: dict[Spec, Tensor | None],
-    orders: dict[Change, list[int]],
+    changes: list[Change], layers: list[_Layer], views: dict[Spec, Tensor | None], orders: dict[Change, list[int]]
 ) -> Tensor:
-    """Of each change the sum over images, tokens and channels of (gradient * error)^2."""
+    """For each change the sum over images, tokens and channels of (gradient * error)^2."""
     made = [_mixtures(layer, views) for layer in layers]
     unchanged = [_output(layer, own[EXACT].mixed) for layer, own in zip(layers, made, strict=True)]
     found = []
@@ -226,9 +215,8 @@ def _changed(change: Change, made: list[dict[Spec, _Mixture]], orders: dict[Chan
     """The mixed values of a layer after a change: heads that match the anchor's read its map."""
     if change.anchor is None or change.anchor_spec is None:
         return made[change.layer][change.spec].mixed
-    weights = made[change.anchor][change.anchor_spec].weights
+    weights, order = made[change.anchor][change.anchor_spec].weights, orders[change]
     _, values, mixed = made[change.layer][change.anchor_spec]
-    order = orders[change]
     mixed = mixed.clone()
     mixed[:, order] = weights[:, : len(order), : mixed.shape[2]] @ values[:, order]
     return mixed

@@ -18,11 +18,11 @@ from timm.models import VisionTransformer
 from torch import Tensor, nn
 
 from vitreuse.attention import Attention, LowRankAttention, ReuseAttention
-from vitreuse.attention.maps import Mask, join_heads, softmax_map
+from vitreuse.attention.maps import NO_MASK, Mask, join_heads, softmax_map
 from vitreuse.attention.tiles import neighbourhood_bias
 from vitreuse.compress.head_matching import match_heads
 from vitreuse.io.progress import WorkProgress
-from vitreuse.model.recording import AttentionCall, project_heads, recorded_attention
+from vitreuse.model.recording import project_heads, recorded_attention
 
 Batches = Iterable[Any]  # of images (B, channels, rows, columns) and whatever else, as a loader or ImageSample has them
 MAP_NUMBERS = 2**23  # of all maps that are alive at a time, 32 MiB; one image's may be more
@@ -87,12 +87,8 @@ def measure_redundancy(model: Any, batches: Batches, progress: WorkProgress) -> 
     Raises:
         ValueError: No ViT, an attention of another kind, or no images.
     """
-
-    def measure(images: Tensor) -> list[Tensor]:
-        found = _measured(attention_maps(model, images), _patch_distances(model, images))
-        return [len(images) * mean for mean in found]
-
-    return Redundancy(*(mean.float() for mean in mean_over_images(model, batches, progress, measure)))
+    means = mean_over_images(model, batches, progress, lambda images: _measured(model, images))
+    return Redundancy(*(mean.float() for mean in means))
 
 
 def map_similarity(model: nn.Module, images: Tensor) -> Tensor:
@@ -135,7 +131,7 @@ def mean_over_images(
     """Means over all images, on the CPU, of numbers that are measured on a few images at a time.
 
     Args:
-        model: In evaluation mode meanwhile; its mode is restored.
+        model: Its mode is restored.
         batches: Of images first.
         progress: Told how many images are done.
         measure: Gives the sums over some images on the model's device, so few that all their maps have MAP_NUMBERS.
@@ -147,13 +143,12 @@ def mean_over_images(
     num_tokens = model.num_prefix_tokens + model.patch_embed.num_patches
     size = max(1, MAP_NUMBERS // (sum(attn.num_heads for attn in own) * num_tokens**2 or 1))
     device, was_training = next(model.parameters()).device, model.training
-    sums: list[Any] = []
-    count = 0
+    sums, count = [], 0
     model.eval()
     try:
         for few in (few for images, *_ in batches for few in images.split(size)):
             parts = [part.double().cpu() for part in measure(few.to(device))]
-            sums = [total + part for total, part in zip(sums, parts, strict=True)] if sums else parts
+            sums = [total + part for total, part in zip(sums, parts, strict=True)] if count else parts
             count += len(few)
             progress.reach(count)
     finally:
@@ -186,11 +181,6 @@ def attention_maps(model: Any, images: Tensor) -> list[AttentionMap | None]:
     Raises:
         ValueError: The model is none that attentions takes.
     """
-    return _observe(model, images)[1]
-
-
-def _observe(model: Any, images: Tensor) -> tuple[dict[int, AttentionCall], list[AttentionMap | None]]:
-    """The call of each attention in a forward pass, and the map of each layer."""
     own = attentions(model)
     maps: list[AttentionMap | None] = [None for _ in own]
     with recorded_attention(model) as calls:
@@ -198,7 +188,7 @@ def _observe(model: Any, images: Tensor) -> tuple[dict[int, AttentionCall], list
     handed: Any = None  # what the newest layer with a map hands on
     for layer, call in calls.items():
         maps[layer], handed = _map(layer, own[layer], call.inputs, handed)
-    return calls, maps
+    return maps
 
 
 def _map(layer: int, attn: Any, inputs: Any, handed: AttentionMap) -> tuple[AttentionMap, AttentionMap]:
@@ -208,23 +198,18 @@ def _map(layer: int, attn: Any, inputs: Any, handed: AttentionMap) -> tuple[Atte
         made = AttentionMap(softmax_map(q, k, attn.scale), "tokens")
         return made, made
     x, carry, grid = inputs[0], inputs[1], inputs[2] or attn.grid
+    mask = NO_MASK
+    if attn.width > 0:
+        mask = Mask(neighbourhood_bias(grid, attn.width, attn.num_prefix_tokens, x.dtype, x.device))
     if isinstance(attn, ReuseAttention):
         own = attn.own_queries_and_keys(x, None, carry.key_proj)
         if own is None:
             return handed, handed
-        read, given = join_heads(handed.weights, _softmax(attn, *own, grid), attn.num_reused_heads)
+        read, given = join_heads(handed.weights, softmax_map(*own, attn.scale, mask), attn.num_reused_heads)
         return handed._replace(weights=read), handed._replace(weights=given)
     q, k, *_ = attn.project(x, None, grid, carry.layerwise_proj)
-    made = AttentionMap(_softmax(attn, attn.q_norm(q), attn.k_norm(k), grid), _keys(layer, attn))
+    made = AttentionMap(softmax_map(attn.q_norm(q), attn.k_norm(k), attn.scale, mask), _keys(layer, attn))
     return made, made
-
-
-def _softmax(attn: Any, q: Tensor, k: Tensor, grid: tuple[int, int]) -> Tensor:
-    """A map over all keys, with zeros outside a span."""
-    bias = None
-    if attn.width > 0:
-        bias = neighbourhood_bias(grid, attn.width, attn.num_prefix_tokens, q.dtype, q.device)
-    return softmax_map(q, k, attn.scale, Mask(bias))
 
 
 def _keys(layer: int, attn: Attention) -> Hashable:
@@ -235,8 +220,9 @@ def _keys(layer: int, attn: Attention) -> Hashable:
     return attn.kind, attn.projected_dim, layer if is_own else None
 
 
-def _measured(maps: list[AttentionMap | None], distances: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Variation, entropy and distance of some images, as Redundancy has them."""
+def _measured(model: Any, images: Tensor) -> list[Tensor]:
+    """Variation, entropy and distance, as Redundancy has them, summed over images."""
+    maps, distances = attention_maps(model, images), _patch_distances(model, images)
     known = {layer: of for layer, of in enumerate(maps) if of is not None}
     num_heads = max((of.weights.shape[1] for of in known.values()), default=0)
     variation = distances.new_full((len(maps), len(maps), num_heads, num_heads), torch.nan)
@@ -249,7 +235,7 @@ def _measured(maps: list[AttentionMap | None], distances: Tensor) -> tuple[Tenso
         alike = [layer for layer, of in known.items() if of.keys == keys]
         members = torch.tensor(alike, device=distances.device)
         variation[members[:, None], members] = _variation([known[layer].weights for layer in alike])
-    return variation, entropy, distance
+    return [len(images) * part for part in (variation, entropy, distance)]
 
 
 def _variation(maps: list[Tensor]) -> Tensor:
@@ -275,8 +261,8 @@ def _patch_distances(model: Any, images: Tensor) -> Tensor:
 
 def _reading_errors(model: Any, images: Tensor) -> Tensor:
     """What measure_head_errors returns, as a sum over images."""
-    calls, found = _observe(model, images)
-    maps = [made.weights for made in found if made is not None]
+    with recorded_attention(model) as calls:
+        maps = [made.weights for made in attention_maps(model, images) if made is not None]
     errors = images.new_zeros(len(maps), len(maps), maps[0].shape[1], maps[0].shape[1])
     for layer, block in enumerate(model.blocks):
         values = _values(block, calls[layer].inputs[0])
