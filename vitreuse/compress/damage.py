@@ -14,7 +14,9 @@ Shapes: B images, N tokens, M keys, C channels, H heads, D head dim.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -27,10 +29,10 @@ from vitreuse.attention.lowrank import grid_pooling
 from vitreuse.attention.maps import NO_MASK, Mask, softmax_map
 from vitreuse.attention.tiles import neighbourhood_bias
 from vitreuse.compress.head_matching import match_heads
-from vitreuse.compress.redundancy import Batches, Redundancy, attentions, mean_over_images
+from vitreuse.compress.redundancy import Batches, Redundancy, mean_over_images
 from vitreuse.io.progress import WorkProgress
 from vitreuse.model.block import PlanBlock
-from vitreuse.model.recording import project_heads, recorded_attention
+from vitreuse.model.recording import attentions, project_heads, recorded_attention
 from vitreuse.plan import Spec
 
 EXACT = Spec("exact")
@@ -116,25 +118,20 @@ def check_specs(model: Any, specs: Sequence[Spec]) -> None:
             f"{type(model).__name__}{plan} has layers that are not exact, and damage is measured on exact ones alone: "
             "give a plain vit, deit or deit3 of timm, or one of ours whose plan is exact."
         )
-    num_tokens = model.num_prefix_tokens + model.patch_embed.num_patches
-    limits = {"lowrank": (num_tokens - 1, "tokens"), "reuse": (model.blocks[0].attn.num_heads, "heads")}
+    num_tokens, num_heads = model.num_prefix_tokens + model.patch_embed.num_patches, model.blocks[0].attn.num_heads
+    limits = {"lowrank": (num_tokens - 1, f"{num_tokens} tokens"), "reuse": (num_heads, f"{num_heads} heads")}
     for spec in specs:
-        limit, of = limits.get(spec.word, (0, ""))
-        if of and spec.number is not None and spec.number > limit:
-            least = num_tokens if of == "tokens" else limit
-            raise ValueError(f"{spec} does not fit a model of {least} {of}: give {spec.word}:{limit} or less.")
+        limit, size = limits.get(spec.word, (math.inf, ""))
+        if (spec.number or 0) > limit:
+            raise ValueError(f"{spec} does not fit a model of {size}: give {spec.word}:{limit} or less.")
 
 
 def possible_changes(depth: int, specs: Sequence[Spec]) -> list[Change]:
     """Each layer under each spec; reuse of each earlier layer, exact or of any span or low-rank spec among them."""
-    makers = _makers(specs)
     changes = []
-    for layer in range(depth):
-        for spec in dict.fromkeys(specs):
-            if spec.word == "reuse":
-                changes += [Change(layer, spec, anchor, maker) for anchor in range(layer) for maker in makers]
-            else:
-                changes.append(Change(layer, spec))
+    for layer, spec in product(range(depth), dict.fromkeys(specs)):
+        read = product(range(layer), _makers(specs)) if spec.word == "reuse" else [(None, None)]
+        changes += [Change(layer, spec, anchor, maker) for anchor, maker in read]
     return changes
 
 

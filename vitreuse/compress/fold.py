@@ -161,10 +161,8 @@ def fold_key_bias(model: Any) -> None:
 
     Left where keys are normalised or are projected tokens, whose bias is scaled from key to key.
     """
-    for attn in _with_token_keys(model):
-        if isinstance(attn.k_norm, nn.Identity):
-            for bias in _rows(attn, "k")[1:]:
-                bias.zero_()
+    for _, bias in _biases(model, "k", "k_norm"):
+        bias.zero_()
 
 
 def fold_value_bias(model: Any) -> None:
@@ -172,11 +170,9 @@ def fold_value_bias(model: Any) -> None:
 
     Left where the keys are projected tokens, whose bias is scaled from key to key, and under a norm of the output.
     """
-    for attn in _with_token_keys(model):
-        if isinstance(attn.norm, nn.Identity):
-            for bias in _rows(attn, "v")[1:]:
-                _add_bias(attn.proj, attn.proj.weight @ bias)
-                bias.zero_()
+    for attn, bias in _biases(model, "v", "norm"):
+        _add_bias(attn.proj, attn.proj.weight @ bias)
+        bias.zero_()
 
 
 def fold_centring(model: Any) -> None:
@@ -294,13 +290,6 @@ def _prefix_tokens(model: Any) -> list[Any]:
     return [token for token in tokens if token is not None]
 
 
-def _with_token_keys(model: Any) -> Iterator[Any]:
-    """The attentions whose keys are the tokens, one each."""
-    for block in model.blocks:
-        if block.has_attention and not getattr(block.attn, "projected_dim", 0):
-            yield block.attn
-
-
 def _inputs(attn: Any) -> dict[str, Any]:
     """The linear layers that read an attention's tokens, by the letters of what they make of them."""
     linears = {name: getattr(attn, name, None) for name in ("qkv", "qk", "v")}
@@ -315,6 +304,14 @@ def _rows(attn: Any, letter: str) -> list[Tensor]:
         if letter in name
         for parameter in linear.parameters()
     ]
+
+
+def _biases(model: Any, letter: str, norm: str) -> Iterator[tuple[Any, Tensor]]:
+    """The attentions without such a norm whose keys are the tokens, one each, and what biases their keys or values."""
+    for attn in (block.attn for block in model.blocks if block.has_attention):
+        if isinstance(attn.get_submodule(norm), nn.Identity) and not getattr(attn, "projected_dim", 0):
+            for bias in _rows(attn, letter)[1:]:
+                yield attn, bias
 
 
 def _halves(model: Any) -> list[tuple[Any, str, list[Any], Any]]:

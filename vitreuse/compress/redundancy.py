@@ -1,28 +1,22 @@
 """How alike the attention maps of a model's layers are, and what it costs to read another's: what reuse lives on.
 
-Fused kernels never show their maps, so that they are computed again from what each attention is given in a forward
-pass. All that is measured is a mean over images, of which a few at a time are looked at.
+All that is measured is a mean over images, of which a few at a time are looked at.
 
 Shapes: L layers, B images, H heads, N queries, M keys, C channels, D head dim.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from timm.layers import Attention as TimmAttention
-from timm.models import VisionTransformer
 from torch import Tensor, nn
 
-from vitreuse.attention import Attention, LowRankAttention, ReuseAttention
-from vitreuse.attention.maps import NO_MASK, Mask, join_heads, softmax_map
-from vitreuse.attention.tiles import neighbourhood_bias
 from vitreuse.compress.head_matching import match_heads
 from vitreuse.io.progress import WorkProgress
-from vitreuse.model.recording import project_heads, recorded_attention
+from vitreuse.model.recording import attention_maps, attentions, project_heads, recorded_attention
 
 Batches = Iterable[Any]  # of images (B, channels, rows, columns) and whatever else, as a loader or ImageSample has them
 MAP_NUMBERS = 2**23  # of all maps that are alive at a time, 32 MiB; one image's may be more
@@ -58,18 +52,6 @@ class Redundancy:
             variation = self.variation[first, second]
             found[first, second] = 1 - variation[torch.arange(len(variation)), match_heads(variation)].mean()
         return found
-
-
-class AttentionMap(NamedTuple):
-    """The map of one layer.
-
-    Attributes:
-        weights: (B, H, N, M), in the order of the heads of the values that it mixes.
-        keys: What the columns stand for: maps of equal keys can be compared.
-    """
-
-    weights: Tensor
-    keys: Hashable
 
 
 @torch.inference_mode()
@@ -158,71 +140,12 @@ def mean_over_images(
     return [total / count for total in sums]
 
 
-def attentions(model: nn.Module) -> list[Any]:
-    """The attention of each layer, None of a layer without.
-
-    Raises:
-        ValueError: The model is no ViT of timm or ours, or has attention of another kind.
-    """
-    if not isinstance(model, VisionTransformer):
-        raise ValueError(f"{type(model).__name__} has no maps that are known: give a ViT of timm or vitreuse.")
-    found = []
-    for layer, block in enumerate(model.blocks):
-        attn = getattr(block, "attn", block) if getattr(block, "has_attention", True) else None
-        if type(attn) is not TimmAttention and not isinstance(attn, Attention | None):
-            raise ValueError(f"layer {layer} has {type(attn).__name__}, whose map is not known: give a ViT of timm.")
-        found.append(attn)
-    return found
-
-
-def attention_maps(model: Any, images: Tensor) -> list[AttentionMap | None]:
-    """The map of each layer, over all tokens, in one forward pass; None of a layer without attention.
-
-    Raises:
-        ValueError: The model is none that attentions takes.
-    """
-    own = attentions(model)
-    maps: list[AttentionMap | None] = [None for _ in own]
-    with recorded_attention(model) as calls:
-        model.forward_features(images)
-    handed: Any = None  # what the newest layer with a map hands on
-    for layer, call in calls.items():
-        maps[layer], handed = _map(layer, own[layer], call.inputs, handed)
-    return maps
-
-
-def _map(layer: int, attn: Any, inputs: Any, handed: AttentionMap) -> tuple[AttentionMap, AttentionMap]:
-    """A layer's map as its values read it, and as it hands it on; its anchor's is what was handed to it."""
-    if isinstance(attn, TimmAttention):
-        q, k, _ = project_heads(attn, inputs[0])
-        made = AttentionMap(softmax_map(q, k, attn.scale), "tokens")
-        return made, made
-    x, carry, grid = inputs[0], inputs[1], inputs[2] or attn.grid
-    mask = NO_MASK
-    if attn.width > 0:
-        mask = Mask(neighbourhood_bias(grid, attn.width, attn.num_prefix_tokens, x.dtype, x.device))
-    if isinstance(attn, ReuseAttention):
-        own = attn.own_queries_and_keys(x, None, carry.key_proj)
-        if own is None:
-            return handed, handed
-        read, given = join_heads(handed.weights, softmax_map(*own, attn.scale, mask), attn.num_reused_heads)
-        return handed._replace(weights=read), handed._replace(weights=given)
-    q, k, *_ = attn.project(x, None, grid, carry.layerwise_proj)
-    made = AttentionMap(softmax_map(attn.q_norm(q), attn.k_norm(k), attn.scale, mask), _keys(layer, attn))
-    return made, made
-
-
-def _keys(layer: int, attn: Attention) -> Hashable:
-    """What the columns of a map stand for; a projection that was learned gives a layer keys of its own."""
-    if not isinstance(attn, LowRankAttention):
-        return "tokens"
-    is_own = attn.sharing != "layerwise" and attn.kind == "linear"
-    return attn.kind, attn.projected_dim, layer if is_own else None
-
-
 def _measured(model: Any, images: Tensor) -> list[Tensor]:
     """Variation, entropy and distance, as Redundancy has them, summed over images."""
-    maps, distances = attention_maps(model, images), _patch_distances(model, images)
+    maps = attention_maps(model, images)
+    grid = model.patch_embed.dynamic_feat_size(images.shape[-2:])
+    places = torch.cartesian_prod(*(torch.arange(size, device=images.device) for size in grid)).float()
+    distances = torch.cdist(places, places)  # between patches
     known = {layer: of for layer, of in enumerate(maps) if of is not None}
     num_heads = max((of.weights.shape[1] for of in known.values()), default=0)
     variation = distances.new_full((len(maps), len(maps), num_heads, num_heads), torch.nan)
@@ -230,10 +153,11 @@ def _measured(model: Any, images: Tensor) -> list[Tensor]:
     for layer, (weights, keys) in known.items():
         entropy[layer] = torch.special.entr(weights.float()).sum(-1).mean((0, 2))
         if keys == "tokens":
-            distance[layer] = _mean_distance(weights.float(), distances)
+            patches = weights[:, :, -len(places) :, -len(places) :].float()
+            distance[layer] = ((patches * distances).sum((2, 3)) / patches.sum((2, 3))).mean(0)
     for keys in {of.keys for of in known.values()}:
         alike = [layer for layer, of in known.items() if of.keys == keys]
-        members = torch.tensor(alike, device=distances.device)
+        members = torch.tensor(alike, device=images.device)
         variation[members[:, None], members] = _variation([known[layer].weights for layer in alike])
     return [len(images) * part for part in (variation, entropy, distance)]
 
@@ -243,20 +167,6 @@ def _variation(maps: list[Tensor]) -> Tensor:
     rows = torch.cat(maps, dim=1).float().transpose(1, 2).flatten(0, 1)  # (B * N, layers * H, M)
     between = torch.cdist(rows, rows, p=1).mean(0) / 2
     return between.unflatten(1, (len(maps), -1)).unflatten(0, (len(maps), -1)).transpose(1, 2)
-
-
-def _mean_distance(weights: Tensor, distances: Tensor) -> Tensor:
-    """Between query and key, weighted by a map over patches: (H,)."""
-    num_prefix_tokens = weights.shape[-1] - len(distances)
-    patches = weights[:, :, num_prefix_tokens:, num_prefix_tokens:]
-    return ((patches * distances).sum((2, 3)) / patches.sum((2, 3))).mean(0)
-
-
-def _patch_distances(model: Any, images: Tensor) -> Tensor:
-    """Between each two patches of the grid, (patches, patches)."""
-    grid = model.patch_embed.dynamic_feat_size(images.shape[-2:])
-    places = torch.cartesian_prod(*(torch.arange(size, device=images.device) for size in grid)).float()
-    return torch.cdist(places, places)
 
 
 def _reading_errors(model: Any, images: Tensor) -> Tensor:
