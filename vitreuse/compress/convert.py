@@ -37,7 +37,7 @@ class Conversion:
     Attributes:
         model: With the plan and all the weights, in evaluation mode.
         original: The model it was made of, as one of ours with exact layers.
-        matches: Of each reuse layer, for each map that it reads, the head of the original that mixes it.
+        matches: By reuse layer, for each map that it reads, the head of the original that mixes it.
         new: Parameters that the original does not have: token projections.
         touched: Parameters of the original in attentions that are no longer exact.
         dropped: What the plan has no use for.

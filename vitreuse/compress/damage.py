@@ -66,7 +66,7 @@ def measure_damage(
         model: One of timm's ViTs or ours whose layers are all exact, on any device; its mode is restored.
         batches: Of images first.
         specs: What a layer may become.
-        redundancy: Of the model, for the heads that match.
+        redundancy: What was measured on this model, for the heads that match.
         progress: Told how many images are done.
 
     Raises:

@@ -23,8 +23,8 @@ class Agreement:
         equal_top1: Percent of images of which both models say the same class.
         kl_divergence_nats: Of the original's probabilities from the converted model's.
         cosine: Between the features of models without classes.
-        original_top1: Percent of the images with a label.
-        converted_top1: Likewise.
+        original_top1: Percent of images whose label the original says.
+        converted_top1: The same of the converted model.
     """
 
     num_images: int

@@ -1,4 +1,4 @@
-"""Which head of a layer suits the map of which head of an earlier one: each layer has its heads in its own order."""
+"""Which heads of a layer read the maps of which heads of an earlier one, and the order in which they then stand."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ class _Anchor(NamedTuple):
     unpaid: int
 
 
-Damage = Mapping[Change, float]
+Damage = Mapping[Change, float]  # of every change that some specs allow, as measure_damage gives it
 Fronts = dict[_Anchor | None, list[Candidate]]  # of the first layers of plans, by the anchor that they leave
 
 
@@ -84,8 +84,8 @@ def search(damage: Damage, costs: PlanCosts, specs: Sequence[Spec], depth: int, 
     The first and the last layer stay exact unless that costs more than PAYS times the damage, or the budget.
 
     Args:
-        damage: Of each change that the specs allow.
-        costs: Of the layers under these specs.
+        damage: What each change does that the specs allow.
+        costs: What the layers cost under these specs.
         specs: What a layer may become.
         depth: Number of layers.
         budget: The most that the plan may cost, as a share of the exact model's cost.
