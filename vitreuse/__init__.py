@@ -6,11 +6,12 @@ Importing registers the models: ``timm.create_model("vit_reuse_small_patch16_224
 from vitreuse.compress.convert import convert, fit_projections
 from vitreuse.compress.damage import measure_damage
 from vitreuse.compress.fold import fold
-from vitreuse.compress.redundancy import attention_maps, measure_redundancy
+from vitreuse.compress.redundancy import measure_redundancy
 from vitreuse.compress.search import search
 from vitreuse.cost.macs import count_macs, count_params
 from vitreuse.model import registry
 from vitreuse.model.checkpoint import LoadReport, load_checkpoint
+from vitreuse.model.recording import attention_maps
 from vitreuse.model.vit import PlanVisionTransformer, PlanVisionTransformerDistilled
 from vitreuse.plan import PRESETS, Plan, Spec, parse_plan, preset_plan
 

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vitreuse.attention import EMPTY_CARRY, LowRankAttention
+from vitreuse.attention import LowRankAttention
 from vitreuse.attention.lowrank import grid_pooling, init_projection
 from vitreuse.compress.head_matching import match_plan, order_of_heads, rows_of_heads
 from vitreuse.model.checkpoint import load_checkpoint
 from vitreuse.model.copies import exact_copy, layers_of, untrained_copy
+from vitreuse.model.recording import recorded_attention
 from vitreuse.plan import Plan, parse_plan
 
 LOWRANK_STARTS = ("random", "pooled", "fitted")
@@ -36,7 +37,7 @@ class Conversion:
     Attributes:
         model: With the plan and all the weights, in evaluation mode.
         original: The model it was made of, as one of ours with exact layers.
-        matches: Of each reuse layer, for each map that it reads, the head of the original that mixes it.
+        matches: By reuse layer, for each map that it reads, the head of the original that mixes it.
         new: Parameters that the original does not have: token projections.
         touched: Parameters of the original in attentions that are no longer exact.
         dropped: What the plan has no use for.
@@ -58,9 +59,8 @@ def convert(
     Args:
         model: A ViT, DeiT, DeiT III or DINO model of timm, or one of ours whose layers are exact; it stays as it is.
         plan: One spec per layer.
-        distances: (L, L, H, H), what it costs each head of the second layer to read the map of each head of the first:
-            redundancy.measure_head_errors, or the variation of measure_redundancy; None leaves the heads
-            in their order.
+        distances: (L, L, H, H), what it costs each head of the second layer to read the map of each head of the first,
+            from measure_head_errors, or the variation of measure_redundancy; None leaves the heads in their order.
         pooled: Whether token projections start as pooling, rather than from torch's global generator.
         options: Further keywords of a model with a plan, such as lowrank_sharing.
 
@@ -78,52 +78,36 @@ def convert(
     report = load_checkpoint(converted, state, original.patch_embed.img_size)
     if pooled:
         pool_projections(converted)
-    return Conversion(converted, original, matches, report.new, _touched(converted, report.new), report.dropped)
+    changed = [layer for layer, spec in enumerate(plan) if spec.word not in ("exact", "none")]
+    prefixes = tuple(f"blocks.{layer}.attn." for layer in changed)
+    names = [name for name, _ in converted.named_parameters() if name.startswith(prefixes)]
+    touched = tuple(name for name in names if name not in report.new)
+    return Conversion(converted, original, matches, report.new, touched, report.dropped)
 
 
 def _reorder_heads(state: dict[str, Tensor], prefix: str, order: list[int]) -> None:
     """Puts the heads of a layer of a plain state dict in another order, which changes nothing of what it computes."""
     width = state[f"{prefix}proj.weight"].shape[1]
     rows = rows_of_heads(order, width // len(order))
-    for name in ("qkv.weight", "qkv.bias"):
+    for name, parts in (("qkv.weight", 3), ("qkv.bias", 3), ("norm.weight", 1), ("norm.bias", 1)):
         if prefix + name in state:
-            state[prefix + name] = state[prefix + name].unflatten(0, (3, width))[:, rows].flatten(0, 1)
-    for name in ("norm.weight", "norm.bias"):
-        if prefix + name in state:
-            state[prefix + name] = state[prefix + name][rows]
+            state[prefix + name] = state[prefix + name].unflatten(0, (parts, width))[:, rows].flatten(0, 1)
     state[f"{prefix}proj.weight"] = state[f"{prefix}proj.weight"][:, rows]
-
-
-def _touched(model: Any, new: tuple[str, ...]) -> tuple[str, ...]:
-    changed = [layer for layer, block in enumerate(model.blocks) if block.spec.word not in ("exact", "none")]
-    prefixes = tuple(f"blocks.{layer}.attn." for layer in changed)
-    return tuple(name for name, _ in model.named_parameters() if name.startswith(prefixes) and name not in new)
 
 
 @torch.no_grad()
 def pool_projections(model: Any) -> None:
     """Starts all token projections of a model as averages over cells of its grid; a convolution's as its mean."""
-    pools = [(block.attn, (block.attn.key_proj, block.attn.value_proj)) for block in _lowrank_blocks(model)]
-    pools += [(pools[0][0], (model.key_proj, None))] if pools else []
-    for attn, projections in pools:
-        for projection in projections:
-            if projection is None:
-                continue
-            if attn.kind == "conv":
+    for attn in (block.attn for block in model.blocks if isinstance(block.attn, LowRankAttention)):
+        for projection in (attn.key_proj, attn.value_proj, model.key_proj):
+            if projection is not None and attn.kind == "conv":
                 init_projection(projection, attn.kind, "mean")
-            else:
+            elif projection is not None:
                 projection.copy_(grid_pooling(attn.grid, attn.num_prefix_tokens, attn.projected_dim))
 
 
-def _lowrank_blocks(model: Any) -> list[Any]:
-    return [block for block in model.blocks if isinstance(block.attn, LowRankAttention)]
-
-
 def fit_projections(
-    conversion: Conversion,
-    images: Iterable[Tensor],
-    seed: int = 0,
-    progress: Callable[[int], None] = lambda layer: None,
+    conversion: Conversion, images: Iterable[Tensor], seed: int = 0, progress: Callable[[int], None] = lambda _: None
 ) -> dict[int, tuple[float, float]]:
     """Takes the token projections to what best gives back the attention of the original, each layer by itself.
 
@@ -159,17 +143,11 @@ def fit_projections(
 def _attention_pairs(model: Any, layer: int, batches: list[Tensor]) -> tuple[Tensor, Tensor]:
     """What the attention of a layer is given, and gives back in the rows that are read, over all images."""
     given, returned = [], []
-
-    def record(_: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        given.append(inputs[0])
-        returned.append(output[0])
-
-    hook = model.blocks[layer].attn.register_forward_hook(record)
-    try:
+    with recorded_attention(model) as calls:
         for images in batches:
             model(images.to(next(model.parameters()).device))
-    finally:
-        hook.remove()
+            given.append(calls[layer].inputs[0])
+            returned.append(calls[layer].output)
     return torch.cat(given), torch.cat(returned)
 
 
@@ -181,7 +159,8 @@ def _fit(attn: Any, projections: list[Any], tokens: Tensor, outputs: Tensor, see
     before, start = _error(attn, tokens, outputs), copy.deepcopy(attn.state_dict())
     for _ in range(FIT_STEPS):
         chosen = torch.randint(len(tokens), (min(FIT_BATCH_SIZE, len(tokens)),), generator=generator)
-        loss = F.mse_loss(_output(attn, tokens[chosen], outputs), outputs[chosen]) / outputs.square().mean()
+        found = attn(tokens[chosen], num_queries=outputs.shape[1])
+        loss = F.mse_loss(found, outputs[chosen]) / outputs.square().mean()
         optimizer.zero_grad()
         loss.backward(inputs=projections)
         optimizer.step()
@@ -194,9 +173,5 @@ def _fit(attn: Any, projections: list[Any], tokens: Tensor, outputs: Tensor, see
 
 @torch.no_grad()
 def _error(attn: Any, tokens: Tensor, outputs: Tensor) -> float:
-    found = torch.cat([_output(attn, part, outputs) for part in tokens.split(FIT_BATCH_SIZE)])
+    found = torch.cat([attn(part, num_queries=outputs.shape[1]) for part in tokens.split(FIT_BATCH_SIZE)])
     return float(F.mse_loss(found, outputs) / outputs.square().mean())
-
-
-def _output(attn: Any, tokens: Tensor, wanted: Tensor) -> Tensor:
-    return attn(tokens, EMPTY_CARRY, None, wanted.shape[1])[0]

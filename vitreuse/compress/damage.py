@@ -14,26 +14,25 @@ Shapes: B images, N tokens, M keys, C channels, H heads, D head dim.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import math
+from collections.abc import Sequence
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
 from timm.layers import Attention as TimmAttention
 from timm.models.vision_transformer import Block
 from torch import Tensor
-from torch.nn import functional as F
 
 from vitreuse.attention import ExactAttention
-from vitreuse.attention.base import split_heads
 from vitreuse.attention.lowrank import grid_pooling
-from vitreuse.attention.maps import Mask, softmax_map
-from vitreuse.attention.submodules import rows_of
+from vitreuse.attention.maps import NO_MASK, Mask, softmax_map
 from vitreuse.attention.tiles import neighbourhood_bias
 from vitreuse.compress.head_matching import match_heads
-from vitreuse.compress.redundancy import Batches, Redundancy, attentions, evaluated, few_at_a_time
+from vitreuse.compress.redundancy import Batches, Redundancy, mean_over_images
 from vitreuse.io.progress import WorkProgress
 from vitreuse.model.block import PlanBlock
+from vitreuse.model.recording import attentions, project_heads, recorded_attention
 from vitreuse.plan import Spec
 
 EXACT = Spec("exact")
@@ -43,9 +42,9 @@ class Change(NamedTuple):
     """One layer under another attention.
 
     Attributes:
-        layer: Which.
+        layer: The layer's number.
         spec: What it becomes.
-        anchor: Of a reuse spec the layer that makes the map, else None.
+        anchor: The layer that makes the map where the spec is reuse, else None.
         anchor_spec: How that one makes it: exact, a span or low-rank; else None.
     """
 
@@ -67,7 +66,7 @@ def measure_damage(
         model: One of timm's ViTs or ours whose layers are all exact, on any device; its mode is restored.
         batches: Of images first.
         specs: What a layer may become.
-        redundancy: Of the model, for the heads that match.
+        redundancy: What was measured on this model, for the heads that match.
         progress: Told how many images are done.
 
     Raises:
@@ -78,16 +77,18 @@ def measure_damage(
         depths = f"{len(redundancy.entropy)} layers, the model has {len(model.blocks)}"
         raise ValueError(f"redundancy is of {depths}: measure it on this model.")
     changes = possible_changes(len(model.blocks), specs)
-    orders = {change: _order(change, redundancy) for change in changes if change.anchor is not None}
+    orders = {  # the layer's own heads that read the first of the anchor's, as many as are reused
+        change: match_heads(redundancy.variation[change.anchor, change.layer][: change.spec.number])
+        for change in changes
+        if change.anchor is not None
+    }
     signs = torch.Generator().manual_seed(0)
-    errors, size, count = torch.zeros(len(changes), dtype=torch.float64), 0.0, 0
-    with evaluated(model):
-        for images in few_at_a_time(model, batches):
-            layers, logits = _observe(model, images, signs)
-            errors += _errors(changes, layers, _views(model, images, specs), orders)
-            size += float(logits.double().square().sum())
-            count += len(images)
-            progress.reach(count)
+
+    def measure(images: Tensor) -> tuple[Tensor, Tensor]:
+        layers, logits = _observe(model, images, signs)
+        return _errors(changes, layers, _views(model, images, specs), orders), logits.double().square().sum()
+
+    errors, size = mean_over_images(model, batches, progress, measure)
     return dict(zip(changes, (errors / size).tolist(), strict=True))
 
 
@@ -97,8 +98,12 @@ def has_exact_layers(model: Any) -> bool:
     Raises:
         ValueError: The model is no ViT of timm or ours, or has attention of another kind.
     """
-    own = attentions(model)  # refuses what has no layers
-    return all(map(_is_exact, model.blocks, own))
+    layers = zip(attentions(model), model.blocks, strict=True)  # attentions refuses what has no layers
+    return all(
+        (type(block) is PlanBlock and type(attn) is ExactAttention)
+        or (type(block) is Block and type(attn) is TimmAttention and attn.gate is None)
+        for attn, block in layers
+    )
 
 
 def check_specs(model: Any, specs: Sequence[Spec]) -> None:
@@ -113,31 +118,20 @@ def check_specs(model: Any, specs: Sequence[Spec]) -> None:
             f"{type(model).__name__}{plan} has layers that are not exact, and damage is measured on exact ones alone: "
             "give a plain vit, deit or deit3 of timm, or one of ours whose plan is exact."
         )
-    num_tokens = model.num_prefix_tokens + model.patch_embed.num_patches
-    limits = {"lowrank": (num_tokens - 1, "tokens"), "reuse": (model.blocks[0].attn.num_heads, "heads")}
+    num_tokens, num_heads = model.num_prefix_tokens + model.patch_embed.num_patches, model.blocks[0].attn.num_heads
+    limits = {"lowrank": (num_tokens - 1, f"{num_tokens} tokens"), "reuse": (num_heads, f"{num_heads} heads")}
     for spec in specs:
-        limit, of = limits.get(spec.word, (0, ""))
-        if of and spec.number is not None and spec.number > limit:
-            least = num_tokens if of == "tokens" else limit
-            raise ValueError(f"{spec} does not fit a model of {least} {of}: give {spec.word}:{limit} or less.")
-
-
-def _is_exact(block: Any, attn: Any) -> bool:
-    if type(block) is Block and type(attn) is TimmAttention:
-        return attn.gate is None
-    return type(block) is PlanBlock and type(attn) is ExactAttention
+        limit, size = limits.get(spec.word, (math.inf, ""))
+        if (spec.number or 0) > limit:
+            raise ValueError(f"{spec} does not fit a model of {size}: give {spec.word}:{limit} or less.")
 
 
 def possible_changes(depth: int, specs: Sequence[Spec]) -> list[Change]:
     """Each layer under each spec; reuse of each earlier layer, exact or of any span or low-rank spec among them."""
-    makers = _makers(specs)
     changes = []
-    for layer in range(depth):
-        for spec in dict.fromkeys(specs):
-            if spec.word == "reuse":
-                changes += [Change(layer, spec, anchor, maker) for anchor in range(layer) for maker in makers]
-            else:
-                changes.append(Change(layer, spec))
+    for layer, spec in product(range(depth), dict.fromkeys(specs)):
+        read = product(range(layer), _makers(specs)) if spec.word == "reuse" else [(None, None)]
+        changes += [Change(layer, spec, anchor, maker) for anchor, maker in read]
     return changes
 
 
@@ -146,21 +140,11 @@ def _makers(specs: Sequence[Spec]) -> list[Spec]:
     return [EXACT, *dict.fromkeys(spec for spec in specs if spec.word in ("lowrank", "span"))]
 
 
-def _order(change: Change, redundancy: Redundancy) -> list[int]:
-    """The layer's own heads that read the first of the anchor's, as many as are reused."""
-    return match_heads(redundancy.variation[change.anchor, change.layer][: change.spec.number])
-
-
 class _Layer(NamedTuple):
-    """A layer at work on some images.
+    """An attention at work: the tokens (B, N, C) that it is given, and the gradient of the signed sum of logits by the
+    first rows (B, rows, C) of its output, as many as are computed."""
 
-    Attributes:
-        block: The layer.
-        tokens: What its attention gets, (B, N, C).
-        gradient: Of the signed sum of logits by the attention's output, (B, rows, C), rows the first that are computed.
-    """
-
-    block: Any
+    attn: Any
     tokens: Tensor
     gradient: Tensor
 
@@ -174,29 +158,14 @@ class _Mixture(NamedTuple):
 
 
 def _observe(model: Any, images: Tensor, signs: torch.Generator) -> tuple[list[_Layer], Tensor]:
-    """Each layer at work, and the logits, which are the features of a model without a head."""
-    tokens: list[Tensor] = []
-    outputs: list[Tensor] = []  # after the attention half
-    with torch.enable_grad(), _listed(model, tokens, outputs):
+    """Each attention at work, and the logits, which are the features of a model without a head."""
+    with torch.enable_grad(), recorded_attention(model) as calls:
         logits = model(images.clone().requires_grad_())
         drawn = 2 * torch.randint(2, logits.shape, generator=signs) - 1
+        outputs = [call.output for call in calls.values()]
         gradients = torch.autograd.grad((logits * drawn.to(logits)).sum(), outputs)
-    layers = zip(model.blocks, tokens, gradients, strict=True)
-    return [_Layer(block, x.detach(), gradient) for block, x, gradient in layers], logits.detach()
-
-
-@contextmanager
-def _listed(model: Any, tokens: list[Tensor], outputs: list[Tensor]) -> Iterator[None]:
-    """Lists what each attention gets, and the tokens after its half of the layer, which norm2 gets."""
-    hooks = []
-    for block in model.blocks:
-        for module, seen in ((block.attn, tokens), (block.norm2, outputs)):
-            hooks.append(module.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0])))
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+    layers = zip(model.blocks, calls.values(), gradients, strict=True)
+    return [_Layer(block.attn, call.inputs[0].detach(), gradient) for block, call, gradient in layers], logits.detach()
 
 
 def _views(model: Any, images: Tensor, specs: Sequence[Spec]) -> dict[Spec, Tensor | None]:
@@ -213,13 +182,10 @@ def _views(model: Any, images: Tensor, specs: Sequence[Spec]) -> dict[Spec, Tens
 
 @torch.no_grad()
 def _errors(
-    changes: list[Change],
-    layers: list[_Layer],
-    views: dict[Spec, Tensor | None],
-    orders: dict[Change, list[int]],
+    changes: list[Change], layers: list[_Layer], views: dict[Spec, Tensor | None], orders: dict[Change, list[int]]
 ) -> Tensor:
-    """Of each change the sum over images, tokens and channels of (gradient * error)^2."""
-    made = [{spec: _mixture(layer, spec, view) for spec, view in views.items()} for layer in layers]
+    """For each change the sum over images, tokens and channels of (gradient * error)^2."""
+    made = [_mixtures(layer, views) for layer in layers]
     unchanged = [_output(layer, own[EXACT].mixed) for layer, own in zip(layers, made, strict=True)]
     found = []
     for change in changes:
@@ -227,36 +193,32 @@ def _errors(
         if change.spec.word != "none":
             error += _output(layer, _changed(change, made, orders))
         found.append((layer.gradient * error).square().sum())
-    return torch.stack(found).double().cpu()
+    return torch.stack(found)
 
 
-def _mixture(layer: _Layer, spec: Spec, view: Tensor | None) -> _Mixture:
-    """A layer's own map and values under a spec."""
-    attn, x = layer.block.attn, layer.tokens
-    weight, bias = attn.qkv.weight, attn.qkv.bias
-    dim = len(weight) // 3
-    seen = x if view is None or spec.word != "lowrank" else view @ x  # rows of the pooling sum to 1, as biases need
-    q = F.linear(x[:, : layer.gradient.shape[1]], weight[:dim], rows_of(bias, 0, dim))
-    k, v = F.linear(seen, weight[dim:], rows_of(bias, dim, 3 * dim)).chunk(2, dim=-1)
-    q, k, v = (split_heads(part, attn.head_dim) for part in (q, k, v))
-    mask = view if spec.word == "span" else None
-    weights = softmax_map(attn.q_norm(q), attn.k_norm(k), attn.scale, Mask(mask))
-    return _Mixture(weights, v, weights @ v)
+def _mixtures(layer: _Layer, views: dict[Spec, Tensor | None]) -> dict[Spec, _Mixture]:
+    """A layer's own map and values under each spec that makes a map."""
+    attn, own, made = layer.attn, project_heads(layer.attn, layer.tokens), {}
+    for spec, view in views.items():
+        heads, mask = own, Mask(view)
+        if view is not None and spec.word == "lowrank":  # rows of the pooling sum to 1, as biases need
+            heads, mask = project_heads(attn, view @ layer.tokens), NO_MASK
+        weights = softmax_map(own.q[:, :, : layer.gradient.shape[1]], heads.k, attn.scale, mask)
+        made[spec] = _Mixture(weights, heads.v, weights @ heads.v)
+    return made
 
 
 def _changed(change: Change, made: list[dict[Spec, _Mixture]], orders: dict[Change, list[int]]) -> Tensor:
     """The mixed values of a layer after a change: heads that match the anchor's read its map."""
     if change.anchor is None or change.anchor_spec is None:
         return made[change.layer][change.spec].mixed
-    weights = made[change.anchor][change.anchor_spec].weights
+    weights, order = made[change.anchor][change.anchor_spec].weights, orders[change]
     _, values, mixed = made[change.layer][change.anchor_spec]
-    order = orders[change]
     mixed = mixed.clone()
     mixed[:, order] = weights[:, : len(order), : mixed.shape[2]] @ values[:, order]
     return mixed
 
 
 def _output(layer: _Layer, mixed: Tensor) -> Tensor:
-    """What the attention half adds to the tokens, (B, rows, C)."""
-    attn = layer.block.attn
-    return layer.block.ls1(attn.proj(attn.norm(mixed.transpose(1, 2).flatten(2))))
+    """What the attention makes of mixed values, (B, rows, C)."""
+    return layer.attn.proj(layer.attn.norm(mixed.transpose(1, 2).flatten(2)))

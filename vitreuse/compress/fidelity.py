@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -22,8 +23,8 @@ class Agreement:
         equal_top1: Percent of images of which both models say the same class.
         kl_divergence_nats: Of the original's probabilities from the converted model's.
         cosine: Between the features of models without classes.
-        original_top1: Percent of the images with a label.
-        converted_top1: Likewise.
+        original_top1: Percent of images whose label the original says.
+        converted_top1: The same of the converted model.
     """
 
     num_images: int
@@ -48,27 +49,24 @@ def agreement(original: Any, converted: Any, batches: Iterable[tuple[Tensor, Ten
         ValueError: There are no images.
     """
     device = next(original.parameters()).device
-    rows: dict[str, list[Tensor]] = {}
+    rows: dict[str, list[Tensor]] = defaultdict(list)
     for images, labels in batches:
-        outputs = original(images.to(device)), converted(images.to(device))
-        is_classified = original.num_classes > 0 and outputs[0].ndim == 2
-        compared = _of_classes(*outputs, labels.to(device), has_labels) if is_classified else _of_features(*outputs)
+        wanted, found = original(images.to(device)), converted(images.to(device))
+        if original.num_classes > 0 and wanted.ndim == 2:
+            compared = _of_classes(wanted, found, labels.to(device), has_labels)
+        else:
+            compared = {"cosine": F.cosine_similarity(wanted.flatten(1), found.flatten(1))}
         for name, values in compared.items():
-            rows.setdefault(name, []).append(values)
+            rows[name].append(values.double())
     if not rows:
         raise ValueError("there are no images to compare on: give at least one.")
-    columns = {name: torch.cat(values).double() for name, values in rows.items()}
+    columns = {name: torch.cat(values) for name, values in rows.items()}
     num_images = len(next(iter(columns.values())))
     return Agreement(num_images, **{name: float(column.mean()) for name, column in columns.items()})
 
 
-def _of_features(wanted: Tensor, found: Tensor) -> dict[str, Tensor]:
-    """A column of Agreement, a row per image."""
-    return {"cosine": F.cosine_similarity(wanted.flatten(1), found.flatten(1))}
-
-
 def _of_classes(wanted: Tensor, found: Tensor, labels: Tensor, has_labels: bool) -> dict[str, Tensor]:
-    """A column per attribute of Agreement that logits have, a row per image."""
+    """For each attribute of Agreement that logits can tell, its values image by image."""
     classes, found_classes = (top_classes(logits, 1)[:, 0] for logits in (wanted, found))
     ours, theirs = (logits.float().log_softmax(1) for logits in (found, wanted))
     columns = {

@@ -19,15 +19,11 @@ from timm.models import VisionTransformer
 from timm.models.vision_transformer import Block as TimmBlock
 from torch import Tensor, nn
 
-from vitreuse.attention import AttentionConfig, Carry, ExactAttention, SpanAttention
+from vitreuse.attention import Carry, ExactAttention, SpanAttention
 from vitreuse.attention.base import CarryingAttention
-from vitreuse.attention.costs import Costs, load_costs
 from vitreuse.attention.maps import Mask
-from vitreuse.model.block import InplaceMlp, PlanBlock, PlanBlocks
-from vitreuse.plan import Plan, Spec
-from vitreuse.plan.options import PlanOptions
-
-Rows = tuple[Any, slice]  # output rows of a linear layer
+from vitreuse.model.block import InplaceMlp, PlanBlocks
+from vitreuse.model.vit import PlanVisionTransformer
 
 
 def fold(
@@ -58,12 +54,11 @@ def fold(
         raise ValueError(f"fold has no step {unknown[0]!r}: the steps are {', '.join(STEPS)}.")
     if not isinstance(model, VisionTransformer):
         raise ValueError(f"{type(model).__name__} cannot be folded: fold takes timm's VisionTransformer and ours.")
-    folded: Any = copy.deepcopy(model).eval().requires_grad_(False)
-    dtype = folded.patch_embed.proj.weight.dtype
-    folded.to(torch.promote_types(dtype, torch.float32))
+    folded: Any = copy.deepcopy(model)
     if not isinstance(folded.blocks, PlanBlocks):
-        costs = load_costs()
-        folded.blocks = PlanBlocks(*(with_plan_block(block, folded, costs) for block in folded.blocks))
+        folded.blocks = as_plan_layers(folded)
+    dtype = folded.patch_embed.proj.weight.dtype
+    folded.eval().requires_grad_(False).to(torch.promote_types(dtype, torch.float32))
     with torch.no_grad():
         if normalisation is not None:
             fold_normalisation(folded, *normalisation)
@@ -73,49 +68,33 @@ def fold(
     return folded.to(dtype)
 
 
-def with_plan_block(block: Any, model: Any, costs: Costs) -> PlanBlock:
-    """A layer of timm's as a layer of a plan, around the same submodules.
+def as_plan_layers(model: Any) -> PlanBlocks:
+    """The layers of timm's model as exact layers of ours, which are faster, around the same submodules.
 
     Raises:
-        ValueError: the layer is not timm's standard one.
+        ValueError: a layer is not timm's standard one.
     """
-    attn = block.attn
-    if type(block) is not TimmBlock or type(attn) is not TimmAttention:
-        raise ValueError(
-            f"layers of {type(block).__name__} around {type(attn).__name__} have no plan: use a model of timm's Block "
-            "and Attention, as vit, deit and deit3 are."
-        )
-    if attn.gate is not None or attn.attn_dim != attn.qkv.in_features:
-        raise ValueError("attention that is gated, or not as wide as its tokens, has no plan: use a standard ViT.")
-    config = AttentionConfig(
-        plan=Plan((Spec("exact"),)),
-        layer=0,
-        dim=attn.qkv.in_features,
-        num_heads=attn.num_heads,
-        grid=model.patch_embed.grid_size,
-        num_prefix_tokens=model.num_prefix_tokens,
-        options=PlanOptions(),
-        qkv_bias=attn.qkv.bias is not None,
-        qk_norm=False,
-        scale_attn_norm=False,
-        proj_bias=attn.proj.bias is not None,
-        attn_drop=attn.attn_drop.p,
-        proj_drop=attn.proj_drop.p,
-        norm_layer=nn.LayerNorm,
-        device=torch.device("meta"),  # every submodule is replaced
-        dtype=None,
-        costs=costs,
-    )
-    adopted = PlanBlock(config)
-    for name, module in attn.named_children():
-        setattr(adopted.attn, name, module)
-    for name, module in block.named_children():
-        if name == "mlp" and type(module) is Mlp:
-            for part, submodule in module.named_children():
-                setattr(adopted.mlp, part, submodule)
-        elif name != "attn":
-            setattr(adopted, name, module)
-    return adopted.train(block.training)
+    for block in model.blocks:
+        attn = block.attn
+        if type(block) is not TimmBlock or type(attn) is not TimmAttention:
+            raise ValueError(
+                f"layers of {type(block).__name__} around {type(attn).__name__} have no plan: use a model of timm's "
+                "Block and Attention, as vit, deit and deit3 are."
+            )
+        if attn.gate is not None or attn.attn_dim != attn.qkv.in_features:
+            raise ValueError("attention that is gated, or not as wide as its tokens, has no plan: use a standard ViT.")
+    attn, depth = model.blocks[0].attn, len(model.blocks)
+    trunk = {"depth": depth, "embed_dim": attn.attn_dim, "num_heads": attn.num_heads, "class_token": False}
+    tokens = {"img_size": model.patch_embed.grid_size, "patch_size": 1, "reg_tokens": model.num_prefix_tokens}
+    ours: Any = PlanVisionTransformer(plan=f"exact*{depth}", **trunk, **tokens, global_pool="avg", device="meta")
+    for layer, block in zip(ours.blocks, model.blocks, strict=True):
+        for own, given in ((layer, block), (layer.attn, block.attn), (layer.mlp, block.mlp)):
+            for name, module in given.named_children():
+                if name not in ("attn", "mlp"):
+                    setattr(own, name, module)
+        if type(block.mlp) is not Mlp:
+            layer.mlp = block.mlp
+    return ours.blocks
 
 
 def fold_normalisation(model: Any, mean: Sequence[float], std: Sequence[float]) -> None:
@@ -136,35 +115,30 @@ def fold_embedding(model: Any) -> None:
     if table is None or model.dynamic_img_size or not isinstance(model.patch_embed.norm, nn.Identity):
         return
     if not model.no_embed_class:
-        start = 0
         for token in _prefix_tokens(model):
-            token += table[:, start : start + token.shape[1]]
-            start += token.shape[1]
-        model.pos_embed = _frozen(table[:, start:].clone())
+            token += table[:, : token.shape[1]]
+            table = table[:, token.shape[1] :]
         model.no_embed_class = True
-    if proj.bias is not None:
-        model.pos_embed += proj.bias
-        proj.bias = None
+    model.pos_embed = _frozen(table.clone() if proj.bias is None else table + proj.bias)
+    proj.bias = None
 
 
 def fold_layer_scale(model: Any) -> None:
     """LayerScale into the linear layer before it."""
-    for block in model.blocks:
-        writers = _writers(block)
-        for name, linear in (("ls1", writers.get("proj")), ("ls2", writers.get("fc2"))):
-            scale = getattr(block, name)
-            if isinstance(scale, nn.Identity) or linear is None:
-                continue
+    for block, number, _, linear in _halves(model):
+        scale = block.get_submodule(f"ls{number}")
+        if not isinstance(scale, nn.Identity):
             linear.weight *= scale.gamma[:, None]
             if linear.bias is not None:
                 linear.bias *= scale.gamma
-            setattr(block, name, nn.Identity())
+            setattr(block, f"ls{number}", nn.Identity())
 
 
 def fold_norm_affine(model: Any) -> None:
     """Weight and bias of a LayerNorm into the linear layers that read it."""
-    for owner, name, readers in _norms(model):
-        norm = getattr(owner, name)
+    for owner, name, norm, readers in _norms(model):
+        if norm.weight is None:
+            continue
         for linear in readers:
             if norm.bias is not None:
                 _add_bias(linear, linear.weight @ norm.bias)
@@ -175,15 +149,11 @@ def fold_norm_affine(model: Any) -> None:
 def fold_softmax_scale(model: Any) -> None:
     """The factor 1 / sqrt(D) into the rows of the queries; queries that are normalised keep it."""
     attentions = [block.attn for block in model.blocks if block.has_attention]
-    if any(not isinstance(attn.q_norm, nn.Identity) for attn in attentions):
-        return
-    for attn in attentions:
-        if "q" in _projections(attn):
-            linear, rows = _projections(attn)["q"]
-            linear.weight[rows] *= attn.scale
-            if linear.bias is not None:
-                linear.bias[rows] *= attn.scale
-        attn.scale = 1.0
+    if all(isinstance(attn.q_norm, nn.Identity) for attn in attentions):
+        for attn in attentions:
+            for rows in _rows(attn, "q"):
+                rows *= attn.scale
+            attn.scale = 1.0
 
 
 def fold_key_bias(model: Any) -> None:
@@ -191,12 +161,8 @@ def fold_key_bias(model: Any) -> None:
 
     Left where keys are normalised or are projected tokens, whose bias is scaled from key to key.
     """
-    for block in model.blocks:
-        if not block.has_attention or _is_low_rank(block.attn) or not isinstance(block.attn.k_norm, nn.Identity):
-            continue
-        linear, rows = _projections(block.attn).get("k", (None, None))
-        if linear is not None and linear.bias is not None:
-            linear.bias[rows] = 0
+    for _, bias in _biases(model, "k", "k_norm"):
+        bias.zero_()
 
 
 def fold_value_bias(model: Any) -> None:
@@ -204,13 +170,9 @@ def fold_value_bias(model: Any) -> None:
 
     Left where the keys are projected tokens, whose bias is scaled from key to key, and under a norm of the output.
     """
-    for block in model.blocks:
-        if not block.has_attention or _is_low_rank(block.attn) or not isinstance(block.attn.norm, nn.Identity):
-            continue
-        linear, rows = _projections(block.attn)["v"]
-        if linear.bias is not None:
-            _add_bias(block.attn.proj, block.attn.proj.weight @ linear.bias[rows])
-            linear.bias[rows] = 0
+    for attn, bias in _biases(model, "v", "norm"):
+        _add_bias(attn.proj, attn.proj.weight @ bias)
+        bias.zero_()
 
 
 def fold_centring(model: Any) -> None:
@@ -219,26 +181,24 @@ def fold_centring(model: Any) -> None:
     Left as it is unless every norm that reads the stream is a LayerNorm without bias (so after ``norm_affine``), every
     writer a linear layer (so after ``layer_scale``), and tokens are pooled by a mean or a class token.
     """
-    norms = [found for found in _norms(model, needs_affine=False) if getattr(*found[:2]).bias is None]
-    if model.global_pool not in ("token", "avg"):
-        return
-    num_norms = sum(block.has_attention + 1 for block in model.blocks) + 1
-    writers = [_writers(block) for block in model.blocks]
-    is_linear = all(len(found) == block.has_attention + 1 for found, block in zip(writers, model.blocks, strict=True))
-    scales = [getattr(block, name) for block in model.blocks for name in ("ls1", "ls2")]
-    if len(norms) < num_norms or not is_linear or not all(isinstance(scale, nn.Identity) for scale in scales):
-        return
-    if not all(isinstance(norm, nn.Identity) for norm in (model.norm_pre, model.patch_embed.norm)):
+    norms = [found for found in _norms(model) if found[2].bias is None]
+    halves, num_halves = _halves(model), sum(block.has_attention + 1 for block in model.blocks)
+    scales = [block.get_submodule(f"ls{number}") for block, number, _, _ in halves]
+    is_linear = all(isinstance(each, nn.Identity) for each in (model.patch_embed.norm, model.norm_pre, *scales))
+    is_linear = is_linear and (len(norms), len(halves)) == (num_halves + 1, num_halves)
+    if not is_linear or model.global_pool not in ("token", "avg"):
         return
     for table in (*_prefix_tokens(model), model.pos_embed):
         if table is not None:
             table -= table.mean(-1, keepdim=True)
-    for linear in (model.patch_embed.proj, *(linear for found in writers for linear in found.values())):
+    for linear in (model.patch_embed.proj, *(writer for *_, writer in halves)):
         linear.weight -= linear.weight.mean(0, keepdim=True)
         if linear.bias is not None:
             linear.bias -= linear.bias.mean()
-    for owner, name, _ in norms:
-        setattr(owner, name, _rms_norm(getattr(owner, name)))
+    for owner, name, norm, _ in norms:
+        rms_norm = nn.RMSNorm(list(norm.normalized_shape), norm.eps, elementwise_affine=False)
+        rms_norm.weight = norm.weight
+        setattr(owner, name, rms_norm)
 
 
 def fold_class_rows(model: Any) -> None:
@@ -260,14 +220,7 @@ class ClassRowsBlocks(PlanBlocks):
 
     num_rows = 1
 
-    def forward(
-        self,
-        x: Tensor,
-        grid: tuple[int, int] | None = None,
-        num_queries: int | None = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Tensor:
+    def forward(self, x: Tensor, grid: Any = None, num_queries: int | None = None, *args: Any, **kwargs: Any) -> Tensor:
         """The class rows (B, R, C) after the last layer, however many are asked for."""
         return super().forward(x, grid, self.num_rows, *args, **kwargs)
 
@@ -283,30 +236,26 @@ class ClassAttention(CarryingAttention):
 
     def __init__(self, exact: ExactAttention) -> None:
         super().__init__()
-        self.num_heads, self.head_dim, self.scale = exact.num_heads, exact.head_dim, exact.scale
-        self.grid = exact.grid
-        q, k, v = exact.qkv.weight.chunk(3)
+        self.scale, self.grid, self.norm, self.proj = exact.scale, exact.grid, exact.norm, exact.proj
+        q, k, v = (rows.clone() for rows in exact.qkv.weight.unflatten(0, (3, exact.num_heads, exact.head_dim)))
         self.q: Any = nn.Linear(exact.dim, exact.dim, bias=False, device="meta")
-        self.q.weight = _frozen(q.clone())
-        self.key_heads = _frozen(k.unflatten(0, (self.num_heads, self.head_dim)).clone())  # (H, D, C)
-        self.value_heads = _frozen(v.unflatten(0, (self.num_heads, self.head_dim)).mT.clone())  # (H, C, D)
-        self.register_parameter("value_bias", None)
-        if exact.qkv.bias is not None:
-            q_bias, _, v_bias = exact.qkv.bias.chunk(3)  # that of the keys is the same for all logits of a query
-            self.q.bias = _frozen(q_bias.clone())
-            self.value_bias = _frozen(v_bias.clone())
-        self.norm, self.proj = exact.norm, exact.proj
+        self.q.weight = _frozen(q.flatten(0, 1))
+        self.key_heads = _frozen(k)  # (H, D, C)
+        self.value_heads = _frozen(v.mT)  # (H, C, D)
+        self.value_bias: nn.Parameter | None = None
+        if exact.qkv.bias is not None:  # that of the keys is the same for all logits of a query
+            self.q.bias, _, self.value_bias = (_frozen(bias.clone()) for bias in exact.qkv.bias.chunk(3))
 
     def attend(
         self, x: Tensor, carry: Carry, grid: tuple[int, int], num_queries: int | None, mask: Mask
     ) -> tuple[Tensor, Carry]:
-        assert num_queries is not None
         if mask.is_given:
             raise ValueError("a model folded with class_rows takes no attn_mask and no is_causal: leave this step out.")
-        q = self.q(x[:, :num_queries]).unflatten(-1, (self.num_heads, self.head_dim))  # (B, R, H, D)
+        num_heads, head_dim, _ = self.key_heads.shape
+        q = self.q(x[:, :num_queries]).unflatten(-1, (num_heads, head_dim))  # (B, R, H, D)
         queries = (q * self.scale).transpose(1, 2) @ self.key_heads  # (B, H, R, C)
         weights = (queries.flatten(1, 2) @ x.mT).softmax(dim=-1)
-        pooled = (weights @ x).unflatten(1, (self.num_heads, num_queries))
+        pooled = (weights @ x).unflatten(1, (num_heads, -1))
         mixed = (pooled @ self.value_heads).transpose(1, 2).flatten(2)
         if self.value_bias is not None:
             mixed = mixed + self.value_bias
@@ -335,58 +284,56 @@ def _add_bias(linear: Any, bias: Tensor) -> None:
     linear.bias = _frozen(bias if linear.bias is None else linear.bias + bias)
 
 
-def _prefix_tokens(model: Any) -> Iterator[Tensor]:
+def _prefix_tokens(model: Any) -> list[Any]:
     """The prefix tokens that the model has, in their order."""
-    for name in ("cls_token", "dist_token", "reg_token"):
-        token = getattr(model, name, None)
-        if token is not None:
-            yield token
+    tokens = (getattr(model, name, None) for name in ("cls_token", "dist_token", "reg_token"))
+    return [token for token in tokens if token is not None]
 
 
-def _is_low_rank(attn: Any) -> bool:
-    return getattr(attn, "projected_dim", 0) > 0
+def _inputs(attn: Any) -> dict[str, Any]:
+    """The linear layers that read an attention's tokens, by the letters of what they make of them."""
+    linears = {name: getattr(attn, name, None) for name in ("qkv", "qk", "v")}
+    return {name: linear for name, linear in linears.items() if linear is not None}
 
 
-def _projections(attn: Any) -> dict[str, Rows]:
-    """Where an attention keeps the weights of its queries, keys and values; those of a reused map it does not have."""
-    if isinstance(attn, ExactAttention):
-        return {name: (attn.qkv, slice(i * attn.dim, (i + 1) * attn.dim)) for i, name in enumerate("qkv")}
-    found: dict[str, Rows] = {"v": (attn.v, slice(None))}
-    if attn.qk is not None:
-        found["q"] = (attn.qk, slice(0, attn.own_dim))
-        found["k"] = (attn.qk, slice(attn.own_dim, 2 * attn.own_dim))
-    return found
+def _rows(attn: Any, letter: str) -> list[Tensor]:
+    """Weight and bias, where there are any, that make an attention's queries, keys or values: views, to be changed."""
+    return [
+        parameter.chunk(len(name))[name.index(letter)]
+        for name, linear in _inputs(attn).items()
+        if letter in name
+        for parameter in linear.parameters()
+    ]
 
 
-def _writers(block: Any) -> dict[str, Any]:
-    """The linear layers whose outputs are added to the residual stream."""
-    found: dict[str, Any] = {"proj": block.attn.proj} if block.has_attention else {}
-    return {**found, "fc2": block.mlp.fc2} if type(block.mlp) is InplaceMlp else found
+def _biases(model: Any, letter: str, norm: str) -> Iterator[tuple[Any, Tensor]]:
+    """The attentions without such a norm whose keys are the tokens, one each, and what biases their keys or values."""
+    for attn in (block.attn for block in model.blocks if block.has_attention):
+        if isinstance(attn.get_submodule(norm), nn.Identity) and not getattr(attn, "projected_dim", 0):
+            for bias in _rows(attn, letter)[1:]:
+                yield attn, bias
 
 
-def _norms(model: Any, needs_affine: bool = True) -> Iterator[tuple[Any, str, list[Any]]]:
-    """The LayerNorms that linear layers alone read: who owns them, their names, their readers."""
-    found: list[tuple[Any, str, list[Any]]] = []
+def _halves(model: Any) -> list[tuple[Any, str, list[Any], Any]]:
+    """The halves of layers that read and write the tokens by linear layers: layer, number, readers, writer."""
+    halves = []
     for block in model.blocks:
         if block.has_attention:
-            linears = {id(linear): linear for linear, _ in _projections(block.attn).values()}
-            found.append((block, "norm1", list(linears.values())))
+            halves.append((block, "1", [*_inputs(block.attn).values()], block.attn.proj))
         if type(block.mlp) is InplaceMlp:
-            found.append((block, "norm2", [block.mlp.fc1]))
+            halves.append((block, "2", [block.mlp.fc1], block.mlp.fc2))
+    return halves
+
+
+def _norms(model: Any) -> list[tuple[Any, str, Any, list[Any]]]:
+    """The LayerNorms that linear layers alone read: who owns them, their names, they themselves, their readers."""
+    found = [(block, f"norm{number}", readers) for block, number, readers, _ in _halves(model)]
     heads = [head for head in (model.head, getattr(model, "head_dist", None)) if isinstance(head, nn.Linear)]
-    if model.attn_pool is None:
-        pooled_first = not isinstance(model.fc_norm, nn.Identity)
-        if pooled_first or model.global_pool in ("token", "avg"):
-            found.append((model, "fc_norm" if pooled_first else "norm", heads))
-    for owner, name, readers in found:
-        norm = getattr(owner, name)
-        if isinstance(norm, nn.LayerNorm) and readers and (norm.weight is not None or not needs_affine):
-            yield owner, name, readers
-
-
-def _rms_norm(norm: nn.LayerNorm) -> nn.RMSNorm:
-    """The same norm for inputs whose mean is 0."""
-    rms_norm = nn.RMSNorm(list(norm.normalized_shape), norm.eps, elementwise_affine=norm.weight is not None)
-    if norm.weight is not None:
-        rms_norm.weight = norm.weight
-    return rms_norm
+    name = "norm" if isinstance(model.fc_norm, nn.Identity) else "fc_norm"
+    if model.attn_pool is None and (name == "fc_norm" or model.global_pool in ("token", "avg")):
+        found.append((model, name, heads))
+    return [
+        (owner, name, norm, readers)
+        for owner, name, readers in found
+        if isinstance(norm := owner.get_submodule(name), nn.LayerNorm) and readers
+    ]

@@ -1,4 +1,4 @@
-"""Which heads of one layer stand for which of another."""
+"""Which heads of a layer read the maps of which heads of an earlier one, and the order in which they then stand."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def rows_of_heads(order: list[int], head_dim: int) -> Tensor:
 
 
 def match_plan(plan: Plan, num_heads: int, distances: Tensor | None) -> dict[int, list[int]]:
-    """Of each reuse layer, for each map that it reads, the layer's own head that it suits, each head once.
+    """By reuse layer, for each map that the layer reads, the head of its own that the map suits, each head once.
 
     A map passes through the layers as attention/reuse.py hands it on; it is known here by the layer and head that it
     has in the original.
@@ -48,15 +48,11 @@ def match_plan(plan: Plan, num_heads: int, distances: Tensor | None) -> dict[int
     for layer, spec in enumerate(plan):
         if spec.word == "reuse":
             read = handed[: num_heads if spec.number is None else spec.number]
-            matches[layer] = _matched(read, layer, distances)
+            matches[layer] = [*range(len(read))]
+            if distances is not None and read:
+                matches[layer] = match_heads(torch.stack([distances[anchor, layer, head] for anchor, head in read]))
             own = order_of_heads(matches[layer], num_heads)[len(read) :]
             handed = [*((layer, head) for head in own), *read]
         elif spec.word != "none":
             handed = [(layer, head) for head in range(num_heads)]
     return matches
-
-
-def _matched(read: list[tuple[int, int]], layer: int, distances: Tensor | None) -> list[int]:
-    if distances is None or not read:
-        return [*range(len(read))]
-    return match_heads(torch.stack([distances[anchor, layer, head] for anchor, head in read]))

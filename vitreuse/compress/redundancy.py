@@ -1,46 +1,25 @@
-"""How alike the attention maps of a model's layers are: the redundancy that reuse lives on.
+"""How alike the attention maps of a model's layers are, and what it costs to read another's: what reuse lives on.
 
-Fused kernels never show their maps. They are computed again from what each attention is given in a forward pass, by
-hooks that live as long as one call.
+All that is measured is a mean over images, of which a few at a time are looked at.
 
-Shapes: L layers, B images, H heads, N queries, M keys, D head dim.
+Shapes: L layers, B images, H heads, N queries, M keys, C channels, D head dim.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from timm.layers import Attention as TimmAttention
-from timm.models import VisionTransformer
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from vitreuse.attention import Attention, LowRankAttention, ReuseAttention
-from vitreuse.attention.base import Carry, split_heads
-from vitreuse.attention.maps import Mask, join_heads, softmax_map
-from vitreuse.attention.submodules import rows_of
-from vitreuse.attention.tiles import neighbourhood_bias
 from vitreuse.compress.head_matching import match_heads
 from vitreuse.io.progress import WorkProgress
+from vitreuse.model.recording import attention_maps, attentions, project_heads, recorded_attention
 
 Batches = Iterable[Any]  # of images (B, channels, rows, columns) and whatever else, as a loader or ImageSample has them
 MAP_NUMBERS = 2**23  # of all maps that are alive at a time, 32 MiB; one image's may be more
-
-
-class AttentionMap(NamedTuple):
-    """The map of one layer.
-
-    Attributes:
-        weights: (B, H, N, M), in the order of the heads of the values that it mixes.
-        keys: What the columns stand for: maps of equal keys can be compared.
-    """
-
-    weights: Tensor
-    keys: Hashable
 
 
 @dataclass(frozen=True)
@@ -90,15 +69,8 @@ def measure_redundancy(model: Any, batches: Batches, progress: WorkProgress) -> 
     Raises:
         ValueError: No ViT, an attention of another kind, or no images.
     """
-    totals: list[Any] = [0.0, 0.0, 0.0]
-    count = 0
-    with evaluated(model):
-        for images in few_at_a_time(model, batches):
-            found = _measured(attention_maps(model, images), _patch_distances(model, images))
-            totals = [total + len(images) * part.double().cpu() for total, part in zip(totals, found, strict=True)]
-            count += len(images)
-            progress.reach(count)
-    return Redundancy(*((total / count).float() for total in totals))
+    means = mean_over_images(model, batches, progress, lambda images: _measured(model, images))
+    return Redundancy(*(mean.float() for mean in means))
 
 
 def map_similarity(model: nn.Module, images: Tensor) -> Tensor:
@@ -110,167 +82,6 @@ def map_similarity(model: nn.Module, images: Tensor) -> Tensor:
     """
     progress = WorkProgress("similarity", "images", len(images), enabled=False)
     return measure_redundancy(model, [(images,)], progress).same_head
-
-
-@contextmanager
-def evaluated(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode; its mode is restored at the end."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
-
-
-def few_at_a_time(model: Any, batches: Batches) -> Iterator[Tensor]:
-    """The images of batches on the model's device, so few that all their maps have MAP_NUMBERS.
-
-    Raises:
-        ValueError: The model is none that attentions takes, or there are no images.
-    """
-    own = [attn for attn in attentions(model) if attn is not None]
-    num_tokens = model.num_prefix_tokens + model.patch_embed.num_patches
-    size = max(1, MAP_NUMBERS // (sum(attn.num_heads for attn in own) * num_tokens**2 or 1))
-    device, is_empty = next(model.parameters()).device, True
-    for images, *_ in batches:
-        for few in images.split(size):
-            is_empty = False
-            yield few.to(device)
-    if is_empty:
-        raise ValueError("there are no images to measure on: give at least one.")
-
-
-def attentions(model: nn.Module) -> list[Any]:
-    """The attention of each layer, None of a layer without.
-
-    Raises:
-        ValueError: The model is no ViT of timm or ours, or has attention of another kind.
-    """
-    if not isinstance(model, VisionTransformer):
-        raise ValueError(f"{type(model).__name__} has no maps that are known: give a ViT of timm or vitreuse.")
-    found = []
-    for layer, block in enumerate(model.blocks):
-        attn = getattr(block, "attn", block) if getattr(block, "has_attention", True) else None
-        if type(attn) is not TimmAttention and not isinstance(attn, Attention | None):
-            raise ValueError(f"layer {layer} has {type(attn).__name__}, whose map is not known: give a ViT of timm.")
-        found.append(attn)
-    return found
-
-
-def attention_maps(model: Any, images: Tensor) -> list[AttentionMap | None]:
-    """The map of each layer, over all tokens, in one forward pass; None of a layer without attention.
-
-    Raises:
-        ValueError: The model is none that attentions takes.
-    """
-    maps: list[AttentionMap | None] = [None for _ in attentions(model)]
-    with _recorded(model, maps):
-        model.forward_features(images)
-    return maps
-
-
-@contextmanager
-def _recorded(model: Any, maps: list[AttentionMap | None]) -> Iterator[None]:
-    """Fills in the map of each layer that runs inside the block."""
-    carried: list[AttentionMap] = []  # what the newest layer with a map would hand on
-
-    def record(layer: int, attn: Any, inputs: tuple[Any, ...]) -> None:
-        if isinstance(attn, Attention):
-            maps[layer], handed = _own_map(layer, attn, inputs, carried)
-            carried[:] = [handed]
-        else:
-            maps[layer] = _timm_map(attn, inputs[0])
-
-    hooks = [
-        attn.register_forward_pre_hook(lambda attn, inputs, layer=layer: record(layer, attn, inputs))
-        for layer, attn in enumerate(attentions(model))
-        if attn is not None
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _timm_map(attn: TimmAttention, x: Tensor) -> AttentionMap:
-    q, k, _ = (split_heads(part, attn.attn_dim // attn.num_heads) for part in attn.qkv(x).chunk(3, dim=-1))
-    return AttentionMap(softmax_map(attn.q_norm(q), attn.k_norm(k), attn.scale), "tokens")
-
-
-def _own_map(
-    layer: int, attn: Any, inputs: tuple[Any, ...], carried: list[AttentionMap]
-) -> tuple[AttentionMap, AttentionMap]:
-    """A layer's map as its values read it, and as it would hand it on."""
-    x: Tensor = inputs[0]
-    carry: Carry = inputs[1]
-    grid = inputs[2] or attn.grid
-    if not isinstance(attn, ReuseAttention):
-        q, k, *_ = attn.project(x, None, grid, carry.layerwise_proj)
-        made = AttentionMap(_softmax(attn, attn.q_norm(q), attn.k_norm(k), grid), _keys(layer, attn))
-        return made, made
-    (anchor,) = carried
-    own = attn.own_queries_and_keys(x, None, carry.key_proj)
-    if own is None:
-        return anchor, anchor
-    read, handed = join_heads(anchor.weights, _softmax(attn, *own, grid), attn.num_reused_heads)
-    return anchor._replace(weights=read), anchor._replace(weights=handed)
-
-
-def _softmax(attn: Attention, q: Tensor, k: Tensor, grid: tuple[int, int]) -> Tensor:
-    """A map over all keys, with zeros outside a span."""
-    bias = None
-    if attn.width > 0:
-        bias = neighbourhood_bias(grid, attn.width, attn.num_prefix_tokens, q.dtype, q.device)
-    return softmax_map(q, k, attn.scale, Mask(bias))
-
-
-def _keys(layer: int, attn: Attention) -> Hashable:
-    """What the columns of a map stand for; a projection that was learned gives a layer keys of its own."""
-    if not isinstance(attn, LowRankAttention):
-        return "tokens"
-    is_own = attn.sharing != "layerwise" and attn.kind == "linear"
-    return attn.kind, attn.projected_dim, layer if is_own else None
-
-
-def _measured(maps: list[AttentionMap | None], distances: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Variation, entropy and distance of some images, as Redundancy has them."""
-    known = {layer: of for layer, of in enumerate(maps) if of is not None}
-    num_heads = max((of.weights.shape[1] for of in known.values()), default=0)
-    variation = distances.new_full((len(maps), len(maps), num_heads, num_heads), torch.nan)
-    entropy, distance = (distances.new_full((len(maps), num_heads), torch.nan) for _ in range(2))
-    for layer, (weights, keys) in known.items():
-        entropy[layer] = torch.special.entr(weights.float()).sum(-1).mean((0, 2))
-        if keys == "tokens":
-            distance[layer] = _mean_distance(weights.float(), distances)
-    for keys in {of.keys for of in known.values()}:
-        alike = [layer for layer, of in known.items() if of.keys == keys]
-        members = torch.tensor(alike, device=distances.device)
-        variation[members[:, None], members] = _variation([known[layer].weights for layer in alike])
-    return variation, entropy, distance
-
-
-def _variation(maps: list[Tensor]) -> Tensor:
-    """Total variation between the rows of each head of each map and each of each other, (layers, layers, H, H)."""
-    rows = torch.cat(maps, dim=1).float().transpose(1, 2).flatten(0, 1)  # (B * N, layers * H, M)
-    between = torch.cdist(rows, rows, p=1).mean(0) / 2
-    return between.unflatten(1, (len(maps), -1)).unflatten(0, (len(maps), -1)).transpose(1, 2)
-
-
-def _mean_distance(weights: Tensor, distances: Tensor) -> Tensor:
-    """Between query and key, weighted by a map over patches: (H,)."""
-    num_prefix_tokens = weights.shape[-1] - len(distances)
-    patches = weights[:, :, num_prefix_tokens:, num_prefix_tokens:]
-    return ((patches * distances).sum((2, 3)) / patches.sum((2, 3))).mean(0)
-
-
-def _patch_distances(model: Any, images: Tensor) -> Tensor:
-    """Between each two patches of the grid, (patches, patches)."""
-    rows, columns = model.patch_embed.dynamic_feat_size(images.shape[-2:])
-    row, column = torch.arange(rows, device=images.device), torch.arange(columns, device=images.device)
-    places = torch.cartesian_prod(row, column).float()
-    return torch.cdist(places, places)
 
 
 @torch.inference_mode()
@@ -292,30 +103,79 @@ def measure_head_errors(model: Any, batches: Batches, progress: WorkProgress) ->
     Raises:
         ValueError: There are no images.
     """
-    num_layers, num_heads = len(model.blocks), model.blocks[0].attn.num_heads
-    errors, count = torch.zeros(num_layers, num_layers, num_heads, num_heads, dtype=torch.float64), 0
-    with evaluated(model):
-        for images in few_at_a_time(model, batches):
-            errors += _reading_errors(model, images).double().cpu()
-            count += len(images)
+    (errors,) = mean_over_images(model, batches, progress, lambda images: [_reading_errors(model, images)])
+    return errors.float()
+
+
+def mean_over_images(
+    model: Any, batches: Batches, progress: WorkProgress, measure: Callable[[Tensor], Sequence[Tensor]]
+) -> list[Tensor]:
+    """Means over all images, on the CPU, of numbers that are measured on a few images at a time.
+
+    Args:
+        model: Its mode is restored.
+        batches: Of images first.
+        progress: Told how many images are done.
+        measure: Gives the sums over some images on the model's device, so few that all their maps have MAP_NUMBERS.
+
+    Raises:
+        ValueError: The model is none that attentions takes, or there are no images.
+    """
+    own = [attn for attn in attentions(model) if attn is not None]
+    num_tokens = model.num_prefix_tokens + model.patch_embed.num_patches
+    size = max(1, MAP_NUMBERS // (sum(attn.num_heads for attn in own) * num_tokens**2 or 1))
+    device, was_training = next(model.parameters()).device, model.training
+    sums, count = [], 0
+    model.eval()
+    try:
+        for few in (few for images, *_ in batches for few in images.split(size)):
+            parts = [part.double().cpu() for part in measure(few.to(device))]
+            sums = [total + part for total, part in zip(sums, parts, strict=True)] if count else parts
+            count += len(few)
             progress.reach(count)
-    return (errors / count).float()
+    finally:
+        model.train(was_training)
+    if not count:
+        raise ValueError("there are no images to measure on: give at least one.")
+    return [total / count for total in sums]
+
+
+def _measured(model: Any, images: Tensor) -> list[Tensor]:
+    """Variation, entropy and distance, as Redundancy has them, summed over images."""
+    maps = attention_maps(model, images)
+    grid = model.patch_embed.dynamic_feat_size(images.shape[-2:])
+    places = torch.cartesian_prod(*(torch.arange(size, device=images.device) for size in grid)).float()
+    distances = torch.cdist(places, places)  # between patches
+    known = {layer: of for layer, of in enumerate(maps) if of is not None}
+    num_heads = max((of.weights.shape[1] for of in known.values()), default=0)
+    variation = distances.new_full((len(maps), len(maps), num_heads, num_heads), torch.nan)
+    entropy, distance = (distances.new_full((len(maps), num_heads), torch.nan) for _ in range(2))
+    for layer, (weights, keys) in known.items():
+        entropy[layer] = torch.special.entr(weights.float()).sum(-1).mean((0, 2))
+        if keys == "tokens":
+            patches = weights[:, :, -len(places) :, -len(places) :].float()
+            distance[layer] = ((patches * distances).sum((2, 3)) / patches.sum((2, 3))).mean(0)
+    for keys in {of.keys for of in known.values()}:
+        alike = [layer for layer, of in known.items() if of.keys == keys]
+        members = torch.tensor(alike, device=images.device)
+        variation[members[:, None], members] = _variation([known[layer].weights for layer in alike])
+    return [len(images) * part for part in (variation, entropy, distance)]
+
+
+def _variation(maps: list[Tensor]) -> Tensor:
+    """Total variation between the rows of each head of each map and each of each other, (layers, layers, H, H)."""
+    rows = torch.cat(maps, dim=1).float().transpose(1, 2).flatten(0, 1)  # (B * N, layers * H, M)
+    between = torch.cdist(rows, rows, p=1).mean(0) / 2
+    return between.unflatten(1, (len(maps), -1)).unflatten(0, (len(maps), -1)).transpose(1, 2)
 
 
 def _reading_errors(model: Any, images: Tensor) -> Tensor:
-    """The sum over images, rows and channels."""
-    tokens: list[Tensor] = []
-    hooks = [
-        block.attn.register_forward_pre_hook(lambda _, inputs: tokens.append(inputs[0])) for block in model.blocks
-    ]
-    try:
+    """What measure_head_errors returns, as a sum over images."""
+    with recorded_attention(model) as calls:
         maps = [made.weights for made in attention_maps(model, images) if made is not None]
-    finally:
-        for hook in hooks:
-            hook.remove()
     errors = images.new_zeros(len(maps), len(maps), maps[0].shape[1], maps[0].shape[1])
     for layer, block in enumerate(model.blocks):
-        values = _values(block, tokens[layer])
+        values = _values(block, calls[layer].inputs[0])
         rows = model.num_class_rows if block is model.blocks[-1] and model.reads_class_rows else None
         own = maps[layer][:, :, :rows] @ values
         for anchor in range(layer):
@@ -326,10 +186,7 @@ def _reading_errors(model: Any, images: Tensor) -> Tensor:
 
 def _values(block: Any, x: Tensor) -> Tensor:
     """A layer's values (B, H, N, D), turned so that they are as long as what the output projection makes of them."""
-    attn = block.attn
-    start, stop = 2 * attn.dim, 3 * attn.dim
-    v = split_heads(F.linear(x, attn.qkv.weight[start:stop], rows_of(attn.qkv.bias, start, stop)), attn.head_dim)
-    columns = attn.proj.weight.unflatten(1, (attn.num_heads, attn.head_dim)).transpose(0, 1)  # (H, C, D)
+    columns = block.attn.proj.weight.unflatten(1, (block.attn.num_heads, -1)).transpose(0, 1)  # (H, C, D)
     scale = getattr(block.ls1, "gamma", None)
     turned = torch.linalg.qr(columns if scale is None else scale[:, None] * columns).R  # |R v| = |W v|
-    return v @ turned.mT
+    return project_heads(block.attn, x).v @ turned.mT

@@ -39,7 +39,7 @@ class Candidate(NamedTuple):
 
     @property
     def plan(self) -> Plan:
-        """As a plan, of a candidate of all layers."""
+        """The plan that the words make, which must be those of all layers."""
         return parse_plan(" ".join(self.words))
 
 
@@ -64,9 +64,9 @@ class _Anchor(NamedTuple):
     """The layer that a reuse layer would read.
 
     Attributes:
-        layer: Which.
+        layer: The layer's number.
         spec: How it makes its map.
-        unpaid: What it costs more once it is read.
+        unpaid: What the layer costs more once its map is read.
     """
 
     layer: int
@@ -74,19 +74,18 @@ class _Anchor(NamedTuple):
     unpaid: int
 
 
+Damage = Mapping[Change, float]  # of every change that some specs allow, as measure_damage gives it
 Fronts = dict[_Anchor | None, list[Candidate]]  # of the first layers of plans, by the anchor that they leave
 
 
-def search(
-    damage: Mapping[Change, float], costs: PlanCosts, specs: Sequence[Spec], depth: int, budget: float
-) -> Search | None:
+def search(damage: Damage, costs: PlanCosts, specs: Sequence[Spec], depth: int, budget: float) -> Search | None:
     """The plan of least damage within a budget, and the front that it is from; None where no plan meets the budget.
 
     The first and the last layer stay exact unless that costs more than PAYS times the damage, or the budget.
 
     Args:
-        damage: Of each change that the specs allow.
-        costs: Of the layers under these specs.
+        damage: What each change does that the specs allow.
+        costs: What the layers cost under these specs.
         specs: What a layer may become.
         depth: Number of layers.
         budget: The most that the plan may cost, as a share of the exact model's cost.
@@ -107,7 +106,7 @@ def best_within(front: Sequence[Candidate], most: float) -> Candidate | None:
 
 
 def pareto_front(
-    damage: Mapping[Change, float], costs: PlanCosts, specs: Sequence[Spec], depth: int, is_protected: bool = False
+    damage: Damage, costs: PlanCosts, specs: Sequence[Spec], depth: int, is_protected: bool = False
 ) -> list[Candidate]:
     """The plans that no other beats in cost and damage at once, the cheapest first.
 
@@ -122,11 +121,11 @@ def pareto_front(
 
 
 def least_cost(costs: PlanCosts, specs: Sequence[Spec], depth: int) -> int:
-    """That of the cheapest plan, whatever its damage; arguments as for search."""
+    """The cost of the cheapest plan, whatever its damage; arguments as for search."""
     return pareto_front(defaultdict(float), costs, specs, depth)[0].cost
 
 
-def score(plan: Plan, damage: Mapping[Change, float], costs: PlanCosts) -> Candidate:
+def score(plan: Plan, damage: Damage, costs: PlanCosts) -> Candidate:
     """A given plan as a candidate."""
     total = 0.0
     for layer, (spec, anchor) in enumerate(zip(plan, plan.anchors, strict=True)):
@@ -134,39 +133,33 @@ def score(plan: Plan, damage: Mapping[Change, float], costs: PlanCosts) -> Candi
     return Candidate(costs.of(plan), total, sum(spec != EXACT for spec in plan), tuple(map(str, plan)))
 
 
-def _one_layer_on(
-    fronts: Fronts, layer: int, specs: Sequence[Spec], damage: Mapping[Change, float], costs: PlanCosts
-) -> Fronts:
+def _one_layer_on(fronts: Fronts, layer: int, specs: Sequence[Spec], damage: Damage, costs: PlanCosts) -> Fronts:
     """The fronts after one more layer, which is one of the specs."""
     found: dict[_Anchor | None, list[Candidate]] = defaultdict(list)
     ended = _undominated(candidate for front in fronts.values() for candidate in front)  # by a new anchor
+
+    def extend(front: Sequence[Candidate], change: Change, cost: int, anchor: _Anchor | None) -> None:
+        word, more, is_changed = str(change.spec), _damage(damage, change), change.spec != EXACT
+        found[anchor] += [
+            Candidate(sum_cost + cost, sum_damage + more, num_changed + is_changed, (*words, word))
+            for sum_cost, sum_damage, num_changed, words in front
+        ]
+
     for spec in specs:
         if spec.word not in ("reuse", "none"):
             anchor = _Anchor(layer, spec, costs.handing_on.get(spec, 0))
-            found[anchor] += _extended(ended, Change(layer, spec), costs.layers[layer, spec, None], damage)
+            extend(ended, Change(layer, spec), costs.layers[layer, spec, None], anchor)
             continue
         for anchor, front in fronts.items():
             if spec.word == "none":
-                found[anchor] += _extended(front, Change(layer, spec), costs.layers[layer, spec, None], damage)
+                extend(front, Change(layer, spec), costs.layers[layer, spec, None], anchor)
             elif anchor is not None:
-                change = Change(layer, spec, anchor.layer, anchor.spec)
                 cost = costs.layers[layer, spec, anchor.spec] + anchor.unpaid
-                found[anchor._replace(unpaid=0)] += _extended(front, change, cost, damage)
+                extend(front, Change(layer, spec, anchor.layer, anchor.spec), cost, anchor._replace(unpaid=0))
     return {anchor: _undominated(front) for anchor, front in found.items()}
 
 
-def _extended(
-    front: Sequence[Candidate], change: Change, cost: int, damage: Mapping[Change, float]
-) -> list[Candidate]:
-    """The candidates with one more layer."""
-    word, more, is_changed = str(change.spec), _damage(damage, change), change.spec != EXACT
-    return [
-        Candidate(sum_cost + cost, sum_damage + more, num_changed + is_changed, (*words, word))
-        for sum_cost, sum_damage, num_changed, words in front
-    ]
-
-
-def _damage(damage: Mapping[Change, float], change: Change) -> float:
+def _damage(damage: Damage, change: Change) -> float:
     return 0.0 if change.spec == EXACT else damage[change]
 
 

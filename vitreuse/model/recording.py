@@ -3,19 +3,23 @@
 Fused kernels never show their maps, so whoever wants one computes it again from what an attention was given. Works on
 timm's layers and on ours; nothing is changed but hooks, which are gone at the end of the block.
 
-Shapes: B images, N tokens, C channels, H heads, D head dim.
+Shapes: B images, N tokens, M keys, C channels, H heads, D head dim.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
+from timm.layers import Attention as TimmAttention
+from timm.models import VisionTransformer
 from torch import Tensor, nn
 
-from vitreuse.attention import ReuseAttention
+from vitreuse.attention import Attention, LowRankAttention, ReuseAttention
 from vitreuse.attention.base import split_heads
+from vitreuse.attention.maps import NO_MASK, Mask, join_heads, softmax_map
+from vitreuse.attention.tiles import neighbourhood_bias
 
 
 class AttentionCall(NamedTuple):
@@ -26,11 +30,23 @@ class AttentionCall(NamedTuple):
 
 
 class Heads(NamedTuple):
-    """Queries, keys and values (B, H, N, D) of an attention, queries and keys normalised; None where it has none."""
+    """Queries, keys and values (B, H, N, D) of an attention, queries and keys normalised."""
 
-    q: Tensor | None
-    k: Tensor | None
+    q: Tensor
+    k: Tensor
     v: Tensor
+
+
+class AttentionMap(NamedTuple):
+    """The map of one layer.
+
+    Attributes:
+        weights: (B, H, N, M), in the order of the heads of the values that it mixes.
+        keys: What the columns stand for: maps of equal keys can be compared.
+    """
+
+    weights: Tensor
+    keys: Hashable
 
 
 @contextmanager
@@ -38,28 +54,88 @@ def recorded_attention(model: Any) -> Iterator[dict[int, AttentionCall]]:
     """Fills what it gives, by layer, with the newest call of each attention inside the block; no entry without one."""
     calls: dict[int, AttentionCall] = {}
 
-    def recording(layer: int) -> Any:
-        def record(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-            calls[layer] = AttentionCall(inputs, output[0] if isinstance(output, tuple) else output)
-
-        return record
+    def record(layer: int, inputs: tuple[Any, ...], output: Any) -> None:
+        calls[layer] = AttentionCall(inputs, output[0] if isinstance(output, tuple) else output)
 
     with ExitStack() as hooks:
         for layer, block in enumerate(model.blocks):
-            hooks.callback(block.attn.register_forward_hook(recording(layer)).remove)
+            hook = block.attn.register_forward_hook(lambda _, *call, layer=layer: record(layer, *call))
+            hooks.callback(hook.remove)
         yield calls
 
 
 def project_heads(attn: Any, x: Tensor) -> Heads:
     """What an attention of timm's or ours makes of tokens (B, N, C), before any projection along the tokens.
 
-    A reuse layer has queries and keys of the heads that it does not reuse, if any.
+    A reuse layer has queries and keys of those heads alone that it does not reuse, none of a map that it reuses whole.
     """
-    if isinstance(attn, ReuseAttention):
-        v = split_heads(attn.v(x), attn.head_dim)
-        if attn.qk is None:
-            return Heads(None, None, v)
-        q, k = split_heads(attn.qk(x), attn.head_dim).chunk(2, dim=1)
-    else:
+    if not isinstance(attn, ReuseAttention):
         q, k, v = split_heads(attn.qkv(x), attn.head_dim).chunk(3, dim=1)
+        return Heads(attn.q_norm(q), attn.k_norm(k), v)
+    v = split_heads(attn.v(x), attn.head_dim)
+    if attn.qk is None:
+        return Heads(v[:, :0], v[:, :0], v)
+    q, k = split_heads(attn.qk(x), attn.head_dim).chunk(2, dim=1)
     return Heads(attn.q_norm(q), attn.k_norm(k), v)
+
+
+def attentions(model: nn.Module) -> list[Any]:
+    """The attention of each layer, None of a layer without.
+
+    Raises:
+        ValueError: The model is no ViT of timm or ours, or has attention of another kind.
+    """
+    if not isinstance(model, VisionTransformer):
+        raise ValueError(f"{type(model).__name__} has no maps that are known: give a ViT of timm or vitreuse.")
+    found = []
+    for layer, block in enumerate(model.blocks):
+        attn = getattr(block, "attn", block) if getattr(block, "has_attention", True) else None
+        if type(attn) is not TimmAttention and not isinstance(attn, Attention | None):
+            raise ValueError(f"layer {layer} has {type(attn).__name__}, whose map is not known: give a ViT of timm.")
+        found.append(attn)
+    return found
+
+
+def attention_maps(model: Any, images: Tensor) -> list[AttentionMap | None]:
+    """The map of each layer, over all tokens, in one forward pass; None of a layer without attention.
+
+    Raises:
+        ValueError: The model is none that attentions takes.
+    """
+    own = attentions(model)
+    maps: list[AttentionMap | None] = [None for _ in own]
+    with recorded_attention(model) as calls:
+        model.forward_features(images)
+    handed: Any = None  # what the newest layer with a map hands on
+    for layer, call in calls.items():
+        maps[layer], handed = _map(layer, own[layer], call.inputs, handed)
+    return maps
+
+
+def _map(layer: int, attn: Any, inputs: Any, handed: AttentionMap) -> tuple[AttentionMap, AttentionMap]:
+    """A layer's map as its values read it, and as it hands it on; its anchor's is what was handed to it."""
+    if isinstance(attn, TimmAttention):
+        q, k, _ = project_heads(attn, inputs[0])
+        made = AttentionMap(softmax_map(q, k, attn.scale), "tokens")
+        return made, made
+    x, carry, grid = inputs[0], inputs[1], inputs[2] or attn.grid
+    mask = NO_MASK
+    if attn.width > 0:
+        mask = Mask(neighbourhood_bias(grid, attn.width, attn.num_prefix_tokens, x.dtype, x.device))
+    if isinstance(attn, ReuseAttention):
+        own = attn.own_queries_and_keys(x, None, carry.key_proj)
+        if own is None:
+            return handed, handed
+        read, given = join_heads(handed.weights, softmax_map(*own, attn.scale, mask), attn.num_reused_heads)
+        return handed._replace(weights=read), handed._replace(weights=given)
+    q, k, *_ = attn.project(x, None, grid, carry.layerwise_proj)
+    made = AttentionMap(softmax_map(attn.q_norm(q), attn.k_norm(k), attn.scale, mask), _keys(layer, attn))
+    return made, made
+
+
+def _keys(layer: int, attn: Attention) -> Hashable:
+    """What the columns of a map stand for; a projection that was learned gives a layer keys of its own."""
+    if not isinstance(attn, LowRankAttention):
+        return "tokens"
+    is_own = attn.sharing != "layerwise" and attn.kind == "linear"
+    return attn.kind, attn.projected_dim, layer if is_own else None
