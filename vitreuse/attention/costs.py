@@ -34,13 +34,14 @@ def tuned_costs_path() -> Path:
     return Path(cache) / "vitreuse" / "costs.json"
 
 
+def _sources() -> list[Path]:
+    """The files that there are, each over the one before it."""
+    return [path for path in (SHIPPED_COSTS, tuned_costs_path()) if path.exists()]
+
+
 def load_costs() -> Costs:
     """The shipped costs, and over them the ones measured on this machine."""
-    costs: Costs = {}
-    for path in (SHIPPED_COSTS, tuned_costs_path()):
-        if path.exists():
-            costs.update(read_costs(path))
-    return costs
+    return {key: points for path in _sources() for key, points in read_costs(path).items()}
 
 
 def read_costs(path: Path) -> Costs:
@@ -57,16 +58,12 @@ def read_costs(path: Path) -> Costs:
 
 def load_rates() -> Rates:
     """Rates by device type, dtype and mode, each of the file that load_costs takes the costs from."""
-    rates: Rates = {}
-    for path in (SHIPPED_COSTS, tuned_costs_path()):
-        if path.exists():
-            rates = {key: points for key, points in rates.items() if key not in read_costs(path)}
-            rates.update(read_rates(path))
-    return rates
+    newest = {key: path for path in _sources() for key in read_costs(path)}
+    return {key: points for path in _sources() for key, points in read_rates(path).items() if newest.get(key) == path}
 
 
 def read_rates(path: Path) -> Rates:
-    """The rates in a file of costs; a file may have been written before there were any.
+    """The rates in a file of costs, by keys that its costs have; a file may have been written before there were any.
 
     Raises:
         ValueError: they are damaged.
@@ -88,26 +85,16 @@ def as_costs(found: Mapping[str, Sequence[Sequence[float]]]) -> Costs:
 
 def cost_key(device_type: str, dtype: torch.dtype, training: bool) -> str:
     """The name under which costs are kept; the meta device stands for the CPU, and other dtypes for float32."""
-    device = "cpu" if device_type == "meta" else device_type
-    name = "float32"
-    if dtype == torch.bfloat16:
-        name = "bfloat16"
-    if dtype == torch.float16:
-        name = "float16"
-    return f"{device} {name} {'train' if training else 'inference'}"
+    name = {torch.bfloat16: "bfloat16", torch.float16: "float16"}.get(dtype, "float32")
+    return f"{'cpu' if device_type == 'meta' else device_type} {name} {'train' if training else 'inference'}"
 
 
-def cost_at(points: list[Point], num_keys: int) -> tuple[float, float, float, float]:
-    """Costs at a number of keys: linear between the measured ones, those of the nearest beyond them."""
+def cost_at(points: list[Point], num_keys: int) -> tuple[float, ...]:
+    """The four costs at a number of keys: linear between the measured ones, those of the nearest beyond them."""
     below = points[0]
     for above in points:
         if above[0] >= num_keys:
             share = 1.0 if above[0] <= below[0] else max(0.0, (num_keys - below[0]) / (above[0] - below[0]))
-            return (
-                below[1] + share * (above[1] - below[1]),
-                below[2] + share * (above[2] - below[2]),
-                below[3] + share * (above[3] - below[3]),
-                below[4] + share * (above[4] - below[4]),
-            )
+            return tuple(low + share * (high - low) for low, high in zip(below[1:], above[1:], strict=True))
         below = above
-    return below[1], below[2], below[3], below[4]
+    return below[1:]

@@ -161,7 +161,7 @@ def _row_length(attn: Attention) -> int:
     return attn.num_prefix_tokens + (rows + attn.width - 1) * (columns + attn.width - 1)
 
 
-def _attention_ns(attn: Attention, way: Way, costs: tuple[float, float, float, float]) -> float:
+def _attention_ns(attn: Attention, way: Way, costs: tuple[float, ...]) -> float:
     """Nanoseconds per head, query and key."""
     fused, unfused, make, apply = costs
     if way.kernel == "map":
