@@ -8,6 +8,7 @@ import torch
 
 import vitreuse
 from vitreuse.cost.counters import fvcore_macs, torch_flops, training_flops
+from vitreuse.model.registry import plain_name
 
 NAMES = timm.list_models(module="registry")
 RESOLUTIONS = (224, pytest.param(384, marks=pytest.mark.proof))  # px
@@ -72,9 +73,12 @@ def test_training_is_three_forward_passes_less_the_gradient_of_images(plan, back
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_parameters_by_formula(name):
-    model = build(name)
-    assert vitreuse.count_params(model) == sum(parameter.numel() for parameter in model.parameters())
+def test_parameters_are_those_of_the_plain_model_but_what_the_plan_leaves_out_and_adds(name):
+    model, plain = build(name), build(plain_name(name))
+    dim, num_tokens = model.embed_dim, model.num_prefix_tokens + model.patch_embed.num_patches
+    more = {"reuse": -2 * dim * (dim + 1), "lowrank": 64 * num_tokens}
+    expected = vitreuse.count_params(plain) + sum(more.get(spec.word, 0) for spec in model.plan)
+    assert vitreuse.count_params(model) == expected
 
 
 def test_plain_deit_as_published():

@@ -10,7 +10,7 @@ from reference import bilinear
 from timm.models._features_fx import create_feature_extractor
 from torch import Tensor, nn
 
-from vitreuse import count_macs, count_params
+from vitreuse import count_macs
 from vitreuse.attention import EMPTY_CARRY, Carry
 from vitreuse.cost.counters import fvcore_macs, torch_flops
 
@@ -269,7 +269,7 @@ def test_layers_run_in_pieces_give_the_carry_to_each_other(name, backend):
 
 
 @every_case
-def test_macs_and_params_are_those_that_run(name, backend):
+def test_macs_are_those_that_run(name, backend):
     case = CASES[name]
     model, x = case.build(reuse_backend=backend).eval(), images(case.grid, num_images=3)
     parts = count_macs(model)
@@ -277,7 +277,6 @@ def test_macs_and_params_are_those_that_run(name, backend):
     if (name, backend) in REPRESENTATIVE:
         assert sum(parts.values()) == fvcore_macs(model, x)[""]
     assert sum(parts.values()) * len(x) == products_by_plain_fvcore(model, x)
-    assert count_params(model) == sum(parameter.numel() for parameter in model.parameters())
 
 
 def products_by_plain_fvcore(model: nn.Module, x: Tensor) -> int:
@@ -354,7 +353,6 @@ def test_a_pruned_model_has_the_plan_of_its_layers(sharing):
     model = Case("exact reuse*2 lowrank:5 none").build(lowrank_sharing=sharing)
     model.prune_intermediate_layers([1])
     assert str(model.plan) == "exact reuse"
-    assert count_params(model) == sum(parameter.numel() for parameter in model.parameters())
     model.set_input_size(img_size=image_size((4, 6)))
     assert model(images((4, 6))).isfinite().all()
 

@@ -113,16 +113,6 @@ def split_heads(x: Tensor, head_dim: int) -> Tensor:
     return x.unflatten(-1, (-1, head_dim)).transpose(1, 2)
 
 
-def linear_params(linear: nn.Linear) -> int:
-    """Number of parameters of a linear layer."""
-    return linear.out_features * (linear.in_features + (linear.bias is not None))
-
-
-def norm_params(norm: nn.Module) -> int:
-    """Number of parameters of a norm, 0 of an identity."""
-    return sum(parameter.numel() for parameter in norm.parameters())
-
-
 class CarryingAttention(nn.Module):
     """What a layer calls: attention that takes and returns a carry, or tokens alone as timm's does."""
 
@@ -270,10 +260,6 @@ class Attention(CarryingAttention):
             return num_queries * num_keys
         return span_pairs(grid, self.width, self.num_prefix_tokens, theoretical)
 
-    def num_output_params(self) -> int:
-        """Parameters of the norms and the output projection."""
-        return linear_params(self.proj) + sum(norm_params(norm) for norm in (self.q_norm, self.k_norm, self.norm))
-
     @abstractmethod
     def macs(self, grid: tuple[int, int], num_queries: int, theoretical: bool) -> dict[str, int]:
         """Multiply-adds of the matrix products of one image, by part.
@@ -281,7 +267,3 @@ class Attention(CarryingAttention):
         ``theoretical`` counts a carried map and exact neighbourhoods; else the products that run, those of the
         backend on this device and of whole tiles with their halo.
         """
-
-    @abstractmethod
-    def num_params(self) -> int:
-        """Number of parameters, from the layer's own shapes."""

@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from vitreuse.attention import maps
-from vitreuse.attention.base import Attention, AttentionConfig, Carry, linear_params, split_heads
+from vitreuse.attention.base import Attention, AttentionConfig, Carry, split_heads
 from vitreuse.attention.maps import Mask
 from vitreuse.attention.submodules import is_plain_linear, linear_rows
 
@@ -59,6 +59,3 @@ class ExactAttention(Attention):
             "values": pairs * self.dim,
             "proj": num_queries * self.dim**2,
         }
-
-    def num_params(self) -> int:
-        return linear_params(self.qkv) + self.num_output_params()

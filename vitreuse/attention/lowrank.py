@@ -8,7 +8,6 @@ keys and values.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -306,7 +305,3 @@ class LowRankAttention(ExactAttention):
             "values": num_queries * num_keys * self.dim,
             "proj": num_queries * self.dim**2,
         }
-
-    def num_params(self) -> int:
-        own = [math.prod(p.shape) for p in (self.key_proj, self.value_proj) if p is not None]
-        return super().num_params() + sum(own)

@@ -34,7 +34,3 @@ class NoAttention(CarryingAttention):
     def macs(self, grid: tuple[int, int], num_queries: int, theoretical: bool) -> dict[str, int]:
         """No products."""
         return {}
-
-    def num_params(self) -> int:
-        """No parameters."""
-        return 0

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 # functions that a symbolic trace leaves whole are named by their file, where it finds them
 from vitreuse.attention import lowrank, maps, submodules
-from vitreuse.attention.base import Attention, AttentionConfig, Carry, linear_params, split_heads
+from vitreuse.attention.base import Attention, AttentionConfig, Carry, split_heads
 from vitreuse.attention.lowrank import projected_length, projection_macs, tokens_first
 from vitreuse.attention.maps import Mask
 from vitreuse.attention.policy import Call, choose_carried
@@ -144,7 +144,3 @@ class ReuseAttention(Attention):
         anchor = self.settings._replace(training=False, num_readers=self.anchor_readers)
         call = Call(weight.device.type, weight.dtype, num_keys, width=self.width)
         return not theoretical and choose_carried(call, anchor)[0] == "qk"
-
-    def num_params(self) -> int:
-        own = 0 if self.qk is None else linear_params(self.qk)
-        return own + linear_params(self.v) + self.num_output_params()

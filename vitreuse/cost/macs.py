@@ -1,16 +1,13 @@
-"""Multiply-adds and parameters of a model in closed form, from the shapes of its layers.
+"""Multiply-adds of a model in closed form, from the shapes of its layers, and its parameters.
 
 MACs are the multiply-adds of matrix products and convolutions of one image's forward pass; FLOPs are twice as many.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from torch import nn
-
-from vitreuse.attention.base import linear_params, norm_params
 
 
 def count_macs(
@@ -40,24 +37,9 @@ def count_macs(
     return parts
 
 
-def count_params(model: Any) -> int:
-    """Number of parameters, from the shapes of the layers.
-
-    Raises:
-        ValueError: a part that has no closed form, such as an attention pool.
-    """
-    _check(model)
-    embed = model.patch_embed.proj
-    positions = 0
-    if model.pos_embed is not None:
-        positions = model.patch_embed.num_patches + (0 if model.no_embed_class else model.num_prefix_tokens)
-    tokens = (model.num_prefix_tokens + positions) * model.embed_dim
-    kernel = embed.in_channels * embed.kernel_size[0] * embed.kernel_size[1]
-    projections = 0 if model.key_proj is None else math.prod(model.key_proj.shape)
-    norms = sum(norm_params(norm) for norm in (model.patch_embed.norm, model.norm_pre, model.norm, model.fc_norm))
-    layers = sum(block.num_params() for block in model.blocks)
-    heads = sum(linear_params(head) for head in _heads(model).values())
-    return embed.out_channels * (kernel + (embed.bias is not None)) + tokens + projections + norms + layers + heads
+def count_params(model: nn.Module) -> int:
+    """Number of parameters, trained or not."""
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _heads(model: Any) -> dict[str, nn.Linear]:

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from vitreuse.attention import ATTENTION, EMPTY_CARRY, AttentionConfig, Carry
-from vitreuse.attention.base import linear_params, norm_params
 from vitreuse.attention.maps import overwrites
 from vitreuse.attention.submodules import is_watched
 
@@ -95,12 +94,6 @@ class PlanBlock(nn.Module):
         parts["mlp.fc1"] = num_queries * fc1.in_features * fc1.out_features
         parts["mlp.fc2"] = num_queries * fc2.in_features * fc2.out_features
         return parts
-
-    def num_params(self) -> int:
-        """Number of parameters, from the layer's own shapes."""
-        attention = self.attn.num_params() + norm_params(self.norm1) + norm_params(self.ls1)
-        mlp = sum(linear_params(fc) for fc in self._mlp()) + norm_params(self.norm2) + norm_params(self.ls2)
-        return attention + mlp + norm_params(self.mlp.get_submodule("norm"))
 
     def _mlp(self) -> tuple[nn.Linear, nn.Linear]:
         if type(self.mlp) is not InplaceMlp:
