@@ -20,8 +20,8 @@ import torch
 from timm.data import ImageNetInfo, RealLabelsImagenet
 from torch import Tensor, nn
 
-from vitreuse.data import FolderDataset, Sample, ShardDataset
-from vitreuse.data.labels import are_numbers, listed, numbered_as, places
+from vitreuse.data import FolderDataset, ShardDataset
+from vitreuse.data.labels import Renumbered, are_numbers, listed, numbered_as, places
 
 NUM_CLASSES = 1000
 VALIDATION_KEY = re.compile(r"ILSVRC2012_val_(\d{8})")  # in the key of a validation image
@@ -121,14 +121,15 @@ def named_set(named: NamedSet, dataset: Source, whole: bool = True) -> TestSet:
     Raises:
         ValueError: A class or a key is none of the set's, or there are more or fewer images than the set has.
     """
-    images = _Real(dataset) if named is SETS["real"] else _ByName(dataset, _classes(named, dataset))
+    names = tuple(ImageNetInfo().label_descriptions())
+    images = _Real(dataset) if named is SETS["real"] else Renumbered(dataset, _classes(named, dataset), names)
     if whole and len(images) != named.num_images:
         raise ValueError(
             f"{dataset.folder} has {len(images):,} images that count, {named.title} has {named.num_images:,}: give the "
             "whole set, or --subset for a part of it."
         )
     title = named.title + named.rule + ("" if len(images) == named.num_images else " (part)")
-    return TestSet(title, images, named.classes, [*ImageNetInfo().label_descriptions()])
+    return TestSet(title, images, named.classes, names)
 
 
 def _classes(named: NamedSet, dataset: Source) -> list[int]:
@@ -136,33 +137,19 @@ def _classes(named: NamedSet, dataset: Source) -> list[int]:
     known = _synsets()
     if len(dataset.class_names) == NUM_CLASSES:  # fewer numbers may be an order of their own
         known = known | {str(number): number for number in range(NUM_CLASSES)}
-    classes, own = [known.get(name) for name in dataset.class_names], {*named.classes}
+    classes, own = [known.get(name, -1) for name in dataset.class_names], {*named.classes}
     for name, number in zip(dataset.class_names, classes, strict=True):
         if number not in own:
             raise ValueError(
                 f"class {name!r} of {dataset.folder} is none of the {len(own):,} classes of {named.title}: name it by "
                 "its synset, such as n01440764, or all 1,000 from 0 to 999, and see that --set is the right one."
             )
-    return [number for number in classes if number is not None]
+    return classes
 
 
 @lru_cache
 def _synsets() -> dict[str, int]:
     return {synset: number for number, synset in enumerate(ImageNetInfo().label_names())}
-
-
-class _ByName:
-    """A split under the model's labels."""
-
-    def __init__(self, dataset: Source, classes: Sequence[int]) -> None:
-        self.dataset, self.classes = dataset, classes
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, number: int) -> Sample:
-        sample = self.dataset[number]
-        return sample._replace(label=self.classes[sample.label])
 
 
 class _Real:
@@ -267,26 +254,22 @@ def imagenet_order(names: Sequence[str], model: str) -> list[int]:
 
 
 class Among(nn.Module):
-    """A model that may answer with these of ImageNet's classes only: the logits of all others are -inf.
+    """A model, where it is, that may answer with these of ImageNet's classes only: all other logits are -inf.
 
     Args:
-        model: The model.
         classes: Those that it may answer with.
         order: The model's own number of each class.
     """
 
     def __init__(self, model: nn.Module, classes: Sequence[int], order: Sequence[int] = range(NUM_CLASSES)) -> None:
         super().__init__()
-        self.model = model
-        device = next(model.parameters()).device
-        others = torch.ones(NUM_CLASSES, dtype=torch.bool, device=device)
-        others[list(classes)] = False
-        self.register_buffer("others", others)
-        self.register_buffer("order", torch.tensor(order, device=device))
+        self.model, device = model, next(model.parameters()).device
+        self.order = torch.tensor(order, device=device)
+        self.others = torch.ones(NUM_CLASSES, dtype=torch.bool, device=device)
+        self.others[list(classes)] = False
 
     def forward(self, images: Tensor) -> Tensor:
-        logits = self.model(images)[:, self.get_buffer("order")]
-        return logits.masked_fill(self.get_buffer("others"), -torch.inf)
+        return self.model(images)[:, self.order].masked_fill(self.others, -torch.inf)
 
 
 def corrupted_splits(folder: Path, whole: bool = True) -> list[str]:
