@@ -3,7 +3,7 @@
 import os
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -65,16 +65,14 @@ def _labelled(model: Any) -> Iterator[None]:
     parts = {name: module for name, module in model.named_children() if name != "blocks"}
     for i, block in enumerate(model.blocks):
         parts.update({f"blocks.{i}.{name}": module for name, module in block.named_children()})
-    hooks = []
-    for name, module in parts.items():
-        label = record_function(PREFIX + name)
-        hooks.append(module.register_forward_pre_hook(lambda *_, label=label: label.__enter__() and None))
-        hooks.append(module.register_forward_hook(lambda *_, label=label: label.__exit__(None, None, None)))
-    try:
+    with ExitStack() as hooks:
+        for name, module in parts.items():
+            label = record_function(PREFIX + name)
+            before = module.register_forward_pre_hook(lambda *_, label=label: label.__enter__() and None)
+            after = module.register_forward_hook(lambda *_, label=label: label.__exit__(None, None, None))
+            hooks.enter_context(before)
+            hooks.enter_context(after)
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _part_of(event: Any) -> str:
@@ -106,20 +104,17 @@ def _rows(
     times_ms: dict[tuple[str, str], float], macs: dict[tuple[str, str], int], batch_size: int
 ) -> list[dict[str, Any]]:
     """One row per part and kind, in the order of the model, and their total."""
-    total_ms, total_macs = sum(times_ms.values()), sum(macs.values())
-    rows = [
+    total = "total", ""
+    times_ms = {**times_ms, total: sum(times_ms.values())}
+    macs = {**macs, total: sum(macs.values())} if macs else {}
+    return [
         {
             "part": part,
             "kind": kind,
             "ms": ms,
-            "time_percent": 100 * ms / total_ms,
-            "macs_percent": 100 * macs[part, kind] / total_macs if (part, kind) in macs else None,
+            "time_percent": 100 * (ms / times_ms[total]),
+            "macs_percent": 100 * macs[part, kind] / macs[total] if (part, kind) in macs else None,
             "gmacs_per_second": batch_size * macs[part, kind] / ms / 1e6 if (part, kind) in macs else None,
         }
         for (part, kind), ms in times_ms.items()
     ]
-    total = {"part": "total", "kind": "", "ms": total_ms, "time_percent": 100.0}
-    has_macs = total_macs > 0
-    total["macs_percent"] = 100.0 if has_macs else None
-    total["gmacs_per_second"] = batch_size * total_macs / total_ms / 1e6 if has_macs else None
-    return [*rows, total]

@@ -1,13 +1,14 @@
 """Speed against the best plain ViT: images/s, latency and memory, all candidates measured in turns in one run."""
 
-import argparse
 import os
 import shutil
 import sys
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from itertools import product
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Group, RenderableType
@@ -15,9 +16,8 @@ from timm.layers.config import set_fused_attn, use_fused_attn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from eval import profile
 from eval.flops import model_macs
-from eval.profile import COLUMNS as PROFILE_COLUMNS
-from eval.profile import profile_parts
 from eval.table import Column, to_csv, to_rich
 from vitreuse.cli.console import local_path, positive
 from vitreuse.config import ModelConfig
@@ -55,6 +55,28 @@ COLUMNS = (
     Column("predicted", "predicted", ".3f"),
     Column("realised_over_predicted", "realised / predicted", ".3f"),
 )
+
+
+class Speed(NamedTuple):
+    """A model in inference: throughput, how much the times of its calls differ, memory; None where not measured."""
+
+    images_per_second: float | None = None
+    spread_percent: float | None = None
+    peak_memory_mib: float | None = None
+
+
+def speeds(
+    models: Mapping[str, nn.Module], device: torch.device, batch_size: int, num_repeats: int
+) -> dict[str, Speed]:
+    """The speed of each model by its name, all from one interleaved measurement."""
+    images = {name: example(model, batch_size) for name, model in models.items()}
+    calls = {name: inference_call(model, images[name]) for name, model in models.items()}
+    timings = time_interleaved(calls, device, num_repeats)
+    found = {}
+    for name, model in models.items():
+        memory = peak_memory_mib(calls[name], [*model.parameters(), *model.buffers(), images[name]], device)
+        found[name] = Speed(timings[name].images_per_second(batch_size), timings[name].spread_percent, memory)
+    return found
 
 
 @dataclass(frozen=True)
@@ -107,21 +129,24 @@ def _rows(candidates: Sequence[Candidate], condition: Condition, num_repeats: in
     """The rows of one run, in which the candidates take turns."""
     calls = {item.label: _make_call(item, condition) for item in candidates}
     timings = time_interleaved({label: call for label, (call, _) in calls.items()}, condition.device, num_repeats)
-    latencies = _latencies(candidates, condition, num_repeats)
+    latencies: dict[str, Timing] = {}
+    if condition.mode == "inference":
+        singles = {item.label: inference_call(item.forward, example(item.model, 1)) for item in candidates}
+        latencies = time_interleaved(singles, condition.device, num_repeats)
     baselines = [item for item in candidates if item.is_baseline]
     is_compared = len(baselines) < len(candidates)
     best = min(baselines, key=lambda item: timings[item.label].minimum_ms) if is_compared else None
     return [
         {
             "name": item.label,
-            "image_size_px": list(image_settings(item.model)["input_size"][-2:]),
+            "image_size_px": _image_size_px(item),
             "dtype": condition.dtype,
             "mode": condition.mode,
             "batch_size": condition.batch_size,
             "backend": item.backend,
             "images_per_second": timings[item.label].images_per_second(condition.batch_size),
             **asdict(timings[item.label]),
-            "latency_ms": latencies.get(item.label),
+            "latency_ms": latencies[item.label].median_ms if latencies else None,
             "peak_memory_mib": _peak_memory_mib(item, calls[item.label], condition),
             "theoretical_macs": item.macs,
             **_speedup(item, best, timings),
@@ -143,9 +168,7 @@ def _speedup(item: Candidate, best: Candidate | None, timings: Mapping[str, Timi
     }
 
 
-def _candidates(
-    target: Target, plain_models: Mapping[str, ModelConfig], condition: Condition
-) -> Iterator[Candidate]:
+def _candidates(target: Target, plain_models: Mapping[str, ModelConfig], condition: Condition) -> Iterator[Candidate]:
     """The target, unless it is a plain model itself, then its plain model, fused and unfused."""
     config, plain = resized(target.model, condition.image_size_px), plain_models[target.label]
     if config != plain:
@@ -218,15 +241,6 @@ def _make_call(item: Candidate, condition: Condition) -> tuple[Call, list[Tensor
     return step, [*model.parameters(), *model.buffers(), images, *state]
 
 
-def _latencies(candidates: Sequence[Candidate], condition: Condition, num_repeats: int) -> dict[str, float]:
-    """Median inference time of one image by label; none in training."""
-    if condition.mode == "train":
-        return {}
-    calls = {item.label: inference_call(item.forward, example(item.model, 1)) for item in candidates}
-    timings = time_interleaved(calls, condition.device, num_repeats)
-    return {label: timing.median_ms for label, timing in timings.items()}
-
-
 def _peak_memory_mib(item: Candidate, call: tuple[Call, list[Tensor]], condition: Condition) -> float | None:
     """Peak memory of a call; None of compiled code on a CPU, whose tensors nobody can follow."""
     if item.is_compiled and condition.device.type == "cpu":
@@ -242,14 +256,17 @@ def profiles(targets: Sequence[Target], condition: Condition, num_repeats: int) 
         candidates = list(_candidates(target, {target.label: plain}, condition))
         for item in [item for item in candidates if not item.is_baseline] or candidates:
             call, _ = _make_call(item, condition)
-            parts = profile_parts(item.model, call, condition.batch_size, num_repeats)
-            size = list(image_settings(item.model)["input_size"][-2:])
-            facts = {"name": item.label, "image_size_px": size, "dtype": condition.dtype, **limits}
+            parts = profile.profile_parts(item.model, call, condition.batch_size, num_repeats)
+            facts = {"name": item.label, "image_size_px": _image_size_px(item), "dtype": condition.dtype, **limits}
             found.append({**facts, "parts": parts})
     return found
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def _image_size_px(item: Candidate) -> list[int]:
+    return list(image_settings(item.model)["input_size"][-2:])
+
+
+def add_arguments(parser: ArgumentParser) -> None:
     """Declares the command line."""
     parser.add_argument("targets", nargs="+", metavar="TARGET", help="model name, config or run folder")
     parser.add_argument("--plan", nargs="+", default=[], metavar="TEXT", help="measure each target under these plans")
@@ -265,7 +282,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--csv", type=local_path, metavar="FILE", help="write the rows there too")
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
+def run(args: Namespace) -> dict[str, Any]:
     """Rows for every combination of image size, dtype and mode."""
     if args.profile and "inference" not in args.mode:
         raise ValueError("--profile shows where the time of inference goes: add inference to --mode, or leave it out.")
@@ -276,16 +293,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     targets = resolve_targets(args.targets, args.plan)
     device = choose_device(args.device)
     result: dict[str, Any] = {"command": "throughput", "machine": describe_machine(device), "rows": [], "profiles": []}
-    for condition in (
-        Condition(size, dtype, mode, args.batch_size, device)
-        for size in args.image_size or [None]
-        for dtype in args.dtype
-        for mode in args.mode
-    ):
-        size = "their own size" if condition.image_size_px is None else f"{condition.image_size_px} px"
-        print(f"measuring {condition.mode} in {condition.dtype} at {size}", file=sys.stderr)
+    settings: Any = product(args.image_size or [None], args.dtype, args.mode)
+    for size, dtype, mode in settings:
+        condition = Condition(size, dtype, mode, args.batch_size, device)
+        shown = "their own size" if size is None else f"{size} px"
+        print(f"measuring {mode} in {dtype} at {shown}", file=sys.stderr)
         result["rows"] += measure(targets, condition, args.repeats, args.compile)
-        if args.profile and condition.mode == "inference":
+        if args.profile and mode == "inference":
             result["profiles"] += profiles(targets, condition, args.repeats)
     if args.csv:
         args.csv.write_bytes(to_bytes(to_csv(result["rows"], list(result["rows"][0]))))
@@ -307,12 +321,11 @@ def render(result: dict[str, Any]) -> RenderableType:
     caption = "speed-up: minimum time of the best plain model over its own; predicted: by MACs. "
     alone = sorted({row["measured_with"] for row in result["rows"] if row["speedup"] is None})
     if alone:
-        caption = f"no speed-up: {', '.join(alone)} is what others are measured against. " + caption * (
-            any(row["speedup"] is not None for row in result["rows"])
-        )
+        claims = caption if any(row["speedup"] is not None for row in result["rows"]) else ""
+        caption = f"no speed-up: {', '.join(alone)} is what others are measured against. {claims}"
     caption += ", ".join(f"{key} {value}" for key, value in result["machine"].items())
-    profile_tables = [to_rich(found["parts"], PROFILE_COLUMNS, _profile_caption(found)) for found in result["profiles"]]
-    return Group(to_rich(result["rows"], COLUMNS, caption), *profile_tables)
+    profiled = [to_rich(found["parts"], profile.COLUMNS, _profile_caption(found)) for found in result["profiles"]]
+    return Group(to_rich(result["rows"], COLUMNS, caption), *profiled)
 
 
 def _profile_caption(found: dict[str, Any]) -> str:
