@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from eval.flops import model_macs
+from eval.flops import model_macs, num_params
 from eval.predictions import Predictions
 from vitreuse.config import Config, ModelConfig
 from vitreuse.io.durable import write_durably
@@ -104,34 +104,27 @@ def make_card(
         class_names: Of the labels, where they are known.
     """
     built: Any = model.create("meta")
+    packed = np.packbits(predictions.is_correct).tobytes()
     return Card(
         name=name if training is None else name.removesuffix(f"-seed{training.train.seed}"),
         seed=None if training is None else training.train.seed,
-        model=model_settings(model, built),
+        model=_model_settings(model, built),
         recipe=None if training is None else recipe_of(training),
-        params=sum(parameter.numel() for parameter in built.parameters()),
+        params=num_params(built),
         macs=model_macs(built),
         data=data,
         facts=facts,
         class_names=None if class_names is None else list(class_names),
-        **measured(predictions),
+        set_digest=predictions.set_digest,
+        is_correct=base64.b64encode(zlib.compress(packed, 9)).decode(),
+        **predictions.figures,
     )
 
 
-def model_settings(config: ModelConfig, model: Any) -> dict[str, Any]:
+def _model_settings(config: ModelConfig, model: Any) -> dict[str, Any]:
     """What builds a model, with the plan that it was built with, its preset's too."""
     plan = str(model.plan) if hasattr(model, "plan") else None
     return {"name": config.name, "plan": plan, "keywords": config.keywords}
-
-
-def measured(predictions: Predictions) -> dict[str, Any]:
-    """What a card says of predictions."""
-    packed = np.packbits(predictions.is_correct).tobytes()
-    return {
-        "set_digest": predictions.set_digest,
-        **predictions.figures,
-        "is_correct": base64.b64encode(zlib.compress(packed, 9)).decode(),
-    }
 
 
 def read_card(path: Path) -> Card:
@@ -153,8 +146,8 @@ def read_card(path: Path) -> Card:
 
 def is_of(card: Card, config: Config) -> bool:
     """Whether a card is of an experiment: the same model, recipe and seed."""
-    model = model_settings(config.model, config.model.create("meta"))
     found = [card.model, _stated(card.recipe), card.seed]
+    model = _model_settings(config.model, config.model.create("meta"))
     wanted = [model, _stated(recipe_of(config)), config.train.seed]
     return json.dumps(found, sort_keys=True) == json.dumps(wanted, sort_keys=True)  # a file's lists equal tuples
 

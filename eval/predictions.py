@@ -40,9 +40,8 @@ def answers(logits: Tensor, labels: Tensor, keys: Sequence[str]) -> Answers:
     Raises:
         ValueError: a label is not one of the classes.
     """
-    num_classes = logits.shape[1]
-    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
-        low, high = int(labels.min()), int(labels.max())
+    low, high, num_classes = int(labels.min()), int(labels.max()), logits.shape[1]
+    if low < 0 or high >= num_classes:
         raise ValueError(f"labels run from {low} to {high}, but the model has {num_classes} classes: give it more.")
     probabilities = logits.float().softmax(1).amax(1).nan_to_num(0.0)
     return Answers(keys, labels, top_classes(logits).cpu(), probabilities.cpu())

@@ -6,7 +6,7 @@ import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -79,8 +79,7 @@ def speeds(
     return found
 
 
-@dataclass(frozen=True)
-class Condition:
+class Condition(NamedTuple):
     """What all candidates of one comparison share; without an image size each model keeps the one it was built for."""
 
     image_size_px: int | None
@@ -90,8 +89,7 @@ class Condition:
     device: torch.device
 
 
-@dataclass(frozen=True)
-class Candidate:
+class Candidate(NamedTuple):
     """A model on the device, as it is called: eager or compiled."""
 
     label: str
@@ -127,15 +125,16 @@ def measure(
 
 def _rows(candidates: Sequence[Candidate], condition: Condition, num_repeats: int) -> list[dict[str, Any]]:
     """The rows of one run, in which the candidates take turns."""
-    calls = {item.label: _make_call(item, condition) for item in candidates}
-    timings = time_interleaved({label: call for label, (call, _) in calls.items()}, condition.device, num_repeats)
+    device, calls = condition.device, {item.label: _make_call(item, condition) for item in candidates}
+    timings = time_interleaved({label: call for label, (call, _) in calls.items()}, device, num_repeats)
     latencies: dict[str, Timing] = {}
     if condition.mode == "inference":
         singles = {item.label: inference_call(item.forward, example(item.model, 1)) for item in candidates}
-        latencies = time_interleaved(singles, condition.device, num_repeats)
+        latencies = time_interleaved(singles, device, num_repeats)
     baselines = [item for item in candidates if item.is_baseline]
     is_compared = len(baselines) < len(candidates)
     best = min(baselines, key=lambda item: timings[item.label].minimum_ms) if is_compared else None
+    hidden = {item.label for item in candidates if item.is_compiled and device.type == "cpu"}  # from what counts memory
     return [
         {
             "name": item.label,
@@ -147,7 +146,7 @@ def _rows(candidates: Sequence[Candidate], condition: Condition, num_repeats: in
             "images_per_second": timings[item.label].images_per_second(condition.batch_size),
             **asdict(timings[item.label]),
             "latency_ms": latencies[item.label].median_ms if latencies else None,
-            "peak_memory_mib": _peak_memory_mib(item, calls[item.label], condition),
+            "peak_memory_mib": None if item.label in hidden else peak_memory_mib(*calls[item.label], device),
             "theoretical_macs": item.macs,
             **_speedup(item, best, timings),
         }
@@ -156,16 +155,12 @@ def _rows(candidates: Sequence[Candidate], condition: Condition, num_repeats: in
 
 
 def _speedup(item: Candidate, best: Candidate | None, timings: Mapping[str, Timing]) -> dict[str, Any]:
-    """Against the best plain model; nothing where there is nothing to compare."""
+    """How much faster than the best plain model it is, and would be by its MACs; nothing where there is none."""
+    keys = ("baseline", "speedup", "predicted", "realised_over_predicted")
     if best is None:
-        return dict.fromkeys(("baseline", "speedup", "predicted", "realised_over_predicted"))
+        return dict.fromkeys(keys)
     speedup, predicted = timings[best.label].minimum_ms / timings[item.label].minimum_ms, best.macs / item.macs
-    return {
-        "baseline": best.label,
-        "speedup": speedup,
-        "predicted": predicted,
-        "realised_over_predicted": speedup / predicted,
-    }
+    return dict(zip(keys, (best.label, speedup, predicted, speedup / predicted), strict=True))
 
 
 def _candidates(target: Target, plain_models: Mapping[str, ModelConfig], condition: Condition) -> Iterator[Candidate]:
@@ -193,7 +188,7 @@ def _compiled(item: Candidate, condition: Condition) -> Candidate:
     forward: Any = torch.compile(item.model, dynamic=False)
     conditions = _conditions(condition, compiled=True)
     backend = summary(item.model, conditions) if hasattr(item.model, "plan") else item.backend
-    return replace(item, label=f"{item.label}, compiled", forward=forward, backend=backend, is_compiled=True)
+    return item._replace(label=f"{item.label}, compiled", forward=forward, backend=backend, is_compiled=True)
 
 
 def _baseline_label(plain: ModelConfig, plain_models: Iterable[ModelConfig]) -> str:
@@ -241,13 +236,6 @@ def _make_call(item: Candidate, condition: Condition) -> tuple[Call, list[Tensor
     return step, [*model.parameters(), *model.buffers(), images, *state]
 
 
-def _peak_memory_mib(item: Candidate, call: tuple[Call, list[Tensor]], condition: Condition) -> float | None:
-    """Peak memory of a call; None of compiled code on a CPU, whose tensors nobody can follow."""
-    if item.is_compiled and condition.device.type == "cpu":
-        return None
-    return peak_memory_mib(*call, condition.device)
-
-
 def profiles(targets: Sequence[Target], condition: Condition, num_repeats: int) -> list[dict[str, Any]]:
     """Where the time of each target goes, eager and in inference; of a plain one fused and unfused."""
     found, limits = [], machine_limits(condition.device, getattr(torch, condition.dtype))
@@ -286,8 +274,12 @@ def run(args: Namespace) -> dict[str, Any]:
     """Rows for every combination of image size, dtype and mode."""
     if args.profile and "inference" not in args.mode:
         raise ValueError("--profile shows where the time of inference goes: add inference to --mode, or leave it out.")
-    if args.compile:
-        _check_compiler()
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if args.compile and shutil.which(compiler) is None:  # torch would fail with a long traceback
+        raise ValueError(
+            f"--compile needs a C++ compiler and there is no {compiler!r}: install it, name another in CXX, or leave "
+            "--compile out."
+        )
     if args.threads:
         torch.set_num_threads(args.threads)
     targets = resolve_targets(args.targets, args.plan)
@@ -304,16 +296,6 @@ def run(args: Namespace) -> dict[str, Any]:
     if args.csv:
         args.csv.write_bytes(to_bytes(to_csv(result["rows"], list(result["rows"][0]))))
     return result
-
-
-def _check_compiler() -> None:
-    """Refuses to compile where torch would fail with a long traceback."""
-    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
-    if shutil.which(compiler) is None:
-        raise ValueError(
-            f"--compile needs a C++ compiler and there is no {compiler!r}: install it, name another in CXX, or leave "
-            "--compile out."
-        )
 
 
 def render(result: dict[str, Any]) -> RenderableType:
