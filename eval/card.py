@@ -22,7 +22,8 @@ from vitreuse.io.durable import write_durably
 
 VERSION = 1
 NAME = "card.json"
-NOT_RECIPE = ("train.seed", "data.root")  # one stands beside it, the other is a place
+# The model and the seed stand beside it, and the folder of the data is a place.
+NOT_RECIPE = ("model.name", "model.plan", "model.keywords", "train.seed", "data.root")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,9 +41,7 @@ class Card:
         data: The set that it was measured on, for the reader.
         set_digest: Predictions.set_digest: of equal ones, images can be compared one by one.
         n: Images of that set.
-        top1: Percent.
-        top5: Percent.
-        calibration_error: Percent.
+        top1, top5, calibration_error: Percent.
         is_correct: n bits, one per image in the set's order, compressed and in base64.
         facts: What else is worth knowing of how it was made: command, commit, versions, hardware, seconds.
         class_names: Of the labels; None where they are not known, or were taken for the model's by their number.
@@ -159,13 +158,10 @@ def _stated(recipe: dict[str, Any] | None) -> dict[str, Any] | None:
 
 def recipe_of(config: Config) -> dict[str, Any]:
     """The settings of an experiment that give another model, by dotted name, without the model itself and the seed."""
-    settings = {"model.weights": config.model.weights, "model.pos_embed": config.model.pos_embed}
-    for name in ("data", "train", "eval"):
-        settings |= _flat(getattr(config, name), f"{name}.")
-    return {key: value for key, value in settings.items() if key not in NOT_RECIPE}
+    return {key: value for key, value in _flat(config).items() if key not in NOT_RECIPE}
 
 
-def _flat(section: Any, prefix: str) -> dict[str, Any]:
+def _flat(section: Any, prefix: str = "") -> dict[str, Any]:
     settings: dict[str, Any] = {}
     for field in fields(section):
         value = getattr(section, field.name)

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import RenderableType
 
 from eval.series import Series, add_runs, check_same_images, model_changes, read_series, recipe_changes
-from eval.statistics import LEVEL, NOISE, NUM_RESAMPLES, difference, holm, verdict
+from eval.statistics import LEVEL, NUM_RESAMPLES, difference, holm, verdict
 from eval.table import Column, to_csv, to_latex, to_markdown, to_rich
 from eval.throughput import Speed, speeds
 from vitreuse.cli.console import local_path, positive
@@ -137,7 +137,7 @@ def _baseline(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
 
 
 def _write(folder: Path, result: Mapping[str, Any]) -> None:
-    from eval.figures import Interval, Point, intervals_figure, scatter_figure  # matplotlib is optional
+    from eval.figures import Point, intervals_figure, scatter_figure  # matplotlib is optional
 
     rows, caption = result["rows"], _caption(result)
     shown = [_shown(row) for row in rows]
@@ -153,11 +153,7 @@ def _write(folder: Path, result: Mapping[str, Any]) -> None:
         key, cost = "macs_m", "MACs (M)"
     points = [Point(for_picture(row["name"]), row[key], row["top1"], row["top1_sd"]) for row in shown]
     scatter_figure(points, for_picture(caption), cost).savefig(folder / "scatter.png", dpi="figure")
-    found = [
-        Interval(_named_plan(row), row["difference"], row["low"], row["high"], row["verdict"] == NOISE)
-        for row in rows
-        if row["difference"] is not None
-    ]
+    found = [{**row, "name": _named_plan(row)} for row in rows if row["difference"] is not None]
     if found:
         figure = intervals_figure(found, _named_plan(_baseline(rows)), for_picture(caption))
         figure.savefig(folder / "intervals.png", dpi="figure")

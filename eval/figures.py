@@ -1,7 +1,7 @@
 """The pictures of a comparison: accuracy over what it costs, and how far each model lies from the baseline."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import product
 from textwrap import wrap
 from typing import Any, NamedTuple
@@ -11,10 +11,13 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
+from eval.statistics import NOISE
+
 # Okabe and Ito's palette and differing marks: told apart without colour vision and in print.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKS = ("o", "s", "^", "D", "v", "P", "X")
-BETTER, NOISE, WORSE = "#0072B2", "0.6", "#D55E00"  # told apart without colour vision, by their side too
+# Told apart without colour vision, by their side of the baseline too.
+COLOUR_OF_VERDICT = {"better": "#0072B2", NOISE: "0.6", "worse": "#D55E00"}
 
 
 class Point(NamedTuple):
@@ -87,27 +90,21 @@ def _box(centre: Any, half_size: Any) -> Bbox:
     return Bbox.from_extents(*(centre - half_size), *(centre + half_size))
 
 
-class Interval(NamedTuple):
-    """One model's difference to the baseline in points, with the ends of its interval, and whether it is noise."""
+def intervals_figure(rows: Sequence[Mapping[str, Any]], baseline: str, caption: str) -> Figure:
+    """A forest plot of the differences to the baseline, the best at the top; what is within noise is hollow and grey.
 
-    name: str
-    points: float
-    low: float
-    high: float
-    is_noise: bool
-
-
-def intervals_figure(intervals: Sequence[Interval], baseline: str, caption: str) -> Figure:
-    """A forest plot: a row per model, the best at the top; what is within noise is hollow and grey."""
-    rows, note = sorted(intervals, key=lambda interval: interval.points), wrap(caption, 150)
+    Args:
+        rows: Those of a comparison, under the names to be shown.
+    """
+    rows, note = sorted(rows, key=lambda row: row["difference"]), wrap(caption, 150)
     figure, axes = _framed((9, 1.6 + 0.26 * len(rows) + 0.12 * len(note)), note)
     axes.axvline(0, color="0.3", linewidth=1)
     for place, row in enumerate(rows):
-        colour = NOISE if row.is_noise else BETTER if row.points > 0 else WORSE
-        axes.plot([row.low, row.high], [place, place], color=colour, linewidth=1.5)
-        face = "white" if row.is_noise else colour
-        axes.plot(row.points, place, "o", color=colour, markerfacecolor=face, markersize=6)
-    axes.set_yticks(range(len(rows)), [row.name for row in rows], fontsize=8)
+        colour = COLOUR_OF_VERDICT[row["verdict"]]
+        axes.plot([row["low"], row["high"]], [place, place], color=colour, linewidth=1.5)
+        face = "white" if row["verdict"] == NOISE else colour
+        axes.plot(row["difference"], place, "o", color=colour, markerfacecolor=face, markersize=6)
+    axes.set_yticks(range(len(rows)), [row["name"] for row in rows], fontsize=8)
     axes.set_ylim(-0.7, len(rows) - 0.3)
     axes.grid(axis="x", alpha=0.3)
     axes.spines[["top", "right", "left"]].set_visible(False)

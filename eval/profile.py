@@ -2,7 +2,7 @@
 
 import os
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -13,9 +13,11 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from eval.table import Column
 from vitreuse.cost.macs import count_macs
+from vitreuse.cost.measure import Call
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # else torch's profiler prints each start, and that there is no GPU
 PREFIX = "part: "
+Key = tuple[str, str]  # part and kind
 COLUMNS = (
     Column("part", "part"),
     Column("kind", "kind"),
@@ -35,9 +37,7 @@ KINDS = {
 }
 
 
-def profile_parts(
-    model: nn.Module, call: Callable[[], object], batch_size: int, num_repeats: int
-) -> list[dict[str, Any]]:
+def profile_parts(model: nn.Module, call: Call, batch_size: int, num_repeats: int) -> list[dict[str, Any]]:
     """Milliseconds per call by part (a layer's norm1, attn, norm2, mlp, or a top-level module) and kind of operation.
 
     Time is that of the operations themselves, on the device where they run, without what Python spends between them.
@@ -48,7 +48,7 @@ def profile_parts(
     with _labelled(model), profile(activities=activities, acc_events=True) as profiler:
         for _ in range(num_repeats):
             call()
-    times_ms: dict[tuple[str, str], float] = defaultdict(float)
+    times_ms: dict[Key, float] = defaultdict(float)
     is_cuda = next(model.parameters()).is_cuda
     for event in profiler.events() or ():
         if event.device_type != DeviceType.CPU or event.name.startswith(PREFIX):
@@ -88,11 +88,11 @@ def _kind_of(operation: str) -> str:
     return next((kind for kind, words in KINDS.items() if any(word in operation for word in words)), "other")
 
 
-def _macs_by_part(model: Any, kinds: Collection[tuple[str, str]]) -> dict[tuple[str, str], int]:
+def _macs_by_part(model: Any, kinds: Collection[Key]) -> dict[Key, int]:
     """MACs of one image by part and kind, a map's in the fused kernel where there is one; none without a plan."""
     if not hasattr(model, "plan"):
         return {}
-    found: dict[tuple[str, str], int] = defaultdict(int)
+    found: dict[Key, int] = defaultdict(int)
     for name, macs in count_macs(model).items():
         part = ".".join(name.split(".")[:3])
         is_fused = name.endswith((".logits", ".values")) and (part, "attention") in kinds
@@ -100,9 +100,7 @@ def _macs_by_part(model: Any, kinds: Collection[tuple[str, str]]) -> dict[tuple[
     return found
 
 
-def _rows(
-    times_ms: dict[tuple[str, str], float], macs: dict[tuple[str, str], int], batch_size: int
-) -> list[dict[str, Any]]:
+def _rows(times_ms: dict[Key, float], macs: dict[Key, int], batch_size: int) -> list[dict[str, Any]]:
     """One row per part and kind, in the order of the model, and their total."""
     total = "total", ""
     times_ms = {**times_ms, total: sum(times_ms.values())}

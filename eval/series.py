@@ -69,8 +69,10 @@ def read_series(paths: Sequence[Path]) -> list[Series]:
         ValueError: A path leads to no card, or to a seed that another path gives.
     """
     by_experiment: dict[str, list[Run]] = {}
-    for run in (run for path in paths for run in _read_runs(path)):
-        by_experiment.setdefault(run.card.experiment, []).append(run)
+    for path in paths:
+        folder = resolve_targets([str(path)])[0] if (path / "config.yaml").exists() else None
+        for card in map(read_card, _card_files(path)):
+            by_experiment.setdefault(card.experiment, []).append(Run(card, folder))
     counts: Counter[str] = Counter()
     found = []
     for runs in by_experiment.values():
@@ -80,11 +82,6 @@ def read_series(paths: Sequence[Path]) -> list[Series]:
         numbered = name if counts[name] == 1 else f"{name} ({counts[name]})"
         found.append(Series(numbered, tuple(sorted(runs, key=lambda run: run.card.seed or 0))))
     return found
-
-
-def _read_runs(path: Path) -> list[Run]:
-    folder = resolve_targets([str(path)])[0] if (path / "config.yaml").exists() else None
-    return [Run(read_card(file), folder) for file in _card_files(path)]
 
 
 def _check_seeds(runs: Sequence[Run]) -> None:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from eval import profile
 from eval.flops import model_macs
-from eval.table import Column, to_csv, to_rich
+from eval.table import Column, Row, to_csv, to_rich
 from vitreuse.cli.console import local_path, positive
 from vitreuse.config import ModelConfig
 from vitreuse.cost.backends import Conditions, summary
@@ -65,13 +65,11 @@ class Speed(NamedTuple):
     peak_memory_mib: float | None = None
 
 
-def speeds(
-    models: Mapping[str, nn.Module], device: torch.device, batch_size: int, num_repeats: int
-) -> dict[str, Speed]:
+def speeds(models: Mapping[str, nn.Module], device: torch.device, batch_size: int, repeats: int) -> dict[str, Speed]:
     """The speed of each model by its name, all from one interleaved measurement."""
     images = {name: example(model, batch_size) for name, model in models.items()}
     calls = {name: inference_call(model, images[name]) for name, model in models.items()}
-    timings = time_interleaved(calls, device, num_repeats)
+    timings = time_interleaved(calls, device, repeats)
     found = {}
     for name, model in models.items():
         memory = peak_memory_mib(calls[name], [*model.parameters(), *model.buffers(), images[name]], device)
@@ -98,12 +96,14 @@ class Candidate(NamedTuple):
     macs: int  # per image, theoretical
     backend: str  # which way of computing attention its layers take
     is_baseline: bool
-    is_compiled: bool = False
+
+    @property
+    def image_size_px(self) -> list[int]:
+        """Rows and columns."""
+        return list(image_settings(self.model)["input_size"][-2:])
 
 
-def measure(
-    targets: Sequence[Target], condition: Condition, num_repeats: int, with_compiled: bool = False
-) -> list[dict[str, Any]]:
+def measure(targets: list[Target], condition: Condition, num_repeats: int, with_compiled: bool = False) -> list[Row]:
     """Rows of every target, each followed by those of its plain models: every number of this condition.
 
     A target and its plain models take turns in a run of their own, so that its rows do not depend on what else is
@@ -134,11 +134,12 @@ def _rows(candidates: Sequence[Candidate], condition: Condition, num_repeats: in
     baselines = [item for item in candidates if item.is_baseline]
     is_compared = len(baselines) < len(candidates)
     best = min(baselines, key=lambda item: timings[item.label].minimum_ms) if is_compared else None
-    hidden = {item.label for item in candidates if item.is_compiled and device.type == "cpu"}  # from what counts memory
+    # what counts memory sees nothing of compiled code on a CPU
+    hidden = {item.label for item in candidates if item.forward is not item.model and device.type == "cpu"}
     return [
         {
             "name": item.label,
-            "image_size_px": _image_size_px(item),
+            "image_size_px": item.image_size_px,
             "dtype": condition.dtype,
             "mode": condition.mode,
             "batch_size": condition.batch_size,
@@ -168,7 +169,7 @@ def _candidates(target: Target, plain_models: Mapping[str, ModelConfig], conditi
     config, plain = resized(target.model, condition.image_size_px), plain_models[target.label]
     if config != plain:
         model = _place(config, condition)
-        backend = summary(model, _conditions(condition)) if hasattr(model, "plan") else "fused"
+        backend = _backend(model, condition, plain="fused")
         yield Candidate(target.label, model, model, model_macs(model, theoretical=True), backend, False)
     label = _baseline_label(plain, plain_models.values())
     for attention in ("fused", "unfused"):
@@ -177,18 +178,19 @@ def _candidates(target: Target, plain_models: Mapping[str, ModelConfig], conditi
         yield Candidate(f"{label}, {attention}", model, model, model_macs(model), attention, True)
 
 
-def _conditions(condition: Condition, compiled: bool = False) -> Conditions:
-    """What the choice of attention goes by."""
+def _backend(model: nn.Module, condition: Condition, plain: str, compiled: bool = False) -> str:
+    """Which ways of computing attention the layers take; that of a plain model is given."""
+    if not hasattr(model, "plan"):
+        return plain
     dtype, is_training = getattr(torch, condition.dtype), condition.mode == "train"
-    return Conditions(condition.device, dtype, is_training, condition.batch_size, compiled)
+    return summary(model, Conditions(condition.device, dtype, is_training, condition.batch_size, compiled))
 
 
 def _compiled(item: Candidate, condition: Condition) -> Candidate:
     """The same model compiled for each batch size alone, with the same weights."""
     forward: Any = torch.compile(item.model, dynamic=False)
-    conditions = _conditions(condition, compiled=True)
-    backend = summary(item.model, conditions) if hasattr(item.model, "plan") else item.backend
-    return item._replace(label=f"{item.label}, compiled", forward=forward, backend=backend, is_compiled=True)
+    backend = _backend(item.model, condition, plain=item.backend, compiled=True)
+    return item._replace(label=f"{item.label}, compiled", forward=forward, backend=backend)
 
 
 def _baseline_label(plain: ModelConfig, plain_models: Iterable[ModelConfig]) -> str:
@@ -245,13 +247,9 @@ def profiles(targets: Sequence[Target], condition: Condition, num_repeats: int) 
         for item in [item for item in candidates if not item.is_baseline] or candidates:
             call, _ = _make_call(item, condition)
             parts = profile.profile_parts(item.model, call, condition.batch_size, num_repeats)
-            facts = {"name": item.label, "image_size_px": _image_size_px(item), "dtype": condition.dtype, **limits}
+            facts = {"name": item.label, "image_size_px": item.image_size_px, "dtype": condition.dtype, **limits}
             found.append({**facts, "parts": parts})
     return found
-
-
-def _image_size_px(item: Candidate) -> list[int]:
-    return list(image_settings(item.model)["input_size"][-2:])
 
 
 def add_arguments(parser: ArgumentParser) -> None:

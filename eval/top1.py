@@ -76,14 +76,10 @@ def evaluate(
     Raises:
         ValueError: the ranks together did not answer each image once, or a label is none of the model's classes.
     """
-    batches = [*BatchSampler(range(len(dataset)), batch_size, drop_last=False)]
+    images, batches = _Images(dataset, transform), [*BatchSampler(range(len(dataset)), batch_size, drop_last=False)]
     own = range(ranks.rank, len(batches), ranks.world_size)
-    loader = DataLoader(
-        _Images(dataset, transform),
-        batch_sampler=[batches[number] for number in own],
-        num_workers=num_workers,
-        worker_init_fn=worker_init_fn,
-    )
+    share = [batches[number] for number in own]
+    loader = DataLoader(images, batch_sampler=share, num_workers=num_workers, worker_init_fn=worker_init_fn)
     found: list[tuple[int, Answers]] = []  # and the number of their batch
     was_training = model.training
     model.eval()

@@ -20,6 +20,7 @@ from rich.console import RenderableType
 from eval.card import Card
 from eval.report import measured
 from eval.report.curves import curves
+from eval.report.measured import profiled_calls, timed_calls
 from eval.series import Series, add_runs, read_series
 from vitreuse.cli.console import local_path, positive
 from vitreuse.cost.measure import describe_machine
@@ -29,7 +30,6 @@ from vitreuse.io.progress import WorkProgress
 from vitreuse.plan import parse_plan
 
 HELP = "run folders or cards on one HTML page that needs no network"
-HERE = Path(__file__).parent
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -47,7 +47,7 @@ def run(args: Namespace) -> dict[str, Any]:
     found = read_series(args.runs)
     device = choose_device(args.device)
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    data = report(found, device, None if args.no_speed else args.batch_size, args.repeats)
+    data = _report(found, device, args)
     data["command"] = shlex.join(["python", "-m", "eval", "report", *map(str, args.runs), "-o", str(args.output)])
     html = to_html(data).encode()
     write_durably(args.output, html)
@@ -56,26 +56,20 @@ def run(args: Namespace) -> dict[str, Any]:
     return {"command": "report", **counts, "output": str(args.output), "bytes": len(html), "seconds": seconds}
 
 
-def report(
-    found: Sequence[Series], device: torch.device, batch_size: int | None, num_repeats: int | None
-) -> dict[str, Any]:
-    """What the page shows; a batch size of None measures neither speed nor memory."""
+def _report(found: Sequence[Series], device: torch.device, args: Namespace) -> dict[str, Any]:
+    """What the page shows."""
     cards = {_model_key(series.card): series.card for series in found}
-    num_repeats = num_repeats or measured.timed_calls(len(cards))
+    batch_size, num_repeats = None if args.no_speed else args.batch_size, args.repeats or timed_calls(len(cards))
     with WorkProgress("report", "measurements", len(found) + (len(cards) if batch_size else 0)) as progress:
-
-        def done(what: str) -> None:
-            progress.reach(progress.done + 1, what)
-
         models = {key: card.model_config().create(device).eval() for key, card in cards.items()}
-        speeds = measured.costs(models, device, batch_size, num_repeats, done) if batch_size else {}
+        speeds = measured.costs(models, device, batch_size, num_repeats, progress) if batch_size else {}
         shown_models = {key: {**_model(card, models[key]), **speeds.get(key, {})} for key, card in cards.items()}
         del models
         shown = []
         for series in found:
             shown.append({**_experiment(series), "similarity": measured.similarity(series, device)})
-            done("similarity")
-    conditions = {"repeats": num_repeats, "profile_repeats": measured.profiled_calls(len(cards))}
+            progress.reach(progress.done + 1, "similarity")
+    conditions = {"repeats": num_repeats, "profile_repeats": profiled_calls(len(cards))}
     return {
         "machine": describe_machine(device),
         "speed": None if batch_size is None else {"batch_size": batch_size, **conditions},
@@ -127,7 +121,7 @@ def to_html(data: Any) -> str:
     Whatever stands in the data stays data: the script shows it as text, and no `<` can end its element early.
     """
     text = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
-    parts = {name: (HERE / f"page.{name}").read_text(encoding="utf-8") for name in ("html", "css", "js")}
+    parts = {name: Path(__file__).with_name(f"page.{name}").read_text(encoding="utf-8") for name in ("html", "css", "js")}
     return Template(parts["html"]).substitute(style=parts["css"], script=parts["js"], data=text)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,11 @@ from vitreuse.compress.redundancy import map_similarity
 from vitreuse.config import Config
 from vitreuse.cost.measure import inference_call
 from vitreuse.data import find_split, open_split
+from vitreuse.io.progress import WorkProgress
 from vitreuse.model.preprocessing import evaluation_transform, example, image_mode
 
 SIMILARITY_IMAGES = 8
 LAYER_PART = re.compile(r"blocks\.(\d+)\.(norm1|attn|ls1|drop_path1)?")
-Done = Callable[[str], None]  # told what was done
 
 
 def timed_calls(num_models: int) -> int:
@@ -39,7 +39,7 @@ def profiled_calls(num_models: int) -> int:
 
 
 def costs(
-    models: Mapping[str, nn.Module], device: torch.device, batch_size: int, num_repeats: int, done: Done
+    models: Mapping[str, nn.Module], device: torch.device, batch_size: int, num_repeats: int, progress: WorkProgress
 ) -> dict[str, dict[str, Any]]:
     """The speed and memory of each model by its key, and the time of each of its layers."""
     found = {}
@@ -52,7 +52,7 @@ def costs(
             "memory_mib": speed.peak_memory_mib,
             "ms": by_layer((row["part"], row["ms"]) for row in parts if row["part"] != "total"),
         }
-        done("speed")
+        progress.reach(progress.done + 1, "speed")
     return found
 
 
