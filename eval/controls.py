@@ -92,9 +92,35 @@ def controls(config: ModelConfig, name: str) -> list[Control]:
     What costs as much as the plan is the plan without attention where it is not exact, or a smaller exact model; what
     costs as much as the exact model is a larger one of the plan.
     """
-    exact = exact_model(config, len(_plan(config)))
-    shape = _shape(exact)
-    return [*_smaller(config, exact, shape, name), *_larger(config, exact, shape)]
+    plan = parse_plan(str(config.plan))
+    exact = exact_model(config, len(plan))
+    removed = replace(exact, plan=str(Plan(tuple(spec if spec.word == "exact" else Spec("none") for spec in plan))))
+    own = _shape(exact)
+
+    def wider_mlp(num_units: int) -> ModelConfig:
+        return own.resize(removed, "mlp_ratio", num_units / UNITS)
+
+    def shallower(depth: int) -> ModelConfig:
+        return own.resize(exact_model(exact, depth), "depth", depth)
+
+    def deeper(depth: int) -> ModelConfig:
+        return own.resize(replace(config, plan=str(deepened(plan, depth))), "depth", depth)
+
+    narrower, wider = (partial(own.resize, model, "embed_dim") for model in (exact, config))
+    units = math.ceil(UNITS * own.mlp_ratio)
+    more_units = range(units, LARGEST * units)
+    more_layers = range(own.depth, min(LARGEST * own.depth, MAX_LAYERS) + 1)
+    fewer_channels = range(own.step, own.embed_dim + 1, own.step)
+    more_channels = range(own.embed_dim, LARGEST * own.embed_dim, own.step)
+    meaning, other = "no attention where the plan is not exact", "the exact model"
+    return [
+        Control("removed", meaning, range(1), lambda _: removed, config, name),
+        Control("removed_mlp", f"{meaning}, a wider MLP everywhere", more_units, wider_mlp, config, name),
+        Control("shallower", "fewer layers, all exact", range(1, own.depth + 1), shallower, config, name),
+        Control("narrower", "fewer channels, all layers exact", fewer_channels, narrower, config, name),
+        Control("wider", "the plan with more channels", more_channels, wider, exact, other),
+        Control("deeper", "the plan with more layers", more_layers, deeper, exact, other),
+    ]
 
 
 def _shape(exact: ModelConfig) -> Shape:
@@ -103,42 +129,6 @@ def _shape(exact: ModelConfig) -> Shape:
     layer, width = model.blocks[0], model.embed_dim
     step = math.lcm(layer.attn.num_heads, 4)  # channels: heads divide them, and fixed sines and cosines come in fours
     return Shape(width, len(model.blocks), layer.mlp.fc1.out_features / width, step)
-
-
-def _smaller(config: ModelConfig, exact: ModelConfig, shape: Shape, name: str) -> list[Control]:
-    specs = (spec if spec.word == "exact" else Spec("none") for spec in _plan(config))
-    removed = replace(exact, plan=str(Plan(tuple(specs))))
-    mlp_units = math.ceil(UNITS * shape.mlp_ratio)
-    units = range(mlp_units, LARGEST * mlp_units)
-    widths = range(shape.step, shape.embed_dim + 1, shape.step)
-
-    def wider_mlp(num_units: int) -> ModelConfig:
-        return shape.resize(removed, "mlp_ratio", num_units / UNITS)
-
-    def shallower(depth: int) -> ModelConfig:
-        return shape.resize(exact_model(exact, depth), "depth", depth)
-
-    meaning, narrower = "no attention where the plan is not exact", partial(shape.resize, exact, "embed_dim")
-    return [
-        Control("removed", meaning, range(1), lambda _: removed, config, name),
-        Control("removed_mlp", f"{meaning}, a wider MLP everywhere", units, wider_mlp, config, name),
-        Control("shallower", "fewer layers, all exact", range(1, shape.depth + 1), shallower, config, name),
-        Control("narrower", "fewer channels, all layers exact", widths, narrower, config, name),
-    ]
-
-
-def _larger(config: ModelConfig, exact: ModelConfig, shape: Shape) -> list[Control]:
-    widths = range(shape.embed_dim, LARGEST * shape.embed_dim, shape.step)
-    depths = range(shape.depth, min(LARGEST * shape.depth, MAX_LAYERS) + 1)
-
-    def deeper(depth: int) -> ModelConfig:
-        return shape.resize(replace(config, plan=str(deepened(_plan(config), depth))), "depth", depth)
-
-    wider, name = partial(shape.resize, config, "embed_dim"), "the exact model"
-    return [
-        Control("wider", "the plan with more channels", widths, wider, exact, name),
-        Control("deeper", "the plan with more layers", depths, deeper, exact, name),
-    ]
 
 
 def closest(control: Control, quantity: str, measure: Measure) -> Match:
@@ -173,16 +163,8 @@ def deepened(plan: Plan, depth: int) -> Plan:
     return Plan(tuple(specs[layer % period] for layer in range(depth)))
 
 
-def _plan(config: ModelConfig) -> Plan:
-    return parse_plan(str(config.plan))
-
-
-def _macs(models: Sequence[ModelConfig]) -> list[float]:
-    return [model_macs(_on_meta(model), theoretical=True) for model in models]
-
-
-def _params(models: Sequence[ModelConfig]) -> list[float]:
-    return [num_params(_on_meta(model)) for model in models]
+def _counted(count: Callable[[Any], int], models: Sequence[ModelConfig]) -> list[float]:
+    return [count(_on_meta(model)) for model in models]
 
 
 def _on_meta(model: ModelConfig) -> Any:
@@ -209,8 +191,11 @@ def run(args: Namespace) -> dict[str, Any]:
     """The closest model of every control in every quantity, written to the output folder too."""
     device, path = choose_device(args.device), args.config
     config = _checked(load_experiment(path).model, path)
-    latency_ms = partial(_latency_ms, device=device, dtype=args.dtype, num_repeats=args.repeats)
-    measures = {"macs": _macs, "params": _params, "latency_ms": latency_ms}
+    measures: dict[str, Measure] = {
+        "macs": partial(_counted, partial(model_macs, theoretical=True)),
+        "params": partial(_counted, num_params),
+        "latency_ms": partial(_latency_ms, device=device, dtype=args.dtype, num_repeats=args.repeats),
+    }
     matches = []
     for control in controls(config, path.stem):
         print(f"looking for {control.name}: {control.meaning}", file=sys.stderr)

@@ -6,7 +6,6 @@ import json
 from argparse import ArgumentParser
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,8 +24,7 @@ class Run(NamedTuple):
     folder: Target | None = None
 
 
-@dataclass(frozen=True)
-class Series:
+class Series(NamedTuple):
     """One experiment, run once or with several seeds; one row of a table.
 
     Attributes:
@@ -76,19 +74,15 @@ def read_series(paths: Sequence[Path]) -> list[Series]:
     counts: Counter[str] = Counter()
     found = []
     for runs in by_experiment.values():
-        _check_seeds(runs)
         name = runs[0].card.name
+        for seed, count in Counter(run.card.seed for run in runs).items():
+            if count > 1:
+                said = "an unknown seed" if seed is None else f"the seed {seed}"
+                raise ValueError(f"{count} runs of {name} have {said}: leave all but one of them out.")
         counts[name] += 1
         numbered = name if counts[name] == 1 else f"{name} ({counts[name]})"
         found.append(Series(numbered, tuple(sorted(runs, key=lambda run: run.card.seed or 0))))
     return found
-
-
-def _check_seeds(runs: Sequence[Run]) -> None:
-    for seed, count in Counter(run.card.seed for run in runs).items():
-        if count > 1:
-            said = "an unknown seed" if seed is None else f"the seed {seed}"
-            raise ValueError(f"{count} runs of {runs[0].card.name} have {said}: leave all but one of them out.")
 
 
 def _card_files(path: Path) -> list[Path]:

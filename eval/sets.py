@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 from statistics import mean
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -56,8 +55,7 @@ class Labelled(Protocol):
     def __getitem__(self, number: int, /) -> tuple[Any, Any, str]: ...
 
 
-@dataclass(frozen=True)
-class NamedSet:
+class NamedSet(NamedTuple):
     """A published test set.
 
     Attributes:
@@ -91,8 +89,7 @@ SETS = {
 }
 
 
-@dataclass(frozen=True, eq=False)
-class TestSet:
+class TestSet(NamedTuple):
     """A split as it is evaluated.
 
     Attributes:

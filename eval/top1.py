@@ -10,7 +10,6 @@ A corrupted split stands for NAME as CORRUPTION-SEVERITY.
 import os
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from functools import partial
 from itertools import chain
 from operator import itemgetter
@@ -218,7 +217,7 @@ def _open(target: Target, model: Any, root: str, split: str, args: Namespace) ->
     names = _class_names(model, args)
     if args.set is not None:
         test_set = sets.named_set(SETS[args.set], dataset, whole=not args.subset)
-        return test_set if names is None else replace(test_set, order=sets.imagenet_order(names, target.label))
+        return test_set if names is None else test_set._replace(order=sets.imagenet_order(names, target.label))
     if names is not None:
         return sets.matched_set(dataset, names, target.label)
     return sets.plain_set(dataset, model.num_classes, is_own=args.data is None and not args.by_number)

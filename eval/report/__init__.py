@@ -20,7 +20,6 @@ from rich.console import RenderableType
 from eval.card import Card
 from eval.report import measured
 from eval.report.curves import curves
-from eval.report.measured import profiled_calls, timed_calls
 from eval.series import Series, add_runs, read_series
 from vitreuse.cli.console import local_path, positive
 from vitreuse.cost.measure import describe_machine
@@ -59,7 +58,9 @@ def run(args: Namespace) -> dict[str, Any]:
 def _report(found: Sequence[Series], device: torch.device, args: Namespace) -> dict[str, Any]:
     """What the page shows."""
     cards = {_model_key(series.card): series.card for series in found}
-    batch_size, num_repeats = None if args.no_speed else args.batch_size, args.repeats or timed_calls(len(cards))
+    batch_size = None if args.no_speed else args.batch_size
+    # Fewer calls of many models: a report is built in seconds, however many runs it shows.
+    num_repeats = args.repeats or max(3, min(30, 120 // len(cards)))
     with WorkProgress("report", "measurements", len(found) + (len(cards) if batch_size else 0)) as progress:
         models = {key: card.model_config().create(device).eval() for key, card in cards.items()}
         speeds = measured.costs(models, device, batch_size, num_repeats, progress) if batch_size else {}
@@ -69,7 +70,7 @@ def _report(found: Sequence[Series], device: torch.device, args: Namespace) -> d
         for series in found:
             shown.append({**_experiment(series), "similarity": measured.similarity(series, device)})
             progress.reach(progress.done + 1, "similarity")
-    conditions = {"repeats": num_repeats, "profile_repeats": profiled_calls(len(cards))}
+    conditions = {"repeats": num_repeats, "profile_repeats": measured.profiled_calls(len(cards))}
     return {
         "machine": describe_machine(device),
         "speed": None if batch_size is None else {"batch_size": batch_size, **conditions},
@@ -121,7 +122,7 @@ def to_html(data: Any) -> str:
     Whatever stands in the data stays data: the script shows it as text, and no `<` can end its element early.
     """
     text = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
-    parts = {name: Path(__file__).with_name(f"page.{name}").read_text(encoding="utf-8") for name in ("html", "css", "js")}
+    parts = {name: Path(__file__).with_name(f"page.{name}").read_text("utf-8") for name in ("html", "css", "js")}
     return Template(parts["html"]).substitute(style=parts["css"], script=parts["js"], data=text)
 
 

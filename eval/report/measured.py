@@ -28,11 +28,6 @@ SIMILARITY_IMAGES = 8
 LAYER_PART = re.compile(r"blocks\.(\d+)\.(norm1|attn|ls1|drop_path1)?")
 
 
-def timed_calls(num_models: int) -> int:
-    """Timed calls per model by default, fewer of many: a report is built in seconds, however many runs it shows."""
-    return max(3, min(30, 120 // num_models))
-
-
 def profiled_calls(num_models: int) -> int:
     """Calls per model whose time is broken down by layer, which takes ten times as long as timing them."""
     return max(1, min(3, 20 // num_models))
