@@ -89,9 +89,14 @@ def run(args: Namespace) -> dict[str, Any]:
         raise ValueError("--batch-size and --repeats have no effect under --no-speed: leave them out.")
     series = read_series(args.runs)
     check_same_images(series)
-    rows = compare(series, _named(series, args.baseline))
-    if not args.mix_recipes:
-        _refuse_mixed(rows)
+    baseline = _named(series, args.baseline)
+    rows = compare(series, baseline)
+    mixed = [f"{row['name']} ({row['recipe_changes']})" for row in rows if row["recipe_changes"]]
+    if mixed and not args.mix_recipes:
+        raise ValueError(
+            f"not trained by the recipe of {baseline.name}: {', '.join(mixed)}; train them alike, or compare them "
+            "anyway with --mix-recipes."
+        )
     if args.output:  # before the measurements, which take a while
         if find_spec("matplotlib") is None:
             raise ValueError("the scatter plot needs matplotlib: pip install 'vitreuse[plots]', or leave -o out.")
@@ -115,21 +120,10 @@ def run(args: Namespace) -> dict[str, Any]:
 
 
 def _named(series: Sequence[Series], name: str | None) -> Series:
-    if name is None:
-        return series[0]
-    for same in series:
-        if same.name == name:
-            return same
-    raise ValueError(f"--baseline {name} is none of the runs' names: {', '.join(same.name for same in series)}.")
-
-
-def _refuse_mixed(rows: Sequence[Mapping[str, Any]]) -> None:
-    mixed = [f"{row['name']} ({row['recipe_changes']})" for row in rows if row["recipe_changes"]]
-    if mixed:
-        raise ValueError(
-            f"not trained by the recipe of {_baseline(rows)['name']}: {', '.join(mixed)}; train them alike, or compare "
-            "them anyway with --mix-recipes."
-        )
+    named = {same.name: same for same in series}
+    if name is not None and name not in named:
+        raise ValueError(f"--baseline {name} is none of the runs' names: {', '.join(named)}.")
+    return series[0] if name is None else named[name]
 
 
 def _baseline(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:

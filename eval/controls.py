@@ -200,14 +200,8 @@ def run(args: Namespace) -> dict[str, Any]:
     for control in controls(config, path.stem):
         print(f"looking for {control.name}: {control.meaning}", file=sys.stderr)
         matches += [closest(control, quantity, measure) for quantity, measure in measures.items()]
-    result = {
-        "command": "controls",
-        "machine": describe_machine(device),
-        "dtype": args.dtype,
-        "config": str(path),
-        "num_repeats": args.repeats,
-        "rows": _rows(matches, config, path.stem),
-    }
+    result = {"command": "controls", "machine": describe_machine(device), "dtype": args.dtype, "config": str(path)}
+    result |= {"num_repeats": args.repeats, "rows": _rows(matches, config, path.stem)}
     if args.output:
         _write(args.output, path, result)
     return result

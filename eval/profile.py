@@ -68,10 +68,8 @@ def _labelled(model: Any) -> Iterator[None]:
     with ExitStack() as hooks:
         for name, module in parts.items():
             label = record_function(PREFIX + name)
-            before = module.register_forward_pre_hook(lambda *_, label=label: label.__enter__() and None)
-            after = module.register_forward_hook(lambda *_, label=label: label.__exit__(None, None, None))
-            hooks.enter_context(before)
-            hooks.enter_context(after)
+            hooks.enter_context(module.register_forward_pre_hook(lambda *_, label=label: label.__enter__() and None))
+            hooks.enter_context(module.register_forward_hook(lambda *_, label=label: label.__exit__(None, None, None)))
         yield
 
 

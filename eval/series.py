@@ -146,6 +146,5 @@ def model_changes(before: Card, after: Card) -> list[str]:
 
 
 def _changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    keys = [*before, *(key for key in after if key not in before)]
-    pairs = ((key, before.get(key), after.get(key)) for key in keys)
+    pairs = ((key, before.get(key), after.get(key)) for key in {**before, **after})
     return [f"{key} {old} -> {new}" for key, old, new in pairs if old != new]

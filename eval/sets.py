@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from statistics import mean
@@ -45,6 +45,7 @@ ALEXNET_ERRORS = {
 }
 CORRUPTED_SPLITS = tuple(f"{corruption}/{severity}" for corruption in ALEXNET_ERRORS for severity in range(1, 6))
 Source = ShardDataset | FolderDataset
+_imagenet = cache(ImageNetInfo)  # which reads timm's files
 
 
 class Labelled(Protocol):
@@ -118,7 +119,7 @@ def named_set(named: NamedSet, dataset: Source, whole: bool = True) -> TestSet:
     Raises:
         ValueError: A class or a key is none of the set's, or there are more or fewer images than the set has.
     """
-    names = tuple(ImageNetInfo().label_descriptions())
+    names = tuple(_imagenet().label_descriptions())
     images = _Real(dataset) if named is SETS["real"] else Renumbered(dataset, _classes(named, dataset), names)
     if whole and len(images) != named.num_images:
         raise ValueError(
@@ -131,9 +132,9 @@ def named_set(named: NamedSet, dataset: Source, whole: bool = True) -> TestSet:
 
 def _classes(named: NamedSet, dataset: Source) -> list[int]:
     """The model's class of each class of a split."""
-    known = _synsets()
+    known = {synset: number for number, synset in enumerate(_imagenet().label_names())}
     if len(dataset.class_names) == NUM_CLASSES:  # fewer numbers may be an order of their own
-        known = known | {str(number): number for number in range(NUM_CLASSES)}
+        known |= {str(number): number for number in range(NUM_CLASSES)}
     classes, own = [known.get(name, -1) for name in dataset.class_names], {*named.classes}
     for name, number in zip(dataset.class_names, classes, strict=True):
         if number not in own:
@@ -142,11 +143,6 @@ def _classes(named: NamedSet, dataset: Source) -> list[int]:
                 "its synset, such as n01440764, or all 1,000 from 0 to 999, and see that --set is the right one."
             )
     return classes
-
-
-@lru_cache
-def _synsets() -> dict[str, int]:
-    return {synset: number for number, synset in enumerate(ImageNetInfo().label_names())}
 
 
 class _Real:
@@ -211,7 +207,7 @@ def plain_set(dataset: Source, num_classes: int, is_own: bool) -> TestSet:
         ValueError: Its labels would be another model's.
     """
     names = dataset.class_names
-    by_order = isinstance(dataset, FolderDataset) or _synsets().keys() >= {*names}
+    by_order = isinstance(dataset, FolderDataset) or {*names} <= {*_imagenet().label_names()}
     if by_order and len(names) != num_classes:
         kind = "class folders" if isinstance(dataset, FolderDataset) else "of ImageNet's classes"
         raise ValueError(
@@ -239,8 +235,7 @@ def imagenet_order(names: Sequence[str], model: str) -> list[int]:
     """
     if are_numbers(names):
         return [*range(NUM_CLASSES)]
-    info = ImageNetInfo()
-    for classes in ([*info.label_names()], [*info.label_descriptions()]):
+    for classes in ([*_imagenet().label_names()], [*_imagenet().label_descriptions()]):
         order = [number for number in places(classes, names) if number is not None]
         if len(order) == NUM_CLASSES:
             return order

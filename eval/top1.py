@@ -12,7 +12,6 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import chain
-from operator import itemgetter
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -86,7 +85,7 @@ def evaluate(
         for number, (inputs, labels, keys) in zip(own, progress(loader), strict=True):
             found.append((number, answers(model(inputs.to(ranks.device)), labels, keys)))
     model.train(was_training)
-    found = sorted(chain(*ranks.gather(found)), key=itemgetter(0))
+    found = sorted(chain(*ranks.gather(found)), key=lambda batch: batch[0])
     numbers = [number for number, _ in found]
     if not numbers or numbers != [*range(len(batches))]:
         raise ValueError(

@@ -19,7 +19,6 @@ from rich.console import RenderableType
 
 from eval.card import Card
 from eval.report import measured
-from eval.report.curves import curves
 from eval.series import Series, add_runs, read_series
 from vitreuse.cli.console import local_path, positive
 from vitreuse.cost.measure import describe_machine
@@ -112,7 +111,7 @@ def _experiment(series: Series) -> dict[str, Any]:
         "set": card.set_digest[:12],
         "runs": [{"seed": run.card.seed, "top1": run.card.top1, "facts": run.card.facts} for run in series.runs],
         "num_cards_alone": sum(run.folder is None for run in series.runs),
-        "curves": curves(series),
+        "curves": measured.curves(series),
     }
 
 
