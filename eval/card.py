@@ -31,20 +31,20 @@ class Card:
     """One trained model.
 
     Attributes:
-        name: Of the run without its seed: cards of one name are told apart by it alone.
-        seed: Of the training; None where it is not known.
+        name: The run's name without its seed: cards of one name are told apart by it alone.
+        seed: The seed of the training; None where it is not known.
         model: Its name, its plan even if it is the preset's, and its keywords.
         recipe: The settings of the training that give another model, by dotted name, without model and seed; None where
             they are not known.
         params: Numbers of the model.
-        macs: Of the products that run, per image.
+        macs: Multiply-adds of the products that run, per image.
         data: The set that it was measured on, for the reader.
         set_digest: Predictions.set_digest: of equal ones, images can be compared one by one.
         n: Images of that set.
         top1, top5, calibration_error: Percent.
         is_correct: n bits, one per image in the set's order, compressed and in base64.
         facts: What else is worth knowing of how it was made: command, commit, versions, hardware, seconds.
-        class_names: Of the labels; None where they are not known, or were taken for the model's by their number.
+        class_names: Names of the labels; None where they are unknown, or were taken for the model's by their number.
     """
 
     name: str
@@ -100,7 +100,7 @@ def make_card(
 
     Args:
         training: The experiment that gave it its weights, where it is known.
-        class_names: Of the labels, where they are known.
+        class_names: Names of the labels, where they are known.
     """
     built: Any = model.create("meta")
     packed = np.packbits(predictions.is_correct).tobytes()

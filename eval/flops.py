@@ -164,11 +164,16 @@ def num_params(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def add_targets(parser: ArgumentParser, verb: str) -> None:
+    """Declares the targets of a command, with the plans and sizes under which it looks at each, by a verb."""
+    parser.add_argument("targets", nargs="+", metavar="TARGET", help="model name, config or run folder")
+    parser.add_argument("--plan", nargs="+", default=[], metavar="TEXT", help=f"{verb} each target under these plans")
+    parser.add_argument("--image-size", type=positive, nargs="+", metavar="PX", help="default: the model's own")
+
+
 def add_arguments(parser: ArgumentParser) -> None:
     """Declares the command line."""
-    parser.add_argument("targets", nargs="+", metavar="TARGET", help="model name, config or run folder")
-    parser.add_argument("--plan", nargs="+", default=[], metavar="TEXT", help="count each target under these plans")
-    parser.add_argument("--image-size", type=positive, nargs="+", metavar="PX", help="default: the model's own")
+    add_targets(parser, "count")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the memory; default: %(default)s")
 
 

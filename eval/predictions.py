@@ -19,10 +19,9 @@ NUM_BINS = 15  # of confidence, as Guo et al. have them
 
 
 class Answers(NamedTuple):
-    """Of some images: their labels and keys, and what a model said of them.
+    """What a model said of some images, with the keys of their samples and their labels.
 
     Attributes:
-        keys: Of the samples.
         labels: (B,), int64; or (B, L) where an image has several, of which some may stand in a row twice.
         classes: (B, 5), or as many as there are; the most probable first, -1 where a logit is NaN.
         probabilities: (B,), float32, of the first class; 0 where a logit is NaN.
@@ -105,7 +104,7 @@ class Predictions:
 
     @property
     def figures(self) -> dict[str, Any]:
-        """What a record of it holds."""
+        """The numbers that a record of an evaluation holds."""
         return {"n": self.n, "top1": self.top1, "top5": self.top5, "calibration_error": self.calibration_error}
 
     @property

@@ -28,7 +28,7 @@ class Series(NamedTuple):
     """One experiment, run once or with several seeds; one row of a table.
 
     Attributes:
-        name: Of its runs without the seed, with a number where others have that name.
+        name: The name of its runs without the seed, with a number where others have that name.
         runs: One per seed, in the order of the seeds.
     """
 

@@ -60,8 +60,8 @@ class NamedSet(NamedTuple):
     """A published test set.
 
     Attributes:
-        title: For the reader.
-        num_images: That are counted.
+        title: The name that a reader knows it by.
+        num_images: How many images are counted.
         rule: How they are counted, where that is not as usual.
         indices: timm's file of the classes that it has, and among which a model may choose; all where None.
     """
@@ -94,11 +94,11 @@ class TestSet(NamedTuple):
     """A split as it is evaluated.
 
     Attributes:
-        title: Of the published set that it is, if it is one.
-        images: Under the model's labels.
-        classes: That the model may choose among.
-        class_names: Of each of the model's classes.
-        order: Of a published set, the number that the model itself has for each class.
+        title: The title of the published set that it is, if it is one.
+        images: Its images under the model's labels.
+        classes: Those that the model may choose among.
+        class_names: The name of each of the model's classes.
+        order: The number that the model itself has for each class of a published set.
         remark: What is to be said of how labels and classes were brought together, if anything is.
     """
 
@@ -181,8 +181,8 @@ def matched_set(dataset: Source, names: Sequence[str], model: str) -> TestSet:
     """A split without a name, under the labels that a model has for its classes by their names.
 
     Args:
-        names: Of the model's classes.
-        model: For the sentence of an error.
+        names: Names of the model's classes.
+        model: What an error calls the model.
 
     Raises:
         ValueError: A class is none of the model's.
@@ -227,8 +227,8 @@ def imagenet_order(names: Sequence[str], model: str) -> list[int]:
     """The number that a model has for each of ImageNet's classes, by their names, synsets or timm's descriptions.
 
     Args:
-        names: Of the model's classes; their numbers alone are taken for ImageNet's.
-        model: For the sentence of an error.
+        names: Names of the model's classes; their numbers alone are taken for ImageNet's.
+        model: What an error calls the model.
 
     Raises:
         ValueError: A class of ImageNet is none of the model's.

@@ -27,7 +27,7 @@ class Difference(NamedTuple):
         points: Mean top-1 minus the baseline's, in percentage points.
         low: Lower end of its 95 % interval.
         high: Upper end.
-        p_bootstrap: Of the two tails of the resamples: above 0.05 where the interval holds 0.
+        p_bootstrap: Twice the smaller tail of the resamples: above 0.05 where the interval holds 0.
         p_mcnemar: See mcnemar.
     """
 

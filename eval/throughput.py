@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from eval import profile
-from eval.flops import model_macs
+from eval.flops import add_targets, model_macs
 from eval.table import Column, Row, to_csv, to_rich
 from vitreuse.cli.console import local_path, positive
 from vitreuse.config import ModelConfig
@@ -202,9 +202,7 @@ def _baseline_label(plain: ModelConfig, plain_models: Iterable[ModelConfig]) -> 
 def _place(config: ModelConfig, condition: Condition) -> nn.Module:
     """The model as it is timed: training keeps float32 weights and computes under autocast."""
     model = config.create().to(condition.device)
-    if condition.mode == "train":
-        return model.train()
-    return model.eval().to(getattr(torch, condition.dtype))
+    return model.train() if condition.mode == "train" else model.eval().to(getattr(torch, condition.dtype))
 
 
 @contextmanager
@@ -239,7 +237,7 @@ def _make_call(item: Candidate, condition: Condition) -> tuple[Call, list[Tensor
 
 
 def profiles(targets: Sequence[Target], condition: Condition, num_repeats: int) -> list[dict[str, Any]]:
-    """Where the time of each target goes, eager and in inference; of a plain one fused and unfused."""
+    """Where the time of each target goes, eager and in inference; a plain one is seen fused and unfused."""
     found, limits = [], machine_limits(condition.device, getattr(torch, condition.dtype))
     for target in targets:
         plain = plain_model(resized(target.model, condition.image_size_px))
@@ -254,9 +252,7 @@ def profiles(targets: Sequence[Target], condition: Condition, num_repeats: int) 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Declares the command line."""
-    parser.add_argument("targets", nargs="+", metavar="TARGET", help="model name, config or run folder")
-    parser.add_argument("--plan", nargs="+", default=[], metavar="TEXT", help="measure each target under these plans")
-    parser.add_argument("--image-size", type=positive, nargs="+", metavar="PX", help="default: the model's own")
+    add_targets(parser, "measure")
     dtypes, modes = (f"any of {', '.join(names)}; default: {names[0]}" for names in (DTYPES, MODES))
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32"], metavar="DTYPE", help=dtypes)
     parser.add_argument("--mode", nargs="+", choices=MODES, default=["inference"], metavar="MODE", help=modes)
