@@ -6,14 +6,8 @@ from collections.abc import Sequence
 from eval import compare, controls, flops, report, throughput, top1
 from vitreuse.cli.console import Parser, run_command
 
-COMMANDS = {
-    "top1": top1,
-    "throughput": throughput,
-    "flops": flops,
-    "compare": compare,
-    "controls": controls,
-    "report": report,
-}
+MODULES = (top1, throughput, flops, compare, controls, report)
+COMMANDS = {module.__name__.removeprefix("eval."): module for module in MODULES}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

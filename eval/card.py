@@ -15,14 +15,15 @@ from typing import Any
 
 import numpy as np
 
-from eval.flops import model_macs
+from eval.flops import model_macs, num_params
 from eval.predictions import Predictions
 from vitreuse.config import Config, ModelConfig
 from vitreuse.io.durable import write_durably
 
 VERSION = 1
 NAME = "card.json"
-NOT_RECIPE = ("train.seed", "data.root")  # one stands beside it, the other is a place
+# The model and the seed stand beside it, and the folder of the data is a place.
+NOT_RECIPE = ("model.name", "model.plan", "model.keywords", "train.seed", "data.root")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,22 +31,20 @@ class Card:
     """One trained model.
 
     Attributes:
-        name: Of the run without its seed: cards of one name are told apart by it alone.
-        seed: Of the training; None where it is not known.
+        name: The run's name without its seed: cards of one name are told apart by it alone.
+        seed: The seed of the training; None where it is not known.
         model: Its name, its plan even if it is the preset's, and its keywords.
         recipe: The settings of the training that give another model, by dotted name, without model and seed; None where
             they are not known.
         params: Numbers of the model.
-        macs: Of the products that run, per image.
+        macs: Multiply-adds of the products that run, per image.
         data: The set that it was measured on, for the reader.
         set_digest: Predictions.set_digest: of equal ones, images can be compared one by one.
         n: Images of that set.
-        top1: Percent.
-        top5: Percent.
-        calibration_error: Percent.
+        top1, top5, calibration_error: Percent.
         is_correct: n bits, one per image in the set's order, compressed and in base64.
         facts: What else is worth knowing of how it was made: command, commit, versions, hardware, seconds.
-        class_names: Of the labels; None where they are not known, or were taken for the model's by their number.
+        class_names: Names of the labels; None where they are unknown, or were taken for the model's by their number.
     """
 
     name: str
@@ -101,37 +100,30 @@ def make_card(
 
     Args:
         training: The experiment that gave it its weights, where it is known.
-        class_names: Of the labels, where they are known.
+        class_names: Names of the labels, where they are known.
     """
     built: Any = model.create("meta")
+    packed = np.packbits(predictions.is_correct).tobytes()
     return Card(
         name=name if training is None else name.removesuffix(f"-seed{training.train.seed}"),
         seed=None if training is None else training.train.seed,
-        model=model_settings(model, built),
+        model=_model_settings(model, built),
         recipe=None if training is None else recipe_of(training),
-        params=sum(parameter.numel() for parameter in built.parameters()),
+        params=num_params(built),
         macs=model_macs(built),
         data=data,
         facts=facts,
         class_names=None if class_names is None else list(class_names),
-        **measured(predictions),
+        set_digest=predictions.set_digest,
+        is_correct=base64.b64encode(zlib.compress(packed, 9)).decode(),
+        **predictions.figures,
     )
 
 
-def model_settings(config: ModelConfig, model: Any) -> dict[str, Any]:
+def _model_settings(config: ModelConfig, model: Any) -> dict[str, Any]:
     """What builds a model, with the plan that it was built with, its preset's too."""
     plan = str(model.plan) if hasattr(model, "plan") else None
     return {"name": config.name, "plan": plan, "keywords": config.keywords}
-
-
-def measured(predictions: Predictions) -> dict[str, Any]:
-    """What a card says of predictions."""
-    packed = np.packbits(predictions.is_correct).tobytes()
-    return {
-        "set_digest": predictions.set_digest,
-        **predictions.figures,
-        "is_correct": base64.b64encode(zlib.compress(packed, 9)).decode(),
-    }
 
 
 def read_card(path: Path) -> Card:
@@ -153,8 +145,8 @@ def read_card(path: Path) -> Card:
 
 def is_of(card: Card, config: Config) -> bool:
     """Whether a card is of an experiment: the same model, recipe and seed."""
-    model = model_settings(config.model, config.model.create("meta"))
     found = [card.model, _stated(card.recipe), card.seed]
+    model = _model_settings(config.model, config.model.create("meta"))
     wanted = [model, _stated(recipe_of(config)), config.train.seed]
     return json.dumps(found, sort_keys=True) == json.dumps(wanted, sort_keys=True)  # a file's lists equal tuples
 
@@ -166,13 +158,10 @@ def _stated(recipe: dict[str, Any] | None) -> dict[str, Any] | None:
 
 def recipe_of(config: Config) -> dict[str, Any]:
     """The settings of an experiment that give another model, by dotted name, without the model itself and the seed."""
-    settings = {"model.weights": config.model.weights, "model.pos_embed": config.model.pos_embed}
-    for name in ("data", "train", "eval"):
-        settings |= _flat(getattr(config, name), f"{name}.")
-    return {key: value for key, value in settings.items() if key not in NOT_RECIPE}
+    return {key: value for key, value in _flat(config).items() if key not in NOT_RECIPE}
 
 
-def _flat(section: Any, prefix: str) -> dict[str, Any]:
+def _flat(section: Any, prefix: str = "") -> dict[str, Any]:
     settings: dict[str, Any] = {}
     for field in fields(section):
         value = getattr(section, field.name)

@@ -1,22 +1,21 @@
 """Trained models in one table: accuracy over seeds, which of its differences are more than noise, operations, speed."""
 
-import argparse
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import RenderableType
 
-from eval.series import Series, check_same_images, model_changes, read_series, recipe_changes
-from eval.statistics import LEVEL, NOISE, NUM_RESAMPLES, difference, holm, verdict
+from eval.series import Series, add_runs, check_same_images, model_changes, read_series, recipe_changes
+from eval.statistics import LEVEL, NUM_RESAMPLES, difference, holm, verdict
 from eval.table import Column, to_csv, to_latex, to_markdown, to_rich
+from eval.throughput import Speed, speeds
 from vitreuse.cli.console import local_path, positive
-from vitreuse.cost.measure import describe_machine, inference_call, peak_memory_mib, time_interleaved
+from vitreuse.cost.measure import describe_machine
 from vitreuse.io.file_names import for_picture, to_bytes
 from vitreuse.io.process import choose_device
-from vitreuse.model.preprocessing import example
 
 HELP = "completed runs in one table, with what of their differences is noise; also as files and a plot with -o"
 COLUMNS = (
@@ -32,9 +31,7 @@ COLUMNS = (
     Column("p_text", "p", ">"),
     Column("verdict", "verdict"),
 )
-MEASURED = ("top1", "top1_sd", "top5", "calibration_error")
 COMPARED = ("difference", "low", "high", "p_bootstrap", "p_mcnemar", "p")
-SPEEDS = ("images_per_second", "spread_percent", "peak_memory_mib")
 BATCH_SIZE, NUM_REPEATS = 64, 30
 
 
@@ -43,11 +40,9 @@ def compare(series: Sequence[Series], baseline: Series) -> list[dict[str, Any]]:
     others = [same for same in series if same is not baseline]
     correct = baseline.correct_images()
     found = [difference(correct, same.correct_images()) for same in others]
-    p_values = holm([one.p for one in found])
     compared = {baseline.name: {**dict.fromkeys(COMPARED), "verdict": "baseline"}}
-    for same, one, p in zip(others, found, p_values, strict=True):
-        values = (one.points, one.low, one.high, one.p_bootstrap, one.p_mcnemar, p)
-        compared[same.name] = {**dict(zip(COMPARED, values, strict=True)), "verdict": verdict(one.points, p)}
+    for same, one, p in zip(others, found, holm([one.p for one in found]), strict=True):
+        compared[same.name] = {**dict(zip(COMPARED, (*one, p), strict=True)), "verdict": verdict(one.points, p)}
     return [{**_described(same, baseline), **compared[same.name]} for same in series]
 
 
@@ -61,45 +56,29 @@ def _described(same: Series, baseline: Series) -> dict[str, Any]:
         "macs": card.macs,
         "flops": 2 * card.macs,
         "num_seeds": len(same.runs),
-        **{key: getattr(same, key) for key in MEASURED},
+        "top1": same.mean("top1"),
+        "top1_sd": same.top1_sd,
+        "top5": same.mean("top5"),
+        "calibration_error": same.mean("calibration_error"),
         "model_changes": "; ".join(model_changes(other, card)),
         "training": "; ".join(filter(None, (run.card.facts.get("training") for run in same.runs))),
         "recipe_changes": "" if same is baseline else "; ".join(recipe_changes(other, card)),
     }
 
 
-def speeds(
-    series: Sequence[Series], device: torch.device, batch_size: int, num_repeats: int
-) -> list[dict[str, Any]]:
-    """Throughput and memory of each model in inference, from the same interleaved measurement, with random weights."""
-    models = {same.name: same.card.model_config().create().to(device).eval() for same in series}
-    images = {name: example(model, batch_size) for name, model in models.items()}
-    calls = {name: inference_call(model, images[name]) for name, model in models.items()}
-    timings = time_interleaved(calls, device, num_repeats)
-    rows = []
-    for name, model in models.items():
-        resident = [*model.parameters(), *model.buffers(), images[name]]
-        memory = peak_memory_mib(calls[name], resident, device)
-        values = (timings[name].images_per_second(batch_size), timings[name].spread_percent, memory)
-        rows.append(dict(zip(SPEEDS, values, strict=True)))
-    return rows
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: ArgumentParser) -> None:
     """Declares the command line."""
-    parser.add_argument(
-        "runs", nargs="+", type=local_path, metavar="RUN", help="completed run folder, run card, or folder of cards"
-    )
+    add_runs(parser)
     parser.add_argument("--baseline", metavar="NAME", help="what the others are compared with; default: the first")
     parser.add_argument("--mix-recipes", action="store_true", help="compare models that were trained differently")
-    files = "results.md, .csv, .tex, scatter.png and intervals.png"
-    parser.add_argument("-o", "--output", type=local_path, metavar="DIR", help=f"write {files}")
+    text = "write results.md, .csv, .tex, scatter.png and intervals.png"
+    parser.add_argument("-o", "--output", type=local_path, metavar="DIR", help=text)
     parser.add_argument("--no-speed", action="store_true", help="leave speed and memory unmeasured")
     parser.add_argument("--batch-size", type=positive, help=f"images per timed call; default: {BATCH_SIZE}")
     parser.add_argument("--repeats", type=positive, help=f"timed calls per model; default: {NUM_REPEATS}")
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
+def run(args: Namespace) -> dict[str, Any]:
     """The table's rows, written to the output folder too.
 
     Raises:
@@ -110,22 +89,30 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError("--batch-size and --repeats have no effect under --no-speed: leave them out.")
     series = read_series(args.runs)
     check_same_images(series)
-    rows = compare(series, _named(series, args.baseline))
-    if not args.mix_recipes:
-        _refuse_mixed(rows)
+    baseline = _named(series, args.baseline)
+    rows = compare(series, baseline)
+    mixed = [f"{row['name']} ({row['recipe_changes']})" for row in rows if row["recipe_changes"]]
+    if mixed and not args.mix_recipes:
+        raise ValueError(
+            f"not trained by the recipe of {baseline.name}: {', '.join(mixed)}; train them alike, or compare them "
+            "anyway with --mix-recipes."
+        )
     if args.output:  # before the measurements, which take a while
-        _prepare(args.output)
-    batch_size = None if args.no_speed else args.batch_size or BATCH_SIZE
-    measured: list[dict[str, Any]] = [dict.fromkeys(SPEEDS)] * len(rows)
-    if batch_size is not None:
-        measured = speeds(series, device, batch_size, args.repeats or NUM_REPEATS)
+        if find_spec("matplotlib") is None:
+            raise ValueError("the scatter plot needs matplotlib: pip install 'vitreuse[plots]', or leave -o out.")
+        args.output.mkdir(parents=True, exist_ok=True)
+    batch_size, measured = None, {}
+    if not args.no_speed:  # with random weights
+        batch_size = args.batch_size or BATCH_SIZE
+        models = {same.name: same.card.model_config().create().to(device).eval() for same in series}
+        measured = speeds(models, device, batch_size, args.repeats or NUM_REPEATS)
     result = {
         "command": "compare",
         "machine": describe_machine(device),
         "batch_size": batch_size,
         "data": series[0].card.data,
         "n": series[0].card.n,
-        "rows": [{**row, **speed} for row, speed in zip(rows, measured, strict=True)],
+        "rows": [{**row, **measured.get(row["name"], Speed())._asdict()} for row in rows],
     }
     if args.output:
         _write(args.output, result)
@@ -133,36 +120,18 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _named(series: Sequence[Series], name: str | None) -> Series:
-    if name is None:
-        return series[0]
-    for same in series:
-        if same.name == name:
-            return same
-    raise ValueError(f"--baseline {name} is none of the runs' names: {', '.join(same.name for same in series)}.")
-
-
-def _refuse_mixed(rows: Sequence[Mapping[str, Any]]) -> None:
-    mixed = [f"{row['name']} ({row['recipe_changes']})" for row in rows if row["recipe_changes"]]
-    if mixed:
-        raise ValueError(
-            f"not trained by the recipe of {_baseline(rows)['name']}: {', '.join(mixed)}; train them alike, or compare "
-            "them anyway with --mix-recipes."
-        )
+    named = {same.name: same for same in series}
+    if name is not None and name not in named:
+        raise ValueError(f"--baseline {name} is none of the runs' names: {', '.join(named)}.")
+    return series[0] if name is None else named[name]
 
 
 def _baseline(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
     return next(row for row in rows if row["verdict"] == "baseline")
 
 
-def _prepare(folder: Path) -> None:
-    if find_spec("matplotlib") is None:
-        raise ValueError("the scatter plot needs matplotlib: pip install 'vitreuse[plots]', or leave -o out.")
-    folder.mkdir(parents=True, exist_ok=True)
-
-
 def _write(folder: Path, result: Mapping[str, Any]) -> None:
-    from eval.intervals import Interval, intervals_figure  # matplotlib is optional
-    from eval.scatter import Point, scatter_figure
+    from eval.figures import Point, intervals_figure, scatter_figure  # matplotlib is optional
 
     rows, caption = result["rows"], _caption(result)
     shown = [_shown(row) for row in rows]
@@ -178,11 +147,7 @@ def _write(folder: Path, result: Mapping[str, Any]) -> None:
         key, cost = "macs_m", "MACs (M)"
     points = [Point(for_picture(row["name"]), row[key], row["top1"], row["top1_sd"]) for row in shown]
     scatter_figure(points, for_picture(caption), cost).savefig(folder / "scatter.png", dpi="figure")
-    found = [
-        Interval(_named_plan(row), row["difference"], row["low"], row["high"], row["verdict"] == NOISE)
-        for row in rows
-        if row["difference"] is not None
-    ]
+    found = [{**row, "name": _named_plan(row)} for row in rows if row["difference"] is not None]
     if found:
         figure = intervals_figure(found, _named_plan(_baseline(rows)), for_picture(caption))
         figure.savefig(folder / "intervals.png", dpi="figure")

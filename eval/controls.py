@@ -1,15 +1,15 @@
 """The models that a plan must beat: controls of the same MACs, parameters and latency, each written as a config."""
 
-import argparse
 import math
 import os
 import sys
+from argparse import ArgumentParser, Namespace
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import yaml
@@ -44,11 +44,9 @@ UNITS = 16  # of hidden units to one channel
 MOST_SEARCHES = 3
 CLOSE = 0.02  # the share of a latency by which two measurements of it differ
 Measure = Callable[[Sequence[ModelConfig]], list[float]]  # one quantity of several models
-Line = tuple[str, str, Sequence[int], Callable[[int], ModelConfig]]  # the first four fields of a Control
 
 
-@dataclass(frozen=True)
-class Control:
+class Control(NamedTuple):
     """Models that cost more and more, of which one comes closest to what the target costs."""
 
     name: str
@@ -59,8 +57,7 @@ class Control:
     target_name: str
 
 
-@dataclass(frozen=True)
-class Match:
+class Match(NamedTuple):
     """The model of a control that is closest to the target in one quantity."""
 
     control: Control
@@ -75,8 +72,7 @@ class Match:
         return 100 * (self.reached / self.target - 1)
 
 
-@dataclass(frozen=True)
-class Shape:
+class Shape(NamedTuple):
     """What the keywords of a control change: the model's own width, depth and hidden units, and the steps of width."""
 
     embed_dim: int
@@ -96,11 +92,34 @@ def controls(config: ModelConfig, name: str) -> list[Control]:
     What costs as much as the plan is the plan without attention where it is not exact, or a smaller exact model; what
     costs as much as the exact model is a larger one of the plan.
     """
-    exact = exact_model(config, len(_plan(config)))
-    shape = _shape(exact)
+    plan = parse_plan(str(config.plan))
+    exact = exact_model(config, len(plan))
+    removed = replace(exact, plan=str(Plan(tuple(spec if spec.word == "exact" else Spec("none") for spec in plan))))
+    own = _shape(exact)
+
+    def wider_mlp(num_units: int) -> ModelConfig:
+        return own.resize(removed, "mlp_ratio", num_units / UNITS)
+
+    def shallower(depth: int) -> ModelConfig:
+        return own.resize(exact_model(exact, depth), "depth", depth)
+
+    def deeper(depth: int) -> ModelConfig:
+        return own.resize(replace(config, plan=str(deepened(plan, depth))), "depth", depth)
+
+    narrower, wider = (partial(own.resize, model, "embed_dim") for model in (exact, config))
+    units = math.ceil(UNITS * own.mlp_ratio)
+    more_units = range(units, LARGEST * units)
+    more_layers = range(own.depth, min(LARGEST * own.depth, MAX_LAYERS) + 1)
+    fewer_channels = range(own.step, own.embed_dim + 1, own.step)
+    more_channels = range(own.embed_dim, LARGEST * own.embed_dim, own.step)
+    meaning, other = "no attention where the plan is not exact", "the exact model"
     return [
-        *(Control(*control, config, name) for control in _smaller(config, exact, shape)),
-        *(Control(*control, exact, "the exact model") for control in _larger(config, shape)),
+        Control("removed", meaning, range(1), lambda _: removed, config, name),
+        Control("removed_mlp", f"{meaning}, a wider MLP everywhere", more_units, wider_mlp, config, name),
+        Control("shallower", "fewer layers, all exact", range(1, own.depth + 1), shallower, config, name),
+        Control("narrower", "fewer channels, all layers exact", fewer_channels, narrower, config, name),
+        Control("wider", "the plan with more channels", more_channels, wider, exact, other),
+        Control("deeper", "the plan with more layers", more_layers, deeper, exact, other),
     ]
 
 
@@ -110,42 +129,6 @@ def _shape(exact: ModelConfig) -> Shape:
     layer, width = model.blocks[0], model.embed_dim
     step = math.lcm(layer.attn.num_heads, 4)  # channels: heads divide them, and fixed sines and cosines come in fours
     return Shape(width, len(model.blocks), layer.mlp.fc1.out_features / width, step)
-
-
-def _smaller(config: ModelConfig, exact: ModelConfig, shape: Shape) -> list[Line]:
-    specs = (spec if spec.word == "exact" else Spec("none") for spec in _plan(config))
-    removed = replace(exact, plan=str(Plan(tuple(specs))))
-    mlp_units = math.ceil(UNITS * shape.mlp_ratio)
-
-    def wider_mlp(num_units: int) -> ModelConfig:
-        return shape.resize(removed, "mlp_ratio", num_units / UNITS)
-
-    def shallower(depth: int) -> ModelConfig:
-        return shape.resize(exact_model(exact, depth), "depth", depth)
-
-    def narrower(width: int) -> ModelConfig:
-        return shape.resize(exact, "embed_dim", width)
-
-    meaning = "no attention where the plan is not exact"
-    return [
-        ("removed", meaning, range(1), lambda _: removed),
-        ("removed_mlp", f"{meaning}, a wider MLP everywhere", range(mlp_units, LARGEST * mlp_units), wider_mlp),
-        ("shallower", "fewer layers, all exact", range(1, shape.depth + 1), shallower),
-        ("narrower", "fewer channels, all layers exact", range(shape.step, shape.embed_dim + 1, shape.step), narrower),
-    ]
-
-
-def _larger(config: ModelConfig, shape: Shape) -> list[Line]:
-    widths = range(shape.embed_dim, LARGEST * shape.embed_dim, shape.step)
-    depths = range(shape.depth, min(LARGEST * shape.depth, MAX_LAYERS) + 1)
-
-    def deeper(depth: int) -> ModelConfig:
-        return shape.resize(replace(config, plan=str(deepened(_plan(config), depth))), "depth", depth)
-
-    return [
-        ("wider", "the plan with more channels", widths, partial(shape.resize, config, "embed_dim")),
-        ("deeper", "the plan with more layers", depths, deeper),
-    ]
 
 
 def closest(control: Control, quantity: str, measure: Measure) -> Match:
@@ -180,16 +163,8 @@ def deepened(plan: Plan, depth: int) -> Plan:
     return Plan(tuple(specs[layer % period] for layer in range(depth)))
 
 
-def _plan(config: ModelConfig) -> Plan:
-    return parse_plan(str(config.plan))
-
-
-def _macs(models: Sequence[ModelConfig]) -> list[float]:
-    return [model_macs(_on_meta(model), theoretical=True) for model in models]
-
-
-def _params(models: Sequence[ModelConfig]) -> list[float]:
-    return [num_params(_on_meta(model)) for model in models]
+def _counted(count: Callable[[Any], int], models: Sequence[ModelConfig]) -> list[float]:
+    return [count(_on_meta(model)) for model in models]
 
 
 def _on_meta(model: ModelConfig) -> Any:
@@ -204,7 +179,7 @@ def _latency_ms(models: Sequence[ModelConfig], device: torch.device, dtype: str,
     return [round(timing.minimum_ms, 4) for timing in time_interleaved(calls, device, num_repeats).values()]
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: ArgumentParser) -> None:
     """Declares the command line."""
     parser.add_argument("config", type=local_path, metavar="CONFIG", help="experiment whose plan makes a claim")
     parser.add_argument("-o", "--output", type=local_path, metavar="DIR", help="write a config for every control")
@@ -212,18 +187,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=positive, default=30, help="timed calls per model; default: %(default)s")
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
+def run(args: Namespace) -> dict[str, Any]:
     """The closest model of every control in every quantity, written to the output folder too."""
     device, path = choose_device(args.device), args.config
     config = _checked(load_experiment(path).model, path)
-    latency_ms = partial(_latency_ms, device=device, dtype=args.dtype, num_repeats=args.repeats)
-    measures = {"macs": _macs, "params": _params, "latency_ms": latency_ms}
+    measures: dict[str, Measure] = {
+        "macs": partial(_counted, partial(model_macs, theoretical=True)),
+        "params": partial(_counted, num_params),
+        "latency_ms": partial(_latency_ms, device=device, dtype=args.dtype, num_repeats=args.repeats),
+    }
     matches = []
     for control in controls(config, path.stem):
         print(f"looking for {control.name}: {control.meaning}", file=sys.stderr)
         matches += [closest(control, quantity, measure) for quantity, measure in measures.items()]
-    result = {"command": "controls", "machine": describe_machine(device), "dtype": args.dtype}
-    result |= {"config": str(path), "num_repeats": args.repeats, "rows": _rows(matches, config, path.stem)}
+    result = {"command": "controls", "machine": describe_machine(device), "dtype": args.dtype, "config": str(path)}
+    result |= {"num_repeats": args.repeats, "rows": _rows(matches, config, path.stem)}
     if args.output:
         _write(args.output, path, result)
     return result
@@ -250,31 +228,18 @@ def _checked(config: ModelConfig, path: Path) -> ModelConfig:
 
 def _rows(matches: Iterable[Match], config: ModelConfig, stem: str) -> list[dict[str, Any]]:
     """The matches as JSON; a model that several of them share has one file, the config's own model none."""
-    rows, models = [], []
+    rows: list[dict[str, Any]] = []
+    files: list[tuple[ModelConfig, str | None]] = [(config, None)]
     for match in matches:
-        earlier = [row for row, model in zip(rows, models, strict=True) if model == match.model]
-        file = earlier[0]["file"] if earlier else None if match.model == config else _file(match, stem)
-        models.append(match.model)
-        rows.append(
-            {
-                "control": match.control.name,
-                "meaning": match.control.meaning,
-                "quantity": match.quantity,
-                "plan": match.model.plan,
-                "keywords": _changed_keywords(config, match.model),
-                "target_name": match.control.target_name,
-                "target": match.target,
-                "reached": match.reached,
-                "difference_percent": match.difference_percent,
-                "file": file,
-            }
-        )
+        control = match.control
+        row = {"control": control.name, "meaning": control.meaning, "quantity": match.quantity}
+        row |= {"plan": match.model.plan, "keywords": _changed_keywords(config, match.model)}
+        row |= {"target_name": control.target_name, "target": match.target, "reached": match.reached}
+        ending = "" if len(control.sizes) == 1 else f"_{match.quantity.removesuffix('_ms')}"
+        files.append((match.model, f"{stem}_{control.name}{ending}.yaml"))
+        file = next(file for model, file in files if model == match.model)
+        rows.append({**row, "difference_percent": match.difference_percent, "file": file})
     return rows
-
-
-def _file(match: Match, stem: str) -> str:
-    is_one_model = len(match.control.sizes) == 1
-    return f"{stem}_{match.control.name}{'' if is_one_model else '_' + match.quantity.removesuffix('_ms')}.yaml"
 
 
 def _changed_keywords(config: ModelConfig, model: ModelConfig) -> dict[str, Any]:

@@ -94,17 +94,16 @@ def joined(device_name: str) -> Iterator[Ranks]:
         ConfigError: cuda is asked for and there is none, or more ranks than devices.
     """
     rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
-    ranks = Ranks(rank, int(os.environ.get("WORLD_SIZE", "1")), local_rank)
-    if ranks.world_size > 1:
-        has_cuda = device_name != "cpu" and torch.cuda.is_available()
+    world_size, store = int(os.environ.get("WORLD_SIZE", "1")), None
+    if world_size > 1:
+        backend = "cpu:gloo,cuda:nccl" if device_name != "cpu" and torch.cuda.is_available() else "gloo"
         store, *_ = next(dist.rendezvous("env://", timeout=COLLECTIVE_TIMEOUT))
-        of_these = {"store": store, "rank": rank, "world_size": ranks.world_size, "timeout": COLLECTIVE_TIMEOUT}
-        dist.init_process_group("cpu:gloo,cuda:nccl" if has_cuda else "gloo", **of_these)
-        ranks = replace(ranks, store=store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT)
+    ranks = Ranks(rank, world_size, local_rank, store=store)
     with ranks.together():
-        device = _own_device(device_name, ranks.local_rank)
+        device = _own_device(device_name, local_rank)
     yield replace(ranks, device=device)
-    if ranks.world_size > 1:
+    if world_size > 1:
         dist.destroy_process_group()
 
 

@@ -1,9 +1,9 @@
 """MACs and FLOPs per part, by three counts that must agree: closed form, fvcore, torch; and what training takes."""
 
-import argparse
 import re
+from argparse import ArgumentParser, Namespace
 from collections import defaultdict
-from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from eval.table import Column, to_rich, to_rich_upright
 from vitreuse.cli.console import positive
 from vitreuse.cost.counters import fvcore_macs, norm_operations, torch_flops, training_flops
 from vitreuse.cost.macs import count_macs
-from vitreuse.cost.measure import Call, device_name, inference_call, peak_memory_mib, saved_memory_mib
+from vitreuse.cost.measure import device_name, inference_call, peak_memory_mib, saved_memory_mib
 from vitreuse.export.networks import Target, exact_model, resized, resolve_targets
 from vitreuse.io.process import choose_device
 from vitreuse.model.preprocessing import DTYPES, example
@@ -59,30 +59,37 @@ def count(target: Target, image_size_px: int | None, dtype: str, device: torch.d
     config = resized(target.model, image_size_px)
     model: Any = config.create().eval()
     images = example(model, 1)
-    counted = {"fvcore_macs": fvcore_macs(model, images), "torch_macs": _halved(torch_flops(model, images))}
-    result: dict[str, Any] = {"name": target.label, "image_size_px": list(images.shape[-2:])}
-    result["params"] = num_params(model)
-    norms = norm_operations(model, images)
+    counted = {"fvcore_macs": fvcore_macs(model, images), "torch_macs": _torch_macs(model, images)}
+    closed = theoretical = macs_by_part(model)
+    params, macs_ratio, params_ratio = num_params(model), None, None
     if hasattr(model, "plan"):
-        closed, theoretical = _by_part(count_macs(model)), _by_part(count_macs(model, theoretical=True))
+        theoretical = macs_by_part(model, theoretical=True)
         exact = exact_model(config, len(model.plan)).create("meta")
         macs_ratio = theoretical[""] / model_macs(exact, theoretical=True)
-        ratios = {"macs_ratio": macs_ratio, "params_ratio": result["params"] / num_params(exact)}
-    else:
-        closed = theoretical = {name: macs for name, macs in counted["torch_macs"].items() if PART.fullmatch(name)}
-        ratios = {"macs_ratio": None, "params_ratio": None}
+        params_ratio = params / num_params(exact)
     parts = [
         {"part": part or "total", "macs": macs, "flops": 2 * macs, "theoretical_macs": theoretical[part]}
         | {name: counts.get(part, 0) for name, counts in counted.items()}
         for part, macs in sorted(closed.items(), key=lambda item: item[0] == "")  # the total last
     ]
     _check_agreement(target.label, parts)
-    totals = {"macs": closed[""], "flops": 2 * closed[""], "theoretical_macs": theoretical[""]}
-    totals |= {"macs_with_norms": closed[""] + norms, "training_flops": training_flops(model.train(), images)}
-    return {**result, **totals, **ratios, **memory(model.to(device), dtype), "parts": parts}
+    return {
+        "name": target.label,
+        "image_size_px": list(images.shape[-2:]),
+        "params": params,
+        "macs": closed[""],
+        "flops": 2 * closed[""],
+        "theoretical_macs": theoretical[""],
+        "macs_with_norms": closed[""] + norm_operations(model, images),
+        "training_flops": training_flops(model.train(), images),
+        "macs_ratio": macs_ratio,
+        "params_ratio": params_ratio,
+        **_memory(model.to(device), dtype),
+        "parts": parts,
+    }
 
 
-def memory(model: nn.Module, dtype: str) -> dict[str, float]:
+def _memory(model: nn.Module, dtype: str) -> dict[str, float]:
     """Activation memory of one image in MiB, from real passes on the model's device.
 
     Returns:
@@ -92,7 +99,7 @@ def memory(model: nn.Module, dtype: str) -> dict[str, float]:
             dtype; kernels' scratch is seen on CUDA alone.
     """
     # batches of 2 and 3: with a single image some copies turn into views
-    saved = [saved_memory_mib(_training_forward(model.train(), example(model, size), dtype)) for size in (2, 3)]
+    saved = [saved_memory_mib(partial(_autocast, model.train(), example(model, size), dtype)) for size in (2, 3)]
     placed = model.eval().to(getattr(torch, dtype))
     call = inference_call(placed, example(placed, 1))
     call()  # fills caches
@@ -100,12 +107,10 @@ def memory(model: nn.Module, dtype: str) -> dict[str, float]:
     return {"saved_memory_mib": saved[1] - saved[0], "inference_memory_mib": peak}
 
 
-def _training_forward(model: nn.Module, images: Tensor, dtype: str) -> Call:
-    def call() -> None:
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
-            model(images)
-
-    return call
+def _autocast(model: nn.Module, images: Tensor, dtype: str) -> Tensor:
+    """The model's answer with products in a dtype."""
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+        return model(images)
 
 
 def model_macs(model: nn.Module, theoretical: bool = False, image_size: tuple[int, int] | None = None) -> int:
@@ -123,32 +128,26 @@ def model_macs(model: nn.Module, theoretical: bool = False, image_size: tuple[in
     images = example(model, 1)
     if image_size is not None:
         images = images.new_zeros(*images.shape[:2], *image_size)
-    return torch_flops(model, images)[""] // 2
+    return _torch_macs(model, images)[""]
 
 
-def macs_by_part(model: nn.Module) -> dict[str, int]:
-    """MACs per image of the products that run: of each layer's ``attn`` and ``mlp`` and of the parts beside the layers.
+def macs_by_part(model: nn.Module, theoretical: bool = False) -> dict[str, int]:
+    """MACs per image of each layer's ``attn`` and ``mlp``, of the parts beside the layers, and of the model as "".
 
-    Raises:
-        ValueError: the model has a plan and a part without a closed form.
+    They are counted as by model_macs.
     """
-    if hasattr(model, "plan"):
-        return {part: macs for part, macs in _by_part(count_macs(model)).items() if part}
-    counted = _halved(torch_flops(model, example(model, 1)))
-    return {part: macs for part, macs in counted.items() if part and PART.fullmatch(part)}
-
-
-def _halved(flops: Mapping[str, int]) -> dict[str, int]:
-    return {name: count // 2 for name, count in flops.items()}
-
-
-def _by_part(counts: Mapping[str, int]) -> dict[str, int]:
-    """Counts summed by part, and over the model as ""."""
-    parts: dict[str, int] = defaultdict(int)
+    if not hasattr(model, "plan"):
+        counted = _torch_macs(model, example(model, 1))
+        return {name: macs for name, macs in counted.items() if PART.fullmatch(name)}
+    counts, parts = count_macs(model, theoretical=theoretical), defaultdict(int)
     for name, macs in counts.items():
         match = PART.match(name)
         parts[match[0] if match else name] += macs
     return {**parts, "": sum(counts.values())}
+
+
+def _torch_macs(model: nn.Module, images: Tensor) -> dict[str, int]:
+    return {name: flops // 2 for name, flops in torch_flops(model, images).items()}
 
 
 def _check_agreement(label: str, parts: list[dict[str, Any]]) -> None:
@@ -165,15 +164,20 @@ def num_params(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares the command line."""
+def add_targets(parser: ArgumentParser, verb: str) -> None:
+    """Declares the targets of a command, with the plans and sizes under which it looks at each, by a verb."""
     parser.add_argument("targets", nargs="+", metavar="TARGET", help="model name, config or run folder")
-    parser.add_argument("--plan", nargs="+", default=[], metavar="TEXT", help="count each target under these plans")
+    parser.add_argument("--plan", nargs="+", default=[], metavar="TEXT", help=f"{verb} each target under these plans")
     parser.add_argument("--image-size", type=positive, nargs="+", metavar="PX", help="default: the model's own")
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Declares the command line."""
+    add_targets(parser, "count")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the memory; default: %(default)s")
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
+def run(args: Namespace) -> dict[str, Any]:
     """Counts and memory of every target at every image size."""
     targets, device = resolve_targets(args.targets, args.plan), choose_device(args.device)
     models = [count(target, size, args.dtype, device) for target in targets for size in args.image_size or [None]]

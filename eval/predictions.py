@@ -19,10 +19,9 @@ NUM_BINS = 15  # of confidence, as Guo et al. have them
 
 
 class Answers(NamedTuple):
-    """Of some images: their labels and keys, and what a model said of them.
+    """What a model said of some images, with the keys of their samples and their labels.
 
     Attributes:
-        keys: Of the samples.
         labels: (B,), int64; or (B, L) where an image has several, of which some may stand in a row twice.
         classes: (B, 5), or as many as there are; the most probable first, -1 where a logit is NaN.
         probabilities: (B,), float32, of the first class; 0 where a logit is NaN.
@@ -40,9 +39,8 @@ def answers(logits: Tensor, labels: Tensor, keys: Sequence[str]) -> Answers:
     Raises:
         ValueError: a label is not one of the classes.
     """
-    num_classes = logits.shape[1]
-    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
-        low, high = int(labels.min()), int(labels.max())
+    low, high, num_classes = int(labels.min()), int(labels.max()), logits.shape[1]
+    if low < 0 or high >= num_classes:
         raise ValueError(f"labels run from {low} to {high}, but the model has {num_classes} classes: give it more.")
     probabilities = logits.float().softmax(1).amax(1).nan_to_num(0.0)
     return Answers(keys, labels, top_classes(logits).cpu(), probabilities.cpu())
@@ -106,7 +104,7 @@ class Predictions:
 
     @property
     def figures(self) -> dict[str, Any]:
-        """What a record of it holds."""
+        """The numbers that a record of an evaluation holds."""
         return {"n": self.n, "top1": self.top1, "top5": self.top5, "calibration_error": self.calibration_error}
 
     @property

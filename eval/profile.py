@@ -2,8 +2,8 @@
 
 import os
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -13,9 +13,11 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from eval.table import Column
 from vitreuse.cost.macs import count_macs
+from vitreuse.cost.measure import Call
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # else torch's profiler prints each start, and that there is no GPU
 PREFIX = "part: "
+Key = tuple[str, str]  # part and kind
 COLUMNS = (
     Column("part", "part"),
     Column("kind", "kind"),
@@ -35,9 +37,7 @@ KINDS = {
 }
 
 
-def profile_parts(
-    model: nn.Module, call: Callable[[], object], batch_size: int, num_repeats: int
-) -> list[dict[str, Any]]:
+def profile_parts(model: nn.Module, call: Call, batch_size: int, num_repeats: int) -> list[dict[str, Any]]:
     """Milliseconds per call by part (a layer's norm1, attn, norm2, mlp, or a top-level module) and kind of operation.
 
     Time is that of the operations themselves, on the device where they run, without what Python spends between them.
@@ -48,7 +48,7 @@ def profile_parts(
     with _labelled(model), profile(activities=activities, acc_events=True) as profiler:
         for _ in range(num_repeats):
             call()
-    times_ms: dict[tuple[str, str], float] = defaultdict(float)
+    times_ms: dict[Key, float] = defaultdict(float)
     is_cuda = next(model.parameters()).is_cuda
     for event in profiler.events() or ():
         if event.device_type != DeviceType.CPU or event.name.startswith(PREFIX):
@@ -65,16 +65,12 @@ def _labelled(model: Any) -> Iterator[None]:
     parts = {name: module for name, module in model.named_children() if name != "blocks"}
     for i, block in enumerate(model.blocks):
         parts.update({f"blocks.{i}.{name}": module for name, module in block.named_children()})
-    hooks = []
-    for name, module in parts.items():
-        label = record_function(PREFIX + name)
-        hooks.append(module.register_forward_pre_hook(lambda *_, label=label: label.__enter__() and None))
-        hooks.append(module.register_forward_hook(lambda *_, label=label: label.__exit__(None, None, None)))
-    try:
+    with ExitStack() as hooks:
+        for name, module in parts.items():
+            label = record_function(PREFIX + name)
+            hooks.enter_context(module.register_forward_pre_hook(lambda *_, label=label: label.__enter__() and None))
+            hooks.enter_context(module.register_forward_hook(lambda *_, label=label: label.__exit__(None, None, None)))
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _part_of(event: Any) -> str:
@@ -90,11 +86,11 @@ def _kind_of(operation: str) -> str:
     return next((kind for kind, words in KINDS.items() if any(word in operation for word in words)), "other")
 
 
-def _macs_by_part(model: Any, kinds: Collection[tuple[str, str]]) -> dict[tuple[str, str], int]:
+def _macs_by_part(model: Any, kinds: Collection[Key]) -> dict[Key, int]:
     """MACs of one image by part and kind, a map's in the fused kernel where there is one; none without a plan."""
     if not hasattr(model, "plan"):
         return {}
-    found: dict[tuple[str, str], int] = defaultdict(int)
+    found: dict[Key, int] = defaultdict(int)
     for name, macs in count_macs(model).items():
         part = ".".join(name.split(".")[:3])
         is_fused = name.endswith((".logits", ".values")) and (part, "attention") in kinds
@@ -102,24 +98,19 @@ def _macs_by_part(model: Any, kinds: Collection[tuple[str, str]]) -> dict[tuple[
     return found
 
 
-def _rows(
-    times_ms: dict[tuple[str, str], float], macs: dict[tuple[str, str], int], batch_size: int
-) -> list[dict[str, Any]]:
+def _rows(times_ms: dict[Key, float], macs: dict[Key, int], batch_size: int) -> list[dict[str, Any]]:
     """One row per part and kind, in the order of the model, and their total."""
-    total_ms, total_macs = sum(times_ms.values()), sum(macs.values())
-    rows = [
+    total = "total", ""
+    times_ms = {**times_ms, total: sum(times_ms.values())}
+    macs = {**macs, total: sum(macs.values())} if macs else {}
+    return [
         {
             "part": part,
             "kind": kind,
             "ms": ms,
-            "time_percent": 100 * ms / total_ms,
-            "macs_percent": 100 * macs[part, kind] / total_macs if (part, kind) in macs else None,
+            "time_percent": 100 * (ms / times_ms[total]),
+            "macs_percent": 100 * macs[part, kind] / macs[total] if (part, kind) in macs else None,
             "gmacs_per_second": batch_size * macs[part, kind] / ms / 1e6 if (part, kind) in macs else None,
         }
         for (part, kind), ms in times_ms.items()
     ]
-    total = {"part": "total", "kind": "", "ms": total_ms, "time_percent": 100.0}
-    has_macs = total_macs > 0
-    total["macs_percent"] = 100.0 if has_macs else None
-    total["gmacs_per_second"] = batch_size * total_macs / total_ms / 1e6 if has_macs else None
-    return [*rows, total]

@@ -3,33 +3,32 @@
 from __future__ import annotations
 
 import json
+from argparse import ArgumentParser
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from eval.card import NAME, Card, read_card
+from vitreuse.cli.console import local_path
 from vitreuse.data.labels import difference
 from vitreuse.export.networks import Target, plain_model, resolve_targets
 
 
-@dataclass(frozen=True)
-class Run:
+class Run(NamedTuple):
     """A completed run; its folder is None where only its card was given."""
 
     card: Card
     folder: Target | None = None
 
 
-@dataclass(frozen=True)
-class Series:
+class Series(NamedTuple):
     """One experiment, run once or with several seeds; one row of a table.
 
     Attributes:
-        name: Of its runs without the seed, with a number where others have that name.
+        name: The name of its runs without the seed, with a number where others have that name.
         runs: One per seed, in the order of the seeds.
     """
 
@@ -45,28 +44,20 @@ class Series:
         """(seeds, images), bool."""
         return np.stack([run.card.correct_images() for run in self.runs])
 
-    @property
-    def top1(self) -> float:
-        """Percent, mean over the seeds."""
-        return self._mean("top1")
+    def mean(self, key: str) -> float:
+        """The mean over the seeds of a number that cards have, such as top1."""
+        return float(np.mean([getattr(run.card, key) for run in self.runs]))
 
     @property
     def top1_sd(self) -> float | None:
         """Standard deviation of top-1 over the seeds, in points; None of one."""
         return float(np.std([run.card.top1 for run in self.runs], ddof=1)) if len(self.runs) > 1 else None
 
-    @property
-    def top5(self) -> float:
-        """Percent, mean over the seeds."""
-        return self._mean("top5")
 
-    @property
-    def calibration_error(self) -> float:
-        """Percent, mean over the seeds."""
-        return self._mean("calibration_error")
-
-    def _mean(self, key: str) -> float:
-        return float(np.mean([getattr(run.card, key) for run in self.runs]))
+def add_runs(parser: ArgumentParser) -> None:
+    """Declares the runs of a command, for read_series."""
+    text = "completed run folder, run card, or folder of cards"
+    parser.add_argument("runs", nargs="+", type=local_path, metavar="RUN", help=text)
 
 
 def read_series(paths: Sequence[Path]) -> list[Series]:
@@ -76,37 +67,26 @@ def read_series(paths: Sequence[Path]) -> list[Series]:
         ValueError: A path leads to no card, or to a seed that another path gives.
     """
     by_experiment: dict[str, list[Run]] = {}
-    for run in (run for path in paths for run in _read_runs(path)):
-        by_experiment.setdefault(run.card.experiment, []).append(run)
+    for path in paths:
+        folder = resolve_targets([str(path)])[0] if (path / "config.yaml").exists() else None
+        for card in map(read_card, _card_files(path)):
+            by_experiment.setdefault(card.experiment, []).append(Run(card, folder))
     counts: Counter[str] = Counter()
     found = []
     for runs in by_experiment.values():
-        _check_seeds(runs)
         name = runs[0].card.name
+        for seed, count in Counter(run.card.seed for run in runs).items():
+            if count > 1:
+                said = "an unknown seed" if seed is None else f"the seed {seed}"
+                raise ValueError(f"{count} runs of {name} have {said}: leave all but one of them out.")
         counts[name] += 1
         numbered = name if counts[name] == 1 else f"{name} ({counts[name]})"
         found.append(Series(numbered, tuple(sorted(runs, key=lambda run: run.card.seed or 0))))
     return found
 
 
-def _read_runs(path: Path) -> list[Run]:
-    folder = resolve_targets([str(path)])[0] if (path / "config.yaml").exists() else None
-    return [Run(read_card(file), folder) for file in card_files(path)]
-
-
-def _check_seeds(runs: Sequence[Run]) -> None:
-    for seed, count in Counter(run.card.seed for run in runs).items():
-        if count > 1:
-            said = "an unknown seed" if seed is None else f"the seed {seed}"
-            raise ValueError(f"{count} runs of {runs[0].card.name} have {said}: leave all but one of them out.")
-
-
-def card_files(path: Path) -> list[Path]:
-    """The card of a completed run folder, those of a folder of cards, or the file itself.
-
-    Raises:
-        ValueError: It is a folder without a card; it says how to get one.
-    """
+def _card_files(path: Path) -> list[Path]:
+    """The card of a completed run folder, those of a folder of cards, or the file itself."""
     if not path.is_dir():
         return [path]
     if (path / NAME).exists():
@@ -135,23 +115,19 @@ def check_same_images(series: Sequence[Series]) -> None:
     Raises:
         ValueError: They were measured on different images, or on images of different classes.
     """
-    first, *others = [same.card for same in series]
-    for card in others:
+    cards = [same.card for same in series]
+    first, named = cards[0], [(card.name, card.class_names) for card in cards if card.class_names is not None]
+    for card in cards:
         if card.set_digest != first.set_digest:
             raise ValueError(
                 f"{first.name} was measured on {first.n:,} images of {first.data} and {card.name} on {card.n:,} others "
                 f"of {card.data}: they cannot be compared image by image, measure both on one set."
             )
-    _check_same_classes([(card.name, card.class_names) for card in (first, *others) if card.class_names is not None])
-
-
-def _check_same_classes(named: Sequence[tuple[str, Sequence[str]]]) -> None:
-    """Refuses images of equal keys and numbers that are of different classes."""
-    for name, classes in named[1:]:
-        first, known = named[0]
+    for name, classes in named:
+        whose, known = named[0]
         if classes != known:
             raise ValueError(
-                f"the images of {name} are of classes {difference(classes, known, first)}: measure both on one set, "
+                f"the images of {name} are of classes {difference(classes, known, whose)}: measure both on one set, "
                 "with eval top1 --by-number if the classes are the same under other names."
             )
 
@@ -170,6 +146,5 @@ def model_changes(before: Card, after: Card) -> list[str]:
 
 
 def _changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    keys = [*before, *(key for key in after if key not in before)]
-    pairs = ((key, before.get(key), after.get(key)) for key in keys)
+    pairs = ((key, before.get(key), after.get(key)) for key in {**before, **after})
     return [f"{key} {old} -> {new}" for key, old, new in pairs if old != new]

@@ -8,20 +8,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from statistics import mean
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from timm.data import ImageNetInfo, RealLabelsImagenet
 from torch import Tensor, nn
 
-from vitreuse.data import FolderDataset, Sample, ShardDataset
-from vitreuse.data.labels import are_numbers, listed, numbered_as, places
+from vitreuse.data import FolderDataset, ShardDataset
+from vitreuse.data.labels import Renumbered, are_numbers, listed, numbered_as, places
 
 NUM_CLASSES = 1000
 VALIDATION_KEY = re.compile(r"ILSVRC2012_val_(\d{8})")  # in the key of a validation image
@@ -46,6 +45,7 @@ ALEXNET_ERRORS = {
 }
 CORRUPTED_SPLITS = tuple(f"{corruption}/{severity}" for corruption in ALEXNET_ERRORS for severity in range(1, 6))
 Source = ShardDataset | FolderDataset
+_imagenet = cache(ImageNetInfo)  # which reads timm's files
 
 
 class Labelled(Protocol):
@@ -56,13 +56,12 @@ class Labelled(Protocol):
     def __getitem__(self, number: int, /) -> tuple[Any, Any, str]: ...
 
 
-@dataclass(frozen=True)
-class NamedSet:
+class NamedSet(NamedTuple):
     """A published test set.
 
     Attributes:
-        title: For the reader.
-        num_images: That are counted.
+        title: The name that a reader knows it by.
+        num_images: How many images are counted.
         rule: How they are counted, where that is not as usual.
         indices: timm's file of the classes that it has, and among which a model may choose; all where None.
     """
@@ -91,16 +90,15 @@ SETS = {
 }
 
 
-@dataclass(frozen=True, eq=False)
-class TestSet:
+class TestSet(NamedTuple):
     """A split as it is evaluated.
 
     Attributes:
-        title: Of the published set that it is, if it is one.
-        images: Under the model's labels.
-        classes: That the model may choose among.
-        class_names: Of each of the model's classes.
-        order: Of a published set, the number that the model itself has for each class.
+        title: The title of the published set that it is, if it is one.
+        images: Its images under the model's labels.
+        classes: Those that the model may choose among.
+        class_names: The name of each of the model's classes.
+        order: The number that the model itself has for each class of a published set.
         remark: What is to be said of how labels and classes were brought together, if anything is.
     """
 
@@ -121,48 +119,30 @@ def named_set(named: NamedSet, dataset: Source, whole: bool = True) -> TestSet:
     Raises:
         ValueError: A class or a key is none of the set's, or there are more or fewer images than the set has.
     """
-    images = _Real(dataset) if named is SETS["real"] else _ByName(dataset, _classes(named, dataset))
+    names = tuple(_imagenet().label_descriptions())
+    images = _Real(dataset) if named is SETS["real"] else Renumbered(dataset, _classes(named, dataset), names)
     if whole and len(images) != named.num_images:
         raise ValueError(
             f"{dataset.folder} has {len(images):,} images that count, {named.title} has {named.num_images:,}: give the "
             "whole set, or --subset for a part of it."
         )
     title = named.title + named.rule + ("" if len(images) == named.num_images else " (part)")
-    return TestSet(title, images, named.classes, [*ImageNetInfo().label_descriptions()])
+    return TestSet(title, images, named.classes, names)
 
 
 def _classes(named: NamedSet, dataset: Source) -> list[int]:
     """The model's class of each class of a split."""
-    known = _synsets()
+    known = {synset: number for number, synset in enumerate(_imagenet().label_names())}
     if len(dataset.class_names) == NUM_CLASSES:  # fewer numbers may be an order of their own
-        known = known | {str(number): number for number in range(NUM_CLASSES)}
-    classes, own = [known.get(name) for name in dataset.class_names], {*named.classes}
+        known |= {str(number): number for number in range(NUM_CLASSES)}
+    classes, own = [known.get(name, -1) for name in dataset.class_names], {*named.classes}
     for name, number in zip(dataset.class_names, classes, strict=True):
         if number not in own:
             raise ValueError(
                 f"class {name!r} of {dataset.folder} is none of the {len(own):,} classes of {named.title}: name it by "
                 "its synset, such as n01440764, or all 1,000 from 0 to 999, and see that --set is the right one."
             )
-    return [number for number in classes if number is not None]
-
-
-@lru_cache
-def _synsets() -> dict[str, int]:
-    return {synset: number for number, synset in enumerate(ImageNetInfo().label_names())}
-
-
-class _ByName:
-    """A split under the model's labels."""
-
-    def __init__(self, dataset: Source, classes: Sequence[int]) -> None:
-        self.dataset, self.classes = dataset, classes
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, number: int) -> Sample:
-        sample = self.dataset[number]
-        return sample._replace(label=self.classes[sample.label])
+    return classes
 
 
 class _Real:
@@ -201,8 +181,8 @@ def matched_set(dataset: Source, names: Sequence[str], model: str) -> TestSet:
     """A split without a name, under the labels that a model has for its classes by their names.
 
     Args:
-        names: Of the model's classes.
-        model: For the sentence of an error.
+        names: Names of the model's classes.
+        model: What an error calls the model.
 
     Raises:
         ValueError: A class is none of the model's.
@@ -227,7 +207,7 @@ def plain_set(dataset: Source, num_classes: int, is_own: bool) -> TestSet:
         ValueError: Its labels would be another model's.
     """
     names = dataset.class_names
-    by_order = isinstance(dataset, FolderDataset) or _synsets().keys() >= {*names}
+    by_order = isinstance(dataset, FolderDataset) or {*names} <= {*_imagenet().label_names()}
     if by_order and len(names) != num_classes:
         kind = "class folders" if isinstance(dataset, FolderDataset) else "of ImageNet's classes"
         raise ValueError(
@@ -247,16 +227,15 @@ def imagenet_order(names: Sequence[str], model: str) -> list[int]:
     """The number that a model has for each of ImageNet's classes, by their names, synsets or timm's descriptions.
 
     Args:
-        names: Of the model's classes; their numbers alone are taken for ImageNet's.
-        model: For the sentence of an error.
+        names: Names of the model's classes; their numbers alone are taken for ImageNet's.
+        model: What an error calls the model.
 
     Raises:
         ValueError: A class of ImageNet is none of the model's.
     """
     if are_numbers(names):
         return [*range(NUM_CLASSES)]
-    info = ImageNetInfo()
-    for classes in ([*info.label_names()], [*info.label_descriptions()]):
+    for classes in ([*_imagenet().label_names()], [*_imagenet().label_descriptions()]):
         order = [number for number in places(classes, names) if number is not None]
         if len(order) == NUM_CLASSES:
             return order
@@ -267,26 +246,22 @@ def imagenet_order(names: Sequence[str], model: str) -> list[int]:
 
 
 class Among(nn.Module):
-    """A model that may answer with these of ImageNet's classes only: the logits of all others are -inf.
+    """A model, where it is, that may answer with these of ImageNet's classes only: all other logits are -inf.
 
     Args:
-        model: The model.
         classes: Those that it may answer with.
         order: The model's own number of each class.
     """
 
     def __init__(self, model: nn.Module, classes: Sequence[int], order: Sequence[int] = range(NUM_CLASSES)) -> None:
         super().__init__()
-        self.model = model
-        device = next(model.parameters()).device
-        others = torch.ones(NUM_CLASSES, dtype=torch.bool, device=device)
-        others[list(classes)] = False
-        self.register_buffer("others", others)
-        self.register_buffer("order", torch.tensor(order, device=device))
+        self.model, device = model, next(model.parameters()).device
+        self.order = torch.tensor(order, device=device)
+        self.others = torch.ones(NUM_CLASSES, dtype=torch.bool, device=device)
+        self.others[list(classes)] = False
 
     def forward(self, images: Tensor) -> Tensor:
-        logits = self.model(images)[:, self.get_buffer("order")]
-        return logits.masked_fill(self.get_buffer("others"), -torch.inf)
+        return self.model(images)[:, self.order].masked_fill(self.others, -torch.inf)
 
 
 def corrupted_splits(folder: Path, whole: bool = True) -> list[str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,15 +20,14 @@ NOISE = "within noise"  # the verdict on a difference that nothing can be said o
 SMALLEST_P = 1e-12  # what is smaller drowns in rounding and is given as this
 
 
-@dataclass(frozen=True)
-class Difference:
+class Difference(NamedTuple):
     """How much better than the baseline a model is.
 
     Attributes:
         points: Mean top-1 minus the baseline's, in percentage points.
         low: Lower end of its 95 % interval.
         high: Upper end.
-        p_bootstrap: Of resample's two tails: above 0.05 where the interval holds 0.
+        p_bootstrap: Twice the smaller tail of the resamples: above 0.05 where the interval holds 0.
         p_mcnemar: See mcnemar.
     """
 
@@ -46,7 +45,7 @@ class Difference:
 
 def difference(baseline: np.ndarray, other: np.ndarray) -> Difference:
     """The other model's top-1 minus the baseline's, with its interval and both tests; the same at every call."""
-    resamples = resample(baseline, other)
+    resamples = _resampled(baseline, other)
     low, high = np.quantile(resamples, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     tail = min(np.count_nonzero(resamples <= 0), np.count_nonzero(resamples >= 0))
     p_bootstrap = min(1.0, 2 * (1 + int(tail)) / (1 + len(resamples)))
@@ -54,27 +53,22 @@ def difference(baseline: np.ndarray, other: np.ndarray) -> Difference:
     return Difference(points, 100 * float(low), 100 * float(high), p_bootstrap, mcnemar(baseline, other))
 
 
-def resample(
-    baseline: np.ndarray, other: np.ndarray, num_resamples: int = NUM_RESAMPLES, seed: int = 0
-) -> np.ndarray:
-    """What the difference in accuracy could have been with other images and other seeds.
+def _resampled(baseline: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """(NUM_RESAMPLES,): what the difference in accuracy could have been with other images and other seeds.
 
     Images are drawn with replacement, the same for both models: a paired bootstrap. Seeds are too few to draw from:
     drawn too, three of them gave intervals that covered 84 % instead of 95 in a simulation. They vary by Student's t,
     with the variance that they have in common. Their pairing is not used. One seed's training has nothing in common
     with the same seed's of another model but the order of the samples; where that helps both alike, the interval is
     too wide rather than too narrow.
-
-    Returns:
-        (num_resamples,).
     """
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
     num_seeds, n = (len(baseline), len(other)), baseline.shape[1]
     gaps, counts = np.unique(_gaps(baseline, other), return_counts=True)
-    resamples = generator.multinomial(n, counts / n, num_resamples) @ gaps / (n * math.prod(num_seeds))
+    resamples = generator.multinomial(n, counts / n, NUM_RESAMPLES) @ gaps / (n * math.prod(num_seeds))
     if sum(num_seeds) > 2:  # one seed each says nothing about others
         scale = math.sqrt(_seed_variance(baseline, other) * sum(1 / number for number in num_seeds))
-        resamples += scale * generator.standard_t(sum(num_seeds) - 2, num_resamples)
+        resamples += scale * generator.standard_t(sum(num_seeds) - 2, NUM_RESAMPLES)
     return resamples
 
 
@@ -103,7 +97,7 @@ def mcnemar(baseline: np.ndarray, other: np.ndarray) -> float:
     image's weight is by how many seeds it falls to one of them, and its sign is a coin: an image is one observation,
     however many seeds saw it, where discordant pairs summed over the seeds would count it again and again, and a
     majority of the seeds would be another model, which nobody trained. The seeds are taken as they are: what
-    others would give is resample's part.
+    others would give is the bootstrap's part.
 
     The distribution of the weighted sum of coins is exact, from its characteristic function.
 

@@ -4,8 +4,7 @@ import csv
 import io
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -22,8 +21,7 @@ LATEX = {
 }
 
 
-@dataclass(frozen=True)
-class Column:
+class Column(NamedTuple):
     """One key of a row: its heading, with the unit, and the format of its values."""
 
     key: str
@@ -88,11 +86,9 @@ def _latex(text: str) -> str:
 
 def to_csv(rows: Sequence[Row], keys: Sequence[str]) -> str:
     """The values unrounded, one line a row, a size as rows x columns; the keys carry the units."""
-    return csv_text([keys, *([_size_text(row.get(key)) for key in keys] for row in rows)])
-
-
-def _size_text(value: Any) -> Any:
-    return " x ".join(map(str, value)) if isinstance(value, list) else value
+    lines = ([row.get(key) for key in keys] for row in rows)
+    texts = ([" x ".join(map(str, value)) if isinstance(value, list) else value for value in line] for line in lines)
+    return csv_text([keys, *texts])
 
 
 def csv_text(lines: Iterable[Sequence[Any]]) -> str:

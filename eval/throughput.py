@@ -1,13 +1,14 @@
 """Speed against the best plain ViT: images/s, latency and memory, all candidates measured in turns in one run."""
 
-import argparse
 import os
 import shutil
 import sys
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import asdict
+from itertools import product
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Group, RenderableType
@@ -15,10 +16,9 @@ from timm.layers.config import set_fused_attn, use_fused_attn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from eval.flops import model_macs
-from eval.profile import COLUMNS as PROFILE_COLUMNS
-from eval.profile import profile_parts
-from eval.table import Column, to_csv, to_rich
+from eval import profile
+from eval.flops import add_targets, model_macs
+from eval.table import Column, Row, to_csv, to_rich
 from vitreuse.attention.policy import Conditions
 from vitreuse.cli.console import local_path, positive
 from vitreuse.config import ModelConfig
@@ -58,8 +58,27 @@ COLUMNS = (
 )
 
 
-@dataclass(frozen=True)
-class Condition:
+class Speed(NamedTuple):
+    """A model in inference: throughput, how much the times of its calls differ, memory; None where not measured."""
+
+    images_per_second: float | None = None
+    spread_percent: float | None = None
+    peak_memory_mib: float | None = None
+
+
+def speeds(models: Mapping[str, nn.Module], device: torch.device, batch_size: int, repeats: int) -> dict[str, Speed]:
+    """The speed of each model by its name, all from one interleaved measurement."""
+    images = {name: example(model, batch_size) for name, model in models.items()}
+    calls = {name: inference_call(model, images[name]) for name, model in models.items()}
+    timings = time_interleaved(calls, device, repeats)
+    found = {}
+    for name, model in models.items():
+        memory = peak_memory_mib(calls[name], [*model.parameters(), *model.buffers(), images[name]], device)
+        found[name] = Speed(timings[name].images_per_second(batch_size), timings[name].spread_percent, memory)
+    return found
+
+
+class Condition(NamedTuple):
     """What all candidates of one comparison share; without an image size each model keeps the one it was built for."""
 
     image_size_px: int | None
@@ -69,8 +88,7 @@ class Condition:
     device: torch.device
 
 
-@dataclass(frozen=True)
-class Candidate:
+class Candidate(NamedTuple):
     """A model on the device, as it is called: eager or compiled."""
 
     label: str
@@ -79,12 +97,14 @@ class Candidate:
     macs: int  # per image, theoretical
     backend: str  # which way of computing attention its layers take
     is_baseline: bool
-    is_compiled: bool = False
+
+    @property
+    def image_size_px(self) -> list[int]:
+        """Rows and columns."""
+        return list(image_settings(self.model)["input_size"][-2:])
 
 
-def measure(
-    targets: Sequence[Target], condition: Condition, num_repeats: int, with_compiled: bool = False
-) -> list[dict[str, Any]]:
+def measure(targets: list[Target], condition: Condition, num_repeats: int, with_compiled: bool = False) -> list[Row]:
     """Rows of every target, each followed by those of its plain models: every number of this condition.
 
     A target and its plain models take turns in a run of their own, so that its rows do not depend on what else is
@@ -106,24 +126,29 @@ def measure(
 
 def _rows(candidates: Sequence[Candidate], condition: Condition, num_repeats: int) -> list[dict[str, Any]]:
     """The rows of one run, in which the candidates take turns."""
-    calls = {item.label: _make_call(item, condition) for item in candidates}
-    timings = time_interleaved({label: call for label, (call, _) in calls.items()}, condition.device, num_repeats)
-    latencies = _latencies(candidates, condition, num_repeats)
+    device, calls = condition.device, {item.label: _make_call(item, condition) for item in candidates}
+    timings = time_interleaved({label: call for label, (call, _) in calls.items()}, device, num_repeats)
+    latencies: dict[str, Timing] = {}
+    if condition.mode == "inference":
+        singles = {item.label: inference_call(item.forward, example(item.model, 1)) for item in candidates}
+        latencies = time_interleaved(singles, device, num_repeats)
     baselines = [item for item in candidates if item.is_baseline]
     is_compared = len(baselines) < len(candidates)
     best = min(baselines, key=lambda item: timings[item.label].minimum_ms) if is_compared else None
+    # what counts memory sees nothing of compiled code on a CPU
+    hidden = {item.label for item in candidates if item.forward is not item.model and device.type == "cpu"}
     return [
         {
             "name": item.label,
-            "image_size_px": list(image_settings(item.model)["input_size"][-2:]),
+            "image_size_px": item.image_size_px,
             "dtype": condition.dtype,
             "mode": condition.mode,
             "batch_size": condition.batch_size,
             "backend": item.backend,
             "images_per_second": timings[item.label].images_per_second(condition.batch_size),
             **asdict(timings[item.label]),
-            "latency_ms": latencies.get(item.label),
-            "peak_memory_mib": _peak_memory_mib(item, calls[item.label], condition),
+            "latency_ms": latencies[item.label].median_ms if latencies else None,
+            "peak_memory_mib": None if item.label in hidden else peak_memory_mib(*calls[item.label], device),
             "theoretical_macs": item.macs,
             **_speedup(item, best, timings),
         }
@@ -132,26 +157,20 @@ def _rows(candidates: Sequence[Candidate], condition: Condition, num_repeats: in
 
 
 def _speedup(item: Candidate, best: Candidate | None, timings: Mapping[str, Timing]) -> dict[str, Any]:
-    """Against the best plain model; nothing where there is nothing to compare."""
+    """How much faster than the best plain model it is, and would be by its MACs; nothing where there is none."""
+    keys = ("baseline", "speedup", "predicted", "realised_over_predicted")
     if best is None:
-        return dict.fromkeys(("baseline", "speedup", "predicted", "realised_over_predicted"))
+        return dict.fromkeys(keys)
     speedup, predicted = timings[best.label].minimum_ms / timings[item.label].minimum_ms, best.macs / item.macs
-    return {
-        "baseline": best.label,
-        "speedup": speedup,
-        "predicted": predicted,
-        "realised_over_predicted": speedup / predicted,
-    }
+    return dict(zip(keys, (best.label, speedup, predicted, speedup / predicted), strict=True))
 
 
-def _candidates(
-    target: Target, plain_models: Mapping[str, ModelConfig], condition: Condition
-) -> Iterator[Candidate]:
+def _candidates(target: Target, plain_models: Mapping[str, ModelConfig], condition: Condition) -> Iterator[Candidate]:
     """The target, unless it is a plain model itself, then its plain model, fused and unfused."""
     config, plain = resized(target.model, condition.image_size_px), plain_models[target.label]
     if config != plain:
         model = _place(config, condition)
-        backend = summary(model, _conditions(condition)) if hasattr(model, "plan") else "fused"
+        backend = _backend(model, condition, plain="fused")
         yield Candidate(target.label, model, model, model_macs(model, theoretical=True), backend, False)
     label = _baseline_label(plain, plain_models.values())
     for attention in ("fused", "unfused"):
@@ -160,18 +179,19 @@ def _candidates(
         yield Candidate(f"{label}, {attention}", model, model, model_macs(model), attention, True)
 
 
-def _conditions(condition: Condition, compiled: bool = False) -> Conditions:
-    """What the choice of attention goes by."""
+def _backend(model: nn.Module, condition: Condition, plain: str, compiled: bool = False) -> str:
+    """Which ways of computing attention the layers take; that of a plain model is given."""
+    if not hasattr(model, "plan"):
+        return plain
     dtype, is_training = getattr(torch, condition.dtype), condition.mode == "train"
-    return Conditions(condition.device, dtype, is_training, condition.batch_size, compiled)
+    return summary(model, Conditions(condition.device, dtype, is_training, condition.batch_size, compiled))
 
 
 def _compiled(item: Candidate, condition: Condition) -> Candidate:
     """The same model compiled for each batch size alone, with the same weights."""
     forward: Any = torch.compile(item.model, dynamic=False)
-    conditions = _conditions(condition, compiled=True)
-    backend = summary(item.model, conditions) if hasattr(item.model, "plan") else item.backend
-    return replace(item, label=f"{item.label}, compiled", forward=forward, backend=backend, is_compiled=True)
+    backend = _backend(item.model, condition, plain=item.backend, compiled=True)
+    return item._replace(label=f"{item.label}, compiled", forward=forward, backend=backend)
 
 
 def _baseline_label(plain: ModelConfig, plain_models: Iterable[ModelConfig]) -> str:
@@ -183,9 +203,7 @@ def _baseline_label(plain: ModelConfig, plain_models: Iterable[ModelConfig]) -> 
 def _place(config: ModelConfig, condition: Condition) -> nn.Module:
     """The model as it is timed: training keeps float32 weights and computes under autocast."""
     model = config.create().to(condition.device)
-    if condition.mode == "train":
-        return model.train()
-    return model.eval().to(getattr(torch, condition.dtype))
+    return model.train() if condition.mode == "train" else model.eval().to(getattr(torch, condition.dtype))
 
 
 @contextmanager
@@ -219,42 +237,23 @@ def _make_call(item: Candidate, condition: Condition) -> tuple[Call, list[Tensor
     return step, [*model.parameters(), *model.buffers(), images, *state]
 
 
-def _latencies(candidates: Sequence[Candidate], condition: Condition, num_repeats: int) -> dict[str, float]:
-    """Median inference time of one image by label; none in training."""
-    if condition.mode == "train":
-        return {}
-    calls = {item.label: inference_call(item.forward, example(item.model, 1)) for item in candidates}
-    timings = time_interleaved(calls, condition.device, num_repeats)
-    return {label: timing.median_ms for label, timing in timings.items()}
-
-
-def _peak_memory_mib(item: Candidate, call: tuple[Call, list[Tensor]], condition: Condition) -> float | None:
-    """Peak memory of a call; None of compiled code on a CPU, whose tensors nobody can follow."""
-    if item.is_compiled and condition.device.type == "cpu":
-        return None
-    return peak_memory_mib(*call, condition.device)
-
-
 def profiles(targets: Sequence[Target], condition: Condition, num_repeats: int) -> list[dict[str, Any]]:
-    """Where the time of each target goes, eager and in inference; of a plain one fused and unfused."""
+    """Where the time of each target goes, eager and in inference; a plain one is seen fused and unfused."""
     found, limits = [], machine_limits(condition.device, getattr(torch, condition.dtype))
     for target in targets:
         plain = plain_model(resized(target.model, condition.image_size_px))
         candidates = list(_candidates(target, {target.label: plain}, condition))
         for item in [item for item in candidates if not item.is_baseline] or candidates:
             call, _ = _make_call(item, condition)
-            parts = profile_parts(item.model, call, condition.batch_size, num_repeats)
-            size = list(image_settings(item.model)["input_size"][-2:])
-            facts = {"name": item.label, "image_size_px": size, "dtype": condition.dtype, **limits}
+            parts = profile.profile_parts(item.model, call, condition.batch_size, num_repeats)
+            facts = {"name": item.label, "image_size_px": item.image_size_px, "dtype": condition.dtype, **limits}
             found.append({**facts, "parts": parts})
     return found
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: ArgumentParser) -> None:
     """Declares the command line."""
-    parser.add_argument("targets", nargs="+", metavar="TARGET", help="model name, config or run folder")
-    parser.add_argument("--plan", nargs="+", default=[], metavar="TEXT", help="measure each target under these plans")
-    parser.add_argument("--image-size", type=positive, nargs="+", metavar="PX", help="default: the model's own")
+    add_targets(parser, "measure")
     dtypes, modes = (f"any of {', '.join(names)}; default: {names[0]}" for names in (DTYPES, MODES))
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32"], metavar="DTYPE", help=dtypes)
     parser.add_argument("--mode", nargs="+", choices=MODES, default=["inference"], metavar="MODE", help=modes)
@@ -266,41 +265,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--csv", type=local_path, metavar="FILE", help="write the rows there too")
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
+def run(args: Namespace) -> dict[str, Any]:
     """Rows for every combination of image size, dtype and mode."""
     if args.profile and "inference" not in args.mode:
         raise ValueError("--profile shows where the time of inference goes: add inference to --mode, or leave it out.")
-    if args.compile:
-        _check_compiler()
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if args.compile and shutil.which(compiler) is None:  # torch would fail with a long traceback
+        raise ValueError(
+            f"--compile needs a C++ compiler and there is no {compiler!r}: install it, name another in CXX, or leave "
+            "--compile out."
+        )
     if args.threads:
         torch.set_num_threads(args.threads)
     targets = resolve_targets(args.targets, args.plan)
     device = choose_device(args.device)
     result: dict[str, Any] = {"command": "throughput", "machine": describe_machine(device), "rows": [], "profiles": []}
-    for condition in (
-        Condition(size, dtype, mode, args.batch_size, device)
-        for size in args.image_size or [None]
-        for dtype in args.dtype
-        for mode in args.mode
-    ):
-        size = "their own size" if condition.image_size_px is None else f"{condition.image_size_px} px"
-        print(f"measuring {condition.mode} in {condition.dtype} at {size}", file=sys.stderr)
+    settings: Any = product(args.image_size or [None], args.dtype, args.mode)
+    for size, dtype, mode in settings:
+        condition = Condition(size, dtype, mode, args.batch_size, device)
+        shown = "their own size" if size is None else f"{size} px"
+        print(f"measuring {mode} in {dtype} at {shown}", file=sys.stderr)
         result["rows"] += measure(targets, condition, args.repeats, args.compile)
-        if args.profile and condition.mode == "inference":
+        if args.profile and mode == "inference":
             result["profiles"] += profiles(targets, condition, args.repeats)
     if args.csv:
         args.csv.write_bytes(to_bytes(to_csv(result["rows"], list(result["rows"][0]))))
     return result
-
-
-def _check_compiler() -> None:
-    """Refuses to compile where torch would fail with a long traceback."""
-    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
-    if shutil.which(compiler) is None:
-        raise ValueError(
-            f"--compile needs a C++ compiler and there is no {compiler!r}: install it, name another in CXX, or leave "
-            "--compile out."
-        )
 
 
 def render(result: dict[str, Any]) -> RenderableType:
@@ -308,12 +298,11 @@ def render(result: dict[str, Any]) -> RenderableType:
     caption = "speed-up: minimum time of the best plain model over its own; predicted: by MACs. "
     alone = sorted({row["measured_with"] for row in result["rows"] if row["speedup"] is None})
     if alone:
-        caption = f"no speed-up: {', '.join(alone)} is what others are measured against. " + caption * (
-            any(row["speedup"] is not None for row in result["rows"])
-        )
+        claims = caption if any(row["speedup"] is not None for row in result["rows"]) else ""
+        caption = f"no speed-up: {', '.join(alone)} is what others are measured against. {claims}"
     caption += ", ".join(f"{key} {value}" for key, value in result["machine"].items())
-    profile_tables = [to_rich(found["parts"], PROFILE_COLUMNS, _profile_caption(found)) for found in result["profiles"]]
-    return Group(to_rich(result["rows"], COLUMNS, caption), *profile_tables)
+    profiled = [to_rich(found["parts"], profile.COLUMNS, _profile_caption(found)) for found in result["profiles"]]
+    return Group(to_rich(result["rows"], COLUMNS, caption), *profiled)
 
 
 def _profile_caption(found: dict[str, Any]) -> str:

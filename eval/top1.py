@@ -7,12 +7,11 @@ DIR/LABEL[.NAME].predictions.csv   a line per image
 A corrupted split stands for NAME as CORRUPTION-SEVERITY.
 """
 
-import argparse
 import os
-import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -22,25 +21,14 @@ from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.progress import track
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset
 
+from eval import sets
 from eval.card import Card, make_card
 from eval.distributed import Ranks, joined
 from eval.predictions import Answers, Predictions, answers
-from eval.sets import (
-    NUM_CLASSES,
-    SETS,
-    Among,
-    Labelled,
-    TestSet,
-    corrupted_splits,
-    imagenet_order,
-    matched_set,
-    mean_corruption_error,
-    named_set,
-    plain_set,
-)
-from eval.table import Column, to_csv, to_rich
+from eval.sets import NUM_CLASSES, SETS, Labelled
+from eval.table import Column, csv_text, to_rich
 from vitreuse.cli.console import add_allow, local_path, positive
 from vitreuse.config import DataConfig
 from vitreuse.cost.measure import describe_machine
@@ -48,7 +36,7 @@ from vitreuse.data import find_split, open_split, prepare_source
 from vitreuse.export.networks import Target, resolve_targets
 from vitreuse.io.durable import write_durably
 from vitreuse.io.file_names import for_terminal, printable, to_bytes
-from vitreuse.io.process import is_first_rank
+from vitreuse.io.process import print_note
 from vitreuse.io.urls import refuse_idle_allow, refuse_url, url_kind
 from vitreuse.model.class_names import names_of
 from vitreuse.model.preprocessing import Transform, evaluation_transform, image_mode
@@ -63,7 +51,6 @@ COLUMNS = (
     Column("top5", "top-5 (%)", ".2f"),
     Column("calibration_error", "calibration error (%)", ".2f"),
 )
-CORRUPTION_COLUMN = Column("mce", "mCE (%)", ".2f")
 ALONE = Ranks()
 
 
@@ -87,45 +74,25 @@ def evaluate(
     Raises:
         ValueError: the ranks together did not answer each image once, or a label is none of the model's classes.
     """
-    share = _Share(len(dataset), batch_size, ranks)
-    images = _Images(dataset, transform)
+    images, batches = _Images(dataset, transform), [*BatchSampler(range(len(dataset)), batch_size, drop_last=False)]
+    own = range(ranks.rank, len(batches), ranks.world_size)
+    share = [batches[number] for number in own]
     loader = DataLoader(images, batch_sampler=share, num_workers=num_workers, worker_init_fn=worker_init_fn)
-    found: dict[int, Answers] = {}  # by the batch's number in the set
+    found: list[tuple[int, Answers]] = []  # and the number of their batch
     was_training = model.training
     model.eval()
     with ranks.together(), torch.inference_mode():
-        for number, (inputs, labels, keys) in zip(share.numbers, progress(loader), strict=True):
-            found[number] = answers(model(inputs.to(ranks.device)), labels, keys)
+        for number, (inputs, labels, keys) in zip(own, progress(loader), strict=True):
+            found.append((number, answers(model(inputs.to(ranks.device)), labels, keys)))
     model.train(was_training)
-    gathered = [batch for share in ranks.gather([*found.items()]) for batch in share]
-    batches = sorted(gathered, key=lambda batch: batch[0])
-    _check_each_once([number for number, _ in batches], share.num_batches, ranks)
-    return Predictions.of([batch for _, batch in batches])
-
-
-def _check_each_once(numbers: Sequence[int], num_batches: int, ranks: Ranks) -> None:
-    if not numbers or list(numbers) != [*range(num_batches)]:
+    found = sorted(chain(*ranks.gather(found)), key=lambda batch: batch[0])
+    numbers = [number for number, _ in found]
+    if not numbers or numbers != [*range(len(batches))]:
         raise ValueError(
-            f"{ranks.world_size} ranks answered {len(set(numbers))} of {num_batches} batches, {len(numbers)} in all: a "
-            "set must have an image, and each must be answered once."
+            f"{ranks.world_size} ranks answered {len(set(numbers))} of {len(batches)} batches, {len(numbers)} in all: "
+            "a set must have an image, and each must be answered once."
         )
-
-
-class _Share(Sampler[list[int]]):
-    """One rank's batches of a data set: their images, and as ``numbers`` which of the set's batches they are."""
-
-    def __init__(self, num_images: int, batch_size: int, ranks: Ranks) -> None:
-        self.num_images, self.batch_size = num_images, batch_size
-        self.num_batches = -(-num_images // batch_size)
-        self.numbers = range(ranks.rank, self.num_batches, ranks.world_size)
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for number in self.numbers:
-            first = number * self.batch_size
-            yield [*range(first, min(first + self.batch_size, self.num_images))]
+    return Predictions.of([batch for _, batch in found])
 
 
 class _Images(Dataset[tuple[Tensor, Any, str]]):
@@ -139,7 +106,7 @@ class _Images(Dataset[tuple[Tensor, Any, str]]):
         return self.transform(image), label, key
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: ArgumentParser) -> None:
     """Declares the command line."""
     parser.add_argument("targets", nargs="+", metavar="TARGET", help="run folder, config or model name")
     text = "folder with SPLIT/, or its URL; default: the run's own data"
@@ -153,16 +120,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     weights = parser.add_mutually_exclusive_group()
     weights.add_argument("--checkpoint", type=local_path, metavar="FILE", help="weights of a name or config")
     weights.add_argument("--pretrained", action="store_true", help="the weights that timm publishes under a name")
-    parser.add_argument(
-        "-o", "--output", type=local_path, metavar="DIR", help="write predictions, classes and card of each target"
-    )
-    parser.add_argument(
-        "--batch-size", type=positive, default=256, help="images per forward pass; default: %(default)s"
-    )
+    text = "write predictions, classes and card of each target"
+    parser.add_argument("-o", "--output", type=local_path, metavar="DIR", help=text)
+    text = "images per forward pass; default: %(default)s"
+    parser.add_argument("--batch-size", type=positive, default=256, help=text)
     parser.add_argument("--num-workers", type=int, default=0, help="decoding processes; default: %(default)s")
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
+def run(args: Namespace) -> dict[str, Any]:
     """Accuracy of every target; under torchrun each rank evaluates its share.
 
     Raises:
@@ -180,10 +145,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         return {"command": "top1", "rows": [row for target in targets for row in _rows(target, args, ranks)]}
 
 
-def _rows(target: Target, args: argparse.Namespace, ranks: Ranks) -> list[dict[str, Any]]:
+def _rows(target: Target, args: Namespace, ranks: Ranks) -> list[dict[str, Any]]:
     """One row; of corrupted images one for each corruption and severity, and their mean."""
     with ranks.together():
-        root = data_root(target, args.data)
+        root = _own_data(target) if args.data is None else args.data
         model: Any = target.load_pretrained() if args.pretrained else target.load(args.checkpoint)
         if args.set is not None and model.num_classes != NUM_CLASSES:
             raise ValueError(
@@ -193,20 +158,14 @@ def _rows(target: Target, args: argparse.Namespace, ranks: Ranks) -> list[dict[s
         splits = [""]
         if args.set == "corruptions":
             refuse_url("corruptions", root)
-            splits = corrupted_splits(Path(root, args.split), whole=not args.subset)
+            splits = sets.corrupted_splits(Path(root, args.split), whole=not args.subset)
     model.to(ranks.device)
     rows = [_row(target, model, root, split, args, ranks) for split in splits]
     return [*rows, _mean_row(rows, Path(root, args.split))] if args.set == "corruptions" else rows
 
 
-def data_root(target: Target, root: str | None = None) -> str:
-    """The given folder or URL of data, or else that of the data that the target was trained on.
-
-    Raises:
-        ValueError: a model name knows no data.
-    """
-    if root is not None:
-        return root
+def _own_data(target: Target) -> str:
+    """The folder or URL of the data that a target was trained on."""
     if target.config is None:
         raise ValueError(f"{target.label} is a model name, which knows no data: give --data DIR.")
     if target.config.data.source is not None:
@@ -214,109 +173,87 @@ def data_root(target: Target, root: str | None = None) -> str:
     return target.config.data.folder
 
 
-def _row(target: Target, model: Any, root: str, part: str, args: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
+def _row(target: Target, model: Any, root: str, part: str, args: Namespace, ranks: Ranks) -> dict[str, Any]:
     """The row of a split or, where it has corrupted parts, of one of them."""
     split = str(Path(args.split, part))
     with ranks.together():
         test_set = _open(target, model, root, split, args)
+    # As timm has it for a name of its own, as the run had it for a run; corrupted images are cropped already.
+    crop_pct = 1.0 if args.set == "corruptions" else target.config and target.config.eval.crop_pct
     label = escape(printable(target.label))
-    bar = partial(track, description=label, console=Console(stderr=True), disable=not ranks.is_main)
     found = evaluate(
-        model if args.set is None else Among(model, test_set.classes, test_set.order),
+        model if args.set is None else sets.Among(model, test_set.classes, test_set.order),
         test_set.images,
-        transform=_transform(target, model, args),
+        transform=evaluation_transform(model, crop_pct, use_test_size=target.config is None),
         ranks=ranks,
         batch_size=args.batch_size,
         num_workers=args.num_workers,
-        progress=bar,
+        progress=partial(track, description=label, console=Console(stderr=True), disable=not ranks.is_main),
     )
-    with ranks.together():
-        _refuse_nothing_said(found, target.label)
     data = root if url_kind(root) else str(find_split(Path(root), split) or Path(root, split))
     training = None if args.checkpoint is not None or args.pretrained else target.unfinished
     row = {"name": target.label, "data": data, "set": test_set.title, "remark": test_set.remark, "training": training}
     row |= found.figures
     with ranks.together():
+        if found.num_not_finite:
+            raise ValueError(
+                f"{target.label} gives {found.num_not_finite} of {found.n} images logits that are not finite, so that "
+                "no accuracy would mean anything: look at its weights, or at these images."
+            )
         if args.output is not None and ranks.is_main:
             name = part.replace("/", "-") or args.set
             stem = target.label.replace("/", "_") + (f".{name}" if name else "")
             _write(args.output / stem, found, test_set.class_names)
-            _card(target, row, found, _class_names(model, args), args, ranks).write(args.output / f"{stem}.card.json")
+            _card(target, model, row, found, args, ranks).write(args.output / f"{stem}.card.json")
     return row
 
 
-def _refuse_nothing_said(found: Predictions, label: str) -> None:
-    if found.num_not_finite:
-        raise ValueError(
-            f"{label} gives {found.num_not_finite} of {found.n} images logits that are not finite, so that no accuracy "
-            "would mean anything: look at its weights, or at these images."
-        )
-
-
-def _open(target: Target, model: Any, root: str, split: str, args: argparse.Namespace) -> TestSet:
-    mode = image_mode(model)
+def _open(target: Target, model: Any, root: str, split: str, args: Namespace) -> sets.TestSet:
     cache_root = DataConfig.cache_root if target.config is None else target.config.data.cache_root
-    dataset = open_split(root, split, mode, cache_root=cache_root, allow=args.allow)
-    for note in dataset.notes if is_first_rank() else ():
-        print(note, file=sys.stderr)
+    dataset = open_split(root, split, image_mode(model), cache_root=cache_root, allow=args.allow)
+    for note in dataset.notes:
+        print_note(note)
     names = _class_names(model, args)
     if args.set is not None:
-        test_set = named_set(SETS[args.set], dataset, whole=not args.subset)
-        return test_set if names is None else replace(test_set, order=imagenet_order(names, target.label))
+        test_set = sets.named_set(SETS[args.set], dataset, whole=not args.subset)
+        return test_set if names is None else test_set._replace(order=sets.imagenet_order(names, target.label))
     if names is not None:
-        return matched_set(dataset, names, target.label)
-    return plain_set(dataset, model.num_classes, is_own=args.data is None and not args.by_number)
+        return sets.matched_set(dataset, names, target.label)
+    return sets.plain_set(dataset, model.num_classes, is_own=args.data is None and not args.by_number)
 
 
-def _class_names(model: Any, args: argparse.Namespace) -> Sequence[str] | None:
+def _class_names(model: Any, args: Namespace) -> Sequence[str] | None:
     """The names by which labels go; None where they go by number."""
     return None if args.by_number else names_of(model)
 
 
-def _transform(target: Target, model: nn.Module, args: argparse.Namespace) -> Transform:
-    """As timm has it for a name of its own, as the run had it for a run; corrupted images are cropped already."""
-    crop_pct = 1.0 if args.set == "corruptions" else target.config and target.config.eval.crop_pct
-    return evaluation_transform(model, crop_pct, use_test_size=target.config is None)
-
-
 def _write(stem: Path, found: Predictions, class_names: Sequence[str]) -> None:
     """The tables of images and of classes."""
-    classes = [
-        {"class": number, "name": class_names[number], "n": n, "correct": correct, "accuracy": 100 * correct / n}
-        for number, n, correct in found.by_class()
-    ]
-    tables = {"predictions": found.to_csv(), "classes": to_csv(classes, ("class", "name", "n", "correct", "accuracy"))}
-    for name, text in tables.items():
+    lines = [(number, class_names[number], n, right, 100 * right / n) for number, n, right in found.by_class()]
+    classes = csv_text([("class", "name", "n", "correct", "accuracy"), *lines])
+    for name, text in (("predictions", found.to_csv()), ("classes", classes)):
         write_durably(Path(f"{stem}.{name}.csv"), to_bytes(text))
 
 
-def _card(
-    target: Target,
-    row: dict[str, Any],
-    found: Predictions,
-    class_names: Sequence[str] | None,
-    args: argparse.Namespace,
-    ranks: Ranks,
-) -> Card:
-    is_run = target.run_dir is not None and args.checkpoint is None
+def _card(target: Target, model: Any, row: dict[str, Any], found: Predictions, args: Namespace, ranks: Ranks) -> Card:
     weights = "timm" if args.pretrained else str(args.checkpoint or target.run_dir or target.hub_dir)
     facts = {"weights": weights, "set": row["set"], "training": row["training"], **describe_machine(ranks.device)}
-    training = target.config if is_run else None
-    return make_card(target.label, target.model, row["data"], found, facts, training, class_names)
+    training = None if target.run_dir is None or args.checkpoint is not None else target.config
+    return make_card(target.label, target.model, row["data"], found, facts, training, _class_names(model, args))
 
 
 def _mean_row(rows: Sequence[dict[str, Any]], folder: Path) -> dict[str, Any]:
-    """Of a model on corrupted images: the mean over all corruptions and severities, and the corruption error."""
+    """The mean over all corruptions and severities, with the corruption error."""
     means = {key: mean(row[key] for row in rows) for key in ("top1", "top5", "calibration_error")}
     top1 = {str(Path(row["data"]).relative_to(folder)): row["top1"] for row in rows}
     counts = {"set": f"mean of {len(rows)}", "remark": None, "n": sum(row["n"] for row in rows)}
-    return {"name": rows[0]["name"], "data": str(folder), **counts, **means, "mce": mean_corruption_error(top1)}
+    return {"name": rows[0]["name"], "data": str(folder), **counts, **means, "mce": sets.mean_corruption_error(top1)}
 
 
 def render(result: dict[str, Any]) -> RenderableType:
     """The result as a table for the terminal."""
     rows = result["rows"]
-    if "mce" not in rows[-1]:
-        remarks = [f"{row['name']}: {row['remark']}" for row in rows if row["remark"]]
-        return to_rich(rows, COLUMNS, for_terminal("; ".join(remarks)) or None)
-    return to_rich([{"mce": None, **row} for row in rows], (*COLUMNS, CORRUPTION_COLUMN))
+    if "mce" in rows[-1]:
+        return to_rich([{"mce": None, **row} for row in rows], (*COLUMNS, Column("mce", "mCE (%)", ".2f")))
+    remarks = [f"{row['name']}: {row['remark']}" for row in rows if row["remark"]]
+    return to_rich(rows, COLUMNS, for_terminal("; ".join(remarks)) or None)

@@ -24,8 +24,8 @@ from torch import nn
 from eval import throughput
 from eval.__main__ import main
 from eval.distributed import Ranks, joined
+from eval.figures import Point, scatter_figure
 from eval.predictions import Predictions
-from eval.scatter import Point, scatter_figure
 from eval.table import Column, to_csv, to_latex, to_markdown
 from eval.throughput import Condition, fused_attention, measure
 from eval.top1 import evaluate

@@ -13,9 +13,8 @@ from report.fabricated import PLANS, make_runs
 
 from eval.__main__ import main
 from eval.card import read_card
-from eval.report.curves import CURVE_POINTS, shortened
-from eval.report.measured import by_layer, layer_macs
-from eval.report.page import to_html
+from eval.report import to_html
+from eval.report.measured import CURVE_POINTS, by_layer, layer_macs, shortened
 from vitreuse import count_macs
 from vitreuse.compress.redundancy import map_similarity
 

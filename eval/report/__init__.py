@@ -1,12 +1,17 @@
-"""Runs on one page: accuracy against speed, operations and memory, every layer, every curve, what it was made on."""
+"""Runs on one page: accuracy against speed, operations and memory, every layer, every curve, what it was made on.
+
+The page needs no other file: what it shows is JSON, between a style and a script.
+"""
 
 from __future__ import annotations
 
-import argparse
 import json
 import shlex
 import time
-from collections.abc import Mapping, Sequence
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from string import Template
 from typing import Any
 
 import torch
@@ -14,9 +19,7 @@ from rich.console import RenderableType
 
 from eval.card import Card
 from eval.report import measured
-from eval.report.curves import curves
-from eval.report.page import to_html
-from eval.series import Series, read_series
+from eval.series import Series, add_runs, read_series
 from vitreuse.cli.console import local_path, positive
 from vitreuse.cost.measure import describe_machine
 from vitreuse.io.durable import write_durably
@@ -27,24 +30,22 @@ from vitreuse.plan import parse_plan
 HELP = "run folders or cards on one HTML page that needs no network"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: ArgumentParser) -> None:
     """Declares the command line."""
-    parser.add_argument(
-        "runs", nargs="+", type=local_path, metavar="RUN", help="completed run folder, run card, or folder of cards"
-    )
+    add_runs(parser)
     parser.add_argument("-o", "--output", type=local_path, metavar="FILE", required=True, help="the page to write")
     parser.add_argument("--batch-size", type=positive, default=32, help="images per timed call; default: %(default)s")
     parser.add_argument("--repeats", type=positive, help="timed calls per model; default: 3 to 30, fewer of many")
     parser.add_argument("--no-speed", action="store_true", help="measure neither speed nor memory")
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
+def run(args: Namespace) -> dict[str, Any]:
     """Writes the page; what was written."""
     start = time.monotonic()
     found = read_series(args.runs)
     device = choose_device(args.device)
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    data = report(found, device, None if args.no_speed else args.batch_size, args.repeats)
+    data = _report(found, device, args)
     data["command"] = shlex.join(["python", "-m", "eval", "report", *map(str, args.runs), "-o", str(args.output)])
     html = to_html(data).encode()
     write_durably(args.output, html)
@@ -53,75 +54,75 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return {"command": "report", **counts, "output": str(args.output), "bytes": len(html), "seconds": seconds}
 
 
-def report(
-    found: Sequence[Series], device: torch.device, batch_size: int | None, num_repeats: int | None
-) -> dict[str, Any]:
-    """What the page shows; a batch size of None measures neither speed nor memory."""
-    cards = {model_key(series.card): series.card for series in found}
-    num_repeats = num_repeats or measured.timed_calls(len(cards))
+def _report(found: Sequence[Series], device: torch.device, args: Namespace) -> dict[str, Any]:
+    """What the page shows."""
+    cards = {_model_key(series.card): series.card for series in found}
+    batch_size = None if args.no_speed else args.batch_size
+    # Fewer calls of many models: a report is built in seconds, however many runs it shows.
+    num_repeats = args.repeats or max(3, min(30, 120 // len(cards)))
     with WorkProgress("report", "measurements", len(found) + (len(cards) if batch_size else 0)) as progress:
-
-        def done(what: str) -> None:
-            progress.reach(progress.done + 1, what)
-
         models = {key: card.model_config().create(device).eval() for key, card in cards.items()}
-        speeds = measured.speeds(models, device, batch_size, num_repeats, done) if batch_size else {}
+        speeds = measured.costs(models, device, batch_size, num_repeats, progress) if batch_size else {}
         shown_models = {key: {**_model(card, models[key]), **speeds.get(key, {})} for key, card in cards.items()}
         del models
         shown = []
         for series in found:
-            shown.append(_experiment(series, measured.similarity(series, device)))
-            done("similarity")
+            shown.append({**_experiment(series), "similarity": measured.similarity(series, device)})
+            progress.reach(progress.done + 1, "similarity")
+    conditions = {"repeats": num_repeats, "profile_repeats": measured.profiled_calls(len(cards))}
     return {
         "machine": describe_machine(device),
-        "speed": None if batch_size is None else _conditions(batch_size, num_repeats, len(cards)),
+        "speed": None if batch_size is None else {"batch_size": batch_size, **conditions},
         "similarity_images": measured.SIMILARITY_IMAGES,
         "models": shown_models,
         "experiments": shown,
     }
 
 
-def model_key(card: Card) -> str:
+def _model_key(card: Card) -> str:
     """Equal for runs of the same network, whatever was learned: it is measured once."""
     return json.dumps(card.model, sort_keys=True)
 
 
-def _conditions(batch_size: int, num_repeats: int, num_models: int) -> dict[str, int]:
-    """Of the measured speeds."""
-    profile_repeats = measured.profiled_calls(num_models)
-    return {"batch_size": batch_size, "repeats": num_repeats, "profile_repeats": profile_repeats}
-
-
 def _model(card: Card, model: Any) -> dict[str, Any]:
     """One network: its layers, and what they cost."""
-    if card.plan is None:
-        layers: list[dict[str, Any]] = [{"word": "exact", "text": "exact", "anchor": None}] * len(model.blocks)
-    else:
-        plan = parse_plan(card.plan)
-        layers = [
-            {"word": spec.word, "text": str(spec), "anchor": anchor}
-            for spec, anchor in zip(plan, plan.anchors, strict=True)
-        ]
-    facts = {"name": card.model["name"], "plan": card.plan, "params": card.params, "macs": card.macs}
-    return {**facts, "layers": layers, "layer_macs": measured.layer_macs(model)}
+    plan = parse_plan(card.plan or f"exact*{len(model.blocks)}")
+    layers = zip(plan, plan.anchors, strict=True)
+    return {
+        "name": card.model["name"],
+        "plan": card.plan,
+        "params": card.params,
+        "macs": card.macs,
+        "layers": [{"word": spec.word, "text": str(spec), "anchor": anchor} for spec, anchor in layers],
+        "layer_macs": measured.layer_macs(model),
+    }
 
 
-def _experiment(series: Series, similarity: Mapping[str, Any]) -> dict[str, Any]:
+def _experiment(series: Series) -> dict[str, Any]:
     """Runs of one experiment."""
     card = series.card
     return {
         "label": series.name,
-        "model": model_key(card),
-        "top1": series.top1,
+        "model": _model_key(card),
+        "top1": series.mean("top1"),
         "top1_sd": series.top1_sd,
         "data": card.data,
         "n": card.n,
         "set": card.set_digest[:12],
         "runs": [{"seed": run.card.seed, "top1": run.card.top1, "facts": run.card.facts} for run in series.runs],
         "num_cards_alone": sum(run.folder is None for run in series.runs),
-        "curves": curves(series),
-        "similarity": similarity,
+        "curves": measured.curves(series),
     }
+
+
+def to_html(data: Any) -> str:
+    """The HTML of a report's data.
+
+    Whatever stands in the data stays data: the script shows it as text, and no `<` can end its element early.
+    """
+    text = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    parts = {name: Path(__file__).with_name(f"page.{name}").read_text("utf-8") for name in ("html", "css", "js")}
+    return Template(parts["html"]).substitute(style=parts["css"], script=parts["js"], data=text)
 
 
 def render(result: dict[str, Any]) -> RenderableType:

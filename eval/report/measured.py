@@ -1,10 +1,12 @@
-"""What a report measures: every model's speed, memory and time by layer, and how alike its attention maps are."""
+"""What a report finds out beside the cards: how runs went, how fast models are and where, how alike their maps are."""
 
 from __future__ import annotations
 
+import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +17,59 @@ from torch import Tensor, nn
 from eval.flops import macs_by_part
 from eval.profile import profile_parts
 from eval.series import Series
+from eval.throughput import speeds
 from vitreuse.compress.redundancy import map_similarity
-from vitreuse.cost.measure import inference_call, peak_memory_mib, time_interleaved
+from vitreuse.config import Config
+from vitreuse.cost.measure import inference_call
 from vitreuse.data import find_split, open_split
-from vitreuse.export.networks import Target
+from vitreuse.io.progress import WorkProgress
 from vitreuse.model.preprocessing import evaluation_transform, example, image_mode
 
 SIMILARITY_IMAGES = 8
+CURVE_POINTS = 120  # of a curve, at most: more than a phone has pixels for
+Curve = list[tuple[float, float]]  # of (epochs, value)
 LAYER_PART = re.compile(r"blocks\.(\d+)\.(norm1|attn|ls1|drop_path1)?")
-Done = Callable[[str], None]  # told what was done
 
 
-def timed_calls(num_models: int) -> int:
-    """Timed calls per model by default, fewer of many: a report is built in seconds, however many runs it shows."""
-    return max(3, min(30, 120 // num_models))
+def curves(series: Series) -> dict[str, Any] | None:
+    """Loss and top-1 over the epochs, of each seed and in the mean; None where no run folder was given."""
+    by_seed = [(run.card.seed, _read_curves(run.folder.run_dir)) for run in series.runs if run.folder is not None]
+    if not by_seed:
+        return None
+    found: dict[str, Any] = {}
+    for name in ("loss", "top1"):
+        lines = [(seed, shortened(curve[name])) for seed, curve in by_seed if curve[name]]
+        if lines:
+            mean = _mean_curve([line for _, line in lines]) if len(lines) > 1 else None
+            found[name] = {"seeds": [{"seed": seed, "points": line} for seed, line in lines], "mean": mean}
+    return found
+
+
+def _read_curves(run_dir: Path | None) -> dict[str, Curve]:
+    """What metrics.jsonl says: the loss of each step record, top-1 of each evaluated epoch."""
+    assert run_dir is not None
+    found: dict[str, Curve] = {"loss": [], "top1": []}
+    for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        name = {"step": "loss", "epoch": "top1"}.get(record["kind"])
+        if name is not None and record.get(name) is not None:
+            found[name].append((record["epoch"], record[name]))
+    return found
+
+
+def shortened(curve: Curve) -> Curve:
+    """At most CURVE_POINTS points, each the mean of as many neighbours."""
+    pieces = np.array_split(np.array(curve), min(len(curve), CURVE_POINTS))
+    means = [piece.mean(0).tolist() for piece in pieces]
+    return [(round(x, 3), round(y, 4)) for x, y in means]
+
+
+def _mean_curve(lines: Sequence[Curve]) -> Curve:
+    """The mean at the points of the first line, as far as all of them reach."""
+    end = min(line[-1][0] for line in lines)
+    places = [x for x, _ in lines[0] if x <= end]
+    values = np.mean([np.interp(places, *np.array(line).T) for line in lines], axis=0)
+    return [(x, round(y, 4)) for x, y in zip(places, values.tolist(), strict=True)]
 
 
 def profiled_calls(num_models: int) -> int:
@@ -36,47 +77,40 @@ def profiled_calls(num_models: int) -> int:
     return max(1, min(3, 20 // num_models))
 
 
-def speeds(
-    models: Mapping[str, nn.Module], device: torch.device, batch_size: int, num_repeats: int, done: Done
+def costs(
+    models: Mapping[str, nn.Module], device: torch.device, batch_size: int, num_repeats: int, progress: WorkProgress
 ) -> dict[str, dict[str, Any]]:
-    """Images per second, memory and the time of each layer by key; all speeds from one interleaved measurement."""
-    images = {key: example(model, batch_size) for key, model in models.items()}
-    calls = {key: inference_call(model, images[key]) for key, model in models.items()}
-    timings = time_interleaved(calls, device, num_repeats)
+    """The speed and memory of each model by its key, and the time of each of its layers."""
     found = {}
-    for key, model in models.items():
-        resident = [*model.parameters(), *model.buffers(), images[key]]
-        parts = profile_parts(model, calls[key], batch_size, profiled_calls(len(models)))
+    for key, speed in speeds(models, device, batch_size, num_repeats).items():
+        call = inference_call(models[key], example(models[key], batch_size))
+        parts = profile_parts(models[key], call, batch_size, profiled_calls(len(models)))
         found[key] = {
-            "images_per_second": timings[key].images_per_second(batch_size),
-            "spread_percent": timings[key].spread_percent,
-            "memory_mib": peak_memory_mib(calls[key], resident, device),
+            "images_per_second": speed.images_per_second,
+            "spread_percent": speed.spread_percent,
+            "memory_mib": speed.peak_memory_mib,
             "ms": by_layer((row["part"], row["ms"]) for row in parts if row["part"] != "total"),
         }
-        done("speed")
+        progress.reach(progress.done + 1, "speed")
     return found
 
 
 def layer_macs(model: nn.Module) -> dict[str, Any]:
     """MACs per image by layer."""
-    return by_layer(macs_by_part(model).items())
+    return by_layer((part, macs) for part, macs in macs_by_part(model).items() if part)
 
 
 def by_layer(parts: Iterable[tuple[str, float]]) -> dict[str, Any]:
     """Amounts by part, summed: of each layer's attention and MLP, their norms included, and of the rest."""
-    attention: dict[int, float] = {}
-    mlp: dict[int, float] = {}
+    halves: dict[str, dict[int, float]] = {"attention": defaultdict(int), "mlp": defaultdict(int)}
     rest = 0.0
     for part, amount in parts:
-        match = LAYER_PART.match(part)
-        if match is None:
-            rest += amount
+        if match := LAYER_PART.match(part):
+            halves["attention" if match[2] else "mlp"][int(match[1])] += amount
         else:
-            half, layer = attention if match[2] else mlp, int(match[1])
-            half[layer] = half.get(layer, 0) + amount
-    layers = range(1 + max(*attention, *mlp))
-    halves = {"attention": attention, "mlp": mlp}
-    return {**{name: [half.get(layer, 0) for layer in layers] for name, half in halves.items()}, "rest": rest}
+            rest += amount
+    layers = range(1 + max(layer for half in halves.values() for layer in half))
+    return {**{name: [half[layer] for layer in layers] for name, half in halves.items()}, "rest": rest}
 
 
 def similarity(series: Series, device: torch.device) -> dict[str, Any]:
@@ -85,25 +119,23 @@ def similarity(series: Series, device: torch.device) -> dict[str, Any]:
     Returns:
         seed and rows, of numbers from 0 to 1 and None where maps cannot be compared; or reason, a sentence.
     """
-    run = next((run for run in series.runs if run.folder is not None), None)
-    if run is None or run.folder is None:
+    seed, folder = next(((run.card.seed, run.folder) for run in series.runs if run.folder is not None), (None, None))
+    if folder is None:
         return {"reason": "Only cards were given: the weights are in the run folder."}
-    assert run.folder.config is not None
-    if find_split(Path(run.folder.config.data.folder), "val") is None:
-        return {"reason": f"The validation images are not at {run.folder.config.data.folder}."}
+    assert folder.config is not None
+    if find_split(Path(folder.config.data.folder), "val") is None:
+        return {"reason": f"The validation images are not at {folder.config.data.folder}."}
     try:
-        model = run.folder.load().to(device).eval()
-        rows = map_similarity(model, _some_images(run.folder, model).to(device)).tolist()
+        model = folder.load().to(device).eval()
+        rows = map_similarity(model, _some_images(folder.config, model).to(device)).tolist()
     except (ValueError, OSError) as error:
         return {"reason": f"It cannot be computed: {error}"}
-    return {"seed": run.card.seed, "rows": [[None if math.isnan(x) else round(x, 4) for x in row] for row in rows]}
+    return {"seed": seed, "rows": [[None if math.isnan(x) else round(x, 4) for x in row] for row in rows]}
 
 
-def _some_images(target: Target, model: nn.Module) -> Tensor:
+def _some_images(config: Config, model: nn.Module) -> Tensor:
     """Validation images from all over the set."""
-    assert target.config is not None
-    mode = image_mode(model)
-    dataset = open_split(target.config.data.folder, "val", mode)
-    transform = evaluation_transform(model, target.config.eval.crop_pct)
+    dataset = open_split(config.data.folder, "val", image_mode(model))
+    transform = evaluation_transform(model, config.eval.crop_pct)
     numbers: Sequence[int] = np.linspace(0, len(dataset) - 1, min(SIMILARITY_IMAGES, len(dataset))).astype(int).tolist()
     return torch.stack([transform(dataset[number].image) for number in numbers])
