@@ -164,8 +164,8 @@ class _Loop:
         trainer.check_weights()
         name, step, num_steps = self.folder.path.name, trainer.counters.step, trainer.num_steps
         with WorkProgress(name, "steps", num_steps, step, enabled=self.ranks.is_main) as self.progress:
-            if self.config.train.heal is not None and not step and not self._record(0, "heal"):
-                self._record_before_healing()
+            if not step:
+                self._record_start()
             if trainer.at_epoch_end and not self._epoch_is_recorded():
                 self._end_epoch()
             while trainer.counters.step < trainer.num_steps:
@@ -266,15 +266,15 @@ class _Loop:
         """The record of a kind at a step, the same on all ranks."""
         return self.ranks.gather(self.folder.record(step, kind) if self.ranks.is_main else None)[0]
 
-    def _record_before_healing(self) -> None:
-        """Measures the teacher, and the model as it was converted."""
-        assert self.trainer.teacher is not None  # the schema's rule
-        before = self._predict(self.trainer.final_model)
-        teacher = self._predict(self.trainer.teacher.model)
+    def _record_start(self) -> None:
+        """Records what the objective knows before the first step, unless an earlier start has."""
+        objective = self.trainer.objective
+        if objective.record_kind is None or self._record(0, objective.record_kind):
+            return
+        facts = objective.facts_before(self.trainer.final_model, lambda network: self._predict(network).top1)
         if self.ranks.is_main:
-            figures = {"teacher_top1": teacher.top1, "before_top1": before.top1}
-            self.folder.log("heal", step=0, epoch=0, **figures)
-            self.progress.line(f"top-1 {teacher.top1:.2f} % of the teacher, {before.top1:.2f} % before healing")
+            self.folder.log(objective.record_kind, step=0, epoch=0, **facts.values)
+            self.progress.line(facts.sentence)
 
     def _end_epoch(self) -> None:
         counters, epoch = self.trainer.counters, self.trainer.epoch
@@ -313,32 +313,18 @@ class _Loop:
     def _finish(self) -> None:
         self.trainer.check_updated()
         measured = self.measured or self._evaluate()  # resumed after the last step, nothing was measured
-        begun = self._record(0, "heal")
+        objective, counters = self.trainer.objective, self.trainer.counters
+        before = None if objective.record_kind is None else self._record(0, objective.record_kind)
         weights = self.trainer.final_weights()
         if not self.ranks.is_main:
             return
-        counters = self.trainer.counters
+        facts = objective.facts_after(before, measured.figures["top1"])
+        if facts.sentence:
+            _say(self.ranks, facts.sentence)
         seconds = round(counters.seconds, 3)
-        self.folder.log(
-            "final",
-            step=counters.step,
-            epoch=self.trainer.epoch,
-            skipped=counters.skipped,
-            seconds=seconds,
-            **measured.figures,
-            **(self._regained(begun, measured.figures["top1"]) if begun else {}),
-        )
+        figures = {"skipped": counters.skipped, "seconds": seconds, **measured.figures, **facts.values}
+        self.folder.log("final", step=counters.step, epoch=self.trainer.epoch, **figures)
         self.folder.finish(self.trainer.final_model, weights, measured.predictions, seconds)
-
-    def _regained(self, begun: dict[str, Any], top1: float) -> dict[str, float | None]:
-        """What healing has won back, as it is said and recorded; of a model that had lost nothing no share is known."""
-        figures = {name: begun[name] for name in ("teacher_top1", "before_top1")}
-        teacher, before = figures.values()
-        share = 100 * (top1 - before) / (teacher - before) if teacher > before else None
-        regained = "nothing had been lost" if share is None else f"{share:.0f} % of what was lost is regained"
-        said = f"top-1 {teacher:.2f} % of the teacher, {before:.2f} % before healing, {top1:.2f} % after: {regained}."
-        _say(self.ranks, said)
-        return {**figures, "regained_percent": share}
 
 
 def _finite(number: float) -> float | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch.distributed as dist
@@ -56,26 +56,28 @@ def shard(model: Any, ranks: Ranks) -> None:
         fully_shard(module, mesh=mesh, reshard_after_forward=False)
 
 
+def _parts(model: nn.Module) -> list[FSDPModule]:
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
 @contextmanager
 def gradients_kept(replica: nn.Module) -> Iterator[None]:
     """Accumulates gradients in each rank inside the block, without an exchange; ranks may differ in such passes."""
-    if isinstance(replica, DistributedDataParallel):
-        with replica.no_sync():
-            yield
-    elif isinstance(replica, FSDPModule):
-        replica.set_requires_gradient_sync(False)
-        replica.set_reshard_after_backward(False)
+    parts = _parts(replica)
+    with replica.no_sync() if isinstance(replica, DistributedDataParallel) else nullcontext():
+        for part in parts:
+            part.set_requires_gradient_sync(False)
+            part.set_reshard_after_backward(False)
         yield
-        replica.set_requires_gradient_sync(True)
-        replica.set_reshard_after_backward(True)
-    else:
-        yield
+        for part in parts:
+            part.set_requires_gradient_sync(True)
+            part.set_reshard_after_backward(True)
 
 
 @contextmanager
 def unsharded(model: nn.Module) -> Iterator[None]:
     """Holds whole parameters on every rank inside the block, where forward passes then exchange nothing."""
-    parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    parts = _parts(model)
     for part in parts:
         part.unshard()
     try:

@@ -16,12 +16,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from eval.distributed import Ranks
-from train.distill import create_teacher, distillation_loss
 from train.distributed import replicated
-from train.heal import Outputs, attention_outputs, create_healing, outputs_loss, plan_share
+from train.objective import create_objective
 from train.order import RankBatches, Stream, seed_sequence
 from train.pipeline import Batch, Normalize, TrainingImages, create_loader, create_mixup, seed_generators
-from train.recipe import create_criterion, create_optimizer, create_scheduler, freeze
+from train.recipe import create_optimizer, create_scheduler, freeze
 from train.resolution import transforms_by_epoch
 from train.sharding import check_shardable, gradients_kept, part_like, parts_like, shard, whole, whole_state
 from vitreuse.config import Config, ConfigError
@@ -96,21 +95,16 @@ class Trainer:
         self.loader = create_loader(images, self.batches, data.num_workers, ranks.device.type == "cuda")
         self.normalize = Normalize(settings, ranks.device)
         self.mixup = create_mixup(config, model.num_classes)
-        self.teacher = None
-        if recipe.distill is not None:
-            self.teacher = create_teacher(recipe.distill, model, settings, samples.class_names)
         freeze(model, recipe.freeze)
-        self.healing = None
-        if recipe.heal is not None and self.teacher is not None:  # the schema has no healing without a teacher
-            self.healing = create_healing(recipe.heal, model, self.teacher.model)
-        self.criterion = create_criterion(config)
+        steps_per_epoch = self.batches.steps_per_epoch
+        self.objective = create_objective(config, model, settings, samples.class_names, steps_per_epoch)
         self.ema = ModelEmaV3(model, recipe.ema.decay, use_warmup=recipe.ema.warmup) if recipe.ema else None
         self._is_sharded = recipe.strategy == "fsdp2" and ranks.world_size > 1
         if self._is_sharded:
             for network in dict.fromkeys((model, self.final_model)):
                 shard(network, ranks)
         self.optimizer = create_optimizer(config, model)
-        self.scheduler = create_scheduler(config, self.optimizer, self.batches.steps_per_epoch)
+        self.scheduler = create_scheduler(config, self.optimizer, steps_per_epoch)
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=recipe.precision == "float16")
         if recipe.grad_checkpointing:
             model.set_grad_checkpointing(True)
@@ -139,16 +133,9 @@ class Trainer:
         return self.model if self.ema is None else self.ema.module
 
     @cached_property
-    def replica(self) -> Any:
-        """The model that exchanges gradients; making it takes all ranks, so that it waits for the first step."""
-        return self.model if self._is_sharded else replicated(self.healing or self.model, self.ranks)
-
-    @property
-    def plan_share(self) -> float:
-        """The plan's share of the attention of converted layers in the next step, under train.heal.anneal_epochs."""
-        heal = self.config.train.heal
-        anneal_epochs = 0.0 if heal is None else heal.anneal_epochs
-        return plan_share(self.counters.step, round(anneal_epochs * self.batches.steps_per_epoch))
+    def replica(self) -> nn.Module:
+        """The objective, which exchanges gradients; making it takes all ranks, so that it waits for the first step."""
+        return self.objective if self._is_sharded else replicated(self.objective, self.ranks)
 
     def remaining_batches(self) -> Iterator[Batch]:
         """This rank's batches from the next step to the end of its epoch, normalised and on its device."""
@@ -201,16 +188,15 @@ class Trainer:
         DistributedDataParallel averages over ranks, so each rank's sum is divided by count / world_size. A rank without
         images takes part in the exchange with a gradient of zero.
         """
-        device, scale = self.ranks.device, self.ranks.world_size / count
-        images, targets = batch.images, batch.labels
-        loss_sum = torch.zeros((), device=device)
+        images, targets, scale = batch.images, batch.labels, self.ranks.world_size / count
+        loss_sum = torch.zeros((), device=self.ranks.device)
         if not len(images):
-            self.scaler.scale(torch.stack(self._run(self._empty_images)[0]).sum() * 0).backward()
+            self.scaler.scale(self._loss(self._empty_images, targets.new_zeros(1)) * 0).backward()
             return loss_sum
         if self.mixup is not None:
             images, targets = self.mixup(images, targets)
         pieces = min(self.config.train.accumulation_steps, len(images))
-        parts = list(zip(images.tensor_split(pieces), targets.tensor_split(pieces), strict=True))
+        parts = zip(images.tensor_split(pieces), targets.tensor_split(pieces), strict=True)
         for i, (part, part_targets) in enumerate(parts):
             with nullcontext() if i == pieces - 1 else gradients_kept(self.replica):
                 loss = self._loss(part, part_targets) * len(part)
@@ -218,32 +204,9 @@ class Trainer:
             loss_sum += loss.detach()
         return loss_sum
 
-    def _run(self, images: Tensor) -> tuple[tuple[Tensor, ...], Outputs]:
-        """What each head of the model says, under token distillation two; and, in healing, its attention outputs."""
-        with self._autocast():
-            if self.healing is None:
-                logits, outputs = self.replica(images), {}
-            else:
-                logits, outputs = self.replica(images, self.plan_share)
-        return tuple(head.float() for head in (logits if isinstance(logits, tuple) else (logits,))), outputs
-
     def _loss(self, images: Tensor, targets: Tensor) -> Tensor:
-        """The mean loss of some images; the last head learns from the teacher if there is one."""
-        logits, outputs = self._run(images)
-        distill, heal = self.config.train.distill, self.config.train.heal
-        loss = self.criterion(logits[0], targets)
-        if distill is None or self.teacher is None:
-            return loss
-        weight = 0.0 if heal is None else heal.outputs
-        with self._autocast(), attention_outputs(self.teacher.model) if weight else nullcontext({}) as originals:
-            answers = self.teacher(images)
-        taught = distillation_loss(logits[-1], answers.float(), distill)
-        loss = (1 - distill.alpha) * loss + distill.alpha * taught
-        return loss + weight * outputs_loss(outputs, originals) if weight else loss
-
-    def _autocast(self) -> torch.autocast:
-        dtype = getattr(torch, self.config.train.precision)
-        return torch.autocast(self.ranks.device.type, dtype, enabled=dtype != torch.float32)
+        """The mean loss of some images."""
+        return self.replica(images, targets, self.counters.step)
 
     def _update(self) -> None:
         clip = self.config.train.clip
@@ -305,8 +268,7 @@ class Trainer:
         Raises:
             DivergedError: Some are NaN or infinite.
         """
-        networks = {"model": self.model} | ({} if self.teacher is None else {"teacher": self.teacher.model})
-        for whose, network in networks.items():
+        for whose, network in {"model": self.model, **self.objective.constants}.items():
             own = [name for name, tensor in network.state_dict().items() if not _is_finite(tensor)]
             broken = sorted(set().union(*self.ranks.gather(own)))
             if broken:
