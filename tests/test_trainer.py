@@ -31,9 +31,8 @@ from eval.top1 import ALONE
 from train.__main__ import main
 from train.distill import Teacher, distillation_loss
 from train.order import RankBatches
-from train.pipeline import collate
+from train.pipeline import collate, image_size
 from train.recipe import create_criterion
-from train.resolution import image_size
 from train.trainer import DivergedError, Trainer
 from train.weights import start_from
 from vitreuse.config import ConfigError, DistillConfig, ModelConfig, ResolutionConfig, load_config

@@ -24,16 +24,9 @@ from vitreuse.attention import Carry
 from vitreuse.config import ConfigError, HealConfig
 from vitreuse.model.recording import project_heads, recorded_attention
 
-TOKEN_PROJECTIONS = ("key_proj", "value_proj")  # what no plain model has
-
 
 def create_healing(settings: HealConfig, model: Any, original: Any) -> Healing | None:
-    """Leaves in training what healing trains; what runs layers beside the original's, where the settings ask for it.
-
-    Args:
-        settings: The experiment's train.heal.
-        model: The converted model.
-        original: The teacher.
+    """Leaves in training what healing trains; what compares layers with the original's, where the settings ask for it.
 
     Raises:
         ConfigError: The model has no plan, nothing is left to train, or the teacher is not the original.
@@ -54,9 +47,8 @@ def _train_only(model: Any, parameters: str) -> None:
     chosen = _chosen(model, parameters)
     if not chosen:
         ways = "'touched' or 'all'" if _chosen(model, "touched") else "'all'"
-        raise ConfigError(
-            f"train.heal.parameters {parameters!r} leaves nothing to train under plan '{model.plan}': choose {ways}."
-        )
+        nothing = f"train.heal.parameters {parameters!r} leaves nothing to train under plan '{model.plan}'"
+        raise ConfigError(f"{nothing}: choose {ways}.")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(parameter.requires_grad and name in chosen)
     if not any(parameter.requires_grad for parameter in model.parameters()):
@@ -67,10 +59,10 @@ def _chosen(model: Any, parameters: str) -> set[str]:
     names = {name for name, _ in model.named_parameters()}
     if parameters == "all":
         return names
-    converted = [layer for layer, spec in enumerate(model.plan) if spec.word != "exact"]
+    converted = [layer for layer, spec in enumerate(model.plan) if spec.word != "exact" and parameters == "touched"]
     touched = tuple(f"blocks.{layer}.{part}." for layer in converted for part in ("norm1", "attn", "ls1"))
-    prefixes = touched if parameters == "touched" else ()
-    return {name for name in names if name.startswith(prefixes) or name.endswith(TOKEN_PROJECTIONS)}
+    token_projections = ("key_proj", "value_proj")  # what no plain model has
+    return {name for name in names if name.startswith(touched) or name.endswith(token_projections)}
 
 
 def plan_share(step: int, num_steps: int) -> float:
@@ -80,31 +72,26 @@ def plan_share(step: int, num_steps: int) -> float:
 
 def _check_original(model: Any, original: Any) -> None:
     """Refuses a teacher whose attentions are not those of the same layers for the same tokens."""
+    shape, plan = _shape(model), getattr(original, "plan", ())
     found = _shape(original) if isinstance(original, VisionTransformer) else f"a {type(original).__name__}"
-    if found != _shape(model):
-        raise ConfigError(
-            f"train.heal.outputs and anneal_epochs compare layers, and the teacher is {found} where the model is "
-            f"{_shape(model)}: give the model that it was converted from, or set both to 0."
-        )
-    plan = getattr(original, "plan", ())
-    if any(spec.word != "exact" for spec in plan):
-        raise ConfigError(
-            f"train.heal.outputs and anneal_epochs need a teacher with exact layers, and its plan is '{plan}': give "
-            "the model that was converted, or set both to 0."
-        )
-    if not isinstance(model.patch_drop, nn.Identity):
-        raise ConfigError(
-            "train.heal.outputs and anneal_epochs need all tokens: set model.keywords.patch_drop_rate to 0."
-        )
+    if found != shape:
+        misfit = f"compare layers, and the teacher is {found} where the model is {shape}"
+        cure = "give the model that it was converted from, or set both to 0"
+    elif any(spec.word != "exact" for spec in plan):
+        misfit = f"need a teacher with exact layers, and its plan is '{plan}'"
+        cure = "give the model that was converted, or set both to 0"
+    elif not isinstance(model.patch_drop, nn.Identity):
+        misfit, cure = "need all tokens", "set model.keywords.patch_drop_rate to 0"
+    else:
+        return
+    raise ConfigError(f"train.heal.outputs and anneal_epochs {misfit}: {cure}.")
 
 
 def _shape(model: Any) -> str:
     """What must be equal for the attentions of two models to have the same inputs and outputs."""
     rows, columns = model.patch_embed.grid_size
-    return (
-        f"a ViT of {len(model.blocks)} layers, {model.embed_dim} channels, {model.num_prefix_tokens} prefix tokens and "
-        f"{rows} x {columns} patches"
-    )
+    size = f"{len(model.blocks)} layers, {model.embed_dim} channels, {model.num_prefix_tokens} prefix tokens"
+    return f"a ViT of {size} and {rows} x {columns} patches"
 
 
 def outputs_loss(outputs: dict[int, Tensor], originals: dict[int, Tensor]) -> Tensor:
@@ -128,11 +115,9 @@ class Held(NamedTuple):
 
 
 class Healing(nn.Module):
-    """A model whose converted layers hold on to a part of the attention that they had.
+    """A model of ours whose converted layers hold on to a part of the attention that they had in the original.
 
-    Args:
-        model: One of ours.
-        original: The exact model it was converted from, which becomes a constant; None to hold on to nothing.
+    The original becomes a constant; without one the layers hold on to nothing.
 
     Raises:
         ConfigError: No layer is converted, or the values of one are not the original's.
@@ -186,13 +171,9 @@ def _add_attention(held: Held, share: float, block: Any, args: Any) -> Any:
 
 
 def _exact_output(held: Held, attn: Any, x: Tensor, num_queries: int | None) -> Tensor:
-    """Exact attention by the queries and keys of the original on the values of an attention, with its way out.
+    """Exact attention (B, num_queries, C) by the original's queries and keys on an attention's values and way out.
 
-    Args:
-        held: The original's block.
-        attn: Attention of timm's or ours that has values; perhaps the original's own.
-        x: Tokens (B, N, C), normalised.
-        num_queries: Rows that are asked for; all when None.
+    Tokens x (B, N, C) are normalised; the attention, of timm's or ours, may be the original's own.
     """
     old = held.block.attn
     q, k, _ = project_heads(old, x)
@@ -204,20 +185,15 @@ def _exact_output(held: Held, attn: Any, x: Tensor, num_queries: int | None) -> 
 
 
 def _order_of_values(old: Any, attn: Any, layer: int) -> list[int]:
-    """For each value head of a layer the one of the original that it is.
-
-    Raises:
-        ConfigError: One is none of the original's.
-    """
+    """For each value head of a layer the one of the original that it is; refuses one that is none of these."""
     theirs, ours = _value_heads(old), _value_heads(attn)
     order: list[int] = []
     for head in ours:
         same = [number for number, other in enumerate(theirs) if number not in order and torch.equal(head, other)]
         if not same:
-            raise ConfigError(
-                f"train.heal.anneal_epochs needs the original as the teacher, and the values of layer {layer} are not "
-                "the teacher's: begin with the converted model as vitreuse convert left it, or set it to 0."
-            )
+            found = f"the values of layer {layer} are not the teacher's"
+            cure = "begin with the converted model as vitreuse convert left it, or set it to 0"
+            raise ConfigError(f"train.heal.anneal_epochs needs the original as the teacher, and {found}: {cure}.")
         order.append(same[0])
     return order
 

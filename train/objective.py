@@ -30,18 +30,14 @@ NOTHING = Facts({}, "")
 
 
 class Objective(nn.Module):
-    """The recipe's criterion; as a module, it is what ranks have replicas of.
-
-    Args:
-        config: The experiment.
-        model: What is trained.
-    """
+    """The recipe's criterion of a model that is trained; as a module, it is what ranks have replicas of."""
 
     record_kind: str | None = None  # of the record with facts_before, if there is one
 
     def __init__(self, config: Config, model: nn.Module):
         super().__init__()
         self.model, self.criterion = model, create_criterion(config)
+        self.constants: dict[str, nn.Module] = {}  # networks that are read beside the model, by what they are
         self.precision = getattr(torch, config.train.precision)
 
     def forward(self, images: Tensor, targets: Tensor, step: int) -> Tensor:
@@ -53,11 +49,6 @@ class Objective(nn.Module):
     def autocast(self, images: Tensor) -> torch.autocast:
         """The recipe's precision, for forward passes alone."""
         return torch.autocast(images.device.type, self.precision, enabled=self.precision != torch.float32)
-
-    @property
-    def constants(self) -> dict[str, nn.Module]:
-        """The networks that it reads beside the model, by what they are."""
-        return {}
 
     def facts_before(self, model: nn.Module, top1: Callable[[nn.Module], float]) -> Facts:
         """What is known before the first step, by the top-1 of networks such as the model that the run would leave."""
@@ -74,6 +65,7 @@ class DistillationObjective(Objective):
     def __init__(self, config: Config, model: nn.Module, settings: DistillConfig, teacher: Teacher):
         super().__init__(config, model)
         self.settings, self.teacher = settings, teacher  # which is no module: nobody trains, saves or replicates it
+        self.constants = {"teacher": teacher.model}
 
     def forward(self, images: Tensor, targets: Tensor, step: int) -> Tensor:
         with self.autocast(images):
@@ -85,10 +77,6 @@ class DistillationObjective(Objective):
         heads, alpha = logits if isinstance(logits, tuple) else (logits,), self.settings.alpha
         taught = distillation_loss(heads[-1].float(), answers.float(), self.settings)
         return (1 - alpha) * self.criterion(heads[0].float(), targets) + alpha * taught
-
-    @property
-    def constants(self) -> dict[str, nn.Module]:
-        return {"teacher": self.teacher.model}
 
 
 class HealingObjective(DistillationObjective):
@@ -134,14 +122,7 @@ class HealingObjective(DistillationObjective):
 def create_objective(
     config: Config, model: Any, settings: dict[str, Any], class_names: Sequence[str], steps_per_epoch: int
 ) -> Objective:
-    """The objective of an experiment, which may take parameters out of training.
-
-    Args:
-        config: The experiment.
-        model: What is trained.
-        settings: vitreuse.model.preprocessing.image_settings of the model.
-        class_names: Of the training set.
-        steps_per_epoch: Optimizer steps of an epoch.
+    """The objective of an experiment, which may take parameters out of training; settings are the model's of images.
 
     Raises:
         ConfigError: As create_teacher and create_healing.

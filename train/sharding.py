@@ -26,18 +26,12 @@ OPTIMIZERS = (
 
 
 def check_shardable(recipe: TrainConfig) -> None:
-    """Refuses what a recipe cannot do on parts of parameters.
-
-    Raises:
-        ConfigError: strategy fsdp2 with an optimizer or a clipping that needs whole ones.
-    """
+    """Refuses fsdp2 with an optimizer or a clipping that needs whole parameters."""
     if recipe.strategy != "fsdp2":
         return
     if recipe.optimizer.name not in OPTIMIZERS:
-        raise ConfigError(
-            f"train.optimizer.name {recipe.optimizer.name!r} needs whole parameters: with train.strategy fsdp2 use one "
-            f"of {', '.join(OPTIMIZERS)}, or train with ddp."
-        )
+        needs = f"train.optimizer.name {recipe.optimizer.name!r} needs whole parameters"
+        raise ConfigError(f"{needs}: with train.strategy fsdp2 use one of {', '.join(OPTIMIZERS)}, or train with ddp.")
     if recipe.clip is not None and recipe.clip.mode == "agc":
         raise ConfigError("train.clip.mode 'agc' needs whole parameters: use norm or value, or train.strategy ddp.")
 
@@ -90,6 +84,11 @@ def unsharded(model: nn.Module) -> Iterator[None]:
 def whole(tensor: Tensor) -> Tensor:
     """A tensor of which each rank has a part, by all ranks together; any other as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def part_of(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor of which each rank has one; any other as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def whole_state(state: Any, ranks: Ranks) -> Any:
