@@ -11,6 +11,7 @@ from cases import CASES, Case, images
 from safetensors.torch import load_file
 from storms.pictures import write_pictures
 from storms.processes import Run
+from torch import nn
 
 from train.__main__ import main
 from train.heal import Healing, outputs_loss, plan_share
@@ -189,6 +190,38 @@ def test_annealing_trains_values_by_both_paths_and_the_old_maps_by_none():
         name for name, _ in healing.named_parameters() if name.startswith("held.")
     }
     assert all(parameter.grad is None for parameter in original.parameters())
+
+
+class _Adapted(nn.Module):
+    """A linear layer with an adapter of rank 1, which drops inputs in training."""
+
+    def __init__(self, base: nn.Linear):
+        super().__init__()
+        self.base, self.in_features, self.out_features = base, base.in_features, base.out_features
+        self.down = nn.Linear(base.in_features, 1, bias=False, dtype=base.weight.dtype)
+        self.up = nn.Linear(1, base.out_features, bias=False, dtype=base.weight.dtype)
+        self.drop = nn.Dropout(0.5)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base(x) + self.up(self.down(self.drop(x)))
+
+
+def test_adapters_are_called():
+    """Of both models and in both attentions; in training, too, values are compared without dropout."""
+    model, original = _converted(CASES["mixture"])
+    for block in (*model.blocks, *original.blocks):
+        for name, linear in list(block.attn.named_children()):
+            if isinstance(linear, nn.Linear):
+                setattr(block.attn, name, _Adapted(linear))
+    healing = Healing(model.train(), original)
+    assert all(module.training for module in model.modules())
+    before = original(images())
+    torch.testing.assert_close(healing.eval()(images(), 0.0)[0], before)
+    for module in model.modules():
+        if isinstance(module, _Adapted):
+            nn.init.ones_(module.up.weight)
+    assert (healing(images(), 0.0)[0] - before).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
