@@ -20,7 +20,7 @@ from eval.sets import SETS, Among, imagenet_order, named_set
 from eval.top1 import evaluate as predictions_of
 from train.__main__ import main as train
 from train.distill import create_teacher
-from train.head_rows import known_rows
+from train.weights import known_rows
 from vitreuse.__main__ import main as vitreuse
 from vitreuse.config import ConfigError, DistillConfig, ModelConfig
 from vitreuse.data import EncodedSample, FolderDataset, write_shards

@@ -19,9 +19,9 @@ from storms.processes import CHECKOUT
 
 from eval.distributed import Ranks
 from train.__main__ import main
-from train.doctor import Pace, judge_batches, judge_images, judge_memory, judge_pace, judge_shards
 from train.run import RunFolder
 from train.trainer import Trainer
+from train.verdicts import Pace, judge_batches, judge_images, judge_memory, judge_pace, judge_shards
 from vitreuse.config import ModelConfig, load_config
 from vitreuse.data import load_index
 

@@ -11,14 +11,16 @@ from cases import CASES, Case, images
 from safetensors.torch import load_file
 from storms.pictures import write_pictures
 from storms.processes import Run
+from torch import nn
 
 from train.__main__ import main
-from train.heal import Healing, attention_outputs, outputs_loss, plan_share
+from train.heal import Healing, outputs_loss, plan_share
 from vitreuse.compress.head_matching import rows_of_heads
 from vitreuse.config import ConfigError
 from vitreuse.export.hub import save_hub_folder
 from vitreuse.export.networks import load_experiment, resolve_targets
 from vitreuse.model.checkpoint import load_checkpoint
+from vitreuse.model.recording import recorded_attention
 
 SIZES = {"img_size": 8, "patch_size": 4, "in_chans": 1, "num_classes": 3, "embed_dim": 16, "depth": 2, "num_heads": 2}
 CONFIG = """\
@@ -190,6 +192,38 @@ def test_annealing_trains_values_by_both_paths_and_the_old_maps_by_none():
     assert all(parameter.grad is None for parameter in original.parameters())
 
 
+class _Adapted(nn.Module):
+    """A linear layer with an adapter of rank 1, which drops inputs in training."""
+
+    def __init__(self, base: nn.Linear):
+        super().__init__()
+        self.base, self.in_features, self.out_features = base, base.in_features, base.out_features
+        self.down = nn.Linear(base.in_features, 1, bias=False, dtype=base.weight.dtype)
+        self.up = nn.Linear(1, base.out_features, bias=False, dtype=base.weight.dtype)
+        self.drop = nn.Dropout(0.5)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base(x) + self.up(self.down(self.drop(x)))
+
+
+def test_adapters_are_called():
+    """Of both models and in both attentions; in training, too, values are compared without dropout."""
+    model, original = _converted(CASES["mixture"])
+    for block in (*model.blocks, *original.blocks):
+        for name, linear in list(block.attn.named_children()):
+            if isinstance(linear, nn.Linear):
+                setattr(block.attn, name, _Adapted(linear))
+    healing = Healing(model.train(), original)
+    assert all(module.training for module in model.modules())
+    before = original(images())
+    torch.testing.assert_close(healing.eval()(images(), 0.0)[0], before)
+    for module in model.modules():
+        if isinstance(module, _Adapted):
+            nn.init.ones_(module.up.weight)
+    assert (healing(images(), 0.0)[0] - before).abs().max() > 0.1
+
+
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_every_parameter_has_a_gradient_at_every_share(share):
     """Else a run of several ranks would end at its second step."""
@@ -227,11 +261,11 @@ def test_the_loss_of_outputs_is_the_mean_of_its_parts():
 
 def test_attention_outputs_are_those_of_one_pass():
     model, original = _converted(CASES["mixture"])
-    with attention_outputs(original) as taken, torch.no_grad():
+    with recorded_attention(original) as taken, torch.no_grad():
         original(images())
     found = Healing(original)(images(), 1.0)[1]
     assert taken.keys() == found.keys() == set(range(len(model.plan)))
-    assert all(torch.equal(taken[layer], found[layer]) for layer in found)
+    assert all(torch.equal(taken[layer].output, found[layer]) for layer in found)
     assert not any(block.attn._forward_hooks for block in original.blocks)
     assert Healing(model)(images(), 1.0)[1].keys() == found.keys() - {
         layer for layer, spec in enumerate(model.plan) if spec.word == "none"
@@ -275,13 +309,13 @@ def test_healing_stopped_amid_annealing_goes_on_to_the_bit(tmp_path, healed, mon
     record = whole.records()[0]
     assert record["kind"] == "heal" and whole.records()[-1]["before_top1"] == record["before_top1"]
 
-    def die(trainer: Any) -> float:
-        if trainer.counters.step == 4:
+    def die(step: int, num_steps: int) -> float:
+        if step == 4:
             raise MemoryError
-        return plan_share(trainer.counters.step, 6)
+        return plan_share(step, num_steps)
 
     with monkeypatch.context() as patch:
-        patch.setattr("train.trainer.Trainer.plan_share", property(die))
+        patch.setattr("train.objective.plan_share", die)
         assert main([*recipe, f"run_dir={killed.folder}"]) == 1
     assert killed.saved_step == 3
     assert main([*recipe, f"run_dir={killed.folder}"]) == 0

@@ -1,11 +1,12 @@
-"""The recipes of configs/imagenet/: each file is what its name, its header and its source say."""
+"""The recipes of configs/imagenet/: each file, and each plan in its header, is what name, header and source say."""
 
 import math
 import re
+import shlex
 from collections import defaultdict
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import timm
@@ -22,7 +23,7 @@ from vitreuse.plan import PRESETS, preset_plan
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "configs" / "imagenet"
-RECIPES = {path.stem: path for path in sorted(FOLDER.glob("[!_]*.yaml"))}
+FILES = {path.stem: path for path in sorted(FOLDER.glob("[!_]*.yaml"))}
 NUM_IMAGES = 1_281_167  # of ImageNet-1k for training
 NAME = re.compile(
     r"(?P<family>plain|deit|deit3|continual)_(?P<epochs>\d+)_(?P<size>tiny|small|base)(?P<distilled>_distilled)?"
@@ -31,19 +32,46 @@ NAME = re.compile(
 MODELS = {"plain": "vit", "deit": "deit", "deit3": "deit3", "continual": "deit"}  # timm's families
 FINE_TUNED = {"deit_300_base_384": 30, "deit3_800_small_384": 20, "deit3_400_base_224": 20, "deit3_800_base_224": 20}
 
+PAPERS = {"reuse": "2110.06821", "lazy": "2102.12702", "lowrank": "2006.04768", "mixspan": "2310.12442"}
+
+
+class Recipe(NamedTuple):
+    """An experiment: a file, what is said of it in its header, and what a line of that adds to the command."""
+
+    path: Path
+    header: str  # as one line
+    overrides: list[str]
+
+
+def recipes() -> dict[str, Recipe]:
+    """Every experiment by its name: a file's, or in a header the one that a line for another plan gives the run."""
+    found = {}
+    for stem, path in FILES.items():
+        own, _, others = path.read_text().partition("\nbase:")[0].partition("\n# Other plans: the command with one of")
+        found[stem] = Recipe(path, joined(own), [])
+        *said, rest = re.split(r"\n#     (model\.name=.*)", others)
+        assert not rest
+        for text, line in zip(said[::2], said[1::2], strict=True):
+            *overrides, run_dir = shlex.split(line)
+            found[run_dir.removeprefix("run_dir=runs/")] = Recipe(path, joined(text), overrides)
+    return found
+
+
+def joined(comment: str) -> str:
+    return comment.replace("\n#  ", "").replace("\n", " ")
+
+
+RECIPES = recipes()
 each_recipe = pytest.mark.parametrize("stem", RECIPES)
+each_file = pytest.mark.parametrize("stem", FILES)
 
 
 @cache
 def built(stem: str) -> tuple[Config, Any]:
     """An experiment and its model on the meta device."""
-    config = load_config(RECIPES[stem])
+    path, _, overrides = RECIPES[stem]
+    config = load_config(path, overrides)
     return config, config.model.create("meta")
-
-
-def header(stem: str) -> str:
-    """The comment on top of a recipe as one line."""
-    return RECIPES[stem].read_text().partition("\nbase:")[0].replace("\n#  ", "").replace("\n", " ")
 
 
 def parts(stem: str) -> dict[str, Any]:
@@ -67,12 +95,14 @@ def test_the_name_says_model_plan_size_and_epochs(stem):
     assert model.patch_embed.img_size == (int(named["px"] or 224),) * 2
     assert model.num_classes == 1000
     recipe = stem.removesuffix(f"_{named['plan']}")
+    assert RECIPES[stem].path.stem == f"{recipe}_exact"
+    assert named["plan"] == "exact" or PAPERS[named["plan"]] in RECIPES[stem].header
     assert config.train.epochs == FINE_TUNED.get(recipe, int(named["epochs"]))
     assert (config.model.weights is not None) == (recipe in FINE_TUNED or named["family"] == "continual")
     assert (config.train.distill is not None) == (named["distilled"] is not None)
 
 
-@each_recipe
+@each_file
 def test_the_header_has_the_commands_and_the_batch(stem):
     config, _ = built(stem)
     command = f"-m train configs/imagenet/{stem}.yaml"
@@ -84,7 +114,7 @@ def test_the_header_has_the_commands_and_the_batch(stem):
         f"8 GPUs, {batch_size // 8} images of each step on every one.",
         "ours: not yet run.",
     ):
-        assert text in header(stem)
+        assert text in RECIPES[stem].header
     assert batch_size % (2 * 16) == 0  # mixup pairs the images of each of 16 ranks
 
 
@@ -92,16 +122,17 @@ def test_the_header_has_the_commands_and_the_batch(stem):
 def test_the_header_has_the_cost(stem):
     """Training counts as three forward passes; a teacher's forward comes on top."""
     config, model = built(stem)
-    flops, gmacs = re.search(r"about ([\d.e]+) FLOPs, three forward passes of ([\d.]+) GMACs", header(stem)).groups()
-    macs, taught = model_macs(model), re.search(r"and the teacher's one of ([\d.]+) for", header(stem))
+    text, passes = RECIPES[stem].header, "three forward passes of " if stem in FILES else ""
+    flops, gmacs = re.search(rf"about ([\d.e]+) FLOPs, {passes}([\d.]+) GMACs", text).groups()
+    macs, taught = model_macs(model), re.search(r"and the teacher's one of ([\d.]+) for", text)
     assert gmacs == f"{macs / 1e9:.2f}"
     teacher_macs = 0
     if config.train.distill is not None:
         teacher_macs = model_macs(config.train.distill.teacher.create("meta").eval())
-        assert taught[1] == f"{teacher_macs / 1e9:.2f}"
+        assert stem not in FILES or taught[1] == f"{teacher_macs / 1e9:.2f}"
     total = 2 * (3 * macs + teacher_macs) * NUM_IMAGES * config.train.epochs
     assert float(flops) == float(f"{total:.1e}")
-    assert (taught is None) == (config.train.distill is None)
+    assert (taught is None) == (config.train.distill is None or stem not in FILES)
 
 
 @each_recipe
@@ -163,10 +194,11 @@ def test_every_recipe_has_every_plan_or_says_how_to_get_it():
         plans[recipe].add(plan)
     single = {recipe for recipe, known in plans.items() if known == {"exact"}}
     assert all(plans[recipe] == {"exact", *PRESETS} for recipe in plans.keys() - single)
-    assert {recipe for recipe in plans if "# Other plans: add model.plan=TEXT" in header(f"{recipe}_exact")} == single
+    headers = {recipe: RECIPES[f"{recipe}_exact"].header for recipe in plans}
+    assert {recipe for recipe, text in headers.items() if "# Other plans: add model.plan=TEXT" in text} == single
     for recipe in single:
         for plan in map(plan_text, PRESETS):
-            model: Any = load_config(RECIPES[f"{recipe}_exact"], [f"model.plan={plan}"]).model.create("meta")
+            model: Any = load_config(FILES[f"{recipe}_exact"], [f"model.plan={plan}"]).model.create("meta")
             assert str(model.plan) == plan
 
 

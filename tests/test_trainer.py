@@ -31,9 +31,8 @@ from eval.top1 import ALONE
 from train.__main__ import main
 from train.distill import Teacher, distillation_loss
 from train.order import RankBatches
-from train.pipeline import collate
+from train.pipeline import collate, image_size
 from train.recipe import create_criterion
-from train.resolution import image_size
 from train.trainer import DivergedError, Trainer
 from train.weights import start_from
 from vitreuse.config import ConfigError, DistillConfig, ModelConfig, ResolutionConfig, load_config
@@ -197,7 +196,7 @@ def test_hard_distillation_mixes_two_cross_entropies(make, teacher):
     trainer = make(f"train.distill={{teacher: {teacher}, kind: hard, alpha: 0.2}}")
     batch = next(trainer.remaining_batches())
     student = copy.deepcopy(_scaled(trainer.model)).train()
-    logits, said = student(batch.images), trainer.teacher(batch.images).argmax(-1)
+    logits, said = student(batch.images), trainer.objective.teacher(batch.images).argmax(-1)
     assert not torch.equal(said, batch.labels)
     expected = 0.8 * F.cross_entropy(logits, batch.labels) + 0.2 * F.cross_entropy(logits, said)
     assert trainer.train_step(batch, stop=False).loss == pytest.approx(expected.item(), rel=1e-6)
@@ -240,11 +239,11 @@ def test_a_teacher_of_colours_takes_grey_images_by_the_mean_of_its_statistics():
 
 def test_a_teacher_is_a_constant_that_no_checkpoint_holds(make, teacher):
     trainer = make(f"train.distill={{teacher: {teacher}, kind: soft}}", "train.precision=bfloat16")
-    before, keys = _state(trainer.teacher.model), make().state_dict().keys()
+    before, keys = _state(trainer.objective.teacher.model), make().state_dict().keys()
     _steps(trainer, 2)
-    assert not trainer.teacher.model.training and trainer.model.training
-    torch.testing.assert_close(_state(trainer.teacher.model), before, rtol=0, atol=0)
-    assert all(parameter.grad is None for parameter in trainer.teacher.model.parameters())
+    assert not trainer.objective.teacher.model.training and trainer.model.training
+    torch.testing.assert_close(_state(trainer.objective.teacher.model), before, rtol=0, atol=0)
+    assert all(parameter.grad is None for parameter in trainer.objective.teacher.model.parameters())
     assert trainer.state_dict().keys() == keys
     num_owned = sum(len(group["params"]) for group in trainer.optimizer.param_groups)
     assert num_owned == len(list(trainer.model.parameters()))
@@ -418,9 +417,12 @@ def test_float16_steps_on_gradients_of_the_scaled_loss(make):
     torch.testing.assert_close(_state(half.model), _state(whole.model), rtol=1e-2, atol=1e-3)
     assert half.scaler.state_dict()["_growth_tracker"] == 2 and half.counters.skipped == 0
     assert all(parameter.dtype == torch.float32 for parameter in half.model.parameters())
-    with half._autocast():
-        assert half.model(next(half.remaining_batches()).images).dtype == torch.float16
-    assert half._run(next(half.remaining_batches()).images)[0][0].dtype == torch.float32
+    batch, dtypes = next(half.remaining_batches()), []
+    with half.objective.autocast(batch.images):
+        assert half.model(batch.images).dtype == torch.float16
+    half.objective.criterion.register_forward_pre_hook(lambda criterion, args: dtypes.append(args[0].dtype))
+    half._loss(batch.images, batch.labels)
+    assert dtypes == [torch.float32]
 
 
 def _overflowing(model: nn.Module) -> Any:

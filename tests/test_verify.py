@@ -112,7 +112,7 @@ class _Growing(nn.Module):
 
 
 def test_state_that_no_checkpoint_holds_is_found(config_path, tmp_path, capsys, monkeypatch, in_this_process):
-    monkeypatch.setattr("train.trainer.create_criterion", lambda config: _Growing(create_criterion(config)))
+    monkeypatch.setattr("train.objective.create_criterion", lambda config: _Growing(create_criterion(config)))
     assert main([str(config_path), "--verify-resume", f"run_dir={tmp_path / 'run'}"]) == 1
     told = capsys.readouterr().out
     assert told.startswith("resume is not exact: ['steps'][0]['loss'] is ")
@@ -129,7 +129,7 @@ def test_kernels_that_do_not_repeat_are_told_from_a_broken_checkpoint(
         def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
             return self.criterion(logits, targets) * (1 + 1e-3 * device.random())
 
-    monkeypatch.setattr("train.trainer.create_criterion", lambda config: Noisy(create_criterion(config)))
+    monkeypatch.setattr("train.objective.create_criterion", lambda config: Noisy(create_criterion(config)))
     assert main([str(config_path), "--verify-resume", f"run_dir={tmp_path / 'run'}"]) == 1
     told = capsys.readouterr().out
     assert told.startswith("resume is not exact: ")

@@ -31,12 +31,11 @@ from vitreuse.io.process import (
     WRONG_INPUT,
     OtherRankError,
     is_first_of_machine,
-    is_first_rank,
     print_error,
+    print_note,
 )
 from vitreuse.io.urls import refuse_idle_allow, refuse_url
 
-USAGE = "usage: python -m train CONFIG [section.key=value ...] [run_dir=PATH] [--allow KIND] [--doctor|--verify-resume]"
 HELP = """usage: python -m train CONFIG [section.key=value ...] [run_dir=PATH]
                        [--allow KIND] [--doctor|--verify-resume]
 
@@ -51,6 +50,7 @@ Trains the experiment of a YAML file; under torchrun on several devices.
 --version        print versions and exit
 
 keys and their meaning: vitreuse/config/; experiments: configs/"""
+USAGE = " ".join(HELP.partition("\n\n")[0].split())
 OPTIONS = {"--doctor": doctor, "--verify-resume": verify_resume}  # instead of training; they leave the run folder alone
 
 
@@ -81,8 +81,7 @@ def main(arguments: list[str]) -> int:
             return OPTIONS[option](config, run_dir, allow)
         return DONE if train(config, run_dir, shlex.join([*_launcher(), *arguments]), allow) else STOPPED
     except KeyboardInterrupt:  # which training takes for a signal to stop
-        if is_first_rank():
-            print("train: interrupted.", file=sys.stderr)
+        print_note("train: interrupted.")
         return INTERRUPTED
     except (ConfigError, DataError, OtherRankError) as error:
         print_error("train", error)
@@ -108,8 +107,7 @@ def _explain(error: BaseException, run_dir: Path) -> None:
     way_out = f"what {run_dir} held before is whole, so cure this and run it again to go on."
     lost = lost_process(error) if isinstance(error, RuntimeError) else None
     if isinstance(error, DivergedError):
-        if is_first_rank():
-            print_error("train", error)
+        print_note(f"train: {error}")  # which all ranks raise
     elif lost is not None:
         print_error("train", RuntimeError(lost))
     elif isinstance(error, OSError):
@@ -136,15 +134,11 @@ def _parse(arguments: list[str]) -> tuple[Path, list[str], Path, str | None, Seq
     if not arguments or "=" in arguments[0] or arguments[0].startswith("-"):
         raise ConfigError(f"no config is given; {USAGE}.")
     path = Path(os.path.expanduser(arguments[0]))
-    run_dir = Path("runs") / path.stem
-    overrides = []
-    for argument in arguments[1:]:
-        if argument.startswith("run_dir="):
-            text = argument.removeprefix("run_dir=")
-            refuse_url("run_dir", text)
-            run_dir = Path(os.path.expanduser(text))
-        else:
-            overrides.append(argument)
+    run_dirs = [argument.removeprefix("run_dir=") for argument in arguments[1:] if argument.startswith("run_dir=")]
+    for text in run_dirs:
+        refuse_url("run_dir", text)
+    run_dir = Path(os.path.expanduser(run_dirs[-1])) if run_dirs else Path("runs") / path.stem
+    overrides = [argument for argument in arguments[1:] if not argument.startswith("run_dir=")]
     return path, overrides, run_dir, options[0] if options else None, given.allow
 
 

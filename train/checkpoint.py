@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 import zlib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,19 +18,14 @@ import torch
 
 from vitreuse.config import ConfigError
 from vitreuse.io.durable import durable_file, sync, write_durably
-from vitreuse.io.process import is_first_rank
+from vitreuse.io.process import print_note
 
 STATE_FILE = "state.pt"
 MARKER_FILE = "complete.json"
 
 
 class Checkpoints:
-    """The checkpoints of one run folder.
-
-    Args:
-        folder: Where they are.
-        keep_last: Newest ones that stay; the one with the best top-1 stays too.
-    """
+    """The checkpoints of a folder: the newest few stay, and the one with the best top-1."""
 
     def __init__(self, folder: Path, keep_last: int):
         self.folder, self.keep_last = folder, keep_last
@@ -77,23 +72,18 @@ class Checkpoints:
                 if isinstance(error, (OSError, MemoryError)) and not isinstance(error, FileNotFoundError):
                     raise
                 reason = str(error).splitlines()[0]
-                if is_first_rank():
-                    print(f"{path} is damaged ({reason}) and passed over.", file=sys.stderr)
+                print_note(f"{path} is damaged ({reason}) and passed over.")
         if complete:
-            raise ConfigError(
-                f"{self.folder} holds {len(complete)} checkpoints and none that is whole: put one back, or remove the "
-                "run folder to start again."
-            )
+            none = f"{self.folder} holds {len(complete)} checkpoints and none that is whole"
+            raise ConfigError(f"{none}: put one back, or remove the run folder to start again.")
         return None
 
     def _complete(self) -> list[tuple[Path, dict[str, Any]]]:
         """Folders and markers of the checkpoints that have one, oldest first."""
         found = []
         for path in sorted(self.folder.glob(f"step-*/{MARKER_FILE}")):
-            try:
+            with suppress(ValueError):  # a disk lost part of it: no marker
                 found.append((path.parent, json.loads(path.read_bytes())))
-            except ValueError:  # a disk lost part of it: no marker
-                continue
         return found
 
     def _prune(self, step: int) -> None:

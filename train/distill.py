@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from statistics import fmean
@@ -14,7 +13,7 @@ from torch.nn import functional as F
 
 from train.weights import load_weights
 from vitreuse.config import ConfigError, DistillConfig
-from vitreuse.io.process import is_first_rank
+from vitreuse.io.process import print_note
 from vitreuse.model.preprocessing import check_answers, image_settings
 
 
@@ -23,11 +22,7 @@ def create_teacher(
 ) -> Teacher:
     """The teacher of a model, on the model's device; under kind token the model is told to return both its heads.
 
-    Args:
-        settings: The experiment's train.distill.
-        student: The model.
-        student_images: vitreuse.model.preprocessing.image_settings of the model.
-        class_names: Of the model's classes, by which those of the teacher are put in order.
+    It takes images of the student's image_settings, and has its classes in the order of these names.
 
     Raises:
         ConfigError: The teacher cannot be built, its weights do not fit it, it has other classes, or kind is token and
@@ -35,22 +30,18 @@ def create_teacher(
     """
     if settings.kind == "token":
         if not hasattr(student, "set_distilled_training"):
-            raise ConfigError(
-                "train.distill.kind 'token' needs a model with a distillation token, such as "
-                "deit_reuse_small_distilled_patch16_224: choose one, or kind 'hard'."
-            )
+            one = "a model with a distillation token, such as deit_reuse_small_distilled_patch16_224"
+            raise ConfigError(f"train.distill.kind 'token' needs {one}: choose one, or kind 'hard'.")
         student.set_distilled_training(True)
     fitting = {"num_classes": student.num_classes, "in_chans": student_images["input_size"][0]}
     model: Any = replace(settings.teacher, keywords={**fitting, **settings.teacher.keywords}).create()
     if model.num_classes != student.num_classes:
-        raise ConfigError(
-            f"train.distill.teacher has {model.num_classes} classes and the model {student.num_classes}: "
-            "a teacher must tell the same classes apart."
-        )
+        found = f"train.distill.teacher has {model.num_classes} classes and the model {student.num_classes}"
+        raise ConfigError(f"{found}: a teacher must tell the same classes apart.")
     assert settings.teacher.weights is not None  # its schema's rule
     remark = load_weights(model, settings.teacher.weights, class_names)
-    if remark and is_first_rank():
-        print(f"train.distill.teacher: {remark}.", file=sys.stderr)
+    if remark:
+        print_note(f"train.distill.teacher: {remark}.")
     device = next(student.parameters()).device
     teacher, images = Teacher(model.to(device), student_images), torch.zeros(1, *student_images["input_size"])
     check_answers(teacher, images.to(device), student.num_classes, f"train.distill.teacher {settings.teacher.name!r}")
@@ -58,22 +49,14 @@ def create_teacher(
 
 
 class Teacher:
-    """A trained model that answers without gradients, for images as another model takes them.
-
-    Args:
-        model: The trained one.
-        images: image_settings (vitreuse.model.preprocessing) of the other: the statistics by which its images are
-            normalised.
-    """
+    """A trained model that answers without gradients, for images as another model takes them, by its image_settings."""
 
     def __init__(self, model: nn.Module, images: dict[str, Any]):
         self.model = model.eval()
         own, num_channels, device = image_settings(model), images["input_size"][0], next(model.parameters()).device
         self.size = tuple(own["input_size"][-2:])
-        mean, std, own_mean, own_std = (
-            _per_channel(statistics, num_channels, device)
-            for statistics in (images["mean"], images["std"], own["mean"], own["std"])
-        )
+        statistics = (images["mean"], images["std"], own["mean"], own["std"])
+        mean, std, own_mean, own_std = (_per_channel(each, num_channels, device) for each in statistics)
         self.scale, self.shift = std / own_std, (mean - own_mean) / own_std
 
     @torch.no_grad()

@@ -16,7 +16,6 @@ from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from traceback import clear_frames
-from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,50 +29,24 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import Subset
 
 from eval.distributed import Ranks, joined
+from train import verdicts
 from train.checkpoint import Checkpoints
-from train.class_coverage import remarks
-from train.experiment import Experiment, checkpoint_is_due, evaluation_is_due, predict, set_up
+from train.experiment import Experiment, checkpoint_is_due, evaluation_is_due, predict, remarks, set_up
 from train.pipeline import Batch
 from train.run import RunFolder
 from train.trainer import Trainer
+from train.verdicts import NUM_REPEATS, NUM_ROUNDS, NUM_WARMUPS, OK, WARNING, WRONG, Check, Pace
 from vitreuse.cli.console import fitted
 from vitreuse.config import Config, ConfigError
 from vitreuse.cost.measure import device_name, peak_process_memory_mib, time_interleaved
-from vitreuse.data import DataError, ShardDataset, usable_cpus
+from vitreuse.data import DataError, ShardDataset
 from vitreuse.io.durable import nearest_folder
 from vitreuse.io.file_names import for_terminal
 from vitreuse.io.process import DONE, WRONG_INPUT, OtherRankError
 
-OK, WARNING, WRONG = "ok", "warning", "wrong"
 STYLES = {OK: "green", WARNING: "yellow", WRONG: "bold red"}
 NUM_SAMPLED = 256  # images of each split that are decoded: less than a second's work of one core
-NUM_ROUNDS = 5  # of timed batches, each one batch a worker: workers deliver at about the same time
-NUM_WARMUPS, NUM_REPEATS = 2, 5  # steps before those timed, and those
 NUM_EVALUATED = 2  # batches of an evaluation for each worker
-WAITING = 0.1  # share of a step's time spent waiting for data above which it is worth a warning
-FULL = 0.9  # share of memory above which an allocator may fail where it did not in the first steps
-
-
-class Check(NamedTuple):
-    """What one look found: a sentence with the value, the limit and, where not all is well, the way out."""
-
-    subject: str
-    state: str
-    finding: str
-
-
-class Pace(NamedTuple):
-    """Seconds by which the length of a run is predicted."""
-
-    data: float  # for the loaders of all ranks to yield a global batch
-    step: float  # for all ranks to train on it
-    evaluation: float
-    num_workers: int  # of each rank; without any, a rank decodes and trains in turns
-
-    @property
-    def waiting(self) -> float:
-        """Of each step, spent waiting for data."""
-        return max(self.data - self.step, 0.0) if self.num_workers else self.data
 
 
 def doctor(config: Config, run_dir: Path, allow: Collection[str] = ()) -> int:
@@ -94,9 +67,7 @@ def doctor(config: Config, run_dir: Path, allow: Collection[str] = ()) -> int:
 
 
 def _print(checks: Sequence[Check]) -> None:
-    table = Table(box=SIMPLE_HEAD)
-    for heading in ("what", "state", "found"):
-        table.add_column(heading)
+    table = Table("what", "state", "found", box=SIMPLE_HEAD)
     for subject, state, finding in checks:
         table.add_row(subject, Text(state, STYLES[state]), Text(for_terminal(finding)))
     console = Console()
@@ -111,10 +82,11 @@ def _examine(experiment: Experiment, folder: RunFolder, ranks: Ranks) -> Iterato
     check, done = _run_folder(folder, trainer, ranks)
     yield check
     yield _data(experiment)
-    yield judge_classes(remarks(experiment.train_set, experiment.val_set))
+    yield verdicts.judge_classes(remarks(experiment.train_set, experiment.val_set))
     if config.data.shuffle_window is not None and isinstance(experiment.train_set, ShardDataset):
-        yield judge_shards(len(experiment.train_set.shard_sizes), ranks.world_size * max(config.data.num_workers, 1))
-    yield judge_batches(trainer.batches.num_draws, sum(trainer.batches.shard_sizes), config, ranks.world_size)
+        num_readers = ranks.world_size * max(config.data.num_workers, 1)
+        yield verdicts.judge_shards(len(experiment.train_set.shard_sizes), num_readers)
+    yield verdicts.judge_batches(trainer.batches.num_draws, sum(trainer.batches.shard_sizes), config, ranks.world_size)
     check = _images(experiment, ranks)
     yield check
     if check.state == WRONG:
@@ -129,7 +101,8 @@ def _examine(experiment: Experiment, folder: RunFolder, ranks: Ranks) -> Iterato
         yield check
         if check.state == WRONG:
             return
-        step = max(ranks.gather(_step_seconds(trainer, batch)))
+        times = time_interleaved({"": _one_step(trainer, batch)}, ranks.device, NUM_REPEATS, NUM_WARMUPS)
+        step = max(ranks.gather(times[""].median_ms / 1000))
         yield _memory(ranks)
         evaluation = max(ranks.gather(_evaluation_seconds(experiment, ranks)))
     except (DataError, OtherRankError) as error:
@@ -137,13 +110,13 @@ def _examine(experiment: Experiment, folder: RunFolder, ranks: Ranks) -> Iterato
         yield Check("images", WRONG, str(error))
         return
     except torch.OutOfMemoryError as error:
-        check = judge_memory(math.inf, *_memory_limit(ranks.device))
+        check = verdicts.judge_memory(math.inf, *_memory_limit(ranks.device))
         if ranks.world_size > 1:  # the others, who may have room, wait for this rank: it must end by itself
             raise ConfigError(check.finding) from error
         yield check
         return
     pace = Pace(config.train.global_batch_size / rate, step, evaluation, config.data.num_workers)
-    yield judge_pace(pace, config.train.global_batch_size, ranks)
+    yield verdicts.judge_pace(pace, config.train.global_batch_size, ranks)
     check, saving = _disk(folder, trainer, ranks)
     yield check
     yield _duration(config, trainer, done, pace, saving)
@@ -158,9 +131,8 @@ def _run_folder(folder: RunFolder, trainer: Trainer, ranks: Ranks) -> tuple[Chec
     except (ConfigError, OtherRankError) as error:
         return Check(subject, WRONG, str(error)), 0
     if folder.is_completed:
-        return Check(subject, OK, f"{folder.path} holds this run completed: there is nothing left to train."), (
-            trainer.num_steps
-        )
+        completed = f"{folder.path} holds this run completed: there is nothing left to train."
+        return Check(subject, OK, completed), trainer.num_steps
     state = folder.checkpoints.load_newest()
     if state is None:
         return Check(subject, OK, f"{folder.path} holds no checkpoint: a run starts from step 0."), 0
@@ -170,57 +142,13 @@ def _run_folder(folder: RunFolder, trainer: Trainer, ranks: Ranks) -> tuple[Chec
 
 def _data(experiment: Experiment) -> Check:
     train_set, val_set = experiment.train_set, experiment.val_set
-    numbers = (
-        f"{len(train_set):,} images of {len(train_set.class_names):,} classes to train on, {len(val_set):,} to "
-        "validate with"
-    )
+    classes = f"{len(train_set.class_names):,} classes"
+    numbers = f"{len(train_set):,} images of {classes} to train on, {len(val_set):,} to validate with"
     if not isinstance(train_set, ShardDataset):
         return Check("data", OK, f"{numbers}, in class folders.")
-    num_shards = len(train_set.shard_sizes)
-    agreement = (
-        "their names and sizes agree with it" if train_set.url is None else "each is compared when it is fetched"
-    )
-    return Check("data", OK, f"{numbers}; the index of {num_shards} shards is whole, and {agreement}.")
-
-
-def judge_classes(found: Sequence[str]) -> Check:
-    """Whether each class has images in both splits, from what was remarked of those that have not."""
-    if not found:
-        return Check("classes", OK, "each has images in both splits.")
-    return Check("classes", WARNING, f"{' '.join(found)} Add images, or leave the classes out.")
-
-
-def judge_shards(num_shards: int, num_readers: int) -> Check:
-    """Whether there are shards enough for the processes that read, where all read from a few shards at a time."""
-    numbers = f"{num_shards} shards for {num_readers} reading processes"
-    if num_shards >= num_readers:
-        return Check("shards", OK, f"{numbers}.")
-    return Check(
-        "shards",
-        WARNING,
-        f"{numbers}, which data.shuffle_window sends to the same files: build more shards, set it to null, or lower "
-        "data.num_workers.",
-    )
-
-
-def judge_batches(num_draws: int, num_images: int, config: Config, num_ranks: int) -> Check:
-    """How an epoch divides into batches, and these among the ranks."""
-    batch_size = config.train.global_batch_size
-    rest = num_draws % batch_size
-    parts = [f"{-(-num_draws // batch_size):,} steps an epoch of {batch_size:,} images"]
-    if rest:
-        parts.append(f"{rest:,} in the last")
-    if num_draws < num_images:
-        parts.append(f"train.mixup leaves out the {num_images - num_draws:,} that fill no batch")
-    state = OK
-    if batch_size % num_ranks:
-        state = WARNING
-        share = -(-batch_size // num_ranks)
-        parts.append(
-            f"which {num_ranks} ranks do not share evenly, so that some wait for those with {share}: make "
-            f"train.global_batch_size a multiple of {num_ranks}"
-        )
-    return Check("batches", state, ", ".join(parts) + ".")
+    index = f"the index of {len(train_set.shard_sizes)} shards is whole"
+    shards = "their names and sizes agree with it" if train_set.url is None else "each is compared when it is fetched"
+    return Check("data", OK, f"{numbers}; {index}, and {shards}.")
 
 
 def _images(experiment: Experiment, ranks: Ranks) -> Check:
@@ -230,29 +158,14 @@ def _images(experiment: Experiment, ranks: Ranks) -> Check:
         for split in (experiment.train_set, experiment.val_set)
         for number in np.unique(np.linspace(0, len(split) - 1, NUM_SAMPLED, dtype=int)).tolist()
     ]
-    own_share = sampled[ranks.rank :: ranks.world_size]
-    errors = [(split is experiment.train_set, _read_error(split, number)) for split, number in own_share]
-    found = [(replaced, error) for share in ranks.gather(errors) for replaced, error in share if error is not None]
-    return judge_images(found, len(sampled), experiment.trainer.config.data.max_bad_images)
-
-
-def judge_images(found: Sequence[tuple[bool, str]], num_sampled: int, max_bad_images: int) -> Check:
-    """Whether the images that cannot be used, each with whether training puts another in its place, end a run."""
-    if not found:
-        return Check("images", OK, f"{num_sampled:,} of them, spread evenly over both splits, are whole.")
-    sentence = f"{len(found)} of {num_sampled} sampled ones cannot be used: {found[0][1]}"
-    if all(is_replaced for is_replaced, _ in found) and len(found) <= max_bad_images:
-        others = f"data.max_bad_images={max_bad_images} lets others take their place."
-        return Check("images", WARNING, f"{sentence} {others}")
-    return Check("images", WRONG, sentence)
-
-
-def _read_error(split: Any, number: int) -> str | None:
-    try:
-        split[number]
-    except DataError as error:
-        return str(error)
-    return None
+    errors = []
+    for split, number in sampled[ranks.rank :: ranks.world_size]:
+        try:
+            split[number]
+        except DataError as error:
+            errors.append((split is experiment.train_set, str(error)))
+    found = [error for share in ranks.gather(errors) for error in share]
+    return verdicts.judge_images(found, len(sampled), experiment.trainer.config.data.max_bad_images)
 
 
 def _first_of_last_epoch(trainer: Trainer) -> int:
@@ -304,25 +217,17 @@ def _parameters(trainer: Trainer, batch: Batch) -> Check:
         num_weights = sum(parameter.numel() for _, parameter in trained)
         return Check("parameters", OK, f"all {len(trained)}, {num_weights:,} numbers, get a gradient.")
     named = ", ".join(unused[:3]) + (f" and {len(unused) - 3} more" if unused[3:] else "")
-    consequence = "ends a run of several ranks" if trainer.ranks.world_size > 1 else "would end a run of several ranks"
-    return Check(
-        "parameters",
-        WRONG if trainer.ranks.world_size > 1 else WARNING,
-        f"no gradient reaches {named}, which {consequence}: choose a model or plan that reads them, or name them in "
-        "train.freeze.",
-    )
-
-
-def _step_seconds(trainer: Trainer, batch: Batch) -> float:
-    calls = {"step": _one_step(trainer, batch)}
-    return time_interleaved(calls, trainer.ranks.device, NUM_REPEATS, NUM_WARMUPS)["step"].median_ms / 1000
+    state, ends = (WRONG, "ends") if trainer.ranks.world_size > 1 else (WARNING, "would end")
+    way_out = "choose a model or plan that reads them, or name them in train.freeze"
+    sentence = f"no gradient reaches {named}, which {ends} a run of several ranks: {way_out}."
+    return Check("parameters", state, sentence)
 
 
 def _memory(ranks: Ranks) -> Check:
     """The most that a rank has held at any time up to here, and so during a step."""
     num_sharing = 1 if ranks.device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     peak = peak_process_memory_mib(ranks.device) * 2**20 * num_sharing
-    return judge_memory(max(ranks.gather(peak)), *_memory_limit(ranks.device))
+    return verdicts.judge_memory(max(ranks.gather(peak)), *_memory_limit(ranks.device))
 
 
 def _memory_limit(device: torch.device) -> tuple[int, str]:
@@ -332,41 +237,9 @@ def _memory_limit(device: torch.device) -> tuple[int, str]:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "this machine, for its ranks without their workers"
 
 
-def judge_memory(peak: float, total: int, owner: str) -> Check:
-    """Whether a step's peak fits into memory; infinite if it did not."""
-    limit = f"{decimal(total)} of {owner}"
-    way_out = "raise train.accumulation_steps or set train.grad_checkpointing"
-    if peak > total:
-        return Check("memory", WRONG, f"a step does not fit into the {limit}: {way_out}.")
-    taken = f"a step takes {decimal(int(peak))} of the {limit}"
-    if peak > FULL * total:
-        return Check("memory", WARNING, f"{taken}, which leaves too little for what varies: {way_out}.")
-    return Check("memory", OK, f"{taken}.")
-
-
-def judge_pace(pace: Pace, batch_size: int, ranks: Ranks) -> Check:
-    """Whether the loaders keep up with the steps, and how many workers would."""
-    rates = (
-        f"{ranks.world_size} x {pace.num_workers} workers yield {batch_size / pace.data:,.0f} images/s and steps on "
-        f"{device_name(ranks.device)} use {batch_size / pace.step:,.0f}"
-    )
-    share = pace.waiting / (pace.step + pace.waiting)
-    measured = f"medians of {NUM_ROUNDS} rounds and {NUM_REPEATS} steps"
-    if share <= WAITING:
-        return Check("speed", OK, f"{rates} ({measured}).")
-    needed = math.ceil(max(pace.num_workers, 1) * pace.data / pace.step)
-    return Check(
-        "speed",
-        WARNING,
-        f"{rates}, so that {share:.0%} of the time goes into waiting for data: data.num_workers={needed} would do, "
-        f"where each rank has as many of the machine's {usable_cpus()} CPUs ({measured}).",
-    )
-
-
 def _evaluation_seconds(experiment: Experiment, ranks: Ranks) -> float:
     """How long an evaluation takes, from one of the first images."""
-    trainer, val_set = experiment.trainer, experiment.val_set
-    config = trainer.config
+    trainer, val_set, config = experiment.trainer, experiment.val_set, experiment.trainer.config
     batch_size = config.eval.batch_size * ranks.world_size
     num_images = min(len(val_set), NUM_EVALUATED * max(config.data.num_workers, 1) * batch_size)
     start = time.perf_counter()
@@ -379,7 +252,8 @@ def _disk(folder: RunFolder, trainer: Trainer, ranks: Ranks) -> tuple[Check, flo
     """Whether the checkpoints will fit on the disk, and the seconds that one takes."""
     state = trainer.state_dict()  # by all ranks
     size = sum(leaf.numel() * leaf.element_size() for leaf in tree_leaves(state) if isinstance(leaf, Tensor))
-    num_more = _num_checkpoints(folder)
+    num_there = len(list(folder.checkpoints.folder.glob("step-*")))
+    num_more = max(trainer.config.train.checkpoint.keep_last + 2 - num_there, 1)  # the best, and the one being written
     where = nearest_folder(folder.path)
     free = shutil.disk_usage(where).free
     sizes = f"{num_more} more of {decimal(size)} each"
@@ -388,23 +262,13 @@ def _disk(folder: RunFolder, trainer: Trainer, ranks: Ranks) -> tuple[Check, flo
         return Check("disk", WRONG, f"{where} has {decimal(free)} free, checkpoints need {sizes}: {less}."), 0.0
     if not os.access(where, os.W_OK):
         return Check("disk", WRONG, f"{where} cannot be written: choose another run_dir=PATH."), 0.0
-    seconds = _saving_seconds(state, folder.path) if ranks.is_main else 0.0
+    start = time.perf_counter()
+    if ranks.is_main:
+        with TemporaryDirectory(dir=nearest_folder(folder.path.absolute().parent), prefix=".doctor-") as beside:
+            Checkpoints(Path(beside), keep_last=1).save(state, 0)
+    seconds = time.perf_counter() - start
     sizes += f", written in {seconds:.2g} s"
     return Check("disk", OK, f"{where} has {decimal(free)} free, checkpoints need {sizes}."), seconds
-
-
-def _num_checkpoints(folder: RunFolder) -> int:
-    """How many more there will be at a time: the newest, the best and the one being written, without those there."""
-    num_there = len(list(folder.checkpoints.folder.glob("step-*")))
-    return max(folder.config.train.checkpoint.keep_last + 2 - num_there, 1)
-
-
-def _saving_seconds(state: dict[str, Any], run_dir: Path) -> float:
-    """How long a checkpoint takes beside the run folder."""
-    with TemporaryDirectory(dir=nearest_folder(run_dir.absolute().parent), prefix=".doctor-") as beside:
-        start = time.perf_counter()
-        Checkpoints(Path(beside), keep_last=1).save(state, 0)
-        return time.perf_counter() - start
 
 
 def _duration(config: Config, trainer: Trainer, done: int, pace: Pace, saving: float) -> Check:
@@ -417,10 +281,6 @@ def _duration(config: Config, trainer: Trainer, done: int, pace: Pace, saving: f
         f"{num_evaluations:,} evaluations": num_evaluations * pace.evaluation,
         f"{num_saves:,} checkpoints": num_saves * saving,
     }
-    listed = ", ".join(f"{_shown(seconds)} for {part}" for part, seconds in parts.items())
+    listed = ", ".join(f"{timedelta(seconds=round(seconds))} for {part}" for part, seconds in parts.items())
     smaller = "" if config.train.resolution is None else "; less, since its first epochs have smaller images"
     return Check("duration", OK, f"{sum(parts.values()) / 3600:.2f} hours: {listed}{smaller}.")
-
-
-def _shown(seconds: float) -> str:
-    return str(timedelta(seconds=round(seconds)))

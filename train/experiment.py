@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+from collections import defaultdict
 from collections.abc import Collection
 from typing import Any, NamedTuple
 
@@ -12,16 +12,22 @@ from timm.models import VisionTransformer
 from eval.distributed import Ranks
 from eval.predictions import Predictions
 from eval.top1 import Labelled, evaluate
-from train.class_coverage import check_numbers
 from train.pipeline import ignore_stop_signals, restored_generators, train_decoder
 from train.sharding import unsharded
 from train.trainer import DivergedError, Trainer
 from train.weights import start_from, weight_files
 from vitreuse.config import Config, ConfigError
 from vitreuse.data import ShardDataset, open_split, prepare_source
-from vitreuse.data.labels import numbered_as
+from vitreuse.data.labels import are_numbers, listed, numbered_as
+from vitreuse.io.process import print_note
 from vitreuse.model.class_names import name_classes
 from vitreuse.model.preprocessing import check_answers, evaluation_transform, image_mode, image_settings
+
+REMARKS = {  # by whether a class has images to train on and images to validate with
+    (False, True): "no image to train on, only some to validate with: no model can learn",
+    (True, False): "no image to validate with: top-1 says nothing of",
+    (False, False): "no image in either split:",
+}
 
 
 class Experiment(NamedTuple):
@@ -53,16 +59,13 @@ def set_up(config: Config, ranks: Ranks, allow: Collection[str] = ()) -> Experim
         where = {"cache_root": config.data.cache_root, "allow": allow}
         train_set = open_split(config.data.folder, "train", mode, train_decoder(config), **where)
         val_set = open_split(config.data.folder, "val", mode, **where)
-        if ranks.is_main:
-            for note in (*train_set.notes, *val_set.notes):
-                print(note, file=sys.stderr)
+        for note in (*train_set.notes, *val_set.notes):
+            print_note(note)
         val_set = numbered_as(val_set, train_set.class_names, str(train_set.folder), "give both the same classes")
-        check_numbers(train_set, val_set)
+        _check_numbers(train_set, val_set)
         _check_shuffled(config, train_set)
         if config.model.weights is not None:
-            report = start_from(model, config.model.weights, train_set.class_names)
-            if ranks.is_main:
-                print(report, file=sys.stderr)
+            print_note(start_from(model, config.model.weights, train_set.class_names))
         name_classes(model, train_set.class_names)
         return Experiment(Trainer(config, model, train_set, settings, ranks), train_set, val_set)
 
@@ -84,11 +87,10 @@ def _check_model(model: Any, settings: dict[str, Any], name: str, device: torch.
 
 def _check_shuffled(config: Config, train_set: Any) -> None:
     """Refuses to shuffle class folders within stretches: an epoch would go through one class after another."""
-    if config.data.shuffle_window is not None and not isinstance(train_set, ShardDataset):
-        raise ConfigError(
-            f"data.shuffle_window {config.data.shuffle_window} is for shards and {config.data.folder} has class "
-            "folders: set it to null, or write shards with vitreuse shards build."
-        )
+    window = config.data.shuffle_window
+    if window is not None and not isinstance(train_set, ShardDataset):
+        unfit = f"data.shuffle_window {window} is for shards and {config.data.folder} has class folders"
+        raise ConfigError(f"{unfit}: set it to null, or write shards with vitreuse shards build.")
 
 
 def predict(config: Config, model: torch.nn.Module, val_set: Labelled, ranks: Ranks) -> Predictions:
@@ -98,20 +100,13 @@ def predict(config: Config, model: torch.nn.Module, val_set: Labelled, ranks: Ra
         DivergedError: Of some images it says nothing: their logits are not finite.
     """
     with unsharded(model):
-        found = evaluate(
-            model,
-            val_set,
-            transform=evaluation_transform(model, config.eval.crop_pct),
-            ranks=ranks,
-            batch_size=config.eval.batch_size,
-            num_workers=config.data.num_workers,
-            worker_init_fn=ignore_stop_signals,
-        )
+        transform, batch_size = evaluation_transform(model, config.eval.crop_pct), config.eval.batch_size
+        loading = {"num_workers": config.data.num_workers, "worker_init_fn": ignore_stop_signals}
+        found = evaluate(model, val_set, transform=transform, ranks=ranks, batch_size=batch_size, **loading)
     if found.num_not_finite:
-        raise DivergedError(
-            f"the logits of {found.num_not_finite} of {found.n} validation images are not finite, so that no accuracy "
-            "would mean anything: lower train.optimizer.lr, or look at these images and at the weights."
-        )
+        which = f"the logits of {found.num_not_finite} of {found.n} validation images are not finite"
+        cure = "lower train.optimizer.lr, or look at these images and at the weights"
+        raise DivergedError(f"{which}, so that no accuracy would mean anything: {cure}.")
     return found
 
 
@@ -123,12 +118,38 @@ def evaluation_is_due(config: Config, step: int, steps_per_epoch: int) -> bool:
 def checkpoint_is_due(config: Config, step: int, steps_per_epoch: int) -> bool:
     """Whether an experiment is saved after a step."""
     when = config.train.checkpoint
-    if when.every_steps is not None and step % when.every_steps == 0:
-        return True
-    return _ends_epoch(config, step, steps_per_epoch, when.every_epochs)
+    is_due = when.every_steps is not None and step % when.every_steps == 0
+    return is_due or _ends_epoch(config, step, steps_per_epoch, when.every_epochs)
 
 
 def _ends_epoch(config: Config, step: int, steps_per_epoch: int, every_epochs: int) -> bool:
     """Whether a step is the last of an epoch that counts: one in so many, and the last of all."""
     epoch, rest = divmod(step, steps_per_epoch)
     return not rest and (epoch == config.train.epochs or epoch % every_epochs == 0)
+
+
+def _coverage(train_set: Any, val_set: Any) -> dict[tuple[bool, bool], list[str]]:
+    """Names of the classes by whether each split, both under the same labels, has images of them."""
+    found = defaultdict(list)
+    sizes = zip(train_set.class_names, train_set.class_sizes(), val_set.class_sizes(), strict=True)
+    for name, num_trained, num_measured in sizes:
+        found[num_trained > 0, num_measured > 0].append(name)
+    return found
+
+
+def remarks(train_set: Any, val_set: Any) -> list[str]:
+    """What is to be said of classes that a split has no images of: a sentence for each kind of gap."""
+    found = _coverage(train_set, val_set)
+    gaps = [(what, found[gap]) for gap, what in REMARKS.items() if found[gap]]
+    return [f"{what} {len(names)} class{'es' if len(names) > 1 else ''} ({listed(names)})." for what, names in gaps]
+
+
+def _check_numbers(train_set: Any, val_set: Any) -> None:
+    """Refuses labels without names of which some are validated and none trained: one split may count from 1."""
+    names = _coverage(train_set, val_set)[False, True]
+    if names and are_numbers(train_set.class_names):
+        raise ConfigError(
+            f"{val_set.folder} has images of the label{'s' if len(names) > 1 else ''} {listed(names)} and "
+            f"{train_set.folder} has none, and without names nothing tells whether a label means the same class in "
+            "both: count both from 0, or name the classes of both with vitreuse shards index FOLDER --class-names FILE."
+        )

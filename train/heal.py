@@ -10,35 +10,23 @@ Shapes: B images, H heads, N tokens, C channels, D = C / H.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vitreuse.attention import EMPTY_CARRY, ReuseAttention
-from vitreuse.attention.base import split_heads
-from vitreuse.attention.submodules import rows_of
-from vitreuse.compress.head_matching import rows_of_heads
+from vitreuse.attention import Carry
 from vitreuse.config import ConfigError, HealConfig
-
-Outputs = dict[int, Tensor]  # of each layer with attention, what its output projection gives
-
-
-TOKEN_PROJECTIONS = ("key_proj", "value_proj")  # what no plain model has
+from vitreuse.model.recording import project_heads, recorded_attention
 
 
 def create_healing(settings: HealConfig, model: Any, original: Any) -> Healing | None:
-    """Leaves in training what healing trains; what runs layers beside the original's, where the settings ask for it.
-
-    Args:
-        settings: The experiment's train.heal.
-        model: The converted model.
-        original: The teacher.
+    """Leaves in training what healing trains; what compares layers with the original's, where the settings ask for it.
 
     Raises:
         ConfigError: The model has no plan, nothing is left to train, or the teacher is not the original.
@@ -59,9 +47,8 @@ def _train_only(model: Any, parameters: str) -> None:
     chosen = _chosen(model, parameters)
     if not chosen:
         ways = "'touched' or 'all'" if _chosen(model, "touched") else "'all'"
-        raise ConfigError(
-            f"train.heal.parameters {parameters!r} leaves nothing to train under plan '{model.plan}': choose {ways}."
-        )
+        nothing = f"train.heal.parameters {parameters!r} leaves nothing to train under plan '{model.plan}'"
+        raise ConfigError(f"{nothing}: choose {ways}.")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(parameter.requires_grad and name in chosen)
     if not any(parameter.requires_grad for parameter in model.parameters()):
@@ -72,10 +59,10 @@ def _chosen(model: Any, parameters: str) -> set[str]:
     names = {name for name, _ in model.named_parameters()}
     if parameters == "all":
         return names
-    converted = [layer for layer, spec in enumerate(model.plan) if spec.word != "exact"]
+    converted = [layer for layer, spec in enumerate(model.plan) if spec.word != "exact" and parameters == "touched"]
     touched = tuple(f"blocks.{layer}.{part}." for layer in converted for part in ("norm1", "attn", "ls1"))
-    prefixes = touched if parameters == "touched" else ()
-    return {name for name in names if name.startswith(prefixes) or name.endswith(TOKEN_PROJECTIONS)}
+    token_projections = ("key_proj", "value_proj")  # what no plain model has
+    return {name for name in names if name.startswith(touched) or name.endswith(token_projections)}
 
 
 def plan_share(step: int, num_steps: int) -> float:
@@ -85,51 +72,29 @@ def plan_share(step: int, num_steps: int) -> float:
 
 def _check_original(model: Any, original: Any) -> None:
     """Refuses a teacher whose attentions are not those of the same layers for the same tokens."""
+    shape, plan = _shape(model), getattr(original, "plan", ())
     found = _shape(original) if isinstance(original, VisionTransformer) else f"a {type(original).__name__}"
-    if found != _shape(model):
-        raise ConfigError(
-            f"train.heal.outputs and anneal_epochs compare layers, and the teacher is {found} where the model is "
-            f"{_shape(model)}: give the model that it was converted from, or set both to 0."
-        )
-    plan = getattr(original, "plan", ())
-    if any(spec.word != "exact" for spec in plan):
-        raise ConfigError(
-            f"train.heal.outputs and anneal_epochs need a teacher with exact layers, and its plan is '{plan}': give "
-            "the model that was converted, or set both to 0."
-        )
-    if not isinstance(model.patch_drop, nn.Identity):
-        raise ConfigError(
-            "train.heal.outputs and anneal_epochs need all tokens: set model.keywords.patch_drop_rate to 0."
-        )
+    if found != shape:
+        misfit = f"compare layers, and the teacher is {found} where the model is {shape}"
+        cure = "give the model that it was converted from, or set both to 0"
+    elif any(spec.word != "exact" for spec in plan):
+        misfit = f"need a teacher with exact layers, and its plan is '{plan}'"
+        cure = "give the model that was converted, or set both to 0"
+    elif not isinstance(model.patch_drop, nn.Identity):
+        misfit, cure = "need all tokens", "set model.keywords.patch_drop_rate to 0"
+    else:
+        return
+    raise ConfigError(f"train.heal.outputs and anneal_epochs {misfit}: {cure}.")
 
 
 def _shape(model: Any) -> str:
     """What must be equal for the attentions of two models to have the same inputs and outputs."""
     rows, columns = model.patch_embed.grid_size
-    return (
-        f"a ViT of {len(model.blocks)} layers, {model.embed_dim} channels, {model.num_prefix_tokens} prefix tokens and "
-        f"{rows} x {columns} patches"
-    )
+    size = f"{len(model.blocks)} layers, {model.embed_dim} channels, {model.num_prefix_tokens} prefix tokens"
+    return f"a ViT of {size} and {rows} x {columns} patches"
 
 
-@contextmanager
-def attention_outputs(model: Any) -> Iterator[Outputs]:
-    """Fills what it gives with the attention outputs of the forward pass that is made inside the block."""
-    outputs: Outputs = {}
-
-    def taking(layer: int) -> Any:
-        def take(module: nn.Module, args: Any, output: Any) -> None:
-            outputs[layer] = output[0] if isinstance(output, tuple) else output
-
-        return take
-
-    with ExitStack() as hooks:
-        for layer, block in enumerate(model.blocks):
-            hooks.callback(block.attn.register_forward_hook(taking(layer)).remove)
-        yield outputs
-
-
-def outputs_loss(outputs: Outputs, originals: Outputs) -> Tensor:
+def outputs_loss(outputs: dict[int, Tensor], originals: dict[int, Tensor]) -> Tensor:
     """Mean over layers and images of the squared error of attention outputs over the mean square of the original's.
 
     Of the last layer a model may have computed the rows of its class tokens alone. Each image has its own divisor, so
@@ -142,12 +107,17 @@ def outputs_loss(outputs: Outputs, originals: Outputs) -> Tensor:
     return torch.stack(errors).mean()
 
 
-class Healing(nn.Module):
-    """A model whose converted layers hold on to a part of the attention that they had.
+class Held(NamedTuple):
+    """What a converted layer holds on to: a block of the original, whose modules are constants."""
 
-    Args:
-        model: One of ours.
-        original: The exact model it was converted from, whose layers are copied as constants; None to hold on to none.
+    block: Any
+    order: list[int] | slice  # of its heads, as they stand in the converted layer
+
+
+class Healing(nn.Module):
+    """A model of ours whose converted layers hold on to a part of the attention that they had in the original.
+
+    The original becomes a constant; without one the layers hold on to nothing.
 
     Raises:
         ConfigError: No layer is converted, or the values of one are not the original's.
@@ -156,102 +126,84 @@ class Healing(nn.Module):
     def __init__(self, model: Any, original: Any = None):
         super().__init__()
         self.model = model
-        self.held = nn.ModuleDict()
+        self.held: dict[int, Held] = {}  # by layer; of the original's modules none becomes one of this
         if original is None:
             return
         if all(spec.word == "exact" for spec in model.plan):
             raise ConfigError(f"train.heal.anneal_epochs has no effect on plan '{model.plan}': set it to 0.")
-        for layer, block in enumerate(model.blocks):
+        original.eval().requires_grad_(False)
+        for layer, (block, old) in enumerate(zip(model.blocks, original.blocks, strict=True)):
             if block.spec.word != "exact":
-                self.held[str(layer)] = _held_layer(original.blocks[layer], block, layer)
+                order = _order_of_values(old.attn, block.attn, layer) if block.has_attention else slice(None)
+                self.held[layer] = Held(old, order)
 
-    def forward(self, images: Tensor, share: float) -> tuple[Any, Outputs]:
+    def forward(self, images: Tensor, share: float) -> tuple[Any, dict[int, Tensor]]:
         """Logits as the model gives them, and its attention outputs, with the plan's share of the attention."""
-        model, outputs = self.model, {}
-        x, grid = model.embed(images)
-        carry = EMPTY_CARRY._replace(layerwise_proj=model.key_proj)
-        for layer, block in enumerate(model.blocks):
-            is_last = layer == len(model.blocks) - 1
-            num_queries = model.num_class_rows if is_last and model.reads_class_rows else None
-            rows, held = x[:, :num_queries], self._held(layer, share)
-            if block.has_attention:
-                tokens = block.norm1(x)
-                y, carry = block.attn(tokens, carry, grid, num_queries)
-                if held is not None:
-                    y = torch.lerp(exact_output(held.attn, block.attn, tokens, num_queries), y, share)
-                outputs[layer] = y
-                rows = rows + block.drop_path1(block.ls1(y))
-            elif held is not None:
-                y = exact_output(held.attn, held.attn, held.norm1(x), num_queries)
-                rows = rows + block.drop_path1((1 - share) * held.ls1(y))
-            x = rows + block.drop_path2(block.ls2(block.mlp(block.norm2(rows))))
-        return model.forward_head(model.norm(x)), outputs
+        with self._holding(share), recorded_attention(self.model) as calls:
+            logits = self.model(images)
+        return logits, {layer: call.output for layer, call in calls.items()}
 
-    def _held(self, layer: int, share: float) -> Any:
-        """What a layer still holds on to at a share of the plan's; None for nothing."""
-        return self.held[str(layer)] if share < 1 and str(layer) in self.held else None
+    @contextmanager
+    def _holding(self, share: float) -> Iterator[None]:
+        """Mixes the old attention into that of converted layers inside the block; none at a share of 1."""
+        with ExitStack() as hooks:
+            for layer, held in self.held.items() if share < 1 else ():
+                block = self.model.blocks[layer]
+                if block.has_attention:
+                    hook = block.attn.register_forward_hook(partial(_mix_attention, held, share))
+                else:
+                    hook = block.register_forward_pre_hook(partial(_add_attention, held, share))
+                hooks.callback(hook.remove)
+            yield
 
 
-def exact_output(held: Any, attn: Any, x: Tensor, num_queries: int | None) -> Tensor:
-    """Exact attention by the queries and keys of one layer on the values of another, with the other's way out.
+def _mix_attention(held: Held, share: float, attn: Any, args: Any, output: tuple[Tensor, Carry]) -> Any:
+    """A hook that mixes the plan's share of an attention's output with the old attention."""
+    x, _, _, num_queries, *_ = args
+    return torch.lerp(_exact_output(held, attn, x, num_queries), output[0], share), output[1]
 
-    Args:
-        held: Attention of timm's or ours that has queries and keys.
-        attn: Attention that has values; perhaps the same.
-        x: Tokens (B, N, C), normalised.
-        num_queries: Rows that are asked for; all when None.
+
+def _add_attention(held: Held, share: float, block: Any, args: Any) -> Any:
+    """A hook that adds the old attention, as far as the plan has no share yet, before a layer without attention."""
+    x, carry, grid, num_queries, *rest = args
+    y = _exact_output(held, held.block.attn, held.block.norm1(x), num_queries)
+    return x[:, :num_queries] + (1 - share) * held.block.ls1(y), carry, grid, num_queries, *rest
+
+
+def _exact_output(held: Held, attn: Any, x: Tensor, num_queries: int | None) -> Tensor:
+    """Exact attention (B, num_queries, C) by the original's queries and keys on an attention's values and way out.
+
+    Tokens x (B, N, C) are normalised; the attention, of timm's or ours, may be the original's own.
     """
-    width = held.qkv.out_features // 3
-    qk = split_heads(F.linear(x, held.qkv.weight[: 2 * width], rows_of(held.qkv.bias, 0, 2 * width)), held.head_dim)
-    q, k = qk.chunk(2, dim=1)
-    v = split_heads(F.linear(x, *_values(attn)), held.head_dim)
+    old = held.block.attn
+    q, k, _ = project_heads(old, x)
+    assert q is not None and k is not None  # its layers are exact
+    q, k, v = q[:, held.order], k[:, held.order], project_heads(attn, x).v
     dropout_p = attn.attn_drop.p if attn.training else 0.0
-    mixed = F.scaled_dot_product_attention(held.q_norm(q), held.k_norm(k), v, dropout_p=dropout_p, scale=held.scale)
+    mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=old.scale)
     return attn.proj_drop(attn.proj(attn.norm(mixed.transpose(1, 2).flatten(2)[:, :num_queries])))
 
 
-def _values(attn: Any) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of an attention's values."""
-    if isinstance(attn, ReuseAttention):
-        return attn.v.weight, attn.v.bias
-    width = attn.qkv.out_features // 3
-    return attn.qkv.weight[2 * width :], rows_of(attn.qkv.bias, 2 * width, 3 * width)
-
-
-def _held_layer(original: Any, block: Any, layer: int) -> nn.Module:
-    """What a layer's attention was, as constants, with the heads in the order in which the layer has them now."""
-    parts = {name: copy.deepcopy(getattr(original, name)) for name in ("norm1", "attn", "ls1")}
-    held: Any = nn.ModuleDict(parts).eval().requires_grad_(False)
-    if block.has_attention:
-        order = _order_of_values(held["attn"], block.attn, layer)
-        rows = rows_of_heads(order, held["attn"].head_dim)
-        for parameter in (held["attn"].qkv.weight, held["attn"].qkv.bias):
-            if parameter is not None:
-                parameter.copy_(parameter.unflatten(0, (3, -1))[:, rows].flatten(0, 1))
-    return held
-
-
-def _order_of_values(held: Any, attn: Any, layer: int) -> list[int]:
-    """For each value head of a layer the one of the original that it is.
-
-    Raises:
-        ConfigError: One is none of the original's.
-    """
-    theirs, ours = (_value_heads(side, held.num_heads) for side in (held, attn))
+def _order_of_values(old: Any, attn: Any, layer: int) -> list[int]:
+    """For each value head of a layer the one of the original that it is; refuses one that is none of these."""
+    theirs, ours = _value_heads(old), _value_heads(attn)
     order: list[int] = []
     for head in ours:
         same = [number for number, other in enumerate(theirs) if number not in order and torch.equal(head, other)]
         if not same:
-            raise ConfigError(
-                f"train.heal.anneal_epochs needs the original as the teacher, and the values of layer {layer} are not "
-                "the teacher's: begin with the converted model as vitreuse convert left it, or set it to 0."
-            )
+            found = f"the values of layer {layer} are not the teacher's"
+            cure = "begin with the converted model as vitreuse convert left it, or set it to 0"
+            raise ConfigError(f"train.heal.anneal_epochs needs the original as the teacher, and {found}: {cure}.")
         order.append(same[0])
     return order
 
 
-def _value_heads(attn: Any, num_heads: int) -> Tensor:
-    """What makes a head's values and takes them out, (H, numbers): equal heads are one, whatever their order."""
-    weight, bias = _values(attn)
-    parts = [weight, attn.proj.weight.T, *([] if bias is None else [bias[:, None]])]
-    return torch.cat([part.detach().unflatten(0, (num_heads, -1)).flatten(1) for part in parts], dim=1)
+@torch.no_grad()
+def _value_heads(attn: Any) -> Tensor:
+    """What each head makes of every channel, and the projection of what it gives, (H, numbers); equal heads are one."""
+    was_training = attn.training
+    attn.eval()
+    channels = torch.eye(attn.proj.in_features).to(next(attn.parameters()))
+    values, taken_out = project_heads(attn, channels[None]).v[0], attn.proj(channels)
+    attn.train(was_training)
+    return torch.cat([values.flatten(1), taken_out.unflatten(0, (len(values), -1)).flatten(1)], dim=1)

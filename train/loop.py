@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections import Counter
 from collections.abc import Collection
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from eval.distributed import Ranks, joined
+from eval.distributed import joined
 from eval.predictions import Predictions
-from train.class_coverage import remarks
 from train.distributed import StopSignal, ended_with_others, kill_workers, reason
-from train.experiment import checkpoint_is_due, evaluation_is_due, inputs, predict, set_up
+from train.experiment import checkpoint_is_due, evaluation_is_due, inputs, predict, remarks, set_up
 from train.mfu import Mfu
 from train.reference import Reference
 from train.run import RunFolder, run_facts
@@ -28,17 +26,12 @@ from vitreuse.attention.policy import Conditions
 from vitreuse.config import Config, ConfigError
 from vitreuse.cost.backends import sentence
 from vitreuse.cost.measure import peak_process_memory_mib
+from vitreuse.io.process import print_note
 from vitreuse.io.progress import WorkProgress
 
 
 def train(config: Config, run_dir: Path, command: str, allow: Collection[str] = ()) -> bool:
-    """Trains an experiment in a run folder, going on from what is there.
-
-    Args:
-        config: The experiment.
-        run_dir: The run folder.
-        command: How it was started.
-        allow: Kinds of URL that data may come from.
+    """Trains an experiment, with data from URLs of the kinds allowed, in a run folder, going on from what is there.
 
     Returns:
         Whether the run is complete; False if a signal stopped it, with everything saved.
@@ -58,22 +51,20 @@ def train(config: Config, run_dir: Path, command: str, allow: Collection[str] = 
             watched = config.train.reference if ranks.is_main else None
             reference = None if watched is None else Reference(watched)
         if all(ranks.gather(folder.is_completed)):
-            _say(ranks, f"{run_dir} is completed already: nothing to do.")
+            print_note(f"{run_dir} is completed already: nothing to do.")
             return True
         experiment = set_up(config, ranks, allow)
         for remark in remarks(experiment.train_set, experiment.val_set):
-            _say(ranks, remark)
+            print_note(remark)
         loop = _Loop(experiment.trainer, experiment.val_set, folder, stop, reference)
         with ranks.together():
-            read = inputs(experiment)
+            read, class_names = inputs(experiment), list(experiment.train_set.class_names)
             if ranks.is_main:
                 held.enter_context(folder.claimed())
-                folder.refuse_other_classes(experiment.train_set.class_names)
-                folder.refuse_other_inputs(read)
+                folder.refuse_other_inputs(read, class_names)
         try:
             with ended_with_others(ranks):
                 loop.resume()
-                class_names = list(experiment.train_set.class_names)
                 return loop.run({"command": command, "inputs": read, "class_names": class_names})
         except BaseException as error:
             if loop.has_begun or not isinstance(error, ValueError):  # before that one is about the input
@@ -84,27 +75,6 @@ def train(config: Config, run_dir: Path, command: str, allow: Collection[str] = 
             raise RuntimeError(f"training was ended from inside by {reason(error)}") from error  # signals are none
 
 
-def _say(ranks: Ranks, text: str) -> None:
-    if ranks.is_main:
-        print(text, file=sys.stderr)
-
-
-def _check_same_step(steps: list[int]) -> None:
-    if len(set(steps)) > 1:
-        found = ", ".join(f"rank {rank} after step {step}" for rank, step in enumerate(steps))
-        raise ConfigError(
-            f"the ranks would go on from different checkpoints ({found}; 0 is none): "
-            "give all the same run_dir, on a file system that their machines share."
-        )
-
-
-class _Evaluation(NamedTuple):
-    """What the model said of the validation set, and the numbers that are recorded of it."""
-
-    predictions: Predictions
-    figures: dict[str, float]
-
-
 @dataclass
 class _Pace:
     """Images and seconds since the last step record."""
@@ -112,10 +82,6 @@ class _Pace:
     images: Counter[torch.Size] = field(default_factory=Counter)  # by rows and columns
     waiting: float = 0.0  # seconds spent waiting for data
     total: float = 0.0
-
-    @property
-    def images_per_second(self) -> float:
-        return self.images.total() / self.total if self.total else 0.0
 
     def add(self, images: int, size: torch.Size, waiting: float, total: float) -> None:
         self.images[size] += images
@@ -130,7 +96,7 @@ class _Loop:
     ):
         self.trainer, self.val_set, self.folder, self.stop = trainer, val_set, folder, stop
         self.config, self.ranks = trainer.config, trainer.ranks
-        self.measured: _Evaluation | None = None  # the newest
+        self.measured: tuple[Predictions, dict[str, float]] | None = None  # the newest evaluation
         self.reference = reference  # None of every rank but the main one
         self.pace = _Pace()
         self.mfu = Mfu(self.config, self.ranks)
@@ -146,18 +112,17 @@ class _Loop:
             state = self.folder.checkpoints.load_newest()
         steps = self.ranks.gather(0 if state is None else state["counters"]["step"])
         with self.ranks.together():
-            _check_same_step(steps)
+            if len(set(steps)) > 1:
+                found = ", ".join(f"rank {rank} after step {step}" for rank, step in enumerate(steps))
+                cure = "give all the same run_dir, on a file system that their machines share"
+                raise ConfigError(f"the ranks would go on from different checkpoints ({found}; 0 is none): {cure}.")
         if state is not None:
             self.trainer.load_state_dict(state)
             step = self.trainer.counters.step
-            _say(self.ranks, f"{self.folder.path} goes on after step {step} of {self.trainer.num_steps}.")
+            print_note(f"{self.folder.path} goes on after step {step} of {self.trainer.num_steps}.")
 
     def run(self, facts: dict[str, Any]) -> bool:
-        """Trains to the end or to a signal, and leaves the weights; whether the end was reached.
-
-        Args:
-            facts: For run.json, beside those that it is always made of.
-        """
+        """Trains to the end or to a signal, and leaves the weights, and more facts in run.json; whether it ended."""
         with self.ranks.together():  # none fails before run.json is this start's, and can say why
             if self.ranks.is_main:
                 self._begin(facts)
@@ -165,45 +130,32 @@ class _Loop:
         trainer.check_weights()
         name, step, num_steps = self.folder.path.name, trainer.counters.step, trainer.num_steps
         with WorkProgress(name, "steps", num_steps, step, enabled=self.ranks.is_main) as self.progress:
-            if self.config.train.heal is not None and not step and not self._record(0, "heal"):
-                self._record_before_healing()
-            if trainer.at_epoch_end and not self._epoch_is_recorded():
+            if not step:
+                self._record_start()
+            elif trainer.at_epoch_end and not self._record(step, "epoch"):  # a start that was stopped may have left it
                 self._end_epoch()
             while trainer.counters.step < trainer.num_steps:
                 if self._train_epoch():
                     if self.ranks.is_main:
                         self.folder.describe(status="stopped")
-                    _say(
-                        self.ranks,
-                        f"stopped at step {trainer.counters.step} with everything saved: run it again to go on.",
-                    )
+                    stopped = f"stopped at step {trainer.counters.step} with everything saved"
+                    print_note(f"{stopped}: run it again to go on.")
                     return False
         self._finish()
         return True
 
     def _begin(self, facts: dict[str, Any]) -> None:
-        self._say_how_attention_runs()
-        if self.config.train.mixup is not None:
-            self._say_what_mixup_drops()
-        made = run_facts(self.config, self.trainer.model, self.ranks)
-        num_steps = self.trainer.num_steps
-        self.folder.begin(self.trainer.counters.step, {**facts, **made, "num_steps": num_steps})
-        if self.reference is not None:
-            self.reference.replay(self.folder.records())
-
-    def _say_how_attention_runs(self) -> None:
-        recipe, model = self.config.train, self.trainer.model
-        if hasattr(model, "plan"):  # timm's own model has one way
+        recipe, model, batches = self.config.train, self.trainer.model, self.trainer.batches
+        if hasattr(model, "plan"):  # timm's own model has one way to run attention
             share = -(-recipe.global_batch_size // (self.ranks.world_size * recipe.accumulation_steps))
             dtype = getattr(torch, recipe.precision)
-            conditions = Conditions(self.ranks.device, dtype, True, share, recipe.compile)
-            _say(self.ranks, sentence(model, conditions))
-
-    def _say_what_mixup_drops(self) -> None:
-        batches = self.trainer.batches
-        dropped = sum(batches.shard_sizes) - batches.num_draws
-        if dropped:
-            _say(self.ranks, f"train.mixup needs even batches: each epoch leaves out {dropped} images of its last one.")
+            print_note(sentence(model, Conditions(self.ranks.device, dtype, True, share, recipe.compile)))
+        if dropped := sum(batches.shard_sizes) - batches.num_draws:
+            print_note(f"train.mixup needs even batches: each epoch leaves out {dropped} images of its last one.")
+        made = {**run_facts(self.config, model, self.ranks), "num_steps": self.trainer.num_steps}
+        self.folder.begin(self.trainer.counters.step, {**facts, **made})
+        if self.reference is not None:
+            self.reference.replay(self.folder.records())
 
     def _train_epoch(self) -> bool:
         """The rest of an epoch; whether a signal stopped it."""
@@ -215,11 +167,13 @@ class _Loop:
             self.pace.add(result.num_images, batch.images.shape[-2:], received - previous, done - previous)
             trainer.counters.seconds += done - previous
             for warning in result.warnings:
-                _say(self.ranks, f"{warning} Another image takes its place.")
+                print_note(f"{warning} Another image takes its place.")
             self._record_step(result, batch.keys)
             stop = result.stop and trainer.counters.step < trainer.num_steps
             if stop or checkpoint_is_due(self.config, trainer.counters.step, trainer.batches.steps_per_epoch):
-                self._save()
+                state = trainer.state_dict()  # by all ranks
+                if self.ranks.is_main:
+                    self.folder.save(state, trainer.counters.step)
             if stop:
                 return True
             if trainer.at_epoch_end:  # saved before: an evaluation may take longer than who wants to stop waits
@@ -236,7 +190,8 @@ class _Loop:
         if not self.ranks.is_main or (step % recipe.log_every_steps and not result.skipped):
             return
         mfu = self.mfu.percent(self.pace.images, self.pace.total)
-        self.progress.reach(step, f"loss {result.loss:.3f}, {self.pace.images_per_second:.0f} images/s")
+        images_per_second = self.pace.images.total() / self.pace.total
+        self.progress.reach(step, f"loss {result.loss:.3f}, {images_per_second:.0f} images/s")
         epoch, loss = (step - 1) / self.trainer.batches.steps_per_epoch, _finite(result.loss)
         self.folder.log(
             "step",
@@ -247,35 +202,29 @@ class _Loop:
             lr=result.lr,
             skipped=result.skipped,
             bad_images=len(self.trainer.counters.bad_images),
-            images_per_second=round(self.pace.images_per_second, 1),
+            images_per_second=round(images_per_second, 1),
             data_wait_percent=round(100 * self.pace.waiting / self.pace.total, 1),
             mfu_percent=None if mfu is None else round(mfu, 2),
             peak_memory_mib=round(peak_process_memory_mib(self.ranks.device), 1),
             eta_seconds=round(self.progress.seconds_left, 3),
         )
         self.pace = _Pace()
-        warning = None if self.reference is None else self.reference.follow(epoch, loss)
-        if warning is not None:
-            _say(self.ranks, warning)
-
-    def _epoch_is_recorded(self) -> bool:
-        """Whether nothing is left to do of the epoch before; a start that was stopped may have left its evaluation."""
-        step = self.trainer.counters.step
-        return step == 0 or self._record(step, "epoch") is not None
+        if self.reference is not None and (warning := self.reference.follow(epoch, loss)):
+            print_note(warning)
 
     def _record(self, step: int, kind: str) -> dict[str, Any] | None:
         """The record of a kind at a step, the same on all ranks."""
         return self.ranks.gather(self.folder.record(step, kind) if self.ranks.is_main else None)[0]
 
-    def _record_before_healing(self) -> None:
-        """Measures the teacher, and the model as it was converted."""
-        assert self.trainer.teacher is not None  # the schema's rule
-        before = self._predict(self.trainer.final_model)
-        teacher = self._predict(self.trainer.teacher.model)
+    def _record_start(self) -> None:
+        """Records what the objective knows before the first step, unless an earlier start has."""
+        objective = self.trainer.objective
+        if objective.record_kind is None or self._record(0, objective.record_kind):
+            return
+        facts = objective.facts_before(self.trainer.final_model, lambda network: self._predict(network).top1)
         if self.ranks.is_main:
-            figures = {"teacher_top1": teacher.top1, "before_top1": before.top1}
-            self.folder.log("heal", step=0, epoch=0, **figures)
-            self.progress.line(f"top-1 {teacher.top1:.2f} % of the teacher, {before.top1:.2f} % before healing")
+            self.folder.log(objective.record_kind, step=0, epoch=0, **facts.values)
+            self.progress.line(facts.sentence)
 
     def _end_epoch(self) -> None:
         counters, epoch = self.trainer.counters, self.trainer.epoch
@@ -285,7 +234,7 @@ class _Loop:
         if self.ranks.is_main:
             figures, top1 = {}, ""
             if self.measured:
-                figures = self.measured.figures
+                _, figures = self.measured
                 self.folder.checkpoints.rate(counters.step, figures["top1"])
                 top1 = f", top-1 {figures['top1']:.2f} %"
             facts = {"train_loss": loss, "bad_images": len(counters.bad_images), **figures}
@@ -294,52 +243,33 @@ class _Loop:
             self.progress.reach(counters.step)
             self.progress.line(f"epoch {epoch}/{self.config.train.epochs}, loss {shown}{top1}")
 
-    def _evaluate(self) -> _Evaluation:
-        """Accuracy of the model that the run would leave now, and with a moving average that of the raw weights too."""
+    def _evaluate(self) -> tuple[Predictions, dict[str, float]]:
+        """What the model that the run would leave now says, and its accuracy, with that of what it is an average of."""
         found = self._predict(self.trainer.final_model)
         figures = found.figures
         if self.trainer.ema is not None:
             raw = self._predict(self.trainer.model)
             figures |= {"raw_top1": raw.top1, "raw_top5": raw.top5}
-        return _Evaluation(found, figures)
+        return found, figures
 
     def _predict(self, model: torch.nn.Module) -> Predictions:
         return predict(self.config, model, self.val_set, self.ranks)
 
-    def _save(self) -> None:
-        state = self.trainer.state_dict()
-        if self.ranks.is_main:
-            self.folder.save(state, self.trainer.counters.step)
-
     def _finish(self) -> None:
         self.trainer.check_updated()
-        measured = self.measured or self._evaluate()  # resumed after the last step, nothing was measured
-        begun = self._record(0, "heal")
+        predictions, measured = self.measured or self._evaluate()  # resumed after the last step, nothing was measured
+        objective, counters = self.trainer.objective, self.trainer.counters
+        before = None if objective.record_kind is None else self._record(0, objective.record_kind)
         weights = self.trainer.final_weights()
         if not self.ranks.is_main:
             return
-        counters = self.trainer.counters
+        facts = objective.facts_after(before, measured["top1"])
+        if facts.sentence:
+            print_note(facts.sentence)
         seconds = round(counters.seconds, 3)
-        self.folder.log(
-            "final",
-            step=counters.step,
-            epoch=self.trainer.epoch,
-            skipped=counters.skipped,
-            seconds=seconds,
-            **measured.figures,
-            **(self._regained(begun, measured.figures["top1"]) if begun else {}),
-        )
-        self.folder.finish(self.trainer.final_model, weights, measured.predictions, seconds)
-
-    def _regained(self, begun: dict[str, Any], top1: float) -> dict[str, float | None]:
-        """What healing has won back, as it is said and recorded; of a model that had lost nothing no share is known."""
-        figures = {name: begun[name] for name in ("teacher_top1", "before_top1")}
-        teacher, before = figures.values()
-        share = 100 * (top1 - before) / (teacher - before) if teacher > before else None
-        regained = "nothing had been lost" if share is None else f"{share:.0f} % of what was lost is regained"
-        said = f"top-1 {teacher:.2f} % of the teacher, {before:.2f} % before healing, {top1:.2f} % after: {regained}."
-        _say(self.ranks, said)
-        return {**figures, "regained_percent": share}
+        figures = {"skipped": counters.skipped, "seconds": seconds, **measured, **facts.values}
+        self.folder.log("final", step=counters.step, epoch=self.trainer.epoch, **figures)
+        self.folder.finish(self.trainer.final_model, weights, predictions, seconds)
 
 
 def _finite(number: float) -> float | None:

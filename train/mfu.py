@@ -18,8 +18,7 @@ from eval.flops import model_macs
 from vitreuse.config import Config
 from vitreuse.cost.measure import device_name
 
-FLOPS_PER_MAC = 2
-PASSES = 3  # a forward pass, and a backward pass of twice its products: by the inputs and by the weights
+TRAINING_FLOPS_PER_MAC = 2 * 3  # a forward pass, and a backward pass of twice its products
 
 
 class Peak(NamedTuple):
@@ -30,36 +29,25 @@ class Peak(NamedTuple):
     float32: float  # of the CUDA cores: torch leaves TF32 off
 
 
-_A100 = Peak(312, 312, 19.5)
-_GH100 = Peak(989.4, 989.4, 66.9)  # all of its SXM modules
 # By the name that the driver gives. NVIDIA's data sheets, https://www.nvidia.com/en-us/data-center/NAME/ and
 # .../products/workstations/NAME/, or the architecture's white paper where it is more precise. Where a data sheet gives
 # only the number with sparsity, or only that of all GPUs of a machine, it is divided.
 PEAK_TFLOPS = {
     "GB200": Peak(2500, 2500, 80),
     "B200": Peak(2250, 2250, 75),
-    "GH200 120GB": _GH100,
-    "GH200 480GB": _GH100,
-    "H200": _GH100,
-    "H200 NVL": Peak(835.5, 835.5, 60),
-    "H100 80GB HBM3": _GH100,
-    "H100 NVL": Peak(835.5, 835.5, 60),
+    **dict.fromkeys(("GH200 120GB", "GH200 480GB", "H200", "H100 80GB HBM3"), Peak(989.4, 989.4, 66.9)),  # SXM modules
+    **dict.fromkeys(("H200 NVL", "H100 NVL"), Peak(835.5, 835.5, 60)),
     "H100 PCIe": Peak(756, 756, 51.2),
     "L40S": Peak(362.05, 362.05, 91.6),
     "L40": Peak(181.05, 181.05, 90.5),
     "L4": Peak(121, 121, 30.3),
-    "A100-SXM4-40GB": _A100,
-    "A100-SXM4-80GB": _A100,
-    "A100-PCIE-40GB": _A100,
-    "A100 80GB PCIe": _A100,
+    **dict.fromkeys(("A100-SXM4-40GB", "A100-SXM4-80GB", "A100-PCIE-40GB", "A100 80GB PCIe"), Peak(312, 312, 19.5)),
     "A40": Peak(149.7, 149.7, 37.4),
     "A30": Peak(165, 165, 10.3),
     "A10": Peak(125, 125, 31.2),
     "A10G": Peak(70, 70, 35),
-    "V100-SXM2-16GB": Peak(None, 125, 15.7),
-    "V100-SXM2-32GB": Peak(None, 125, 15.7),
-    "V100-PCIE-16GB": Peak(None, 112, 14),
-    "V100-PCIE-32GB": Peak(None, 112, 14),
+    **dict.fromkeys(("V100-SXM2-16GB", "V100-SXM2-32GB"), Peak(None, 125, 15.7)),
+    **dict.fromkeys(("V100-PCIE-16GB", "V100-PCIE-32GB"), Peak(None, 112, 14)),
     "T4": Peak(None, 65, 8.1),
     "RTX PRO 6000 Blackwell Workstation Edition": Peak(503.8, 503.8, 126),
     "RTX 6000 Ada Generation": Peak(364.2, 364.2, 91.1),
@@ -70,11 +58,9 @@ PEAK_TFLOPS = {
 
 
 def peak_flops(name: str, precision: str) -> float | None:
-    """FLOP/s of a device at its peak; None where it is not known, as for a CPU or a slice of a GPU.
+    """FLOP/s of a device, by what its maker calls it, at its peak in a precision; None where it is not known.
 
-    Args:
-        name: What its maker calls it.
-        precision: bfloat16, float16 or float32.
+    So it is of a CPU or a slice of a GPU.
     """
     peak = PEAK_TFLOPS.get(name.removeprefix("NVIDIA ").removeprefix("Tesla "))
     tflops = None if peak is None else getattr(peak, precision)
@@ -82,12 +68,7 @@ def peak_flops(name: str, precision: str) -> float | None:
 
 
 class Mfu:
-    """The model FLOPs utilization of one experiment.
-
-    Args:
-        config: The experiment.
-        ranks: Those of the run; all have the device of this one.
-    """
+    """The model FLOPs utilization of one experiment; all ranks have the device of this one."""
 
     def __init__(self, config: Config, ranks: Ranks):
         self.config = config
@@ -97,11 +78,9 @@ class Mfu:
         self._flops_by_size: dict[tuple[int, int], int] = {}
 
     def percent(self, num_images: Mapping[Any, int], seconds: float) -> float | None:
-        """MFU in percent; None where the peak is not known, layers are frozen, or the products cannot be counted.
+        """MFU in percent, by how many images of each size, (rows, columns) in pixels, all ranks have trained on.
 
-        Args:
-            num_images: How many images of each size, (rows, columns) in pixels, all ranks have trained on.
-            seconds: In which time.
+        None where the peak is not known, layers are frozen, or the products cannot be counted.
         """
         if self.peak is None:
             return None
@@ -115,7 +94,7 @@ class Mfu:
         """Of one training image."""
         if size not in self._flops_by_size:
             macs = model_macs(self._model, theoretical=True, image_size=size)
-            self._flops_by_size[size] = FLOPS_PER_MAC * PASSES * macs
+            self._flops_by_size[size] = TRAINING_FLOPS_PER_MAC * macs
         return self._flops_by_size[size]
 
     @cached_property

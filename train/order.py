@@ -43,7 +43,7 @@ def epoch_permutation(seed: int, epoch: int, shard_sizes: Sequence[int], window:
     """The sample numbers of one epoch, each once.
 
     Args:
-        seed: The run's seed.
+        seed: The run's.
         epoch: Counted from 0.
         shard_sizes: Samples per shard; sample numbers run through the shards in order.
         window: None permutes all samples. A number permutes the shards, then the samples within each stretch of that
@@ -66,15 +66,14 @@ class RankBatches(Sampler[list[Draw]]):
     The last batch of an epoch may be smaller, and then a rank's share of it may be empty.
 
     Args:
-        seed: The run's seed.
+        seed: The run's.
         shard_sizes: Samples per shard of the training set.
         global_batch_size: Samples per optimizer step, over all ranks.
         window: As for epoch_permutation.
         repeats: Copies of a sample that follow each other, and so go to different ranks. An epoch stays as long as the
             training set, so it holds one sample in `repeats` (DeiT, section 6).
         drop_partial: Whether an epoch ends before its last batch when that is not full.
-        rank: This process.
-        world_size: Processes.
+        rank: This process, of world_size.
     """
 
     def __init__(

@@ -1,4 +1,7 @@
-"""From sample numbers to batches: decoding, augmentation and mixing, each drawn from (seed, epoch, sample) alone."""
+"""From sample numbers to batches: decoding, augmentation and mixing, each drawn from (seed, epoch, sample) alone.
+
+The size of the images may grow with the epoch (train.resolution).
+"""
 
 from __future__ import annotations
 
@@ -22,10 +25,11 @@ from torchvision.transforms.v2.functional import resized_crop
 
 from train.order import Draw, RankBatches, Stream, seed_sequence
 from train.policy import colour_transform
-from vitreuse.config import Config, CropConfig
+from vitreuse.config import Config, ConfigError, CropConfig, ResolutionConfig
 from vitreuse.data import DecodeError, Decoder, Sample, decode_image, decode_tensor
 
 Transform = Callable[[Any], Tensor]  # from a PIL image or a tensor of bytes, to bytes or normalised floats
+Size = tuple[int, int]  # rows and columns, in pixels
 Item = tuple[Tensor, int, str, dict[str, str]]  # image, label, key, and what it replaces as in Batch.bad_images
 
 
@@ -72,27 +76,56 @@ def restored_generators() -> Iterator[None]:
 
 
 def train_transform(config: Config, settings: dict[str, Any]) -> Transform:
-    """The training transform of an experiment, from an image as train_decoder gives it.
+    """The training transform of an experiment, from an image as train_decoder gives it, by the model's image_settings.
 
     It ends in bytes, to be normalised a batch at a time; under random erasing, whose noise is for normalised images, in
     floats.
-
-    Args:
-        config: Its train.crop, train.affine, or neither of them.
-        settings: vitreuse.model.preprocessing.image_settings of the model.
     """
     if config.train.crop is not None:
         return _crop_transform(config.train.crop, settings)
-    steps: list[Any] = [
-        transforms.Resize(settings["input_size"][-2:], InterpolationMode(settings["interpolation"])),
-        transforms.PILToTensor(),
-    ]
+    steps: list[Any] = [transforms.Resize(settings["input_size"][-2:], InterpolationMode(settings["interpolation"]))]
     affine = config.train.affine
     if affine is not None:
-        shift = (affine.shift, affine.shift)
-        turn = transforms.RandomAffine(affine.degrees, shift, affine.scale, interpolation=InterpolationMode.BILINEAR)
-        steps.insert(1, turn)
-    return transforms.Compose(steps)
+        shift, smooth = (affine.shift, affine.shift), InterpolationMode.BILINEAR
+        steps.append(transforms.RandomAffine(affine.degrees, shift, affine.scale, interpolation=smooth))
+    return transforms.Compose([*steps, transforms.PILToTensor()])
+
+
+def transforms_by_epoch(config: Config, model: Any, settings: dict[str, Any]) -> list[Transform]:
+    """The training transform of every epoch of an experiment; epochs of one image size share theirs.
+
+    Raises:
+        ConfigError: train.resolution does not fit the model.
+    """
+    num_channels, *built = settings["input_size"]
+    epochs, resolution = range(config.train.epochs), config.train.resolution
+    if resolution is None:
+        return [train_transform(config, settings)] * len(epochs)
+    _check_resolution(resolution, model, min(built))
+    sizes = [image_size(epoch, resolution, (built[0], built[1]), model.patch_embed.patch_size) for epoch in epochs]
+    of_size = {size: train_transform(config, {**settings, "input_size": (num_channels, *size)}) for size in {*sizes}}
+    return [of_size[size] for size in sizes]
+
+
+def image_size(epoch: int, resolution: ResolutionConfig, built: Size, patch: Size) -> Size:
+    """The size of the images of an epoch: whole patches, growing linearly to the size that the model is built for."""
+    if epoch >= resolution.epochs:
+        return built
+    shorter = min(built)
+    grown = resolution.from_px * resolution.epochs + (shorter - resolution.from_px) * epoch  # of shorter * epochs
+    whole = shorter * resolution.epochs
+    rows, columns = (side * grown // (whole * unit) * unit for side, unit in zip(built, patch, strict=True))
+    return rows, columns
+
+
+def _check_resolution(resolution: ResolutionConfig, model: Any, shorter: int) -> None:
+    if not getattr(model, "dynamic_img_size", False):
+        must = "train.resolution changes the size of the images, which the model must take"
+        raise ConfigError(f"{must}: set model.keywords.dynamic_img_size to true.")
+    patch = model.patch_embed.patch_size
+    if resolution.from_px >= shorter or any(resolution.from_px % side for side in patch):
+        allowed = f"below the {shorter} px of the model and a multiple of its patches of {patch[0]} x {patch[1]} px"
+        raise ConfigError(f"train.resolution.from_px {resolution.from_px} must be {allowed}.")
 
 
 def train_decoder(config: Config) -> Decoder:
@@ -101,23 +134,15 @@ def train_decoder(config: Config) -> Decoder:
 
 
 class Normalize:
-    """Makes of bytes what a model takes, of one image or, at a quarter of the time an image, of a batch.
-
-    Args:
-        settings: vitreuse.model.preprocessing.image_settings of the model.
-        device: Where the images are.
-    """
+    """Makes of bytes what a model of these image_settings takes, one image or, at a quarter of the time, a batch."""
 
     def __init__(self, settings: dict[str, Any], device: torch.device | None = None):
-        self.mean, self.std = (
-            255 * torch.tensor(settings[key], device=device).view(-1, 1, 1) for key in ("mean", "std")
-        )
+        statistics = (torch.tensor(settings[key], device=device).view(-1, 1, 1) for key in ("mean", "std"))
+        self.mean, self.std = (255 * numbers for numbers in statistics)
 
     def __call__(self, images: Tensor) -> Tensor:
         """Normalised floats of images (..., channels, rows, columns); floats have been normalised already."""
-        if images.dtype != torch.uint8:
-            return images
-        return images.float().sub_(self.mean).div_(self.std)
+        return images.float().sub_(self.mean).div_(self.std) if images.dtype == torch.uint8 else images
 
 
 class RandomResizedCrop(RandomResizedCropAndInterpolation):
@@ -207,6 +232,12 @@ class TrainingImages(Dataset[Item]):
         return self._cache[number]
 
 
+def training_images(config: Config, model: Any, samples: Any, settings: dict[str, Any]) -> TrainingImages:
+    """The training set of an experiment, as open_split returns it, augmented for a model of these image_settings."""
+    transforms, data = transforms_by_epoch(config, model, settings), config.data
+    return TrainingImages(samples, transforms, config.train.seed, data.cache_images, data.max_bad_images)
+
+
 def collate(items: list[Item]) -> Batch:
     """A Batch of samples; of none, an empty one."""
     if not items:
@@ -240,11 +271,5 @@ def create_mixup(config: Config, num_classes: int) -> Mixup | None:
     mixup = config.train.mixup
     if mixup is None:
         return None
-    return Mixup(
-        mixup_alpha=mixup.mixup,
-        cutmix_alpha=mixup.cutmix,
-        prob=mixup.prob,
-        switch_prob=mixup.switch_prob,
-        label_smoothing=config.train.loss.smoothing,
-        num_classes=num_classes,
-    )
+    labels: dict[str, Any] = {"label_smoothing": config.train.loss.smoothing, "num_classes": num_classes}
+    return Mixup(mixup.mixup, mixup.cutmix, prob=mixup.prob, switch_prob=mixup.switch_prob, **labels)

@@ -22,11 +22,7 @@ _KNOWN = re.compile(
 
 
 def colour_transform(crop: CropConfig, settings: dict[str, Any]) -> Any:
-    """timm's policy and colour jitter, which are for PIL images.
-
-    Args:
-        crop: The experiment's train.crop.
-        settings: vitreuse.model.preprocessing.image_settings of the model.
+    """timm's policy and colour jitter of an experiment, which are for PIL images, by the model's image settings.
 
     Raises:
         ConfigError: The policy is none of timm's.
@@ -34,39 +30,25 @@ def colour_transform(crop: CropConfig, settings: dict[str, Any]) -> Any:
     if crop.auto_augment is not None and not _KNOWN.fullmatch(crop.auto_augment):
         raise _unknown(crop, "it has a part that timm would pass over or cannot draw")
     try:
-        parts: Any = create_transform(
-            input_size=settings["input_size"],
-            is_training=True,
-            color_jitter=crop.color_jitter,
-            auto_augment=crop.auto_augment,
-            interpolation=settings["interpolation"],
-            mean=settings["mean"],
-            std=settings["std"],
-            separate=True,
-        )
+        images = {name: settings[name] for name in ("input_size", "interpolation", "mean", "std")}
+        colours = {"color_jitter": crop.color_jitter, "auto_augment": crop.auto_augment}
+        parts: Any = create_transform(**images, **colours, is_training=True, separate=True)
     except (AssertionError, ValueError) as error:  # what timm makes of a policy that it cannot read
         raise _unknown(crop, str(error)) from error
-    colours = parts[1]  # between the crop and the conversion to a tensor
-    for policy in colours.transforms:
-        _check_draws(policy, crop)
+    made = parts[1]  # between the crop and the conversion to a tensor
+    for policy in made.transforms:
+        is_weighted = isinstance(policy, RandAugment) and policy.choice_weights is not None  # which draws each once
+        if is_weighted and policy.num_layers > len(policy.ops):
+            raise _unknown(crop, f"it draws {policy.num_layers} of {len(policy.ops)} operations, each at most once")
         for op in _ops(policy):
             if op.aug_fn is posterize:
                 op.aug_fn = _posterize
-    return colours
+    return made
 
 
 def _unknown(crop: CropConfig, reason: str) -> ConfigError:
     policy = f"train.crop.auto_augment {crop.auto_augment!r}"
     return ConfigError(f"{policy} is no policy of timm's ({reason}): rand-m9-mstd0.5-inc1 is one.")
-
-
-def _check_draws(policy: Any, crop: CropConfig) -> None:
-    """Refuses a weighted RandAugment that is to draw more operations, each once, than there are."""
-    if not isinstance(policy, RandAugment) or policy.choice_weights is None:
-        return
-    if policy.num_layers > len(policy.ops):
-        reason = f"it draws {policy.num_layers} of {len(policy.ops)} operations, each at most once"
-        raise _unknown(crop, reason)
 
 
 def _ops(policy: Any) -> Iterator[AugmentOp]:

@@ -54,29 +54,22 @@ def create_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
     """
     settings = config.train.optimizer
     _check_optimizer(settings)
-    device = next(model.parameters()).device
+    device, named = next(model.parameters()).device, f"train.optimizer {settings.name!r}"
     try:
         optimizer = _optimizer(settings, model)
     except Exception as error:  # whatever a keyword leads to
-        raise ConfigError(f"train.optimizer {settings.name!r} cannot be made: {_reason(error)}.") from error
+        raise ConfigError(f"{named} cannot be made: {_reason(error)}.") from error
     try:
         _take_a_step(settings, device)
     except Exception as error:
-        raise ConfigError(
-            f"train.optimizer {settings.name!r} cannot take a step on {device.type} ({_reason(error)}): change its "
-            "keywords, or choose another."
-        ) from error
+        failed = f"{named} cannot take a step on {device.type} ({_reason(error)})"
+        raise ConfigError(f"{failed}: change its keywords, or choose another.") from error
     return optimizer
 
 
 def _optimizer(settings: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
     return create_optimizer_v2(
-        model,
-        settings.name,
-        settings.lr,
-        settings.weight_decay,
-        layer_decay=settings.layer_decay,
-        **settings.keywords,
+        model, settings.name, settings.lr, settings.weight_decay, layer_decay=settings.layer_decay, **settings.keywords
     )
 
 
@@ -112,10 +105,8 @@ def create_scheduler(config: Config, optimizer: torch.optim.Optimizer, steps_per
     """
     settings, num_steps = config.train.schedule, config.train.epochs * steps_per_epoch
     if settings.warmup_steps >= num_steps:
-        raise ConfigError(
-            f"train.schedule.warmup_steps {settings.warmup_steps} leaves nothing of {num_steps} steps: "
-            "make it smaller, or train for longer."
-        )
+        nothing = f"train.schedule.warmup_steps {settings.warmup_steps} leaves nothing of {num_steps} steps"
+        raise ConfigError(f"{nothing}: make it smaller, or train for longer.")
     scheduler, _ = create_scheduler_v2(
         optimizer,
         settings.name,

@@ -15,14 +15,7 @@ from vitreuse.config import ConfigError, ReferenceConfig
 
 
 class Reference:
-    """A curve of losses, and how far above it a run has been.
-
-    Args:
-        config: Which curve, and what is too far.
-
-    Raises:
-        ConfigError: The file holds no curve.
-    """
+    """A curve of losses, and how far above it a run has been; a file without one is refused."""
 
     def __init__(self, config: ReferenceConfig):
         self.config = config
@@ -64,10 +57,8 @@ def _read_curve(path: Path) -> list[tuple[float, float]]:
         points = [(float(row["epoch"]), float(row["loss"])) for row in rows if row["loss"] not in (None, "")]
     except (OSError, ValueError, TypeError, KeyError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it has no numbers under epoch and loss"
-        raise ConfigError(
-            f"train.reference.curve {path} cannot be read ({reason}): give a CSV with the columns epoch and loss, or "
-            "the metrics.jsonl of a run."
-        ) from error
+        cure = "give a CSV with the columns epoch and loss, or the metrics.jsonl of a run"
+        raise ConfigError(f"train.reference.curve {path} cannot be read ({reason}): {cure}.") from error
     if not points or min(loss for _, loss in points) <= 0:
         raise ConfigError(f"train.reference.curve {path} needs losses above 0, and at least one: give another curve.")
     return points

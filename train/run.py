@@ -16,8 +16,7 @@ from __future__ import annotations
 import json
 import platform
 import subprocess
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -36,7 +35,7 @@ from vitreuse.data.labels import difference
 from vitreuse.export.hub import WEIGHTS, pack_weights
 from vitreuse.io.durable import TEMPORARY_FILES, exclusive_lock, sync, write_durably
 from vitreuse.io.file_names import to_bytes
-from vitreuse.io.process import is_first_rank
+from vitreuse.io.process import print_note
 from vitreuse.model.class_names import names_of
 
 LOCK_FILE = ".lock"
@@ -44,12 +43,7 @@ PACKAGES = ("vitreuse", "torch", "torchvision", "timm", "numpy", "webdataset")
 
 
 class RunFolder:
-    """The files of one run.
-
-    Args:
-        path: The folder; it need not exist yet.
-        config: The experiment.
-    """
+    """The files of one run in a folder, which need not exist yet."""
 
     def __init__(self, path: Path, config: Config):
         self.path, self.config = path, config
@@ -75,44 +69,27 @@ class RunFolder:
             raise ConfigError(f"{self.path} is not a run folder: choose another with run_dir=PATH.")
         changes = changed_settings(load_config(self.path / "config.yaml"), self.config)
         if changes:
-            raise ConfigError(
-                f"{self.path} holds a run of another configuration ({'; '.join(changes)}): "
-                f"choose another folder with run_dir=PATH, or remove this one."
-            )
-        if is_first_rank() and (self.path / "run.json").exists() and not self._record():
-            damaged = f"{self.path / 'run.json'} is damaged"
-            print(f"{damaged}; the run goes on from its checkpoints and writes it anew.", file=sys.stderr)
+            other = f"{self.path} holds a run of another configuration ({'; '.join(changes)})"
+            raise ConfigError(f"{other}: choose another folder with run_dir=PATH, or remove this one.")
+        if (self.path / "run.json").exists() and not self._record():
+            print_note(f"{self.path / 'run.json'} is damaged; the run goes on from its checkpoints and writes it anew.")
 
-    def refuse_other_inputs(self, inputs: dict[str, Any]) -> None:
-        """Checks that what a run reads is what it read before.
-
-        Args:
-            inputs: As run.json holds them: digests by what they are of.
+    def refuse_other_inputs(self, inputs: dict[str, Any], class_names: list[str]) -> None:
+        """Checks that what a run reads, by digests of each part, and its classes are what they were before.
 
         Raises:
-            ConfigError: Weights or data are others than those that the run was begun with.
+            ConfigError: The classes, weights or data are others than those that the run was begun with.
         """
-        before = self._record().get("inputs", inputs)
+        known, way_out = self._record(), "put back what it read, or choose another folder with run_dir=PATH"
+        names = known.get("class_names", class_names)  # which an older run did not note
+        if names != class_names:
+            now = f"the data have now {difference(class_names, names, 'the run')}"
+            raise ConfigError(f"{self.path} was begun with other classes, {now}: {way_out}.")
+        before = known.get("inputs", inputs)
         for name in {**before, **inputs}:
-            if before.get(name) != inputs.get(name):
-                raise ConfigError(
-                    f"{self.path} was begun with other {name}, of digest {before.get(name)} and not "
-                    f"{inputs.get(name)}: put back what it read, or choose another folder with run_dir=PATH."
-                )
-
-    def refuse_other_classes(self, class_names: Sequence[str]) -> None:
-        """Checks that the classes of the data are called what they were called before.
-
-        Raises:
-            ConfigError: They are called otherwise.
-        """
-        before = self._record().get("class_names")  # which an older run did not note
-        if before is not None and before != list(class_names):
-            found = difference(class_names, before, "the run")
-            raise ConfigError(
-                f"{self.path} was begun with other classes, the data have now {found}: put back what it read, or "
-                "choose another folder with run_dir=PATH."
-            )
+            old, new = before.get(name), inputs.get(name)
+            if old != new:
+                raise ConfigError(f"{self.path} was begun with other {name}, of digest {old} and not {new}: {way_out}.")
 
     @contextmanager
     def claimed(self) -> Iterator[None]:
@@ -128,8 +105,8 @@ class RunFolder:
             except BlockingIOError:
                 raise ConfigError(f"{self.path} is being written by another process: wait for it to end.") from None
             except OSError as error:
-                reason = error.strerror
-                raise ConfigError(f"{self.path} cannot be written ({reason}): choose another run_dir=PATH.") from None
+                failed = f"{self.path} cannot be written ({error.strerror})"
+                raise ConfigError(f"{failed}: choose another run_dir=PATH.") from None
             for path in self._temporaries():
                 path.unlink(missing_ok=True)
             held.callback(self.trackers.close)
@@ -204,32 +181,24 @@ class RunFolder:
             sync(path)
         self.checkpoints.save(state, step)
 
-    def finish(
-        self, model: nn.Module, weights: dict[str, Tensor], predictions: Predictions, seconds: float
-    ) -> None:
+    def finish(self, model: nn.Module, weights: dict[str, Tensor], predictions: Predictions, seconds: float) -> None:
         """Leaves the model's weights, what it says of the validation set, the run's card, and the status completed.
 
-        Args:
-            model: The trained model.
-            weights: Its state.
-            predictions: Of the validation set.
-            seconds: Spent training, over all starts of the run.
+        The seconds are those of training, over all starts of the run.
         """
-        settings = self.config.model
-        content = pack_weights(weights, settings.name, _plan_text(model), settings.keywords, names_of(model))
+        settings, class_names = self.config.model, names_of(model)
+        content = pack_weights(weights, settings.name, _plan_text(model), settings.keywords, class_names)
         write_durably(self.path / WEIGHTS, content)
         write_durably(self.path / "predictions.csv", to_bytes(predictions.to_csv()))
-        self._card(predictions, seconds, names_of(model)).write(self.path / card.NAME)
-        self.describe(status="completed")
-
-    def _card(self, predictions: Predictions, seconds: float, class_names: Sequence[str] | None) -> card.Card:
         record, data = self._record(), self.config.data
         facts = {key: record.get(key) for key in ("command", "git_commit", "versions", "hardware")}
         split = f"{data.source or Path(data.folder).resolve().name}/val"
         if "{}" in data.folder:  # a URL with a place for the name
             split = data.folder.replace("{}", "val")
         name, facts = self.path.resolve().name, {**facts, "seconds": seconds}
-        return card.make_card(name, self.config.model, split, predictions, facts, self.config, class_names)
+        made = card.make_card(name, settings, split, predictions, facts, self.config, class_names)
+        made.write(self.path / card.NAME)
+        self.describe(status="completed")
 
 
 def _is_known(line: bytes, step: int) -> bool:
@@ -269,7 +238,5 @@ def _git_commit() -> str | None:
 
 
 def _version(package: str) -> str | None:
-    try:
+    with suppress(PackageNotFoundError):
         return version(package)
-    except PackageNotFoundError:
-        return None

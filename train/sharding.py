@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch.distributed as dist
@@ -26,18 +26,12 @@ OPTIMIZERS = (
 
 
 def check_shardable(recipe: TrainConfig) -> None:
-    """Refuses what a recipe cannot do on parts of parameters.
-
-    Raises:
-        ConfigError: strategy fsdp2 with an optimizer or a clipping that needs whole ones.
-    """
+    """Refuses fsdp2 with an optimizer or a clipping that needs whole parameters."""
     if recipe.strategy != "fsdp2":
         return
     if recipe.optimizer.name not in OPTIMIZERS:
-        raise ConfigError(
-            f"train.optimizer.name {recipe.optimizer.name!r} needs whole parameters: with train.strategy fsdp2 use one "
-            f"of {', '.join(OPTIMIZERS)}, or train with ddp."
-        )
+        needs = f"train.optimizer.name {recipe.optimizer.name!r} needs whole parameters"
+        raise ConfigError(f"{needs}: with train.strategy fsdp2 use one of {', '.join(OPTIMIZERS)}, or train with ddp.")
     if recipe.clip is not None and recipe.clip.mode == "agc":
         raise ConfigError("train.clip.mode 'agc' needs whole parameters: use norm or value, or train.strategy ddp.")
 
@@ -56,26 +50,28 @@ def shard(model: Any, ranks: Ranks) -> None:
         fully_shard(module, mesh=mesh, reshard_after_forward=False)
 
 
+def _parts(model: nn.Module) -> list[FSDPModule]:
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
 @contextmanager
 def gradients_kept(replica: nn.Module) -> Iterator[None]:
     """Accumulates gradients in each rank inside the block, without an exchange; ranks may differ in such passes."""
-    if isinstance(replica, DistributedDataParallel):
-        with replica.no_sync():
-            yield
-    elif isinstance(replica, FSDPModule):
-        replica.set_requires_gradient_sync(False)
-        replica.set_reshard_after_backward(False)
+    parts = _parts(replica)
+    with replica.no_sync() if isinstance(replica, DistributedDataParallel) else nullcontext():
+        for part in parts:
+            part.set_requires_gradient_sync(False)
+            part.set_reshard_after_backward(False)
         yield
-        replica.set_requires_gradient_sync(True)
-        replica.set_reshard_after_backward(True)
-    else:
-        yield
+        for part in parts:
+            part.set_requires_gradient_sync(True)
+            part.set_reshard_after_backward(True)
 
 
 @contextmanager
 def unsharded(model: nn.Module) -> Iterator[None]:
     """Holds whole parameters on every rank inside the block, where forward passes then exchange nothing."""
-    parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    parts = _parts(model)
     for part in parts:
         part.unshard()
     try:
@@ -88,6 +84,11 @@ def unsharded(model: nn.Module) -> Iterator[None]:
 def whole(tensor: Tensor) -> Tensor:
     """A tensor of which each rank has a part, by all ranks together; any other as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def part_of(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor of which each rank has one; any other as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def whole_state(state: Any, ranks: Ranks) -> Any:

@@ -18,7 +18,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -45,15 +47,10 @@ class Run:
 
     config: Path
     overrides: list[str]
-    folder: Path
+    folder: Path  # by whose name it is known
     card: Path | None = None
     process: subprocess.Popen[bytes] | None = None
     output: Path | None = None  # on a terminal: what it says, until it is shown above the bars
-
-    @property
-    def label(self) -> str:
-        """The last part of its folder."""
-        return self.folder.name
 
     @property
     def is_completed(self) -> bool:
@@ -62,20 +59,11 @@ class Run:
         Raises:
             ValueError: The card is of another experiment, or is none.
         """
-        return self._has_card() or self._has_completed_folder()
-
-    def _has_card(self) -> bool:
-        if self.card is None or not self.card.exists():
-            return False
-        if not is_of(read_card(self.card), load_experiment(self.config, self.overrides)):
-            raise ConfigError(
-                f"{self.card} is the card of another model, recipe or seed than {self.config}: remove it to train "
-                "again, or name another folder with cards=DIR."
-            )
-        return True
-
-    def _has_completed_folder(self) -> bool:
-        """By a look at the folder: the process would take seconds to say so."""
+        if self.card is not None and self.card.exists():
+            if is_of(read_card(self.card), load_experiment(self.config, self.overrides)):
+                return True
+            other = f"{self.card} is the card of another model, recipe or seed than {self.config}"
+            raise ConfigError(f"{other}: remove it to train again, or name another folder with cards=DIR.")
         try:
             folder = RunFolder(self.folder, load_experiment(self.config, self.overrides))
             folder.refuse_other_run()
@@ -98,10 +86,7 @@ class Run:
         """Starts the process; what it says goes into a file, or where this process's own errors go."""
         self.output = output
         command = [sys.executable, "-m", "train", str(self.config), *self.overrides, f"run_dir={self.folder}"]
-        if output is None:
-            self.process = subprocess.Popen(command)
-            return
-        with output.open("wb") as stderr:
+        with nullcontext() if output is None else output.open("wb") as stderr:
             self.process = subprocess.Popen(command, stderr=stderr)
 
     def progress(self) -> dict[str, Any]:
@@ -114,23 +99,18 @@ class Run:
         shown = {"completed": last["step"], "total": total}
         if last["kind"] == "step":
             loss = "not finite" if last["loss"] is None else f"{last['loss']:.3f}"
-            shown["description"] = f"{self.label} loss {loss}, {last['images_per_second']:.0f} images/s"
+            shown["description"] = f"{self.folder.name} loss {loss}, {last['images_per_second']:.0f} images/s"
         return shown
 
 
 class Sweep:
-    """Runs, so many of them at a time, and what a terminal shows of them.
-
-    Args:
-        runs: What to run, in this order.
-        jobs: Processes at a time.
-    """
+    """Runs in their order, so many processes at a time, and what a terminal shows of them."""
 
     def __init__(self, runs: Sequence[Run], jobs: int):
         self.runs, self.jobs = runs, jobs
         self.console = Console(stderr=True, soft_wrap=True, highlight=False)
         self.bars = progress_bars(self.console, "steps", disable=not self.console.is_terminal)
-        self.tasks = [self.bars.add_task(run.label, total=None, start=False) for run in runs]
+        self.tasks = [self.bars.add_task(run.folder.name, total=None, start=False) for run in runs]
 
     def run(self, stop: StopSignal) -> int:
         """Runs them all, or until a signal; the exit code: 0, the first failure's, or 75."""
@@ -146,12 +126,12 @@ class Sweep:
             return STOPPED
         failed = [run for run in self.runs if run.exit_code != DONE]
         for run in failed:
-            print(f"{run.label} ended with exit code {run.exit_code}.", file=sys.stderr)
+            print(f"{run.folder.name} ended with exit code {run.exit_code}.", file=sys.stderr)
         return next((run.exit_code for run in failed if run.exit_code), DONE)
 
     def _is_over(self, stopping: bool) -> bool:
-        started = [run for run in self.runs if run.process is not None]
-        return all(run.exit_code is not None for run in (started if stopping else self.runs))
+        """Whether all runs have ended, or when stopping all that were started."""
+        return all(run.exit_code is not None or (stopping and run.process is None) for run in self.runs)
 
     def _start_next(self, stopping: bool, outputs: Path) -> None:
         """Fills the free places; a signal is passed on instead."""
@@ -174,7 +154,7 @@ class Sweep:
                 self.bars.update(task, **run.progress())
                 continue
             ended = "" if run.exit_code == DONE else f" ended with exit code {run.exit_code}"
-            self.bars.update(task, **{**run.progress(), "description": run.label + ended})
+            self.bars.update(task, **{**run.progress(), "description": run.folder.name + ended})
             self.bars.stop_task(task)
             lines = run.output.read_text(encoding="utf-8", errors="replace").splitlines()
             said = lines[-1:] if run.exit_code == DONE else lines  # its result, or why it failed
@@ -209,10 +189,8 @@ def _parse(arguments: Sequence[str]) -> tuple[list[Run], int]:
     own, overrides = {}, []
     for argument in arguments:
         if argument.startswith(("-", "run_dir=")):
-            raise ConfigError(
-                f"{argument} is for python -m train, of one run: a sweep's are in runs=DIR, each in a folder of its "
-                f"config's name; {USAGE}."
-            )
+            ours = "a sweep's are in runs=DIR, each in a folder of its config's name"
+            raise ConfigError(f"{argument} is for python -m train, of one run: {ours}; {USAGE}.")
         key, is_setting, value = argument.partition("=")
         if key in ("runs", "jobs", "seeds", "cards") and is_setting:
             own[key] = os.path.expanduser(value)
@@ -226,13 +204,12 @@ def _parse(arguments: Sequence[str]) -> tuple[list[Run], int]:
         raise ConfigError("train.seed and seeds: give at most one of the two.")
     seeds = [None] if "seeds" not in own else [*range(_count("seeds", own["seeds"]))]
     cards = Path(own["cards"]) if "cards" in own else None
-    return [_run(config, overrides, seed, folder, cards) for seed in seeds for config in configs], jobs
-
-
-def _run(config: Path, overrides: list[str], seed: int | None, folder: Path, cards: Path | None) -> Run:
-    label = config.stem if seed is None else f"{config.stem}-seed{seed}"
-    settings = overrides if seed is None else [*overrides, f"train.seed={seed}"]
-    return Run(config, settings, folder / label, cards and cards / f"{label}.json")
+    runs = []
+    for seed, config in product(seeds, configs):
+        name = config.stem if seed is None else f"{config.stem}-seed{seed}"
+        settings = overrides if seed is None else [*overrides, f"train.seed={seed}"]
+        runs.append(Run(config, settings, folder / name, cards and cards / f"{name}.json"))
+    return runs, jobs
 
 
 def _count(key: str, text: str) -> int:

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 from uuid import uuid4
 
 from vitreuse.config import Config, ConfigError
@@ -28,16 +28,6 @@ class Start(NamedTuple):
     folder: Path
     step: int  # of the checkpoint that it goes on from
     config: Config
-
-
-class Tracker(Protocol):
-    """A place that shows numbers by step."""
-
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Adds a record's numbers, by name."""
-
-    def close(self) -> None:
-        """Writes what is left to write."""
 
 
 class TensorBoard:
@@ -83,17 +73,11 @@ class Wandb:
     def __init__(self, start: Start):
         import wandb
 
-        settings = wandb.Settings(
-            silent=True, console="off", finish_timeout=UPLOAD_PATIENCE_S, finish_timeout_raises=True
-        )
-        self._run = wandb.init(
-            id=_kept_id(start.folder / "wandb"),
-            name=printable(start.folder.name),
-            dir=start.folder,
-            resume="allow",
-            config=asdict(start.config),
-            settings=settings,
-        )
+        patience = {"finish_timeout": UPLOAD_PATIENCE_S, "finish_timeout_raises": True}
+        settings = wandb.Settings(silent=True, console="off", **patience)
+        run_id, name = _kept_id(start.folder / "wandb"), printable(start.folder.name)
+        known = {"dir": start.folder, "config": asdict(start.config)}
+        self._run = wandb.init(id=run_id, name=name, resume="allow", settings=settings, **known)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Adds a record."""
@@ -117,25 +101,20 @@ TRACKERS = {"tensorboard": TensorBoard, "wandb": Wandb}  # by the name of their 
 
 
 def check_installed(names: Sequence[str]) -> None:
-    """Refuses trackers whose package is missing.
-
-    Raises:
-        ConfigError: It names the first one.
-    """
+    """Refuses trackers whose package is missing, and names the first one."""
     for name in names:
         try:
             version(name)
         except PackageNotFoundError:
-            raise ConfigError(
-                f"train.loggers has {name}, which is not installed: pip install 'vitreuse[{name}]', or leave it out."
-            ) from None
+            missing = f"train.loggers has {name}, which is not installed"
+            raise ConfigError(f"{missing}: pip install 'vitreuse[{name}]', or leave it out.") from None
 
 
 class Trackers:
     """The trackers of one start of a run: none until they are opened, and without those that have failed."""
 
     def __init__(self):
-        self._open: dict[str, Tracker] = {}
+        self._open: dict[str, TensorBoard | Wandb] = {}
 
     def open(self, names: Sequence[str], start: Start) -> None:
         """Opens each of them."""

@@ -13,17 +13,14 @@ from typing import Any, NamedTuple
 import torch
 from timm.utils import ModelEmaV3, dispatch_clip_grad
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from eval.distributed import Ranks
-from train.distill import create_teacher, distillation_loss
 from train.distributed import replicated
-from train.heal import Outputs, attention_outputs, create_healing, outputs_loss, plan_share
+from train.objective import create_objective
 from train.order import RankBatches, Stream, seed_sequence
-from train.pipeline import Batch, Normalize, TrainingImages, create_loader, create_mixup, seed_generators
-from train.recipe import create_criterion, create_optimizer, create_scheduler, freeze
-from train.resolution import transforms_by_epoch
-from train.sharding import check_shardable, gradients_kept, part_like, parts_like, shard, whole, whole_state
+from train.pipeline import Batch, Normalize, create_loader, create_mixup, seed_generators, training_images
+from train.recipe import create_optimizer, create_scheduler, freeze
+from train.sharding import check_shardable, gradients_kept, part_like, part_of, parts_like, shard, whole, whole_state
 from vitreuse.config import Config, ConfigError
 from vitreuse.data import DataError
 from vitreuse.model.class_names import LABEL_NAMES, names_of, pack_names
@@ -62,12 +59,8 @@ class StepResult(NamedTuple):
 class Trainer:
     """A model, its training set and its optimizer, advanced step by step.
 
-    Args:
-        config: The experiment.
-        model: One of timm's, on the rank's device.
-        samples: The training set, as open_split returns it.
-        settings: vitreuse.model.preprocessing.image_settings of the model.
-        ranks: This process among those of the run.
+    The model is on the rank's device and has these image_settings (vitreuse.model.preprocessing); samples are the
+    training set, as open_split returns it.
 
     Raises:
         ConfigError: The recipe does not fit the model, the data or the number of ranks.
@@ -78,39 +71,25 @@ class Trainer:
         self.config, self.model, self.ranks, self.counters = config, model, ranks, Counters()
         _check_fit(config, len(samples.class_names), model.num_classes, ranks.world_size)
         check_shardable(recipe)
-        self.batches = RankBatches(
-            recipe.seed,
-            samples.shard_sizes,
-            recipe.global_batch_size,
-            window=config.data.shuffle_window,
-            repeats=recipe.repeats,
-            drop_partial=recipe.mixup is not None,  # timm's Mixup pairs the images of a batch: it must be even
-            rank=ranks.rank,
-            world_size=ranks.world_size,
-        )
+        order = (recipe.seed, samples.shard_sizes, recipe.global_batch_size, config.data.shuffle_window, recipe.repeats)
+        must_be_even = recipe.mixup is not None  # timm's Mixup pairs the images of a batch
+        self.batches = RankBatches(*order, must_be_even, ranks.rank, ranks.world_size)
         if not self.batches.steps_per_epoch:
             raise ConfigError(f"{len(samples)} training images do not fill one batch of {recipe.global_batch_size}.")
-        transforms = transforms_by_epoch(config, model, settings)
-        data = config.data
-        images = TrainingImages(samples, transforms, recipe.seed, data.cache_images, data.max_bad_images)
-        self.loader = create_loader(images, self.batches, data.num_workers, ranks.device.type == "cuda")
+        images = training_images(config, model, samples, settings)
+        self.loader = create_loader(images, self.batches, config.data.num_workers, ranks.device.type == "cuda")
         self.normalize = Normalize(settings, ranks.device)
         self.mixup = create_mixup(config, model.num_classes)
-        self.teacher = None
-        if recipe.distill is not None:
-            self.teacher = create_teacher(recipe.distill, model, settings, samples.class_names)
         freeze(model, recipe.freeze)
-        self.healing = None
-        if recipe.heal is not None and self.teacher is not None:  # the schema has no healing without a teacher
-            self.healing = create_healing(recipe.heal, model, self.teacher.model)
-        self.criterion = create_criterion(config)
+        steps_per_epoch = self.batches.steps_per_epoch
+        self.objective = create_objective(config, model, settings, samples.class_names, steps_per_epoch)
         self.ema = ModelEmaV3(model, recipe.ema.decay, use_warmup=recipe.ema.warmup) if recipe.ema else None
         self._is_sharded = recipe.strategy == "fsdp2" and ranks.world_size > 1
         if self._is_sharded:
             for network in dict.fromkeys((model, self.final_model)):
                 shard(network, ranks)
         self.optimizer = create_optimizer(config, model)
-        self.scheduler = create_scheduler(config, self.optimizer, self.batches.steps_per_epoch)
+        self.scheduler = create_scheduler(config, self.optimizer, steps_per_epoch)
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=recipe.precision == "float16")
         if recipe.grad_checkpointing:
             model.set_grad_checkpointing(True)
@@ -139,16 +118,9 @@ class Trainer:
         return self.model if self.ema is None else self.ema.module
 
     @cached_property
-    def replica(self) -> Any:
-        """The model that exchanges gradients; making it takes all ranks, so that it waits for the first step."""
-        return self.model if self._is_sharded else replicated(self.healing or self.model, self.ranks)
-
-    @property
-    def plan_share(self) -> float:
-        """The plan's share of the attention of converted layers in the next step, under train.heal.anneal_epochs."""
-        heal = self.config.train.heal
-        anneal_epochs = 0.0 if heal is None else heal.anneal_epochs
-        return plan_share(self.counters.step, round(anneal_epochs * self.batches.steps_per_epoch))
+    def replica(self) -> nn.Module:
+        """The objective, which exchanges gradients; making it takes all ranks, so that it waits for the first step."""
+        return self.objective if self._is_sharded else replicated(self.objective, self.ranks)
 
     def remaining_batches(self) -> Iterator[Batch]:
         """This rank's batches from the next step to the end of its epoch, normalised and on its device."""
@@ -201,16 +173,15 @@ class Trainer:
         DistributedDataParallel averages over ranks, so each rank's sum is divided by count / world_size. A rank without
         images takes part in the exchange with a gradient of zero.
         """
-        device, scale = self.ranks.device, self.ranks.world_size / count
-        images, targets = batch.images, batch.labels
-        loss_sum = torch.zeros((), device=device)
+        images, targets, scale = batch.images, batch.labels, self.ranks.world_size / count
+        loss_sum = torch.zeros((), device=self.ranks.device)
         if not len(images):
-            self.scaler.scale(torch.stack(self._run(self._empty_images)[0]).sum() * 0).backward()
+            self.scaler.scale(self._loss(self._empty_images, targets.new_zeros(1)) * 0).backward()
             return loss_sum
         if self.mixup is not None:
             images, targets = self.mixup(images, targets)
         pieces = min(self.config.train.accumulation_steps, len(images))
-        parts = list(zip(images.tensor_split(pieces), targets.tensor_split(pieces), strict=True))
+        parts = zip(images.tensor_split(pieces), targets.tensor_split(pieces), strict=True)
         for i, (part, part_targets) in enumerate(parts):
             with nullcontext() if i == pieces - 1 else gradients_kept(self.replica):
                 loss = self._loss(part, part_targets) * len(part)
@@ -218,32 +189,9 @@ class Trainer:
             loss_sum += loss.detach()
         return loss_sum
 
-    def _run(self, images: Tensor) -> tuple[tuple[Tensor, ...], Outputs]:
-        """What each head of the model says, under token distillation two; and, in healing, its attention outputs."""
-        with self._autocast():
-            if self.healing is None:
-                logits, outputs = self.replica(images), {}
-            else:
-                logits, outputs = self.replica(images, self.plan_share)
-        return tuple(head.float() for head in (logits if isinstance(logits, tuple) else (logits,))), outputs
-
     def _loss(self, images: Tensor, targets: Tensor) -> Tensor:
-        """The mean loss of some images; the last head learns from the teacher if there is one."""
-        logits, outputs = self._run(images)
-        distill, heal = self.config.train.distill, self.config.train.heal
-        loss = self.criterion(logits[0], targets)
-        if distill is None or self.teacher is None:
-            return loss
-        weight = 0.0 if heal is None else heal.outputs
-        with self._autocast(), attention_outputs(self.teacher.model) if weight else nullcontext({}) as originals:
-            answers = self.teacher(images)
-        taught = distillation_loss(logits[-1], answers.float(), distill)
-        loss = (1 - distill.alpha) * loss + distill.alpha * taught
-        return loss + weight * outputs_loss(outputs, originals) if weight else loss
-
-    def _autocast(self) -> torch.autocast:
-        dtype = getattr(torch, self.config.train.precision)
-        return torch.autocast(self.ranks.device.type, dtype, enabled=dtype != torch.float32)
+        """The mean loss of some images."""
+        return self.replica(images, targets, self.counters.step)
 
     def _update(self) -> None:
         clip = self.config.train.clip
@@ -270,11 +218,7 @@ class Trainer:
         counters.epoch_images += count
 
     def _count_bad_images(self, bad_images: dict[str, str]) -> list[str]:
-        """Adds the images that any rank had to replace in this step to those known; what is to be said about new ones.
-
-        Raises:
-            DataError, OtherRankError: As train_step.
-        """
+        """Adds the images that any rank had to replace in this step to those known; what to say about new ones."""
         known, limit = self.counters.bad_images, self.config.data.max_bad_images
         met = ChainMap(*self.ranks.gather(bad_images))
         new = sorted(met.keys() - known)
@@ -282,10 +226,9 @@ class Trainer:
         with self.ranks.together():
             if len(known) > limit:
                 named = ", ".join(known[:4]) + ", ..." * (len(known) > 4)
-                raise DataError(
-                    f"{len(known)} training images cannot be decoded ({named}), and "
-                    f"data.max_bad_images allows {limit}: write them again or leave them out, or allow more."
-                )
+                found = f"{len(known)} training images cannot be decoded ({named})"
+                cure = "write them again or leave them out, or allow more"
+                raise DataError(f"{found}, and data.max_bad_images allows {limit}: {cure}.")
         return [met[key] for key in new]
 
     def _diverged(self, keys: list[str], loss_is_finite: bool) -> DivergedError:
@@ -293,11 +236,10 @@ class Trainer:
         shares = self.ranks.gather((loss_is_finite, keys))
         suspects = [key for is_finite, share in shares if not is_finite for key in share]
         suspects = suspects or [key for _, share in shares for key in share]
-        return DivergedError(
-            f"loss or gradient was not finite for {self.counters.skipped_in_a_row} steps in a row up to step "
-            f"{self.counters.step}, with {', '.join(suspects[:4])} in its batch: "
-            f"lower train.optimizer.lr, or look at these samples."
-        )
+        steps = f"{self.counters.skipped_in_a_row} steps in a row up to step {self.counters.step}"
+        where = f"with {', '.join(suspects[:4])} in its batch"
+        cure = "lower train.optimizer.lr, or look at these samples"
+        return DivergedError(f"loss or gradient was not finite for {steps}, {where}: {cure}.")
 
     def check_weights(self) -> None:
         """Checks that training starts, or goes on, from finite weights, and is taught by such; by all ranks together.
@@ -305,15 +247,14 @@ class Trainer:
         Raises:
             DivergedError: Some are NaN or infinite.
         """
-        networks = {"model": self.model} | ({} if self.teacher is None else {"teacher": self.teacher.model})
-        for whose, network in networks.items():
-            own = [name for name, tensor in network.state_dict().items() if not _is_finite(tensor)]
+        for whose, network in {"model": self.model, **self.objective.constants}.items():
+            tensors = {name: part_of(tensor) for name, tensor in network.state_dict().items()}
+            own = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
             broken = sorted(set().union(*self.ranks.gather(own)))
             if broken:
-                raise DivergedError(
-                    f"the {whose}'s weights are not finite in {len(broken)} tensors, the first {broken[0]}, so that "
-                    "nothing can be learned: give it others, in a run folder of its own (run_dir=PATH)."
-                )
+                found = f"the {whose}'s weights are not finite in {len(broken)} tensors, the first {broken[0]}"
+                cure = "give it others, in a run folder of its own (run_dir=PATH)"
+                raise DivergedError(f"{found}, so that nothing can be learned: {cure}.")
 
     def check_updated(self) -> None:
         """Checks at the end of a run that its weights were trained to the end.
@@ -324,23 +265,18 @@ class Trainer:
         counters, skipped = self.counters, self.counters.skipped_since_update
         if skipped == counters.step or skipped >= self.config.train.max_skipped_steps:
             which = "all" if skipped == counters.step else "the last"
-            raise DivergedError(
-                f"{which} {skipped} of {counters.step} steps were skipped, since a loss or gradient was not finite: "
-                "lower train.optimizer.lr, or look at the data, and train in another run folder (run_dir=PATH)."
-            )
+            found = f"{which} {skipped} of {counters.step} steps were skipped, since a loss or gradient was not finite"
+            cure = "lower train.optimizer.lr, or look at the data, and train in another run folder (run_dir=PATH)"
+            raise DivergedError(f"{found}: {cure}.")
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors, numbers and strings from which load_state_dict goes on as if nothing had happened.
 
         All ranks call this together; under fsdp2 only the main rank's is complete.
         """
-        state = {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "counters": asdict(self.counters),
-        }
-        names = names_of(self.model)
-        if names is not None:
+        state: dict[str, Any] = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        state["counters"] = asdict(self.counters)
+        if (names := names_of(self.model)) is not None:
             state[LABEL_NAMES] = pack_names(names)
         if self.ema is not None:
             state["ema"] = self.ema.module.state_dict()
@@ -355,43 +291,28 @@ class Trainer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes up a state_dict of the same experiment, written under any number of ranks and either strategy."""
         self.model.load_state_dict(parts_like(state["model"], self.model))
-        self.optimizer.load_state_dict(self._optimizer_parts(state["optimizer"]))
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        moments = {  # numbered by group
+            number: {name: part_like(value, parameters[number]) for name, value in values.items()}
+            for number, values in state["optimizer"]["state"].items()
+        }
+        self.optimizer.load_state_dict({**state["optimizer"], "state": moments})
         self.counters = Counters(**state["counters"])
         if self.ema is not None:
             self.ema.module.load_state_dict(parts_like(state["ema"], self.ema.module))
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
 
-    def _optimizer_parts(self, state: dict[str, Any]) -> dict[str, Any]:
-        """The optimizer's state with this rank's parts of what each parameter has: it numbers them by group."""
-        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        kept = {
-            number: {name: part_like(value, parameters[number]) for name, value in values.items()}
-            for number, values in state["state"].items()
-        }
-        return {**state, "state": kept}
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    """Whether all numbers are finite, of a tensor of which this rank has a part those of the part."""
-    return bool((tensor.to_local() if isinstance(tensor, DTensor) else tensor).isfinite().all())
-
 
 def _check_fit(config: Config, num_dataset_classes: int, num_model_classes: int, world_size: int) -> None:
     if num_dataset_classes != num_model_classes:
-        raise ConfigError(
-            f"{config.data.folder} has {num_dataset_classes} classes and the model {num_model_classes}: "
-            f"set model.keywords.num_classes to {num_dataset_classes}."
-        )
+        found = f"{config.data.folder} has {num_dataset_classes} classes and the model {num_model_classes}"
+        raise ConfigError(f"{found}: set model.keywords.num_classes to {num_dataset_classes}.")
     batch_size = config.train.global_batch_size
     if config.train.mixup is not None and batch_size % (2 * world_size):
-        raise ConfigError(
-            f"train.mixup pairs the images of each rank, so train.global_batch_size {batch_size} must be a multiple of "
-            f"{2 * world_size}, twice the number of ranks."
-        )
+        must = f"train.global_batch_size {batch_size} must be a multiple of {2 * world_size}"
+        raise ConfigError(f"train.mixup pairs the images of each rank, so {must}, twice the number of ranks.")
     pieces, share = config.train.accumulation_steps, -(-batch_size // world_size)
     if pieces > share:
-        raise ConfigError(
-            f"train.accumulation_steps {pieces} would cut a rank's {share} images into more pieces than there are: "
-            f"lower it to {share} or less."
-        )
+        cut = f"train.accumulation_steps {pieces} would cut a rank's {share} images into more pieces than there are"
+        raise ConfigError(f"{cut}: lower it to {share} or less.")

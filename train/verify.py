@@ -7,7 +7,6 @@ handed on in memory. What is handed on goes through the files of a real checkpoi
 from __future__ import annotations
 
 import os
-import signal
 import socket
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -24,6 +23,7 @@ from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from eval.distributed import Ranks, joined
 from train.checkpoint import Checkpoints
+from train.distributed import StopSignal
 from train.experiment import set_up
 from train.trainer import Trainer
 from vitreuse.config import Config
@@ -41,10 +41,7 @@ Leaves = dict[str, Any]  # tensors, numbers and strings by their place in a stat
 def verify_resume(config: Config, run_dir: Path, allow: Collection[str] = ()) -> int:
     """Compares stopped and resumed steps of an experiment with uninterrupted ones bit by bit, and prints the verdict.
 
-    Args:
-        config: The experiment.
-        run_dir: Beside which a temporary folder is made.
-        allow: Kinds of URL that data may come from.
+    A temporary folder is made beside the run folder; data may come from URLs of the kinds allowed.
 
     Returns:
         The exit code: FAILED, not WRONG_INPUT, if they differ, since no other input is the cure of a cause outside it.
@@ -100,24 +97,11 @@ def _in_fresh_process(environment: dict[str, str], function: Callable[..., None]
     context = get_context("forkserver")
     context.set_forkserver_preload([__name__])
     with ProcessPoolExecutor(1, context, _begin, (environment, get_start_method())) as pool:
-        with _interrupts_deferred():  # half a start would leave a process behind that cannot find its parent
+        with StopSignal().listening() as stop:  # half a start would leave a process behind that cannot find its parent
             future = pool.submit(function, *args)
+        if stop.received:
+            raise KeyboardInterrupt
         future.result()
-
-
-@contextmanager
-def _interrupts_deferred() -> Iterator[None]:
-    """Holds back SIGINT and SIGTERM, and raises KeyboardInterrupt at the end if one of them came."""
-    received: list[int] = []
-    signals = (signal.SIGINT, signal.SIGTERM)
-    handlers = [signal.signal(number, lambda number, frame: received.append(number)) for number in signals]
-    try:
-        yield
-    finally:
-        for number, handler in zip(signals, handlers, strict=True):
-            signal.signal(number, handler)
-    if received:
-        raise KeyboardInterrupt
 
 
 def _begin(environment: dict[str, str], start_method: str) -> None:
@@ -127,13 +111,9 @@ def _begin(environment: dict[str, str], start_method: str) -> None:
 
 
 def take_steps(config: Config, folder: Path, allow: Collection[str], name: str) -> None:
-    """Takes the first steps of an experiment and leaves the state after the last of them.
+    """Takes the first steps of an experiment and leaves the state after the last of them, by a name in a folder.
 
-    Args:
-        config: The experiment.
-        folder: Where states are left.
-        allow: Kinds of URL that data may come from.
-        name: Of the state to leave. RESUMED starts from the checkpoint, any other at step 0 and saves one half-way.
+    RESUMED starts from the checkpoint, any other at step 0 and saves one half-way.
     """
     with joined(config.train.device) as ranks:
         trainer = set_up(config, ranks, allow).trainer
@@ -189,12 +169,8 @@ def first_difference(expected: Leaves, found: Leaves) -> str | None:
 def _differs(expected: Any, found: Any) -> bool:
     if isinstance(expected, Tensor) and isinstance(found, Tensor):
         alike = (expected.dtype, expected.shape) == (found.dtype, found.shape)
-        return not (alike and torch.equal(_bytes(expected), _bytes(found)))
+        return not (alike and torch.equal(*(side.reshape(-1).view(torch.uint8) for side in (expected, found))))
     return repr(expected) != repr(found)  # which tells all floats apart, and takes NaN for NaN
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.reshape(-1).view(torch.uint8)
 
 
 def _how_it_differs(expected: Any, found: Any) -> str:

@@ -1,4 +1,7 @@
-"""Trained weights for a model: those of a file or of timm, fitted to its plan, image size and classes."""
+"""Trained weights for a model: those of a file or of timm, fitted to its plan, image size and classes.
+
+The rows of a trained head go to the classes that they stand for, by name.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from train.head_rows import fitted_head, known_rows, missing_heads, num_head_rows
+from torch import Tensor
+
 from vitreuse.config import Config, ConfigError
-from vitreuse.data.labels import difference
+from vitreuse.data.labels import are_numbers, difference, listed, places
 from vitreuse.export.hub import WEIGHTS
 from vitreuse.export.networks import pretrained_weights
 from vitreuse.io.checkpoint_file import Weights, as_weights, read_weights
@@ -34,22 +38,17 @@ def start_from(model: Any, source: str, class_names: Sequence[str] | None = None
     Raises:
         ConfigError: There are no such weights, or they are another model's.
     """
-    weights = _trained(source)
-    num_rows = num_head_rows(weights.state, model)
-    rows, remark = known_rows(_source_names(source), class_names, num_rows, model.num_classes)
+    weights, names = _trained(source)
+    rows, remark = known_rows(names, class_names, _num_head_rows(weights.state, model), model.num_classes)
     report = _load(model, _with_head(weights, model, rows), source)
-    parts = [f"starts from {source}", *([remark] if remark else ())]
-    parts += [f"a new {head}" for head in missing_heads(weights.state, model)]
-    return "; ".join((*parts, *report.said(model))) + "."
+    heads = _heads(model)
+    missing = [head for head in heads if f"{head}.weight" not in weights.state]  # a plain model has one of two
+    new = [f"a new {head}" for head in missing] if len(missing) < len(heads) else []
+    return "; ".join((f"starts from {source}", *([remark] if remark else ()), *new, *report.said(model))) + "."
 
 
 def load_weights(model: Any, source: str, class_names: Sequence[str]) -> str:
-    """Fills a model with trained weights, its head included, with its classes in the order of others.
-
-    Args:
-        model: One of timm's or ours.
-        source: As for start_from.
-        class_names: Those that it must tell apart, in their order.
+    """Fills a model with all of start_from's weights, for classes that it must tell apart, in their order.
 
     Returns:
         What is to be said of its classes, if anything is.
@@ -57,12 +56,11 @@ def load_weights(model: Any, source: str, class_names: Sequence[str]) -> str:
     Raises:
         ConfigError: As start_from; or its classes are others.
     """
-    weights, names = _trained(source), _source_names(source)
-    rows, remark = known_rows(names, class_names, num_head_rows(weights.state, model), model.num_classes)
+    weights, names = _trained(source)
+    rows, remark = known_rows(names, class_names, _num_head_rows(weights.state, model), model.num_classes)
     if names is not None and None in rows:
-        raise ConfigError(
-            f"the data have {difference(class_names, names, source)}: a teacher must tell the same classes apart."
-        )
+        others = difference(class_names, names, source)
+        raise ConfigError(f"the data have {others}: a teacher must tell the same classes apart.")
     report = _load(model, weights if names is None else _with_head(weights, model, rows), source)
     if report.new:
         raise ConfigError(f"{source} does not fit {type(model).__name__}: the checkpoint has no {report.new[0]}.")
@@ -83,25 +81,15 @@ def _file(source: str) -> Path:
     return path / WEIGHTS if path.is_dir() else path
 
 
-def _trained(source: str) -> Weights:
+def _trained(source: str) -> tuple[Weights, Names | None]:
+    """A source's weights, and the names of the classes that they tell apart; None where these are not known."""
+    file = _file(source)
     try:
-        file = _file(source)
         if file.exists() or Path(source).is_dir():
-            return read_weights(file)
-        return as_weights(pretrained_weights(source))
+            return read_weights(file), read_names(file)
+        return as_weights(pretrained_weights(source)), None
     except ValueError as error:
         raise ConfigError(str(error)) from error
-
-
-def _source_names(source: str) -> Names | None:
-    """The names of the classes that a source's weights tell apart; None where they are not known, as of timm's."""
-    file = _file(source)
-    return read_names(file) if file.exists() else None
-
-
-def _with_head(weights: Weights, model: Any, rows: Sequence[int | None]) -> Weights:
-    """Weights with a head of these rows, the model's own for what has none."""
-    return weights._replace(state={**weights.state, **fitted_head(weights.state, model, rows)})
 
 
 def _load(model: Any, weights: Weights, source: str) -> LoadReport:
@@ -109,3 +97,59 @@ def _load(model: Any, weights: Weights, source: str) -> LoadReport:
         return load_checkpoint(model, weights)
     except ValueError as error:
         raise ConfigError(f"{source} does not fit {type(model).__name__}: {error}") from error
+
+
+def known_rows(
+    names: Names | None, class_names: Sequence[str] | None, num_rows: int, num_classes: int
+) -> tuple[list[int | None], str]:
+    """For each class the row of a trained head that is its own, None for a new one; and what is to be said of them.
+
+    Names are None where they are not known.
+    """
+    fresh: list[int | None] = [None] * num_classes
+    a_new_head = f"a new head for {num_classes} classes"
+    if names is None or class_names is None or len(names) != num_rows:
+        if num_rows != num_classes:
+            return fresh, a_new_head
+        unknown = "" if class_names is None else f"its {num_rows} classes, whose names are not known, go by number"
+        return [*range(num_rows)], unknown
+    if names == tuple(class_names):
+        return [*range(num_rows)], "its classes are known by number alone" if are_numbers(names) else ""
+    rows = places(class_names, names)
+    one_is_numbered = are_numbers(names) or are_numbers(class_names)
+    if not any(row is not None for row in rows) or (one_is_numbered and {*names} != {*class_names}):
+        return fresh, f"{a_new_head}, {listed(class_names)} and not {listed(names)}"
+    new = [name for name, row in zip(class_names, rows, strict=True) if row is None]
+    known = f"the head's rows of {len(rows) - len(new)} classes by their names"
+    return rows, known + (f", new ones for {len(new)} ({listed(new)})" if new else "")
+
+
+def _heads(model: Any) -> tuple[str, ...]:
+    classifier = model.pretrained_cfg["classifier"]
+    return (classifier,) if isinstance(classifier, str) else tuple(classifier)
+
+
+def _head_keys(model: Any) -> list[str]:
+    return [f"{head}.{part}" for head in _heads(model) for part in ("weight", "bias")]
+
+
+def _num_head_rows(state: dict[str, Tensor], model: Any) -> int:
+    """Of the state's head; 0 where it has none."""
+    return next((len(state[key]) for key in _head_keys(model) if key in state), 0)
+
+
+def _with_head(weights: Weights, model: Any, rows: Sequence[int | None]) -> Weights:
+    """Weights with heads of these rows, the model's own for what has none."""
+    own = {key: tensor for key, tensor in model.state_dict().items() if key in _head_keys(model)}
+    heads = {key: _with_rows(tensor, weights.state.get(key), rows) for key, tensor in own.items()}
+    return weights._replace(state={**weights.state, **heads})
+
+
+def _with_rows(own: Tensor, trained: Tensor | None, rows: Sequence[int | None]) -> Tensor:
+    """A tensor with rows of another; itself where they have other columns, whose misfit is for others to say."""
+    if trained is None or trained.shape[1:] != own.shape[1:] or len(rows) != len(own):
+        return own
+    kept = [number for number, row in enumerate(rows) if row is not None]
+    fitted = own.clone()
+    fitted[kept] = trained[[rows[number] for number in kept]].to(own)
+    return fitted
