@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from eval.flops import model_macs, num_params
+from eval.flops import model_macs
 from eval.predictions import Predictions
 from vitreuse.config import Config, ModelConfig
+from vitreuse.cost.macs import count_params
 from vitreuse.io.durable import write_durably
 
 VERSION = 1
@@ -109,7 +110,7 @@ def make_card(
         seed=None if training is None else training.train.seed,
         model=_model_settings(model, built),
         recipe=None if training is None else recipe_of(training),
-        params=num_params(built),
+        params=count_params(built),
         macs=model_macs(built),
         data=data,
         facts=facts,

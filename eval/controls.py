@@ -15,10 +15,11 @@ import torch
 import yaml
 from rich.console import RenderableType
 
-from eval.flops import model_macs, num_params
+from eval.flops import model_macs
 from eval.table import Column, to_rich
 from vitreuse.cli.console import local_path, positive
 from vitreuse.config import ModelConfig
+from vitreuse.cost.macs import count_params
 from vitreuse.cost.measure import describe_machine, inference_call, time_interleaved
 from vitreuse.cost.summary import LARGEST
 from vitreuse.export.networks import exact_model, load_experiment
@@ -193,7 +194,7 @@ def run(args: Namespace) -> dict[str, Any]:
     config = _checked(load_experiment(path).model, path)
     measures: dict[str, Measure] = {
         "macs": partial(_counted, partial(model_macs, theoretical=True)),
-        "params": partial(_counted, num_params),
+        "params": partial(_counted, count_params),
         "latency_ms": partial(_latency_ms, device=device, dtype=args.dtype, num_repeats=args.repeats),
     }
     matches = []

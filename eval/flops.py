@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from eval.table import Column, to_rich, to_rich_upright
 from vitreuse.cli.console import positive
 from vitreuse.cost.counters import fvcore_macs, norm_operations, torch_flops, training_flops
-from vitreuse.cost.macs import count_macs
+from vitreuse.cost.macs import count_macs, count_params
 from vitreuse.cost.measure import device_name, inference_call, peak_memory_mib, saved_memory_mib
 from vitreuse.export.networks import Target, exact_model, resized, resolve_targets
 from vitreuse.io.process import choose_device
@@ -61,12 +61,12 @@ def count(target: Target, image_size_px: int | None, dtype: str, device: torch.d
     images = example(model, 1)
     counted = {"fvcore_macs": fvcore_macs(model, images), "torch_macs": _torch_macs(model, images)}
     closed = theoretical = macs_by_part(model)
-    params, macs_ratio, params_ratio = num_params(model), None, None
+    params, macs_ratio, params_ratio = count_params(model), None, None
     if hasattr(model, "plan"):
         theoretical = macs_by_part(model, theoretical=True)
         exact = exact_model(config, len(model.plan)).create("meta")
         macs_ratio = theoretical[""] / model_macs(exact, theoretical=True)
-        params_ratio = params / num_params(exact)
+        params_ratio = params / count_params(exact)
     parts = [
         {"part": part or "total", "macs": macs, "flops": 2 * macs, "theoretical_macs": theoretical[part]}
         | {name: counts.get(part, 0) for name, counts in counted.items()}
@@ -157,11 +157,6 @@ def _check_agreement(label: str, parts: list[dict[str, Any]]) -> None:
                 f"{label}: the counts of {row['part']} differ, {row['macs']} MACs by closed form, {row['fvcore_macs']} "
                 f"by fvcore and {row['torch_macs']} by torch: one of the rules is wrong."
             )
-
-
-def num_params(model: nn.Module) -> int:
-    """Number of parameters."""
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def add_targets(parser: ArgumentParser, verb: str) -> None:

@@ -30,6 +30,7 @@ from eval.predictions import Predictions
 from train.checkpoint import Checkpoints
 from train.trackers import Start, Trackers
 from vitreuse.config import Config, ConfigError, changed_settings, load_config, to_yaml
+from vitreuse.cost.macs import count_params
 from vitreuse.cost.measure import describe_machine
 from vitreuse.data.labels import difference
 from vitreuse.export.hub import WEIGHTS, pack_weights
@@ -215,7 +216,7 @@ def run_facts(config: Config, model: nn.Module, ranks: Ranks) -> dict[str, Any]:
     return {
         "model": config.model.name,
         "plan": _plan_text(model),
-        "num_params": sum(parameter.numel() for parameter in model.parameters()),
+        "num_params": count_params(model),
         "git_commit": _git_commit(),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         "hardware": {**describe_machine(ranks.device), "num_ranks": ranks.world_size},
