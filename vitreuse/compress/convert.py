@@ -77,7 +77,7 @@ def convert(
         _reorder_heads(state, f"blocks.{layer}.attn.", order_of_heads(matched, num_heads))
     report = load_checkpoint(converted, state, original.patch_embed.img_size)
     if pooled:
-        pool_projections(converted)
+        pool_projections(converted.blocks, converted.key_proj)
     changed = [layer for layer, spec in enumerate(plan) if spec.word not in ("exact", "none")]
     prefixes = tuple(f"blocks.{layer}.attn." for layer in changed)
     names = [name for name, _ in converted.named_parameters() if name.startswith(prefixes)]
@@ -96,10 +96,10 @@ def _reorder_heads(state: dict[str, Tensor], prefix: str, order: list[int]) -> N
 
 
 @torch.no_grad()
-def pool_projections(model: Any) -> None:
-    """Starts all token projections of a model as averages over cells of its grid; a convolution's as its mean."""
-    for attn in (block.attn for block in model.blocks if isinstance(block.attn, LowRankAttention)):
-        for projection in (attn.key_proj, attn.value_proj, model.key_proj):
+def pool_projections(layers: Iterable[Any], layerwise_proj: Tensor | None = None) -> None:
+    """Starts token projections as averages over cells of the grid; a convolution's as its mean."""
+    for attn in (layer.attn for layer in layers if isinstance(layer.attn, LowRankAttention)):
+        for projection in (attn.key_proj, attn.value_proj, layerwise_proj):
             if projection is not None and attn.kind == "conv":
                 init_projection(projection, attn.kind, "mean")
             elif projection is not None:

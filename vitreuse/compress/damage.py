@@ -15,7 +15,8 @@ Shapes: B images, N tokens, M keys, C channels, H heads, D head dim.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import cache
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -25,17 +26,14 @@ from timm.models.vision_transformer import Block
 from torch import Tensor
 
 from vitreuse.attention import ExactAttention
-from vitreuse.attention.lowrank import grid_pooling
-from vitreuse.attention.maps import NO_MASK, Mask, softmax_map
-from vitreuse.attention.tiles import neighbourhood_bias
+from vitreuse.compress.convert import pool_projections
 from vitreuse.compress.head_matching import match_heads
 from vitreuse.compress.redundancy import Batches, Redundancy, mean_over_images
 from vitreuse.io.progress import WorkProgress
-from vitreuse.model.block import PlanBlock
-from vitreuse.model.recording import attentions, project_heads, recorded_attention
+from vitreuse.model.block import PlanBlock, PlanBlocks
+from vitreuse.model.copies import EXACT, adopted_layers
+from vitreuse.model.recording import attentions, dense_map, recorded_attention
 from vitreuse.plan import Spec
-
-EXACT = Spec("exact")
 
 
 class Change(NamedTuple):
@@ -45,7 +43,7 @@ class Change(NamedTuple):
         layer: The layer's number.
         spec: What it becomes.
         anchor: The layer that makes the map where the spec is reuse, else None.
-        anchor_spec: How that one makes it: exact, a span or low-rank; else None.
+        anchor_spec: The spec of that one, else None.
     """
 
     layer: int
@@ -59,8 +57,8 @@ def measure_damage(
 ) -> dict[Change, float]:
     """The damage of each change that the specs allow, in one pass that holds a few images' maps at a time.
 
-    A reuse layer may read each layer before it, exact or of any span or low-rank spec that is asked for, with its own
-    heads in the order that matches the anchor's. A low-rank layer pools the tokens over the grid.
+    A reuse layer may read each layer before it, exact or of any other kind that is asked for and makes a map, with its
+    own heads in the order that matches the anchor's. A low-rank layer pools the tokens over the grid.
 
     Args:
         model: One of timm's ViTs or ours whose layers are all exact, on any device; its mode is restored.
@@ -84,9 +82,18 @@ def measure_damage(
     }
     signs = torch.Generator().manual_seed(0)
 
+    @cache
+    def kinds(grid: tuple[int, int]) -> dict[Spec, PlanBlocks]:
+        """The layers under each way to make a map."""
+        found = {spec: adopted_layers(model, spec, grid) for spec in _makers(specs)}
+        for layers in found.values():
+            pool_projections(layers)
+        return found
+
     def measure(images: Tensor) -> tuple[Tensor, Tensor]:
         layers, logits = _observe(model, images, signs)
-        return _errors(changes, layers, _views(model, images, specs), orders), logits.double().square().sum()
+        grid = model.patch_embed.dynamic_feat_size(images.shape[-2:])
+        return _errors(changes, layers, kinds(grid), orders), logits.double().square().sum()
 
     errors, size = mean_over_images(model, batches, progress, measure)
     return dict(zip(changes, (errors / size).tolist(), strict=True))
@@ -127,7 +134,7 @@ def check_specs(model: Any, specs: Sequence[Spec]) -> None:
 
 
 def possible_changes(depth: int, specs: Sequence[Spec]) -> list[Change]:
-    """Each layer under each spec; reuse of each earlier layer, exact or of any span or low-rank spec among them."""
+    """Each layer under each spec; reuse of each earlier layer, exact or under any of them that makes a map."""
     changes = []
     for layer, spec in product(range(depth), dict.fromkeys(specs)):
         read = product(range(layer), _makers(specs)) if spec.word == "reuse" else [(None, None)]
@@ -136,8 +143,8 @@ def possible_changes(depth: int, specs: Sequence[Spec]) -> list[Change]:
 
 
 def _makers(specs: Sequence[Spec]) -> list[Spec]:
-    """The ways to make a map: exact, and each span and low-rank spec."""
-    return [EXACT, *dict.fromkeys(spec for spec in specs if spec.word in ("lowrank", "span"))]
+    """The ways to make a map: exact, and each other kind of layer that makes one."""
+    return [*dict.fromkeys((EXACT, *(spec for spec in specs if spec.makes_map)))]
 
 
 class _Layer(NamedTuple):
@@ -168,24 +175,17 @@ def _observe(model: Any, images: Tensor, signs: torch.Generator) -> tuple[list[_
     return [_Layer(block.attn, call.inputs[0].detach(), gradient) for block, call, gradient in layers], logits.detach()
 
 
-def _views(model: Any, images: Tensor, specs: Sequence[Spec]) -> dict[Spec, Tensor | None]:
-    """What each way to make a map does to the tokens: a low-rank one's projection, a span's bias."""
-    grid, prefix = model.patch_embed.dynamic_feat_size(images.shape[-2:]), model.num_prefix_tokens
-    views: dict[Spec, Tensor | None] = dict.fromkeys(_makers(specs))
-    for spec in views:
-        if spec.word == "lowrank":
-            views[spec] = grid_pooling(grid, prefix, spec.number or 0).to(images)
-        elif spec.word == "span":
-            views[spec] = neighbourhood_bias(grid, spec.number or 0, prefix, images.dtype, images.device)
-    return views
-
-
 @torch.no_grad()
 def _errors(
-    changes: list[Change], layers: list[_Layer], views: dict[Spec, Tensor | None], orders: dict[Change, list[int]]
+    changes: list[Change],
+    layers: list[_Layer],
+    kinds: Mapping[Spec, PlanBlocks],
+    orders: dict[Change, list[int]],
 ) -> Tensor:
     """For each change the sum over images, tokens and channels of (gradient * error)^2."""
-    made = [_mixtures(layer, views) for layer in layers]
+    made = [
+        {spec: _mixture(layer, of[number].attn) for spec, of in kinds.items()} for number, layer in enumerate(layers)
+    ]
     unchanged = [_output(layer, own[EXACT].mixed) for layer, own in zip(layers, made, strict=True)]
     found = []
     for change in changes:
@@ -196,16 +196,10 @@ def _errors(
     return torch.stack(found)
 
 
-def _mixtures(layer: _Layer, views: dict[Spec, Tensor | None]) -> dict[Spec, _Mixture]:
-    """A layer's own map and values under each spec that makes a map."""
-    attn, own, made = layer.attn, project_heads(layer.attn, layer.tokens), {}
-    for spec, view in views.items():
-        heads, mask = own, Mask(view)
-        if view is not None and spec.word == "lowrank":  # rows of the pooling sum to 1, as biases need
-            heads, mask = project_heads(attn, view @ layer.tokens), NO_MASK
-        weights = softmax_map(own.q[:, :, : layer.gradient.shape[1]], heads.k, attn.scale, mask)
-        made[spec] = _Mixture(weights, heads.v, weights @ heads.v)
-    return made
+def _mixture(layer: _Layer, kind: Any) -> _Mixture:
+    """A layer's own map and values, made as an attention of another kind makes them."""
+    weights, values = dense_map(kind, layer.tokens, kind.grid, layer.gradient.shape[1])
+    return _Mixture(weights, values, weights @ values)
 
 
 def _changed(change: Change, made: list[dict[Spec, _Mixture]], orders: dict[Change, list[int]]) -> Tensor:

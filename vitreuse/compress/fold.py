@@ -13,17 +13,14 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from timm.layers import Attention as TimmAttention
-from timm.layers import Mlp
 from timm.models import VisionTransformer
-from timm.models.vision_transformer import Block as TimmBlock
 from torch import Tensor, nn
 
 from vitreuse.attention import Carry, ExactAttention, SpanAttention
 from vitreuse.attention.base import CarryingAttention
 from vitreuse.attention.maps import Mask
 from vitreuse.model.block import InplaceMlp, PlanBlocks
-from vitreuse.model.vit import PlanVisionTransformer
+from vitreuse.model.copies import adopted_layers
 
 
 def fold(
@@ -56,7 +53,7 @@ def fold(
         raise ValueError(f"{type(model).__name__} cannot be folded: fold takes timm's VisionTransformer and ours.")
     folded: Any = copy.deepcopy(model)
     if not isinstance(folded.blocks, PlanBlocks):
-        folded.blocks = as_plan_layers(folded)
+        folded.blocks = adopted_layers(folded)  # which are faster
     dtype = folded.patch_embed.proj.weight.dtype
     folded.eval().requires_grad_(False).to(torch.promote_types(dtype, torch.float32))
     with torch.no_grad():
@@ -66,35 +63,6 @@ def fold(
             if name in steps:
                 step(folded)
     return folded.to(dtype)
-
-
-def as_plan_layers(model: Any) -> PlanBlocks:
-    """The layers of timm's model as exact layers of ours, which are faster, around the same submodules.
-
-    Raises:
-        ValueError: a layer is not timm's standard one.
-    """
-    for block in model.blocks:
-        attn = block.attn
-        if type(block) is not TimmBlock or type(attn) is not TimmAttention:
-            raise ValueError(
-                f"layers of {type(block).__name__} around {type(attn).__name__} have no plan: use a model of timm's "
-                "Block and Attention, as vit, deit and deit3 are."
-            )
-        if attn.gate is not None or attn.attn_dim != attn.qkv.in_features:
-            raise ValueError("attention that is gated, or not as wide as its tokens, has no plan: use a standard ViT.")
-    attn, depth = model.blocks[0].attn, len(model.blocks)
-    trunk = {"depth": depth, "embed_dim": attn.attn_dim, "num_heads": attn.num_heads, "class_token": False}
-    tokens = {"img_size": model.patch_embed.grid_size, "patch_size": 1, "reg_tokens": model.num_prefix_tokens}
-    ours: Any = PlanVisionTransformer(plan=f"exact*{depth}", **trunk, **tokens, global_pool="avg", device="meta")
-    for layer, block in zip(ours.blocks, model.blocks, strict=True):
-        for own, given in ((layer, block), (layer.attn, block.attn), (layer.mlp, block.mlp)):
-            for name, module in given.named_children():
-                if name not in ("attn", "mlp"):
-                    setattr(own, name, module)
-        if type(block.mlp) is not Mlp:
-            layer.mlp = block.mlp
-    return ours.blocks
 
 
 def fold_normalisation(model: Any, mean: Sequence[float], std: Sequence[float]) -> None:

@@ -146,7 +146,7 @@ def _one_layer_on(fronts: Fronts, layer: int, specs: Sequence[Spec], damage: Dam
         ]
 
     for spec in specs:
-        if spec.word not in ("reuse", "none"):
+        if spec.makes_map:
             anchor = _Anchor(layer, spec, costs.handing_on.get(spec, 0))
             extend(ended, Change(layer, spec), costs.layers[layer, spec, None], anchor)
             continue

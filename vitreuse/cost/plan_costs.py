@@ -99,7 +99,7 @@ def plan_costs(
             *costs, rest = layers_of(spec, spec)
             layers |= {(layer, spec, None): _cost_in(costs, layer, depth) for layer in range(depth)}
     readers = [spec for spec in specs if spec.word == "reuse"]
-    for anchor in (spec for spec in specs if spec.word not in ("reuse", "none")):
+    for anchor in (spec for spec in specs if spec.makes_map):
         for reader in readers:
             *costs, _ = layers_of(anchor, reader)
             layers |= {(layer, reader, anchor): _cost_in(costs, layer, depth) for layer in range(1, depth)}

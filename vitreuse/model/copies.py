@@ -16,12 +16,14 @@ from timm.models.vision_transformer import Block
 from torch import nn
 
 from vitreuse.attention import ExactAttention
-from vitreuse.model.block import InplaceMlp, PlanBlock
+from vitreuse.model.block import InplaceMlp, PlanBlock, PlanBlocks
 from vitreuse.model.class_names import name_classes, names_of
 from vitreuse.model.preprocessing import PREPROCESSING
 from vitreuse.model.registry import SIZES, variant_of
-from vitreuse.plan import Plan
+from vitreuse.model.vit import PlanVisionTransformer
+from vitreuse.plan import Plan, Spec
 
+EXACT = Spec("exact")
 NORMS = {"LayerNorm": "layernorm", "RmsNorm": "rmsnorm"}  # timm's names of classes, as of the next
 ACTIVATIONS = {"GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu"}
 KINDS = {"": (Block, PlanBlock), "attn": (TimmAttention, ExactAttention), "mlp": (Mlp, InplaceMlp)}  # of a layer
@@ -65,6 +67,43 @@ def untrained_copy(model: Any, plan: str | Plan, **options: Any) -> Any:
     made = timm.create_model(name, plan=str(plan), pretrained_cfg_overlay=overlay, **keywords, **options)
     name_classes(made, names_of(model))
     return made.to(next(model.parameters()))
+
+
+def adopted_layers(model: Any, spec: Spec = EXACT, grid: tuple[int, int] | None = None) -> PlanBlocks:
+    """Layers of ours, all under one spec, around the submodules of a ViT whose layers are exact: nothing is copied.
+
+    Args:
+        model: One of timm's or ours.
+        spec: Of a kind of layer that has timm's submodules and computes its map; token projections are uninitialised.
+        grid: The (rows, columns) of patches that the layers are built for, the model's own when None.
+
+    Raises:
+        ValueError: A layer is not a standard one.
+    """
+    for block in model.blocks:
+        attn = block.attn
+        if type(block) not in KINDS[""] or type(attn) not in KINDS["attn"]:
+            raise ValueError(
+                f"layers of {type(block).__name__} around {type(attn).__name__} have no plan: use a model of timm's "
+                "Block and Attention, as vit, deit and deit3 are."
+            )
+        if getattr(attn, "gate", None) is not None or attn.proj.in_features != attn.qkv.in_features:
+            raise ValueError("attention that is gated, or not as wide as its tokens, has no plan: use a standard ViT.")
+    attn, depth, given = model.blocks[0].attn, len(model.blocks), next(model.parameters())
+    trunk = {"depth": depth, "embed_dim": attn.proj.in_features, "num_heads": attn.num_heads, "class_token": False}
+    size = {"img_size": grid or model.patch_embed.grid_size, "patch_size": 1, "reg_tokens": model.num_prefix_tokens}
+    ours = PlanVisionTransformer(plan=f"{spec}*{depth}", **trunk, **size, global_pool="avg", device="meta")
+    layers: Any = ours.blocks
+    for layer, block in zip(layers, model.blocks, strict=True):
+        for name, projection in layer.attn.named_parameters(recurse=False):
+            setattr(layer.attn, name, nn.Parameter(given.new_empty(projection.shape)))
+        for own, found in ((layer, block), (layer.attn, block.attn), (layer.mlp, block.mlp)):
+            for name, module in found.named_children():
+                if name not in ("attn", "mlp"):
+                    setattr(own, name, module)
+        if type(block.mlp) not in KINDS["mlp"]:
+            layer.mlp = block.mlp
+    return layers
 
 
 def read_keywords(model: Any) -> tuple[str, dict[str, Any]]:

@@ -112,24 +112,38 @@ def attention_maps(model: Any, images: Tensor) -> list[AttentionMap | None]:
     return maps
 
 
+def dense_map(
+    attn: Any, x: Tensor, grid: tuple[int, int], num_rows: int | None = None, layerwise_proj: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The map (B, H, rows, M) that an attention computes, zero outside a span, and its values (B, H, M, D)."""
+    if isinstance(attn, TimmAttention):
+        q, k, v = project_heads(attn, x)
+        return softmax_map(q[:, :, :num_rows], k, attn.scale), v
+    q, k, v, *_ = attn.project(x, num_rows, grid, layerwise_proj)
+    return softmax_map(attn.q_norm(q), attn.k_norm(k), attn.scale, _span_mask(attn, x, grid)), v
+
+
+def _span_mask(attn: Attention, x: Tensor, grid: tuple[int, int]) -> Mask:
+    """What an attention over windows does not see, of a map over all keys."""
+    if attn.width == 0:
+        return NO_MASK
+    return Mask(neighbourhood_bias(grid, attn.width, attn.num_prefix_tokens, x.dtype, x.device))
+
+
 def _map(layer: int, attn: Any, inputs: Any, handed: AttentionMap) -> tuple[AttentionMap, AttentionMap]:
     """A layer's map as its values read it, and as it hands it on; its anchor's is what was handed to it."""
     if isinstance(attn, TimmAttention):
-        q, k, _ = project_heads(attn, inputs[0])
-        made = AttentionMap(softmax_map(q, k, attn.scale), "tokens")
+        made = AttentionMap(dense_map(attn, inputs[0], (0, 0))[0], "tokens")
         return made, made
     x, carry, grid = inputs[0], inputs[1], inputs[2] or attn.grid
-    mask = NO_MASK
-    if attn.width > 0:
-        mask = Mask(neighbourhood_bias(grid, attn.width, attn.num_prefix_tokens, x.dtype, x.device))
     if isinstance(attn, ReuseAttention):
         own = attn.own_queries_and_keys(x, None, carry.key_proj)
         if own is None:
             return handed, handed
-        read, given = join_heads(handed.weights, softmax_map(*own, attn.scale, mask), attn.num_reused_heads)
+        computed = softmax_map(*own, attn.scale, _span_mask(attn, x, grid))
+        read, given = join_heads(handed.weights, computed, attn.num_reused_heads)
         return handed._replace(weights=read), handed._replace(weights=given)
-    q, k, *_ = attn.project(x, None, grid, carry.layerwise_proj)
-    made = AttentionMap(softmax_map(attn.q_norm(q), attn.k_norm(k), attn.scale, mask), _keys(layer, attn))
+    made = AttentionMap(dense_map(attn, x, grid, None, carry.layerwise_proj)[0], _keys(layer, attn))
     return made, made
 
 

@@ -35,6 +35,11 @@ class Spec:
     word: str
     number: int | None = None
 
+    @property
+    def makes_map(self) -> bool:
+        """Whether such a layer computes a map of its own, which later layers may reuse."""
+        return self.word not in ("reuse", "none")
+
     def __str__(self) -> str:
         return self.word if self.number is None else f"{self.word}:{self.number}"
 
@@ -73,7 +78,7 @@ class Plan:
         anchors: list[int | None] = []
         anchor = None
         for layer, spec in enumerate(self.specs):
-            if _computes_map(spec):
+            if spec.makes_map:
                 anchor = layer
             anchors.append(anchor if spec.word == "reuse" else None)
         return tuple(anchors)
@@ -92,7 +97,7 @@ class Plan:
     @property
     def num_maps(self) -> int:
         """How many layers compute a map that a later layer reads."""
-        return sum(n > 0 for spec, n in zip(self.specs, self.num_readers, strict=True) if _computes_map(spec))
+        return sum(n > 0 for spec, n in zip(self.specs, self.num_readers, strict=True) if spec.makes_map)
 
     @property
     def repeats_span(self) -> tuple[bool, ...]:
@@ -177,7 +182,7 @@ def _check_specs(specs: tuple[Spec, ...], num_heads: int | None = None) -> None:
         if spec.word == "reuse" and not has_map:
             repaired = (*specs[:layer], Spec("exact"), *specs[layer + 1 :])
             raise Flaw(f"{subject} no layer before it has a map", _text(repaired))
-        has_map = has_map or _computes_map(spec)
+        has_map = has_map or spec.makes_map
 
 
 def _broken_rule(spec: Spec, num_heads: int | None) -> tuple[str, Spec] | None:
@@ -225,10 +230,6 @@ def _sentence(text: str, flaw: Flaw, depth: int | None = None, num_heads: int | 
 
 def _text(specs: Iterable[Spec]) -> str:
     return " ".join(map(str, specs))
-
-
-def _computes_map(spec: Spec) -> bool:
-    return spec.word not in ("reuse", "none")
 
 
 def _check_depth(depth: int | None) -> None:
