@@ -9,7 +9,7 @@ import torch
 import vitreuse
 from vitreuse.cost.counters import fvcore_macs, torch_flops, training_flops
 
-NAMES = timm.list_models(module="models")
+NAMES = timm.list_models(module="registry")
 RESOLUTIONS = (224, pytest.param(384, marks=pytest.mark.proof))  # px
 # Of each method and family, without the time that large models take where products are really computed.
 SMALL_NAMES = [name for name in NAMES if "_tiny_" in name or ("deit3" in name and "_small_" in name)]

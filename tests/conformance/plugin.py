@@ -18,7 +18,7 @@ from timm.models import _registry as registry
 
 from vitreuse.model.registry import plain_name
 
-PLAIN_NAMES = {name: plain_name(name) for name in registry.list_models(module="models")}
+PLAIN_NAMES = {name: plain_name(name) for name in registry.list_models(module="registry")}
 WRITTEN_OUT = ("vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224")  # names that timm's tests have in their text
 DOWNLOADS = "test_model_load_pretrained"
 TORCHSCRIPT = "torchscript"  # a part of the names of its tests

@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         ValueError: no name matches.
     """
-    names = timm.list_models(args.filter, module="models")
+    names = timm.list_models(args.filter, module="registry")
     if not names:
         raise ValueError(f"no model matches {args.filter!r}: try '*reuse*', '*lazy*', '*lowrank*' or '*mixspan*'.")
     return {"models": [_summary(name) for name in names]}
