@@ -11,7 +11,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from types import ModuleType
@@ -19,12 +19,15 @@ from typing import Any, NoReturn
 
 import timm
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group, RenderableType
 from rich.measure import Measurement
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+import vitreuse
+from vitreuse.config.recipe import DEVICES, DTYPES
 from vitreuse.io.errors import ConfigError
 from vitreuse.io.file_names import for_terminal
 from vitreuse.io.process import DONE, INTERRUPTED, WRONG_INPUT, is_first_of_machine, is_first_rank, print_error
@@ -32,6 +35,7 @@ from vitreuse.io.urls import FETCHED, refuse_url
 
 SHELLS = ("bash", "zsh", "fish", "tcsh")
 PATH_METAVARS = ("MODEL", "TARGET")  # which may be paths beside names
+MEASURED_DTYPES = DTYPES[:2]  # in which eval measures models
 
 
 class HelpText(argparse.HelpFormatter):
@@ -120,12 +124,20 @@ def run_command(
 
 
 def versions() -> str:
-    """Of this package, and of those by which it computes."""
-    import vitreuse  # which imports this module
-
+    """The versions of this package, and of those by which it computes."""
     packages = (vitreuse, torch, timm)
     named = [f"{package.__name__} {package.__version__}" for package in packages]
     return ", ".join([*named, f"Python {platform.python_version()}"])
+
+
+def table_of(headings: Iterable[str], rows: Iterable[Iterable[str]], text: Collection[str]) -> Table:
+    """A table of these rows: columns whose heading is in ``text`` to the left, all others, of numbers, to the right."""
+    table = Table(box=SIMPLE_HEAD)
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading in text else "right")
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 def titled(title: str, table: Table, *remarks: str) -> Group:
@@ -148,6 +160,47 @@ def local_path(text: str) -> Path:
     except ConfigError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
     return Path(os.path.expanduser(text))
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Declares --device, a name that choose_device takes."""
+    parser.add_argument("--device", choices=DEVICES, default="auto", help="default: %(default)s")
+
+
+def add_dtype(
+    parser: argparse.ArgumentParser, of: str, choices: Sequence[str] = DTYPES, default: str | None = "float32"
+) -> None:
+    """Declares --dtype of something, float32 where it is left out; a default of None lets the command see that."""
+    parser.add_argument("--dtype", choices=choices, default=default, help=f"of the {of}; default: float32")
+
+
+def add_any_of(parser: argparse.ArgumentParser, flag: str, choices: Iterable[str], default: list[str]) -> None:
+    """Declares an option that takes one or more of the choices."""
+    meaning, metavar = f"any of {', '.join(choices)}; default: {' '.join(default)}", flag.removeprefix("--").upper()
+    parser.add_argument(flag, nargs="+", choices=[*choices], default=default, metavar=metavar, help=meaning)
+
+
+def add_count(
+    parser: argparse.ArgumentParser, flag: str, default: int, meaning: str, metavar: str | None = "N"
+) -> None:
+    """Declares how many there are of something: --repeats, --batch-size."""
+    parser.add_argument(flag, type=positive, default=default, metavar=metavar, help=f"{meaning}; default: %(default)s")
+
+
+def add_image_size(parser: argparse.ArgumentParser, kind: Callable[[str], int] = positive) -> None:
+    """Declares --image-size."""
+    parser.add_argument("--image-size", type=kind, metavar="PX", help="side of the image (default: the model's)")
+
+
+def add_plan(parser: argparse.ArgumentParser, required: bool = False) -> None:
+    """Declares --plan."""
+    default = "" if required else " (default: the model's)"
+    parser.add_argument("--plan", required=required, metavar="TEXT", help=f"such as 'exact reuse*6 exact*5'{default}")
+
+
+def add_output(parser: argparse.ArgumentParser, meaning: str, required: bool = False) -> None:
+    """Declares -o, the folder that a command writes."""
+    parser.add_argument("-o", "--output", type=local_path, required=required, metavar="DIR", help=meaning)
 
 
 def add_allow(parser: argparse.ArgumentParser) -> None:

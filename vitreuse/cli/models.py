@@ -6,11 +6,9 @@ import argparse
 from typing import Any
 
 import timm
-from rich.box import SIMPLE_HEAD
 from rich.console import Group
-from rich.table import Table
 
-from vitreuse.cli.console import titled
+from vitreuse.cli.console import table_of, titled
 from vitreuse.cost.summary import describe
 from vitreuse.model.registry import plain_name
 
@@ -43,18 +41,10 @@ def _summary(name: str) -> dict[str, Any]:
 def render(result: dict[str, Any]) -> Group:
     """The table for a terminal."""
     remark = "theoretical MACs of one image (maps carried, neighbourhoods exact); of exact: ratios to the exact plan"
-    table = Table(box=SIMPLE_HEAD)
-    for heading in ("name", "plan"):
-        table.add_column(heading, no_wrap=True)
-    for heading in ("M params", "of exact", "GMACs", "of exact"):
-        table.add_column(heading, justify="right")
-    for model in result["models"]:
-        table.add_row(
-            model["name"],
-            model["plan"],
-            f"{model['params'] / 1e6:.2f}",
-            f"{model['params_ratio']:.3f}",
-            f"{model['theoretical_macs'] / 1e9:.3f}",
-            f"{model['macs_ratio']:.3f}",
-        )
-    return titled("", table, remark)
+    headings = ("name", "plan", "M params", "of exact", "GMACs", "of exact")
+    return titled("", table_of(headings, map(_cells, result["models"]), ("name", "plan")), remark)
+
+
+def _cells(model: dict[str, Any]) -> list[str]:
+    params, macs = f"{model['params'] / 1e6:.2f}", f"{model['theoretical_macs'] / 1e9:.3f}"
+    return [model["name"], model["plan"], params, f"{model['params_ratio']:.3f}", macs, f"{model['macs_ratio']:.3f}"]

@@ -9,6 +9,8 @@ from vitreuse.config.strict_yaml import setting
 from vitreuse.io.errors import ConfigError
 from vitreuse.io.urls import refuse_url
 
+DEVICES = ("auto", "cpu", "cuda")
+DTYPES = ("float32", "bfloat16", "float16")  # in which models are trained and run
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
@@ -235,9 +237,7 @@ class TrainConfig:
     global_batch_size: int = setting("images per optimizer step, over all ranks", above=0)
     accumulation_steps: int = setting("pieces in which a rank computes its share of a step", 1, above=0)
     repeats: int = setting("repeated augmentation: copies of an image in a batch, fewer images an epoch", 1, above=0)
-    device: str = setting(
-        "auto takes cuda where there is one", "auto", choices=("auto", "cpu", "cuda"), changes_run=False
-    )
+    device: str = setting("auto takes cuda where there is one", "auto", choices=DEVICES, changes_run=False)
     strategy: str = setting(
         "several ranks: ddp keeps the whole model on each; fsdp2 shares out weights, optimizer and moving average",
         "ddp",
@@ -248,9 +248,7 @@ class TrainConfig:
         "CPU threads per rank; null leaves torch's own number", None, above=0, maximum=1024, changes_run=False
     )
     precision: str = setting(
-        "bfloat16 and float16 are mixed: weights stay float32; float16 scales the loss",
-        "float32",
-        choices=("float32", "bfloat16", "float16"),
+        "bfloat16 and float16 are mixed: weights stay float32; float16 scales the loss", "float32", choices=DTYPES
     )
     compile: bool = setting("torch.compile the model", False)
     grad_checkpointing: bool = setting("recompute activations in the backward pass to save memory", False)
