@@ -1,10 +1,9 @@
 """What the project's commands have in common: arguments, --json, progress, one-sentence errors, exit codes.
 
-A command is a module with ``HELP``, ``add_arguments(parser)``, ``run(args)``, which returns what --json prints, and
-``render(result)``, which makes of it what a terminal shows; it may have an ``EPILOG``, shown below its help as it is.
+A command is a module with ``HELP``, ``add_arguments(parser)``, which declares its own arguments, ``run(args)``, which
+returns what --json prints, and ``render(result)``, which makes of it what a terminal shows; it may have an ``EPILOG``,
+shown below its help as it is. What a user can cause, run raises as a ValueError or OSError of one sentence.
 """
-
-from __future__ import annotations
 
 import argparse
 import json
@@ -75,9 +74,8 @@ def _all_parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentP
     """A parser and those of its commands."""
     yield parser
     for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            for inner in action.choices.values():
-                yield from _all_parsers(inner)
+        for inner in action.choices.values() if isinstance(action, argparse._SubParsersAction) else ():
+            yield from _all_parsers(inner)
 
 
 def run_command(
@@ -88,12 +86,8 @@ def run_command(
     Under torchrun the first rank prints the result and the first of each machine what is wrong with the arguments; any
     other error is printed by the rank that raises it.
 
-    Args:
-        prog: how the program is called.
-        description: what it is for.
-        commands: the commands by name.
-        shared: arguments that every command takes, besides --json; made with add_help=False.
-        argv: the arguments, those of the process when None.
+    ``shared``, made with add_help=False, has the arguments that every command takes besides --json; where ``argv`` is
+    None, they are those of the process.
     """
     shared.add_argument("--json", action="store_true", help="print one JSON object on standard output")
     parser = Parser(prog=prog, description=description)
@@ -104,9 +98,8 @@ def run_command(
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in commands.items():
         described, epilog = f"{command.HELP[0].upper()}{command.HELP[1:]}.", getattr(command, "EPILOG", None)
-        command.add_arguments(
-            subparsers.add_parser(name, help=command.HELP, description=described, epilog=epilog, parents=[shared])
-        )
+        texts = {"help": command.HELP, "description": described, "epilog": epilog}
+        command.add_arguments(subparsers.add_parser(name, **texts, parents=[shared]))
     args = parser.parse_args(argv)
     command = commands[args.command]
     try:
@@ -170,7 +163,7 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 def add_dtype(
     parser: argparse.ArgumentParser, of: str, choices: Sequence[str] = DTYPES, default: str | None = "float32"
 ) -> None:
-    """Declares --dtype of something, float32 where it is left out; a default of None lets the command see that."""
+    """Declares --dtype of something, float32 where it is left out, which a default of None lets the command see."""
     parser.add_argument("--dtype", choices=choices, default=default, help=f"of the {of}; default: float32")
 
 
@@ -221,8 +214,8 @@ def _print_whole(result: RenderableType) -> None:
         # Python writes the rest when it ends, and would print a traceback then.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if not isinstance(error, BrokenPipeError):
-            reason = error.strerror
-            raise OSError(f"standard output cannot be written ({reason}): send it somewhere else.") from error
+            text = f"standard output cannot be written ({error.strerror}): send it somewhere else."
+            raise OSError(text) from error
 
 
 def _as_text(renderable: RenderableType) -> str:
@@ -231,8 +224,7 @@ def _as_text(renderable: RenderableType) -> str:
     if sys.stdout.isatty():
         renderable = fitted(renderable, console)
     else:
-        width = max(_measured(renderable, console).maximum, console.width)
-        console = Console(width=width, markup=False, emoji=False)
+        console.width = max(_measured(renderable, console).maximum, console.width)
     with console.capture() as capture:
         console.print(renderable)
     return capture.get()

@@ -1,7 +1,5 @@
 """``vitreuse convert MODEL --plan TEXT -o DIR``: a trained ViT in a plan, as a hub folder, and what that did to it."""
 
-from __future__ import annotations
-
 import argparse
 import json
 from dataclasses import asdict
@@ -38,7 +36,6 @@ AGREEMENT = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the command's own arguments."""
     add_source_arguments(parser)
     add_plan(parser, required=True)
     add_output(parser, "a new or empty folder", required=True)
@@ -53,11 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """The conversion, written to its folder, beside what it changed.
-
-    Raises:
-        ValueError: The model, its weights, its images, the plan or the folder cannot be used.
-    """
+    """The conversion, written to its folder, beside what it changed."""
     refuse_filled(args.output)
     device = choose_device(args.device)
     target, model = load_model(args)
@@ -185,7 +178,6 @@ def _agreement(args: argparse.Namespace, model: Any, converted: Any, sample: Ima
 
 
 def render(result: dict[str, Any]) -> Group:
-    """The table for a terminal."""
     found = result["agreement"] or {}
     rows = []
     for name, macs, params in zip(("original", "converted"), result["macs"], result["params"], strict=True):

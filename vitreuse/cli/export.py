@@ -1,10 +1,7 @@
 """``vitreuse export MODEL -o DIR``: a trained model as files that others load, checked, and timed where they run."""
 
-from __future__ import annotations
-
 import argparse
 import json
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +23,6 @@ HELP = "write a trained model as a hub folder, safetensors, a program of torch.e
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the command's own arguments."""
     add_model_arguments(parser)
     add_output(parser, "for the files; new, empty, or an earlier export", required=True)
     add_any_of(parser, "--format", FILES, ["hub"])
@@ -38,11 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Writes the files and says what they are, how exact, and how fast ONNX is.
-
-    Raises:
-        ValueError: The model, its weights, its images or the folder cannot be used.
-    """
+    """Writes the files and says what they are, how exact, and how fast ONNX is."""
     _refuse_idle(args)
     target, model = load_model(args)
     batches, shown = _batches(args, target, model) if {*args.format} & {*PROGRAMS} else ([], None)
@@ -70,10 +62,10 @@ def _files(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def _refuse_idle(args: argparse.Namespace) -> None:
     """An argument that only a program or only ONNX reads has no effect elsewhere."""
-    for given, name, formats in (
-        (args.opset is not None, "--opset", ("onnx",)),
-        (args.fold, "--fold", PROGRAMS),
-        (args.data is not None, "--data", PROGRAMS),
+    for name, given, formats in (
+        ("--opset", args.opset, ("onnx",)),
+        ("--fold", args.fold, PROGRAMS),
+        ("--data", args.data, PROGRAMS),
     ):
         if given and not {*formats} & {*args.format}:
             raise ValueError(f"{name} has no effect without --format {' or '.join(formats)}: leave it out.")
@@ -89,8 +81,8 @@ def _batches(args: argparse.Namespace, target: Target, model: Any) -> tuple[list
 
 def _accuracy(target: Target) -> str | None:
     """What a completed run's card says of its last evaluation."""
-    path = Path() if target.run_dir is None else target.run_dir / "card.json"
-    if not path.is_file():
+    path = target.run_dir and target.run_dir / "card.json"
+    if path is None or not path.is_file():
         return None
     card = json.loads(path.read_text(encoding="utf-8"))
     return f"{card['top1']:.2f} % of the {card['n']:,} images of {card['data']}"
@@ -112,7 +104,6 @@ def _speed(args: argparse.Namespace, model: Any, images: Tensor) -> dict[str, An
 
 
 def render(result: dict[str, Any]) -> Group:
-    """The table for a terminal."""
     plan = f", plan {result['plan']}" if result["plan"] else ""
     shown = {of: f"{difference:.1e}" for of, difference in result["differences"].items()}
     rows = ((file["path"], decimal(file["num_bytes"]), shown.get(file["format"], "-")) for file in result["files"])
@@ -126,10 +117,8 @@ def _remarks(result: dict[str, Any]) -> list[str]:
     if result["images"] is not None:
         lines.append(f"difference: largest of the logits over their standard deviation, on {result['images']}")
     if speed := result["speed"]:
-        rates = [
-            f"{label} {rate:,.1f} ({speed['speedup'][label]:.2f})"
-            for label, rate in speed["images_per_second"].items()
-        ]
+        by_label = speed["images_per_second"].items()
+        rates = (f"{label} {rate:,.1f} ({speed['speedup'][label]:.2f})" for label, rate in by_label)
         lines.append(f"images/s (over eager, by minimum times): {', '.join(rates)}")
         lines.append(f"float32, batch {speed['batch_size']}, CPU threads: {speed['threads']}, medians of turns")
     return lines

@@ -1,7 +1,5 @@
 """``vitreuse fold NAME``: what each step of folding a model gains on this device, and what it changes."""
 
-from __future__ import annotations
-
 import argparse
 from typing import Any
 
@@ -22,7 +20,6 @@ NEEDS = {"centring": ("norm_affine",)}  # steps that do nothing without others
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the command's own arguments."""
     parser.add_argument("name", metavar="NAME", help="a model name, ours or timm's")
     add_plan(parser)
     add_image_size(parser)
@@ -34,11 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @torch.no_grad()
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Times of the model and of its folded copies, from turns that all took in one run.
-
-    Raises:
-        ValueError: an unknown model, a wrong plan, or a model that cannot be folded.
-    """
+    """Times of the model and of its folded copies, from turns that all took in one run."""
     device, dtype = choose_device(args.device), getattr(torch, args.dtype)
     model = _model(args).to(device).eval()
     images = example(model, args.batch_size)
@@ -89,7 +82,6 @@ def _step_sets() -> dict[str, tuple[str, ...]]:
 
 
 def render(result: dict[str, Any]) -> Group:
-    """The table for a terminal."""
     rows, columns = result["image_size_px"]
     title = f"{result['name']} at {rows} x {columns} px in {result['dtype']}, batch {result['batch_size']}"
     remarks = (

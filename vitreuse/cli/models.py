@@ -1,7 +1,5 @@
 """``vitreuse models [FILTER]``: the registered names, their plans and what they cost."""
 
-from __future__ import annotations
-
 import argparse
 from typing import Any
 
@@ -16,16 +14,11 @@ HELP = "list model names with their plans, parameters and MACs"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the command's own arguments."""
     parser.add_argument("filter", nargs="?", default="*", metavar="FILTER", help="such as '*reuse*' (default: all)")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """The models that match the filter.
-
-    Raises:
-        ValueError: no name matches.
-    """
+    """The models that match the filter."""
     names = timm.list_models(args.filter, module="registry")
     if not names:
         raise ValueError(f"no model matches {args.filter!r}: try '*reuse*', '*lazy*', '*lowrank*' or '*mixspan*'.")
@@ -39,7 +32,6 @@ def _summary(name: str) -> dict[str, Any]:
 
 
 def render(result: dict[str, Any]) -> Group:
-    """The table for a terminal."""
     remark = "theoretical MACs of one image (maps carried, neighbourhoods exact); of exact: ratios to the exact plan"
     headings = ("name", "plan", "M params", "of exact", "GMACs", "of exact")
     return titled("", table_of(headings, map(_cells, result["models"]), ("name", "plan")), remark)

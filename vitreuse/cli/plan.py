@@ -1,7 +1,5 @@
 """``vitreuse plan "TEXT"``: what a plan means, layer by layer."""
 
-from __future__ import annotations
-
 import argparse
 from itertools import groupby
 from typing import Any
@@ -37,7 +35,6 @@ examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the command's own arguments."""
     parser.add_argument("plan", metavar="TEXT", help="a word for each layer, see below")
     meaning = "a model name, ours or timm's (%(default)s)"
     parser.add_argument("--model", default="vit_small_patch16_224", metavar="NAME", help=meaning)
@@ -47,11 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """The plan in that model, or in the larger one of equal MACs.
-
-    Raises:
-        ValueError: a wrong plan or an unknown model.
-    """
+    """The plan in that model, or in the larger one of equal MACs."""
     larger = equal_macs(args.model, args.plan, args.equal_macs, args.image_size) if args.equal_macs else {}
     return describe(args.model, args.plan, args.image_size, larger)
 

@@ -3,8 +3,6 @@
 They are made without pyplot, which keeps global state. matplotlib is an extra, imported where it is needed.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import io
 from pathlib import Path

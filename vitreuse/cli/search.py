@@ -1,7 +1,5 @@
 """``vitreuse search MODEL --data DIR --budget SHARE``: the plan of least damage to a trained model within a budget."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import math
@@ -27,7 +25,6 @@ MAX_ROWS = 12  # of the front, on a terminal
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the command's own arguments."""
     add_source_arguments(parser, split=None)
     meaning = "the most that the plan may cost, as a share of the exact model; default: %(default)s"
     parser.add_argument("--budget", type=_share, default=0.75, metavar="SHARE", help=meaning)
@@ -61,12 +58,7 @@ def _words_with_exact(text: str) -> tuple[Spec, ...]:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """The front of plans, the chosen one, and the presets beside it.
-
-    Raises:
-        ValueError: The model, its weights, its images or the words cannot be used, no plan meets the budget, or an
-            extra is not installed.
-    """
+    """The front of plans, the chosen one, and the presets beside it."""
     if args.dtype is not None and args.metric != "latency":
         raise ValueError(f"--dtype has no effect on {args.metric}: leave it out, or give --metric latency.")
     prepare_folder(args.output)

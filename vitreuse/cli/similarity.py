@@ -1,7 +1,5 @@
 """``vitreuse similarity MODEL --data DIR``: how redundant a model's attention is on somebody's images."""
 
-from __future__ import annotations
-
 import argparse
 import json
 from collections.abc import Mapping
@@ -23,7 +21,6 @@ HELP = "measure how alike the attention maps of a model's layers are, and what a
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the command's own arguments."""
     add_source_arguments(parser)
     meaning = "what a layer may become, for its damage; default: reuse,lowrank:64,span:7,none, less for few patches"
     parser.add_argument("--words", type=words, metavar="TEXT", help=meaning)
@@ -31,11 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Redundancy and damage of a model on its images.
-
-    Raises:
-        ValueError: The model, its weights, its images or the words cannot be used, or an extra is not installed.
-    """
+    """Redundancy and damage of a model on its images."""
     prepare_folder(args.output)
     source = load_source(args)
     if args.words:
@@ -114,7 +107,6 @@ def _numbers(matrix: Tensor) -> list[list[float | None]]:
 
 
 def render(result: dict[str, Any]) -> Group:
-    """The table for a terminal."""
     remarks = [
         "entropy in nats, distance in patches, means over heads",
         "same head, best head: the earlier layer of most alike maps, 0 to 1, as they stand and matched",

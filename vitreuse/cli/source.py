@@ -4,8 +4,6 @@ A model has its weights from timm, a file, a run folder or a hub folder. Its ima
 run was trained on.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
@@ -77,11 +75,7 @@ def add_image_arguments(
 
 
 def load_sample(args: argparse.Namespace, target: Target, model: Any, split: str) -> ImageSample:
-    """The images of a split that the arguments name; what of them is left out is said on standard error.
-
-    Raises:
-        ValueError: There are no images.
-    """
+    """The images of a split that the arguments name; what of them is left out is said on standard error."""
     sample = sample_images(target, model, args.data, args.images, split, args.seed)
     for note in sample.dataset.notes:
         print(note, file=sys.stderr)
@@ -139,7 +133,7 @@ class Source(NamedTuple):
     split: str
     device: torch.device
     batch_size: int
-    training: str | None = None  # see training_note
+    training: str | None  # see training_note
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The images (B, channels, rows, columns) and their labels (B,), on the CPU."""
@@ -154,11 +148,7 @@ def add_source_arguments(parser: argparse.ArgumentParser, split: str | None = "v
 
 
 def load_source(args: argparse.Namespace) -> Source:
-    """The model and the images that the arguments name.
-
-    Raises:
-        ValueError: The model is no ViT of timm or ours, has no weights, or there are no images.
-    """
+    """The model and the images that the arguments name; raises as load_model and sample_images do."""
     device = choose_device(args.device)
     target, model = load_model(args)
     split = args.split or learning_split(target, args.data)

@@ -1,7 +1,5 @@
 """``vitreuse tune``: measures this device, so that models choose by its own times."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from typing import Any
@@ -31,7 +29,6 @@ READERS = (1, 5)  # reuse layers of an anchor, for which the table shows the cho
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the command's own arguments."""
     add_device(parser)
     add_any_of(parser, "--dtype", DTYPES, ["float32", "bfloat16"])
     text = f"keys of a query; default: {' '.join(map(str, KEYS))}"
@@ -82,7 +79,6 @@ def _points(
 
 
 def render(result: dict[str, Any]) -> Group:
-    """The table for a terminal."""
     remarks = ["nanoseconds per head, query and key", f"written to {result['file']}"]
     if not result["is_default"]:
         remarks.append(f"models read {tuned_costs_path()}")

@@ -1,6 +1,4 @@
-"""A whole experiment, which images it takes and how it is measured; read from YAML, written to it, compared."""
-
-from __future__ import annotations
+"""A whole experiment: its images, its measurement, and the sections of the other files; read, written, compared."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass
@@ -26,13 +24,9 @@ class DataConfig:
         None,
         is_path=True,
     )
-    cache_root: str = setting(
-        "folder for what is fetched from a URL", CACHE_ROOT, changes_run=False, is_path=True
-    )
+    cache_root: str = setting("folder for what is fetched from a URL", CACHE_ROOT, changes_run=False, is_path=True)
     source: str | None = setting("built-in data set, written as shards on first use", None, choices=SOURCES)
-    source_root: str = setting(
-        "folder under which a built-in data set is written", "data", changes_run=False, is_path=True
-    )
+    source_root: str = setting("folder in which a built-in data set is made", "data", changes_run=False, is_path=True)
     num_workers: int = setting(
         "decoding processes per rank; 0 decodes in the rank itself", 4, minimum=0, maximum=1024, changes_run=False
     )
@@ -69,9 +63,7 @@ class EvalConfig:
     crop_pct: float | None = setting(
         "share of the resized image that the crop keeps; null for the model's own", None, above=0, maximum=1
     )
-    every_epochs: int = setting(
-        "evaluate at the end of each so many epochs, and of the last", 1, above=0, changes_run=False
-    )
+    every_epochs: int = setting("evaluate after each so many epochs, and the last", 1, above=0, changes_run=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +82,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: One sentence with the file, the dotted path, the broken rule and the nearest valid spelling.
     """
-    tree, sources = strict_yaml.read_tree(path)
+    tree, sources = strict_yaml.read_tree(Path(path))
     for override in overrides:
         tree, sources = strict_yaml.overridden(tree, sources, override)
     return strict_yaml.build(Config, tree, sources)

@@ -4,8 +4,6 @@
 imported; pushed to a hub, "hf-hub:OWNER/NAME" does.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path

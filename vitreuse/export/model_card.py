@@ -1,7 +1,5 @@
 """The README of a hub folder: what the model is, what it costs, how to load it."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What a command is pointed at: a model name, a config, a run folder or a hub folder, each a network to be built."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections import Counter
@@ -73,8 +71,7 @@ class Target:
 
     @property
     def unfinished(self) -> str | None:
-        """What is to be known of the weights of a run that is not completed, also where they were exported; else None.
-        """
+        """What is to be known of weights whose run is not completed, exported ones too; None where there is nothing."""
         if self.hub_dir is not None:
             said = _json_object(self.hub_dir / CONFIG).get("training")
             return said if isinstance(said, str) else None
@@ -100,11 +97,7 @@ class Target:
         return replace(self.model, keywords={**self.model.keywords, "num_classes": num_classes})
 
     def load_pretrained(self) -> nn.Module:
-        """The model with the weights that timm publishes under its name.
-
-        Raises:
-            ValueError: the target is no model name, timm has no weights of that name, or they cannot be fetched.
-        """
+        """The model with the weights that timm publishes under its name; raises as pretrained_weights does."""
         if not self.is_name:
             raise ValueError(f"{self.label} is no model name, and --pretrained means timm's weights: leave it out.")
         model = self.model.create()

@@ -5,8 +5,6 @@ Programs are checked against the model before they are kept: on images, in batch
 Shapes: B images of a batch.
 """
 
-from __future__ import annotations
-
 import copy
 import io
 import json
