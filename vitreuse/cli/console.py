@@ -33,7 +33,6 @@ from vitreuse.io.process import DONE, INTERRUPTED, WRONG_INPUT, is_first_of_mach
 from vitreuse.io.urls import FETCHED, refuse_url
 
 SHELLS = ("bash", "zsh", "fish", "tcsh")
-PATH_METAVARS = ("MODEL", "TARGET")  # which may be paths beside names
 MEASURED_DTYPES = DTYPES[:2]  # in which eval measures models
 
 
@@ -64,7 +63,7 @@ class PrintCompletion(argparse.Action):
             parser.error("--print-completion needs shtab, which pip install 'vitreuse[completion]' installs")
         for command in _all_parsers(parser):
             for action in command._actions:
-                if action.type is local_path or action.metavar in PATH_METAVARS:
+                if action.type is local_path or action.metavar in ("MODEL", "TARGET"):  # a name, or a path
                     vars(action)["complete"] = shtab.FILE
         print(shtab.complete(parser, values))
         parser.exit(DONE)
@@ -118,8 +117,7 @@ def run_command(
 
 def versions() -> str:
     """The versions of this package, and of those by which it computes."""
-    packages = (vitreuse, torch, timm)
-    named = [f"{package.__name__} {package.__version__}" for package in packages]
+    named = [f"{package.__name__} {package.__version__}" for package in (vitreuse, torch, timm)]
     return ", ".join([*named, f"Python {platform.python_version()}"])
 
 

@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             text = "a name a line, of the labels 0, 1, ...; default: those that the index has, else the numbers"
             verb_parser.add_argument("--class-names", type=local_path, metavar="FILE", help=text)
         verb_parser.add_argument("folder", type=local_path, metavar="FOLDER")
-        if verb in PARALLEL_VERBS:
+        if verb in ("build", "index", "verify"):
             text = "processes; default: one a CPU, here %(default)s"
             verb_parser.add_argument("--workers", type=positive, default=usable_cpus(), metavar="N", help=text)
         # Known before the verb already: a default here would overrule what was given there.
@@ -102,7 +102,6 @@ VERBS = {
     "verify": (_verify, "compare every byte of a folder's shards with their index; exit code 2 if they differ"),
     "info": (lambda args: [args.folder], "sum up a folder of indexed shards"),
 }
-PARALLEL_VERBS = ("build", "index", "verify")
 
 
 def render(result: dict[str, Any]) -> Table:

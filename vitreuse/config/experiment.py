@@ -1,14 +1,13 @@
-"""A whole experiment: its images, its measurement, and the sections of the other files; read, written, compared."""
+"""A whole experiment: its images, its measurement, and the sections of the other files; read and compared."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from vitreuse.config import strict_yaml
 from vitreuse.config.network import ModelConfig
 from vitreuse.config.recipe import TrainConfig
-from vitreuse.config.strict_yaml import setting
+from vitreuse.config.strict_yaml import build, overridden, read_tree, setting
 from vitreuse.data import CACHE_ROOT, SOURCES
 from vitreuse.io.errors import ConfigError
 from vitreuse.io.urls import refuse_url
@@ -32,10 +31,7 @@ class DataConfig:
     )
     cache_images: bool = setting("keep decoded images in memory; for small sets", False, changes_run=False)
     max_bad_images: int = setting(
-        "undecodable training images that others replace before a run ends; 0 ends it at the first",
-        0,
-        minimum=0,
-        changes_run=False,
+        "undecodable training images that are replaced before a run ends; 0: none", 0, minimum=0, changes_run=False
     )
     shuffle_window: int | None = setting(
         "shuffle the shards, then samples within stretches of this many, to read from few at a time; null shuffles all",
@@ -82,15 +78,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: One sentence with the file, the dotted path, the broken rule and the nearest valid spelling.
     """
-    tree, sources = strict_yaml.read_tree(Path(path))
+    tree, sources = read_tree(Path(path))
     for override in overrides:
-        tree, sources = strict_yaml.overridden(tree, sources, override)
-    return strict_yaml.build(Config, tree, sources)
-
-
-def to_yaml(config: Config) -> str:
-    """The resolved experiment as YAML, which load_config reads back to an equal one."""
-    return strict_yaml.dump(config)
+        tree, sources = overridden(tree, sources, override)
+    return build(Config, tree, sources)
 
 
 def changed_settings(before: Any, after: Any, path: str = "") -> list[str]:

@@ -23,7 +23,6 @@ from vitreuse.io.file_names import printable
 
 _INT = re.compile(r"[+-]?(0|[1-9][0-9]*)")
 _FLOAT = re.compile(r"[+-]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
-_BOOL = {"true": True, "false": False}
 # What YAML 1.1 or 1.2 would not read as a string: as text it must stand in quotes.
 _AMBIGUOUS = re.compile(
     r"~|null|true|false|yes|no|on|off|y|n|[+-]?\.(inf|nan)|[+-]?[0-9][0-9_,:]*(\.[0-9]*)?(e[+-]?[0-9]+)?"
@@ -65,11 +64,7 @@ def setting(
 
 
 def read_tree(path: Path, above: tuple[Path, ...] = ()) -> tuple[Tree, Sources]:
-    """The keys of a YAML file over those of the file that its `base:` names, and so on down the chain.
-
-    Args:
-        path: Of the file.
-        above: The files whose chain of bases has led to it.
+    """The keys of a YAML file over those of the file that its `base:` names, and so on; `above` led here.
 
     Raises:
         ConfigError: A file is missing or is not YAML, a key stands twice, or the bases form a circle.
@@ -174,8 +169,7 @@ def convert(value: Any, kind: Any, sources: Sources, path: str) -> Any:
     if dataclasses.is_dataclass(kind):
         return build(kind, _expect(value, dict, kind, sources, path), sources, path)
     if kind is dict:
-        items = _expect(value, dict, kind, sources, path).items()
-        return {key: _untyped(item, sources, _join(path, key)) for key, item in items}
+        return _untyped(_expect(value, dict, kind, sources, path), sources, path)
     if typing.get_origin(kind) is tuple:
         return _convert_tuple(value, typing.get_args(kind), sources, path)
     return _convert_scalar(_expect(value, yaml.ScalarNode, kind, sources, path), kind, sources, path)
@@ -222,8 +216,8 @@ def _convert_scalar(node: yaml.ScalarNode, kind: type, sources: Sources, path: s
 
 def _read_plain(text: str) -> bool | int | float | str:
     """An unquoted scalar: true, false, a decimal number, or the text itself."""
-    if text in _BOOL:
-        return _BOOL[text]
+    if text in ("true", "false"):
+        return text == "true"
     if _INT.fullmatch(text) and len(text) < 40:  # Python reads no more than 4,300 digits
         return int(text)
     if _FLOAT.fullmatch(text) and math.isfinite(float(text)):
@@ -305,6 +299,6 @@ _Dumper.add_representer(str, _Dumper.represent_text)
 _Dumper.add_representer(tuple, _Dumper.represent_tuple)
 
 
-def dump(config: Any) -> str:
+def to_yaml(config: Any) -> str:
     """The YAML text of a dataclass, which `build` reads back to an equal one."""
     return yaml.dump(dataclasses.asdict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)

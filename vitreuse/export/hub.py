@@ -84,8 +84,7 @@ def pack_weights(
     """The content of a model.safetensors, of a run too: weights, and as metadata of which model and classes."""
     metadata = {"name": name, "plan": plan or "", "keywords": json.dumps(keywords), "format": "pt"}
     metadata |= {"training": training} if training is not None else {}
-    if class_names is not None:
-        metadata[LABEL_NAMES] = pack_names(class_names)
+    metadata |= {LABEL_NAMES: pack_names(class_names)} if class_names is not None else {}
     return save({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, metadata)
 
 
