@@ -17,7 +17,7 @@ from rich.console import RenderableType
 
 from eval.flops import model_macs
 from eval.table import Column, to_rich
-from vitreuse.cli.console import local_path, positive
+from vitreuse.cli.console import MEASURED_DTYPES, add_dtype, local_path, positive
 from vitreuse.config import ModelConfig
 from vitreuse.cost.macs import count_params
 from vitreuse.cost.measure import describe_machine, inference_call, time_interleaved
@@ -26,7 +26,7 @@ from vitreuse.export.networks import exact_model, load_experiment
 from vitreuse.io.durable import write_durably
 from vitreuse.io.file_names import printable
 from vitreuse.io.process import choose_device
-from vitreuse.model.preprocessing import DTYPES, example
+from vitreuse.model.preprocessing import example
 from vitreuse.plan import MAX_LAYERS, PRESETS, Plan, Spec, parse_plan, preset_plan
 from vitreuse.plan.options import PlanOptions
 
@@ -184,7 +184,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     """Declares the command line."""
     parser.add_argument("config", type=local_path, metavar="CONFIG", help="experiment whose plan makes a claim")
     parser.add_argument("-o", "--output", type=local_path, metavar="DIR", help="write a config for every control")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the latency; default: %(default)s")
+    add_dtype(parser, "latency", MEASURED_DTYPES)
     parser.add_argument("--repeats", type=positive, default=30, help="timed calls per model; default: %(default)s")
 
 

@@ -11,13 +11,13 @@ from rich.console import Group, RenderableType
 from torch import Tensor, nn
 
 from eval.table import Column, to_rich, to_rich_upright
-from vitreuse.cli.console import positive
+from vitreuse.cli.console import MEASURED_DTYPES, add_dtype, positive
 from vitreuse.cost.counters import fvcore_macs, norm_operations, torch_flops, training_flops
 from vitreuse.cost.macs import count_macs, count_params
 from vitreuse.cost.measure import device_name, inference_call, peak_memory_mib, saved_memory_mib
 from vitreuse.export.networks import Target, exact_model, resized, resolve_targets
 from vitreuse.io.process import choose_device
-from vitreuse.model.preprocessing import DTYPES, example
+from vitreuse.model.preprocessing import example
 
 # A layer's attention or MLP, a top-level module, or the whole model.
 PART = re.compile(r"blocks\.\d+\.(attn|mlp)|(?!blocks\b)[^.]*")
@@ -169,7 +169,7 @@ def add_targets(parser: ArgumentParser, verb: str) -> None:
 def add_arguments(parser: ArgumentParser) -> None:
     """Declares the command line."""
     add_targets(parser, "count")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the memory; default: %(default)s")
+    add_dtype(parser, "memory", MEASURED_DTYPES)
 
 
 def run(args: Namespace) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from eval import profile
 from eval.flops import add_targets, model_macs
 from eval.table import Column, Row, to_csv, to_rich
 from vitreuse.attention.policy import Conditions
-from vitreuse.cli.console import local_path, positive
+from vitreuse.cli.console import MEASURED_DTYPES, add_any_of, local_path, positive
 from vitreuse.config import ModelConfig
 from vitreuse.cost.backends import summary
 from vitreuse.cost.measure import (
@@ -35,7 +35,7 @@ from vitreuse.cost.measure import (
 from vitreuse.export.networks import Target, plain_model, resized, resolve_targets
 from vitreuse.io.file_names import to_bytes
 from vitreuse.io.process import choose_device
-from vitreuse.model.preprocessing import DTYPES, example, image_settings
+from vitreuse.model.preprocessing import example, image_settings
 
 HELP = "speed and memory, against timm's plain model with fused and with unfused attention"
 MODES = ("inference", "train")
@@ -254,9 +254,8 @@ def profiles(targets: Sequence[Target], condition: Condition, num_repeats: int) 
 def add_arguments(parser: ArgumentParser) -> None:
     """Declares the command line."""
     add_targets(parser, "measure")
-    dtypes, modes = (f"any of {', '.join(names)}; default: {names[0]}" for names in (DTYPES, MODES))
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32"], metavar="DTYPE", help=dtypes)
-    parser.add_argument("--mode", nargs="+", choices=MODES, default=["inference"], metavar="MODE", help=modes)
+    add_any_of(parser, "--dtype", MEASURED_DTYPES, ["float32"])
+    add_any_of(parser, "--mode", MODES, ["inference"])
     parser.add_argument("--batch-size", type=positive, default=32, help="images per call; default: %(default)s")
     parser.add_argument("--repeats", type=positive, default=10, help="timed calls per candidate; default: %(default)s")
     parser.add_argument("--threads", type=positive, help="CPU threads; default: torch's own number")

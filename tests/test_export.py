@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import vitreuse.export
+import vitreuse
 from eval.__main__ import main as eval_main
 from vitreuse.__main__ import main
 from vitreuse.cli.source import sample_images
@@ -233,10 +233,10 @@ def test_a_model_that_cannot_be_traced_says_why(reused, tmp_path, capsys, monkey
 @pytest.mark.parametrize("wrong", [1e-2, float("nan")])
 def test_a_program_with_other_logits_is_not_kept(reused, tmp_path, capsys, monkeypatch, wrong):
     model = timm.create_model(f"local-dir:{reused}", pretrained=True).eval()
-    monkeypatch.setattr(vitreuse.export, "trace", lambda *_: None)
-    monkeypatch.setattr(vitreuse.export, "pack_torch", lambda *_: b"")
+    monkeypatch.setattr("vitreuse.export.programs.trace", lambda *_: None)
+    monkeypatch.setattr("vitreuse.export.programs.pack_torch", lambda *_: b"")
     other = lambda images: model(images) + wrong * (len(images) > 1)  # noqa: E731
-    monkeypatch.setattr(vitreuse.export, "load_torch", lambda _: other)
+    monkeypatch.setattr("vitreuse.export.programs.load_torch", lambda _: other)
     assert main(["export", str(reused), "-o", str(tmp_path), "--format", "torch"]) == 2
     told = capsys.readouterr().err
     assert "the torch program's logits differ" in told and not list(tmp_path.iterdir())

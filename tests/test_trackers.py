@@ -25,6 +25,7 @@ from vitreuse.config import load_config
 from vitreuse.cost.macs import count_macs
 from vitreuse.cost.measure import device_name, peak_process_memory_mib
 from vitreuse.data import open_split
+from vitreuse.io import progress as progress_module
 from vitreuse.io.progress import WorkProgress
 from vitreuse.model.preprocessing import evaluation_transform
 
@@ -112,7 +113,7 @@ def test_a_moving_average_and_the_raw_weights_are_both_measured(trained, picture
 
 def test_time_left_is_that_of_the_remaining_steps(monkeypatch):
     now = 100.0
-    monkeypatch.setattr("vitreuse.io.progress.time.monotonic", lambda: now)
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: now)
     progress = WorkProgress("run", "steps", total=10, done=2, enabled=False)
     now = 106.0
     progress.reach(5)

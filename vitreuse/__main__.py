@@ -1,24 +1,13 @@
 """The ``vitreuse`` command: what a name or a plan means, what this device makes of it, trained models, and shards."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 
 from vitreuse.cli import convert, export, fold, models, plan, search, shards, similarity, tune
 from vitreuse.cli.console import Parser, run_command
 
-COMMANDS = {
-    "models": models,
-    "plan": plan,
-    "fold": fold,
-    "tune": tune,
-    "shards": shards,
-    "similarity": similarity,
-    "search": search,
-    "convert": convert,
-    "export": export,
-}
+MODULES = (models, plan, fold, tune, shards, similarity, search, convert, export)  # in the order of the help
+COMMANDS = {module.__name__.rpartition(".")[2]: module for module in MODULES}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,17 +1,16 @@
 """What the project's commands have in common: arguments, --json, progress, one-sentence errors, exit codes.
 
-A command is a module with ``HELP``, ``add_arguments(parser)``, ``run(args)``, which returns what --json prints, and
-``render(result)``, which makes of it what a terminal shows; it may have an ``EPILOG``, shown below its help as it is.
+A command is a module with ``HELP``, ``add_arguments(parser)``, which declares its own arguments, ``run(args)``, which
+returns what --json prints, and ``render(result)``, which makes of it what a terminal shows; it may have an ``EPILOG``,
+shown below its help as it is. What a user can cause, run raises as a ValueError or OSError of one sentence.
 """
-
-from __future__ import annotations
 
 import argparse
 import json
 import os
 import platform
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from types import ModuleType
@@ -19,19 +18,22 @@ from typing import Any, NoReturn
 
 import timm
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group, RenderableType
 from rich.measure import Measurement
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+import vitreuse
+from vitreuse.config.recipe import DEVICES, DTYPES
 from vitreuse.io.errors import ConfigError
 from vitreuse.io.file_names import for_terminal
 from vitreuse.io.process import DONE, INTERRUPTED, WRONG_INPUT, is_first_of_machine, is_first_rank, print_error
 from vitreuse.io.urls import FETCHED, refuse_url
 
 SHELLS = ("bash", "zsh", "fish", "tcsh")
-PATH_METAVARS = ("MODEL", "TARGET")  # which may be paths beside names
+MEASURED_DTYPES = DTYPES[:2]  # in which eval measures models
 
 
 class HelpText(argparse.HelpFormatter):
@@ -61,7 +63,7 @@ class PrintCompletion(argparse.Action):
             parser.error("--print-completion needs shtab, which pip install 'vitreuse[completion]' installs")
         for command in _all_parsers(parser):
             for action in command._actions:
-                if action.type is local_path or action.metavar in PATH_METAVARS:
+                if action.type is local_path or action.metavar in ("MODEL", "TARGET"):  # a name, or a path
                     vars(action)["complete"] = shtab.FILE
         print(shtab.complete(parser, values))
         parser.exit(DONE)
@@ -71,9 +73,8 @@ def _all_parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentP
     """A parser and those of its commands."""
     yield parser
     for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            for inner in action.choices.values():
-                yield from _all_parsers(inner)
+        for inner in action.choices.values() if isinstance(action, argparse._SubParsersAction) else ():
+            yield from _all_parsers(inner)
 
 
 def run_command(
@@ -84,12 +85,8 @@ def run_command(
     Under torchrun the first rank prints the result and the first of each machine what is wrong with the arguments; any
     other error is printed by the rank that raises it.
 
-    Args:
-        prog: how the program is called.
-        description: what it is for.
-        commands: the commands by name.
-        shared: arguments that every command takes, besides --json; made with add_help=False.
-        argv: the arguments, those of the process when None.
+    ``shared``, made with add_help=False, has the arguments that every command takes besides --json; where ``argv`` is
+    None, they are those of the process.
     """
     shared.add_argument("--json", action="store_true", help="print one JSON object on standard output")
     parser = Parser(prog=prog, description=description)
@@ -100,9 +97,8 @@ def run_command(
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in commands.items():
         described, epilog = f"{command.HELP[0].upper()}{command.HELP[1:]}.", getattr(command, "EPILOG", None)
-        command.add_arguments(
-            subparsers.add_parser(name, help=command.HELP, description=described, epilog=epilog, parents=[shared])
-        )
+        texts = {"help": command.HELP, "description": described, "epilog": epilog}
+        command.add_arguments(subparsers.add_parser(name, **texts, parents=[shared]))
     args = parser.parse_args(argv)
     command = commands[args.command]
     try:
@@ -120,12 +116,19 @@ def run_command(
 
 
 def versions() -> str:
-    """Of this package, and of those by which it computes."""
-    import vitreuse  # which imports this module
-
-    packages = (vitreuse, torch, timm)
-    named = [f"{package.__name__} {package.__version__}" for package in packages]
+    """The versions of this package, and of those by which it computes."""
+    named = [f"{package.__name__} {package.__version__}" for package in (vitreuse, torch, timm)]
     return ", ".join([*named, f"Python {platform.python_version()}"])
+
+
+def table_of(headings: Iterable[str], rows: Iterable[Iterable[str]], text: Collection[str]) -> Table:
+    """A table of these rows: columns whose heading is in ``text`` to the left, all others, of numbers, to the right."""
+    table = Table(box=SIMPLE_HEAD)
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading in text else "right")
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 def titled(title: str, table: Table, *remarks: str) -> Group:
@@ -150,6 +153,47 @@ def local_path(text: str) -> Path:
     return Path(os.path.expanduser(text))
 
 
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Declares --device, a name that choose_device takes."""
+    parser.add_argument("--device", choices=DEVICES, default="auto", help="default: %(default)s")
+
+
+def add_dtype(
+    parser: argparse.ArgumentParser, of: str, choices: Sequence[str] = DTYPES, default: str | None = "float32"
+) -> None:
+    """Declares --dtype of something, float32 where it is left out, which a default of None lets the command see."""
+    parser.add_argument("--dtype", choices=choices, default=default, help=f"of the {of}; default: float32")
+
+
+def add_any_of(parser: argparse.ArgumentParser, flag: str, choices: Iterable[str], default: list[str]) -> None:
+    """Declares an option that takes one or more of the choices."""
+    meaning, metavar = f"any of {', '.join(choices)}; default: {' '.join(default)}", flag.removeprefix("--").upper()
+    parser.add_argument(flag, nargs="+", choices=[*choices], default=default, metavar=metavar, help=meaning)
+
+
+def add_count(
+    parser: argparse.ArgumentParser, flag: str, default: int, meaning: str, metavar: str | None = "N"
+) -> None:
+    """Declares how many there are of something: --repeats, --batch-size."""
+    parser.add_argument(flag, type=positive, default=default, metavar=metavar, help=f"{meaning}; default: %(default)s")
+
+
+def add_image_size(parser: argparse.ArgumentParser, kind: Callable[[str], int] = positive) -> None:
+    """Declares --image-size."""
+    parser.add_argument("--image-size", type=kind, metavar="PX", help="side of the image (default: the model's)")
+
+
+def add_plan(parser: argparse.ArgumentParser, required: bool = False) -> None:
+    """Declares --plan."""
+    default = "" if required else " (default: the model's)"
+    parser.add_argument("--plan", required=required, metavar="TEXT", help=f"such as 'exact reuse*6 exact*5'{default}")
+
+
+def add_output(parser: argparse.ArgumentParser, meaning: str, required: bool = False) -> None:
+    """Declares -o, the folder that a command writes."""
+    parser.add_argument("-o", "--output", type=local_path, required=required, metavar="DIR", help=meaning)
+
+
 def add_allow(parser: argparse.ArgumentParser) -> None:
     """Declares --allow, which alone lets data come from URLs: no config can."""
     meaning = "let data come from URLs of this kind; pipe runs a shell command; may be given several times"
@@ -168,8 +212,8 @@ def _print_whole(result: RenderableType) -> None:
         # Python writes the rest when it ends, and would print a traceback then.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if not isinstance(error, BrokenPipeError):
-            reason = error.strerror
-            raise OSError(f"standard output cannot be written ({reason}): send it somewhere else.") from error
+            text = f"standard output cannot be written ({error.strerror}): send it somewhere else."
+            raise OSError(text) from error
 
 
 def _as_text(renderable: RenderableType) -> str:
@@ -178,8 +222,7 @@ def _as_text(renderable: RenderableType) -> str:
     if sys.stdout.isatty():
         renderable = fitted(renderable, console)
     else:
-        width = max(_measured(renderable, console).maximum, console.width)
-        console = Console(width=width, markup=False, emoji=False)
+        console.width = max(_measured(renderable, console).maximum, console.width)
     with console.capture() as capture:
         console.print(renderable)
     return capture.get()

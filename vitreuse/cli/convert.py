@@ -1,19 +1,15 @@
 """``vitreuse convert MODEL --plan TEXT -o DIR``: a trained ViT in a plan, as a hub folder, and what that did to it."""
 
-from __future__ import annotations
-
 import argparse
 import json
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import torch
-from rich.box import SIMPLE_HEAD
 from rich.console import Group
-from rich.table import Table
 from torch import Tensor
 
-from vitreuse.cli.console import local_path, titled
+from vitreuse.cli.console import add_output, add_plan, table_of, titled
 from vitreuse.cli.source import add_source_arguments, learning_split, load_model, load_sample, training_note
 from vitreuse.compress.convert import LOWRANK_STARTS, Conversion, convert, fit_projections
 from vitreuse.compress.fidelity import agreement
@@ -32,7 +28,6 @@ from vitreuse.plan.options import PROJECTIONS, SHARINGS
 HELP = "convert a trained ViT into a plan: a folder that timm.create_model loads"
 DISTANCES = ("error", "variation")
 POOLS = ("mean", "max")  # projections without parameters
-OPTIONS = ("lowrank_sharing", "lowrank_projection")
 AGREEMENT = {
     "equal_top1": "{:.2f} % equal top-1",
     "kl_divergence_nats": "KL divergence {:.4f} nats",
@@ -41,10 +36,9 @@ AGREEMENT = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the command's own arguments."""
     add_source_arguments(parser)
-    parser.add_argument("--plan", required=True, metavar="TEXT", help="such as 'exact reuse*6 exact*5'")
-    parser.add_argument("-o", "--output", type=local_path, required=True, metavar="DIR", help="a new or empty folder")
+    add_plan(parser, required=True)
+    add_output(parser, "a new or empty folder", required=True)
     meaning = "let the heads of a reuse layer read maps in their order; default: matched on images, where there are any"
     parser.add_argument("--no-match-heads", action="store_true", help=meaning)
     meaning = "match by the error of the layer's output, or by the total variation of the maps; default: error"
@@ -56,11 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """The conversion, written to its folder, beside what it changed.
-
-    Raises:
-        ValueError: The model, its weights, its images, the plan or the folder cannot be used.
-    """
+    """The conversion, written to its folder, beside what it changed."""
     refuse_filled(args.output)
     device = choose_device(args.device)
     target, model = load_model(args)
@@ -85,9 +75,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "labels": None if samples is None else samples.shown.remark,
         "agreement": None if samples is None else _agreement(args, model, conversion.model, samples.shown),
     }
-    crop_pct = None if target.config is None else target.config.eval.crop_pct
     with durable_folder(args.output) as folder:
-        save_hub_folder(conversion.model, folder, crop_pct, result["training"])
+        save_hub_folder(conversion.model, folder, target.crop_pct, result["training"])
         write_durably(folder / "conversion.json", json.dumps(result, indent=2).encode())
     return {"output": str(args.output), **result}
 
@@ -160,7 +149,7 @@ def _convert(
     args: argparse.Namespace, original: Any, plan: Plan, how: _How, samples: _Samples | None
 ) -> tuple[Conversion, dict[int, tuple[float, float]]]:
     """The conversion, and what a fit of its projections gained by layer."""
-    options = {key: getattr(args, key) for key in OPTIONS if getattr(args, key) is not None}
+    options = {key: getattr(args, key) for key in ("lowrank_sharing", "lowrank_projection") if getattr(args, key)}
     distances = None
     if samples is not None and how.heads in DISTANCES:
         distances = _distances(args, original, how.heads, samples.learned)
@@ -175,8 +164,8 @@ def _convert(
 
 def _distances(args: argparse.Namespace, original: Any, by: str, sample: ImageSample) -> Tensor:
     """(L, L, H, H) between the heads of any two layers."""
+    batches = sample.batches(args.batch_size)
     with WorkProgress("matching heads", "images", len(sample)) as progress:
-        batches = sample.batches(args.batch_size)
         if by == "variation":
             return measure_redundancy(original, batches, progress).variation
         return measure_head_errors(original, batches, progress)
@@ -189,16 +178,12 @@ def _agreement(args: argparse.Namespace, model: Any, converted: Any, sample: Ima
 
 
 def render(result: dict[str, Any]) -> Group:
-    """The table for a terminal."""
     found = result["agreement"] or {}
-    table = Table(box=SIMPLE_HEAD)
-    table.add_column("", no_wrap=True)
-    for heading in ("GMACs", "M params", "top-1 (%)"):
-        table.add_column(heading, justify="right")
-    for number, name in enumerate(("original", "converted")):
+    rows = []
+    for name, macs, params in zip(("original", "converted"), result["macs"], result["params"], strict=True):
         top1 = found.get(f"{name}_top1")
-        shown = "-" if top1 is None else f"{top1:.2f}"
-        table.add_row(name, f"{result['macs'][number] / 1e9:.4g}", f"{result['params'][number] / 1e6:.2f}", shown)
+        rows.append((name, f"{macs / 1e9:.4g}", f"{params / 1e6:.2f}", "-" if top1 is None else f"{top1:.2f}"))
+    table = table_of(("", "GMACs", "M params", "top-1 (%)"), rows, ("",))
     return titled(f"{result['name']} as '{result['plan']}'", table, *_remarks(result))
 
 

@@ -1,23 +1,20 @@
 """``vitreuse export MODEL -o DIR``: a trained model as files that others load, checked, and timed where they run."""
 
-from __future__ import annotations
-
 import argparse
 import json
-from pathlib import Path
 from typing import Any
 
 import torch
-from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.filesize import decimal
-from rich.table import Table
 from torch import Tensor
 
-from vitreuse.cli.console import local_path, positive, titled
+from vitreuse.cli.console import add_any_of, add_count, add_output, table_of, titled
 from vitreuse.cli.source import add_image_arguments, add_model_arguments, load_model, load_sample, training_note
 from vitreuse.compress.fold import fold
 from vitreuse.cost.measure import inference_call, time_interleaved
+from vitreuse.export.hub import plan_text
+from vitreuse.export.model_card import Provenance
 from vitreuse.export.networks import Target
 from vitreuse.export.programs import FILES, OPSETS, PROGRAMS, export, load_onnx
 from vitreuse.model.preprocessing import example
@@ -26,40 +23,29 @@ HELP = "write a trained model as a hub folder, safetensors, a program of torch.e
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the command's own arguments."""
     add_model_arguments(parser)
-    text = "for the files; new, empty, or an earlier export"
-    parser.add_argument("-o", "--output", type=local_path, required=True, metavar="DIR", help=text)
-    text = f"any of {', '.join(FILES)}; default: hub"
-    parser.add_argument("--format", nargs="+", choices=FILES, default=["hub"], metavar="FORMAT", help=text)
+    add_output(parser, "for the files; new, empty, or an earlier export", required=True)
+    add_any_of(parser, "--format", FILES, ["hub"])
     text = f"version of ONNX's operators, {OPSETS[0]} to {OPSETS[-1]}; default: {OPSETS[-1]}"
     parser.add_argument("--opset", type=int, choices=OPSETS, metavar="N", help=text)
     parser.add_argument("--fold", action="store_true", help="fold what torch and onnx run, see vitreuse fold")
     add_image_arguments(parser, num_images=32, batch_size=8)
-    text = "timed calls of each; default: %(default)s"
-    parser.add_argument("--repeats", type=positive, default=10, metavar="N", help=text)
+    add_count(parser, "--repeats", 10, "timed calls of each")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Writes the files and says what they are, how exact, and how fast ONNX is.
-
-    Raises:
-        ValueError: The model, its weights, its images or the folder cannot be used.
-    """
+    """Writes the files and says what they are, how exact, and how fast ONNX is."""
     _refuse_idle(args)
     target, model = load_model(args)
     batches, shown = _batches(args, target, model) if {*args.format} & {*PROGRAMS} else ([], None)
-    crop_pct = None if target.config is None else target.config.eval.crop_pct
     opset = args.opset or OPSETS[-1]
     accuracy = _accuracy(target) if args.checkpoint is None else None
-    label, training = target.label, training_note(args, target)
-    differences = export(
-        model, args.output, args.format, batches, args.fold, opset, crop_pct, label, accuracy, training
-    )
+    known = Provenance(target.label, target.crop_pct, accuracy, training_note(args, target))
+    differences = export(model, known, args.output, args.format, batches, args.fold, opset)
     return {
         "name": target.label,
-        "plan": str(model.plan) if hasattr(model, "plan") else None,
-        "training": training,
+        "plan": plan_text(model),
+        "training": known.training,
         "files": _files(args),
         "opset": opset if "onnx" in args.format else None,
         "images": shown,
@@ -71,17 +57,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def _files(args: argparse.Namespace) -> list[dict[str, Any]]:
     """What was written: each file once, with the first format that it is of."""
     formats = {args.output / file: of for of in reversed(args.format) for file in FILES[of]}
-    return [
-        {"path": str(path), "format": of, "num_bytes": path.stat().st_size} for path, of in sorted(formats.items())
-    ]
+    return [{"path": str(path), "format": of, "num_bytes": path.stat().st_size} for path, of in sorted(formats.items())]
 
 
 def _refuse_idle(args: argparse.Namespace) -> None:
     """An argument that only a program or only ONNX reads has no effect elsewhere."""
-    for given, name, formats in (
-        (args.opset is not None, "--opset", ("onnx",)),
-        (args.fold, "--fold", PROGRAMS),
-        (args.data is not None, "--data", PROGRAMS),
+    for name, given, formats in (
+        ("--opset", args.opset, ("onnx",)),
+        ("--fold", args.fold, PROGRAMS),
+        ("--data", args.data, PROGRAMS),
     ):
         if given and not {*formats} & {*args.format}:
             raise ValueError(f"{name} has no effect without --format {' or '.join(formats)}: leave it out.")
@@ -97,8 +81,8 @@ def _batches(args: argparse.Namespace, target: Target, model: Any) -> tuple[list
 
 def _accuracy(target: Target) -> str | None:
     """What a completed run's card says of its last evaluation."""
-    path = Path() if target.run_dir is None else target.run_dir / "card.json"
-    if not path.is_file():
+    path = target.run_dir and target.run_dir / "card.json"
+    if path is None or not path.is_file():
         return None
     card = json.loads(path.read_text(encoding="utf-8"))
     return f"{card['top1']:.2f} % of the {card['n']:,} images of {card['data']}"
@@ -120,15 +104,10 @@ def _speed(args: argparse.Namespace, model: Any, images: Tensor) -> dict[str, An
 
 
 def render(result: dict[str, Any]) -> Group:
-    """The table for a terminal."""
     plan = f", plan {result['plan']}" if result["plan"] else ""
-    table = Table(box=SIMPLE_HEAD)
-    table.add_column("file")
-    for heading in ("size", "difference"):
-        table.add_column(heading, justify="right")
-    for file in result["files"]:
-        difference = result["differences"].get(file["format"])
-        table.add_row(file["path"], decimal(file["num_bytes"]), "-" if difference is None else f"{difference:.1e}")
+    shown = {of: f"{difference:.1e}" for of, difference in result["differences"].items()}
+    rows = ((file["path"], decimal(file["num_bytes"]), shown.get(file["format"], "-")) for file in result["files"])
+    table = table_of(("file", "size", "difference"), rows, ("file",))
     return titled(f"{result['name']}{plan}", table, *_remarks(result))
 
 
@@ -138,10 +117,8 @@ def _remarks(result: dict[str, Any]) -> list[str]:
     if result["images"] is not None:
         lines.append(f"difference: largest of the logits over their standard deviation, on {result['images']}")
     if speed := result["speed"]:
-        rates = [
-            f"{label} {rate:,.1f} ({speed['speedup'][label]:.2f})"
-            for label, rate in speed["images_per_second"].items()
-        ]
+        by_label = speed["images_per_second"].items()
+        rates = (f"{label} {rate:,.1f} ({speed['speedup'][label]:.2f})" for label, rate in by_label)
         lines.append(f"images/s (over eager, by minimum times): {', '.join(rates)}")
         lines.append(f"float32, batch {speed['batch_size']}, CPU threads: {speed['threads']}, medians of turns")
     return lines

@@ -1,61 +1,50 @@
 """``vitreuse fold NAME``: what each step of folding a model gains on this device, and what it changes."""
 
-from __future__ import annotations
-
 import argparse
 from typing import Any
 
 import torch
-from rich.box import SIMPLE_HEAD
 from rich.console import Group
-from rich.table import Table
-from torch import Tensor
 
-from vitreuse.cli.console import positive, titled
+from vitreuse.cli.console import add_count, add_device, add_dtype, add_image_size, add_plan, table_of, titled
 from vitreuse.compress.fold import DEFAULT_STEPS, STEPS, fold
 from vitreuse.config import ModelConfig
 from vitreuse.cost.measure import inference_call, time_interleaved
+from vitreuse.export.hub import plan_text
 from vitreuse.io.process import choose_device
+from vitreuse.model.preprocessing import example
 from vitreuse.model.registry import variant_of
 
 HELP = "measure each step of vitreuse.fold, alone and all together"
-DTYPES = ("float32", "bfloat16", "float16")
 NEEDS = {"centring": ("norm_affine",)}  # steps that do nothing without others
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the command's own arguments."""
     parser.add_argument("name", metavar="NAME", help="a model name, ours or timm's")
-    parser.add_argument("--plan", metavar="TEXT", help="such as 'exact reuse*6 exact*5' (default: the model's)")
-    parser.add_argument("--image-size", type=positive, metavar="PX", help="side of the image (default: the model's)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the times; default: %(default)s")
-    text = "images per call; default: %(default)s"
-    parser.add_argument("--batch-size", type=positive, default=8, metavar="N", help=text)
-    text = "timed calls of each; default: %(default)s"
-    parser.add_argument("--repeats", type=positive, default=10, metavar="N", help=text)
+    add_plan(parser)
+    add_image_size(parser)
+    add_device(parser)
+    add_dtype(parser, "times")
+    add_count(parser, "--batch-size", 8, "images per call")
+    add_count(parser, "--repeats", 10, "timed calls of each")
 
 
 @torch.no_grad()
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Times of the model and of its folded copies, from turns that all took in one run.
-
-    Raises:
-        ValueError: an unknown model, a wrong plan, or a model that cannot be folded.
-    """
+    """Times of the model and of its folded copies, from turns that all took in one run."""
     device, dtype = choose_device(args.device), getattr(torch, args.dtype)
     model = _model(args).to(device).eval()
-    images = torch.randn(args.batch_size, *_image_shape(model), device=device)
+    images = example(model, args.batch_size)
     logits = model(images)
     folded = {label: fold(model, steps) for label, steps in _step_sets().items()}
-    errors = {label: _relative_difference(copy(images), logits) for label, copy in folded.items()}
+    errors = {label: float((copy(images) - logits).abs().max() / logits.std()) for label, copy in folded.items()}
     candidates = {"unfolded": model, **folded}
     calls = {label: inference_call(copy.to(dtype), images.to(dtype)) for label, copy in candidates.items()}
     timings = time_interleaved(calls, device, args.repeats)
     unfolded_ms = timings["unfolded"].minimum_ms
     return {
         "name": args.name,
-        "plan": str(model.plan) if hasattr(model, "plan") else None,
+        "plan": plan_text(model),
         "image_size_px": list(images.shape[-2:]),
         "device": device.type,
         "threads": torch.get_num_threads(),
@@ -85,10 +74,6 @@ def _model(args: argparse.Namespace) -> Any:
     return model
 
 
-def _image_shape(model: Any) -> tuple[int, int, int]:
-    return (model.patch_embed.proj.in_channels, *model.patch_embed.img_size)
-
-
 def _step_sets() -> dict[str, tuple[str, ...]]:
     """The steps to apply by label: none (a plain model's layers in a plan's form), each, all, the default."""
     alone = [(*NEEDS.get(step, ()), step) for step in STEPS]
@@ -96,13 +81,7 @@ def _step_sets() -> dict[str, tuple[str, ...]]:
     return {"no step": (), **{" + ".join(steps): steps for steps in alone}, **together}
 
 
-def _relative_difference(actual: Tensor, wanted: Tensor) -> float:
-    """Largest absolute difference of logits, in standard deviations of them."""
-    return float((actual - wanted).abs().max() / wanted.std())
-
-
 def render(result: dict[str, Any]) -> Group:
-    """The table for a terminal."""
     rows, columns = result["image_size_px"]
     title = f"{result['name']} at {rows} x {columns} px in {result['dtype']}, batch {result['batch_size']}"
     remarks = (
@@ -110,12 +89,11 @@ def render(result: dict[str, Any]) -> Group:
         f"{result['threads']}",
         "difference: largest of the logits over their standard deviation, float32, random weights",
     )
-    table = Table(box=SIMPLE_HEAD)
-    table.add_column("step", no_wrap=True)
-    for heading in ("minimum (ms)", "speed-up", "difference"):
-        table.add_column(heading, justify="right")
-    for step in result["steps"]:
-        difference = step["relative_difference"]
-        shown = "-" if difference is None else f"{difference:.1e}"
-        table.add_row(step["step"], f"{step['minimum_ms']:.2f}", f"{step['speedup']:.3f}", shown)
-    return titled(title, table, *remarks)
+    headings = ("step", "minimum (ms)", "speed-up", "difference")
+    return titled(title, table_of(headings, map(_cells, result["steps"]), ("step",)), *remarks)
+
+
+def _cells(step: dict[str, Any]) -> list[str]:
+    difference = step["relative_difference"]
+    shown = "-" if difference is None else f"{difference:.1e}"
+    return [step["step"], f"{step['minimum_ms']:.2f}", f"{step['speedup']:.3f}", shown]

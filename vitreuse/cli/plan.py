@@ -1,26 +1,21 @@
 """``vitreuse plan "TEXT"``: what a plan means, layer by layer."""
 
-from __future__ import annotations
-
 import argparse
 from itertools import groupby
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Group
-from rich.table import Table
 
-from vitreuse.cli.console import titled
+from vitreuse.cli.console import add_image_size, table_of, titled
 from vitreuse.cost.summary import PARTS, describe, equal_macs
 
-# parts of a layer and the heading of their sum
-HEADINGS = {
-    ("qkv",): "qkv",
-    ("token_projection",): "tokens",
-    ("logits",): "logits",
-    ("values",): "values",
-    ("proj",): "proj",
-    ("fc1", "fc2"): "mlp",
+SUMMED = {  # the parts of a layer whose MACs are shown as one number, by its heading
+    "qkv": ("qkv",),
+    "tokens": ("token_projection",),
+    "logits": ("logits",),
+    "values": ("values",),
+    "proj": ("proj",),
+    "mlp": ("fc1", "fc2"),
 }
 HELP = "show what a plan costs, per layer and part"
 EPILOG = """words, one per layer; *N repeats a word or a group in brackets:
@@ -40,25 +35,16 @@ examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the command's own arguments."""
     parser.add_argument("plan", metavar="TEXT", help="a word for each layer, see below")
-    parser.add_argument(
-        "--model", default="vit_small_patch16_224", metavar="NAME", help="a model name, ours or timm's (%(default)s)"
-    )
-    parser.add_argument("--image-size", type=int, metavar="PX", help="side of the image (default: the model's)")
-    parser.add_argument(
-        "--equal-macs",
-        choices=PARTS,
-        help="make the layers, or their MLPs, as wide as the MACs of the exact plan allow",
-    )
+    meaning = "a model name, ours or timm's (%(default)s)"
+    parser.add_argument("--model", default="vit_small_patch16_224", metavar="NAME", help=meaning)
+    add_image_size(parser, int)
+    meaning = "make the layers, or their MLPs, as wide as the MACs of the exact plan allow"
+    parser.add_argument("--equal-macs", choices=PARTS, help=meaning)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """The plan in that model, or in the larger one of equal MACs.
-
-    Raises:
-        ValueError: a wrong plan or an unknown model.
-    """
+    """The plan in that model, or in the larger one of equal MACs."""
     larger = equal_macs(args.model, args.plan, args.equal_macs, args.image_size) if args.equal_macs else {}
     return describe(args.model, args.plan, args.image_size, larger)
 
@@ -74,14 +60,10 @@ def render(result: dict[str, Any]) -> Group:
     larger = "".join(f", {keyword} {value:g}" for keyword, value in result["keywords"].items())
     rows, columns = result["image_size_px"]
     title = f"{result['plan']}  in {result['name']} at {rows} x {columns} px{larger}"
-    table = Table(box=SIMPLE_HEAD)
-    for heading in ("layer", "attention", "map of"):
-        table.add_column(heading, no_wrap=True)
-    for heading in (*HEADINGS.values(), "total", "of exact"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for _, group in groupby(result["layers"], key=lambda row: {**row, "layer": None}):
-        table.add_row(*_cells(list(group)))
-    return titled(title, table, *remarks)
+    text = ("layer", "attention", "map of")
+    groups = groupby(result["layers"], key=lambda row: {**row, "layer": None})
+    rows = (_cells(list(group)) for _, group in groups)
+    return titled(title, table_of((*text, *SUMMED, "total", "of exact"), rows, text), *remarks)
 
 
 def _cells(equal_layers: list[dict[str, Any]]) -> list[str]:
@@ -90,6 +72,6 @@ def _cells(equal_layers: list[dict[str, Any]]) -> list[str]:
     layers = str(first["layer"]) if first is last else f"{first['layer']}-{last['layer']}"
     anchor = "" if first["anchor"] is None else str(first["anchor"])
     macs = first["theoretical_macs"]
-    counts = [sum(macs.get(part, 0) for part in parts) for parts in HEADINGS]
+    counts = [sum(macs.get(part, 0) for part in parts) for parts in SUMMED.values()]
     shown = [f"{count / 1e6:.1f}" if count else "" for count in counts]
     return [layers, first["spec"], anchor, *shown, f"{sum(macs.values()) / 1e6:.1f}", f"{first['macs_ratio']:.3f}"]

@@ -1,9 +1,11 @@
-"""Plots: what a search found, and how alike the layers of a model are."""
+"""Plots as PNGs: what a search found, and how alike the layers of a model are.
 
-from __future__ import annotations
+They are made without pyplot, which keeps global state. matplotlib is an extra, imported where it is needed.
+"""
 
 import importlib.util
 import io
+from pathlib import Path
 from typing import Any
 
 from vitreuse.cost.plan_costs import METRICS
@@ -12,11 +14,9 @@ from vitreuse.io.file_names import for_picture
 
 def front_plot(result: dict[str, Any]) -> bytes:
     """What ``vitreuse search`` found as a PNG: the front as a line, presets and the chosen plan as points by name."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)  # without pyplot, which keeps global state
     axes = figure.add_subplot()
     front = result["front"]
     axes.plot([row["share"] for row in front], [row["damage"] for row in front], ".-", color="#0072B2", zorder=2)
@@ -31,46 +31,49 @@ def front_plot(result: dict[str, Any]) -> bytes:
     axes.set_title(f"{for_picture(result['name'])}: {result['chosen']['plan']}", fontsize=9)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    png = io.BytesIO()
-    figure.savefig(png)
-    return png.getvalue()
+    return _png(figure)
 
 
-def require_matplotlib() -> None:
-    """Before any work is done.
-
-    Raises:
-        ValueError: It is not installed.
-    """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError(
-            "pictures need matplotlib: install it with pip install 'vitreuse[plots]', or take --json without -o."
-        )
+def _png(figure: Any) -> bytes:
+    stream = io.BytesIO()
+    figure.savefig(stream)
+    return stream.getvalue()
 
 
 def heatmaps(result: dict[str, Any]) -> bytes:
     """What ``vitreuse similarity`` found as a PNG: maps compared head by head, heads matched, damage of reuse."""
     import numpy as np
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    panels: dict[str, tuple[Any, dict[str, Any]]] = {
-        "similarity, same head": (np.array(result["same_head"], dtype=float), {"vmin": 0, "vmax": 1}),
-        "similarity, best head": (np.array(result["best_head"], dtype=float), {"vmin": 0, "vmax": 1}),
-    }
-    damage = np.full(panels["similarity, same head"][0].shape, np.nan)
+    same, best = (np.array(result[name], dtype=float) for name in ("same_head", "best_head"))
+    scale: dict[str, Any] = {"vmin": 0, "vmax": 1}
+    panels = {"similarity, same head": (same, scale), "similarity, best head": (best, scale)}
+    damage = np.full(same.shape, np.nan)
     for change in result["damage"]:
         if change["spec"] == "reuse" and change["anchor_spec"] == "exact" and change["damage"] > 0:
             damage[change["layer"], change["anchor"]] = change["damage"]
     if np.isfinite(damage).any():
         panels["damage of reuse"] = (damage, {"norm": "log", "cmap": "viridis_r"})
     figure = Figure(figsize=(4.2 * len(panels), 4), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)  # without pyplot, which keeps global state
     for axes, (title, (values, style)) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
         image = axes.imshow(values, **style)
         axes.set(title=title, xlabel="anchor layer", ylabel="layer")
         figure.colorbar(image, ax=axes, shrink=0.8)
     figure.suptitle(f"{for_picture(result['name'])}, {result['num_images']:,} images", fontsize=10)
-    png = io.BytesIO()
-    figure.savefig(png)
-    return png.getvalue()
+    return _png(figure)
+
+
+def prepare_folder(folder: Path | None) -> None:
+    """Makes the folder for a result and its picture, where one is asked for, before any work is done.
+
+    Raises:
+        ValueError: matplotlib is not installed.
+        OSError: The folder cannot be made.
+    """
+    if folder is None:
+        return
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError(
+            "pictures need matplotlib: install it with pip install 'vitreuse[plots]', or take --json without -o."
+        )
+    folder.mkdir(parents=True, exist_ok=True)

@@ -1,37 +1,30 @@
 """``vitreuse search MODEL --data DIR --budget SHARE``: the plan of least damage to a trained model within a budget."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import math
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from operator import itemgetter
 from typing import Any
 
 import torch
-from rich.box import SIMPLE_HEAD
 from rich.console import Group
-from rich.table import Table
 
-from vitreuse.cli.console import local_path, titled
-from vitreuse.cli.plots import front_plot, require_matplotlib
-from vitreuse.cli.source import Source, add_source_arguments, default_words, load_source, words
-from vitreuse.compress.damage import EXACT, Change, check_specs, measure_damage
-from vitreuse.compress.redundancy import measure_redundancy
-from vitreuse.compress.search import Candidate, Search, least_cost, score, search
+from vitreuse.cli.console import add_dtype, add_output, table_of, titled
+from vitreuse.cli.plots import front_plot, prepare_folder
+from vitreuse.cli.source import Source, add_source_arguments, default_words, load_source, measure, words
+from vitreuse.compress.damage import EXACT, check_specs
+from vitreuse.compress.search import Candidate, least_cost, score, search
 from vitreuse.cost.plan_costs import METRICS, PlanCosts, plan_costs
 from vitreuse.io.durable import write_durably
-from vitreuse.io.progress import WorkProgress
 from vitreuse.plan import PRESETS, Plan, Spec, preset_plan
 
 HELP = "find the plan that does a trained model the least damage at a share of its cost"
-DTYPES = ("float32", "bfloat16", "float16")
 MAX_ROWS = 12  # of the front, on a terminal
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the command's own arguments."""
     add_source_arguments(parser, split=None)
     meaning = "the most that the plan may cost, as a share of the exact model; default: %(default)s"
     parser.add_argument("--budget", type=_share, default=0.75, metavar="SHARE", help=meaning)
@@ -40,11 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "tune measured; memory, activations that a training step keeps; default: %(default)s"
     )
     parser.add_argument("--metric", choices=METRICS, default="macs", help=meaning)
-    parser.add_argument("--dtype", choices=DTYPES, help="of the latency; default: float32")
+    add_dtype(parser, "latency", default=None)
     meaning = "what a layer may become; default: exact,reuse,lowrank:64,span:7,none, less for few patches"
     parser.add_argument("--words", type=_words_with_exact, metavar="TEXT", help=meaning)
-    meaning = "write search.json and front.png, damage over cost"
-    parser.add_argument("-o", "--output", type=local_path, metavar="DIR", help=meaning)
+    add_output(parser, "write search.json and front.png, damage over cost")
 
 
 def _share(text: str) -> float:
@@ -66,27 +58,33 @@ def _words_with_exact(text: str) -> tuple[Spec, ...]:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """The front of plans, the chosen one, and the presets beside it.
-
-    Raises:
-        ValueError: The model, its weights, its images or the words cannot be used, no plan meets the budget, or an
-            extra is not installed.
-    """
+    """The front of plans, the chosen one, and the presets beside it."""
     if args.dtype is not None and args.metric != "latency":
         raise ValueError(f"--dtype has no effect on {args.metric}: leave it out, or give --metric latency.")
-    if args.output is not None:
-        require_matplotlib()
-        args.output.mkdir(parents=True, exist_ok=True)
+    prepare_folder(args.output)
     source = load_source(args)
     specs = args.words or (EXACT, *default_words(source.model))
     check_specs(source.model, specs)
-    costs = _costs(args, source, specs)
-    _refuse_unreachable(args, source, specs, costs)
-    damage = _measure(source, specs)
-    found = search(damage, costs, specs, len(source.model.blocks), args.budget)
+    costs, depth = _costs(args, source, specs), len(source.model.blocks)
+    exact = costs.of(Plan((EXACT,) * depth))
+    _refuse_unreachable(args, source, specs, costs, exact)
+    _, damage = measure(source, [spec for spec in specs if spec != EXACT])
+    found = search(damage, costs, specs, depth, args.budget)
     assert found is not None
-    presets = {method: score(plan, damage, costs) for method, plan in _presets(specs, len(source.model.blocks)).items()}
-    result = _result(args, source, specs, costs, found, presets)
+    result = {
+        "name": source.target.label,
+        "training": source.training,
+        "metric": args.metric,
+        "budget": args.budget,
+        "words": [str(spec) for spec in specs],
+        "num_images": len(source.sample),
+        "split": source.split,
+        "chosen": _row(found.chosen, exact),
+        "protected": None if found.protected is None else _row(found.protected, exact),
+        "command": _conversion(args, source, found.chosen),
+        "presets": {name: _row(score(plan, damage, costs), exact) for name, plan in _presets(specs, depth).items()},
+        "front": [_row(candidate, exact) for candidate in found.front],
+    }
     if args.output is not None:
         write_durably(args.output / "search.json", json.dumps(result).encode())
         write_durably(args.output / "front.png", front_plot(result))
@@ -97,14 +95,12 @@ def _costs(args: argparse.Namespace, source: Source, specs: Sequence[Spec]) -> P
     return plan_costs(source.model, specs, args.metric, source.device, getattr(torch, args.dtype or "float32"))
 
 
-def _refuse_unreachable(args: argparse.Namespace, source: Source, specs: tuple[Spec, ...], costs: PlanCosts) -> None:
-    """Before anything is measured.
-
-    Raises:
-        ValueError: No plan meets the budget; it says the least share, and the word by which it would be less.
-    """
+def _refuse_unreachable(
+    args: argparse.Namespace, source: Source, specs: tuple[Spec, ...], costs: PlanCosts, exact: int
+) -> None:
+    """Raises ValueError where no plan meets the budget, with the least share and the word by which it would be less."""
     depth = len(source.model.blocks)
-    exact, least = costs.of(Plan((EXACT,) * depth)), least_cost(costs, specs, depth)
+    least = least_cost(costs, specs, depth)
     if least <= args.budget * exact:
         return
     wider = {spec: (*specs, spec) for spec in default_words(source.model) if spec not in specs}
@@ -122,15 +118,6 @@ def _up(share: float) -> str:
     return f"{math.ceil(1000 * share) / 1000:g}"
 
 
-def _measure(source: Source, specs: Sequence[Spec]) -> dict[Change, float]:
-    """The damage of each change that the specs allow."""
-    with WorkProgress("similarity", "images", len(source.sample)) as progress:
-        redundancy = measure_redundancy(source.model, source.batches(), progress)
-    changed = [spec for spec in specs if spec != EXACT]
-    with WorkProgress("damage", "images", len(source.sample)) as progress:
-        return measure_damage(source.model, source.batches(), changed, redundancy, progress)
-
-
 def _presets(specs: Sequence[Spec], depth: int) -> dict[str, Plan]:
     """The presets that the words can spell, with the words' own numbers."""
     own = {spec.word: spec for spec in reversed(specs)}
@@ -139,31 +126,6 @@ def _presets(specs: Sequence[Spec], depth: int) -> dict[str, Plan]:
         method: Plan(tuple(own[spec.word] for spec in plan))
         for method, plan in plans.items()
         if all(spec.word in own for spec in plan)
-    }
-
-
-def _result(
-    args: argparse.Namespace,
-    source: Source,
-    specs: Sequence[Spec],
-    costs: PlanCosts,
-    found: Search,
-    presets: Mapping[str, Candidate],
-) -> dict[str, Any]:
-    exact = costs.of(Plan((EXACT,) * len(source.model.blocks)))
-    return {
-        "name": source.target.label,
-        "training": source.training,
-        "metric": args.metric,
-        "budget": args.budget,
-        "words": [str(spec) for spec in specs],
-        "num_images": len(source.sample),
-        "split": source.split,
-        "chosen": _row(found.chosen, exact),
-        "protected": None if found.protected is None else _row(found.protected, exact),
-        "command": _conversion(args, source, found.chosen),
-        "presets": {method: _row(candidate, exact) for method, candidate in presets.items()},
-        "front": [_row(candidate, exact) for candidate in found.front],
     }
 
 
@@ -188,13 +150,10 @@ def _row(candidate: Candidate, exact: int) -> dict[str, Any]:
 def render(result: dict[str, Any]) -> Group:
     """The front for a terminal, thinned, the presets, and how to go on."""
     title = f"{result['name']}, {result['num_images']:,} images of {result['split']}, words {','.join(result['words'])}"
-    table = Table(box=SIMPLE_HEAD)
-    table.add_column("")
-    for heading in (f"{METRICS[result['metric']]} / exact", "damage"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("plan")
-    for row in thinned(result["front"], result["chosen"]):
-        table.add_row("chosen" if row == result["chosen"] else "", *_cells(row))
+    headings = ("", f"{METRICS[result['metric']]} / exact", "damage", "plan")
+    front = thinned(result["front"], result["chosen"])
+    rows = (("chosen" if row == result["chosen"] else "", *_cells(row)) for row in front)
+    table = table_of(headings, rows, ("", "plan"))
     table.add_section()
     for method, row in result["presets"].items():
         table.add_row(method, *_cells(row))
@@ -219,9 +178,5 @@ def thinned(front: Sequence[dict[str, Any]], chosen: dict[str, Any]) -> list[dic
     """Rows of a front, evenly spread over its cost, with the first, the last and the chosen one."""
     low, high = front[0]["cost"], front[-1]["cost"]
     steps = [low + (high - low) * step / (MAX_ROWS - 2) for step in range(MAX_ROWS - 1)]
-    kept = [*(max((row for row in front if row["cost"] <= step), key=_cost) for step in steps), chosen]
-    return sorted({row["cost"]: row for row in kept}.values(), key=_cost)
-
-
-def _cost(row: dict[str, Any]) -> int:
-    return row["cost"]
+    kept = [*(max((row for row in front if row["cost"] <= step), key=itemgetter("cost")) for step in steps), chosen]
+    return sorted({row["cost"]: row for row in kept}.values(), key=itemgetter("cost"))

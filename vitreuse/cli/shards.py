@@ -1,7 +1,5 @@
 """``vitreuse shards {build|digits|index|verify|info}``: write, index and check WebDataset shards."""
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import os
@@ -37,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             text = "a name a line, of the labels 0, 1, ...; default: those that the index has, else the numbers"
             verb_parser.add_argument("--class-names", type=local_path, metavar="FILE", help=text)
         verb_parser.add_argument("folder", type=local_path, metavar="FOLDER")
-        if verb in PARALLEL_VERBS:
+        if verb in ("build", "index", "verify"):
             text = "processes; default: one a CPU, here %(default)s"
             verb_parser.add_argument("--workers", type=positive, default=usable_cpus(), metavar="N", help=text)
         # Known before the verb already: a default here would overrule what was given there.
@@ -56,11 +54,7 @@ def _add_build_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Does what the verb says and sums up the folders that it concerns.
-
-    Raises:
-        ValueError: the data are not whole, or cannot be read or written.
-    """
+    """Does what the verb says and sums up the folders that it concerns."""
     return {"folders": [dataclasses.asdict(shards_info(folder)) for folder in args.action(args)]}
 
 
@@ -97,10 +91,6 @@ def _verify(args: argparse.Namespace) -> list[Path]:
     return [args.folder]
 
 
-def _info(args: argparse.Namespace) -> list[Path]:
-    return [args.folder]
-
-
 def _workers(args: argparse.Namespace) -> Workers:
     return Workers(args.workers, show_progress=True)
 
@@ -110,13 +100,11 @@ VERBS = {
     "digits": (_digits, "write scikit-learn's digits as FOLDER/train and FOLDER/val"),
     "index": (_index, "index the WebDataset tars of a folder"),
     "verify": (_verify, "compare every byte of a folder's shards with their index; exit code 2 if they differ"),
-    "info": (_info, "sum up a folder of indexed shards"),
+    "info": (lambda args: [args.folder], "sum up a folder of indexed shards"),
 }
-PARALLEL_VERBS = ("build", "index", "verify")
 
 
 def render(result: dict[str, Any]) -> Table:
-    """The table for a terminal."""
     table = Table("folder")
     for heading in ("samples", "classes", "shards", "samples a shard", "MiB"):
         table.add_column(heading, justify="right")

@@ -1,58 +1,40 @@
 """``vitreuse similarity MODEL --data DIR``: how redundant a model's attention is on somebody's images."""
 
-from __future__ import annotations
-
 import argparse
 import json
 from collections.abc import Mapping
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Group
-from rich.table import Table
 from torch import Tensor
 
-from vitreuse.cli.console import local_path, titled
-from vitreuse.cli.plots import heatmaps, require_matplotlib
-from vitreuse.cli.source import Source, add_source_arguments, default_words, load_source, words
-from vitreuse.compress.damage import EXACT, Change, check_specs, has_exact_layers, measure_damage
+from vitreuse.cli.console import add_output, table_of, titled
+from vitreuse.cli.plots import heatmaps, prepare_folder
+from vitreuse.cli.source import Source, add_source_arguments, default_words, load_source, measure, words
+from vitreuse.compress.damage import EXACT, Change, check_specs, has_exact_layers
 from vitreuse.compress.head_matching import match_heads
-from vitreuse.compress.redundancy import Redundancy, measure_redundancy
+from vitreuse.compress.redundancy import Redundancy
+from vitreuse.export.hub import plan_text
 from vitreuse.io.durable import write_durably
-from vitreuse.io.progress import WorkProgress
 
 HELP = "measure how alike the attention maps of a model's layers are, and what a change of each layer would do"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the command's own arguments."""
     add_source_arguments(parser)
     meaning = "what a layer may become, for its damage; default: reuse,lowrank:64,span:7,none, less for few patches"
     parser.add_argument("--words", type=words, metavar="TEXT", help=meaning)
-    meaning = "write similarity.json and similarity.png, heat maps"
-    parser.add_argument("-o", "--output", type=local_path, metavar="DIR", help=meaning)
+    add_output(parser, "write similarity.json and similarity.png, heat maps")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Redundancy and damage of a model on its images.
-
-    Raises:
-        ValueError: The model, its weights, its images or the words cannot be used, or an extra is not installed.
-    """
-    if args.output is not None:
-        require_matplotlib()
-        args.output.mkdir(parents=True, exist_ok=True)
+    """Redundancy and damage of a model on its images."""
+    prepare_folder(args.output)
     source = load_source(args)
     if args.words:
         check_specs(source.model, args.words)
-    specs = args.words or (default_words(source.model) if has_exact_layers(source.model) else ())
-    with WorkProgress("similarity", "images", len(source.sample)) as progress:
-        redundancy = measure_redundancy(source.model, source.batches(), progress)
-    damage: dict[Change, float] = {}
-    if specs:
-        with WorkProgress("damage", "images", len(source.sample)) as progress:
-            damage = measure_damage(source.model, source.batches(), specs, redundancy, progress)
-    result = _result(source, redundancy, damage)
+    specs = args.words or (default_words(source.model) if has_exact_layers(source.model) else None)
+    result = _result(source, *measure(source, specs))
     if args.output is not None:
         write_durably(args.output / "similarity.json", json.dumps(result).encode())
         write_durably(args.output / "similarity.png", heatmaps(result))
@@ -60,17 +42,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _result(source: Source, redundancy: Redundancy, damage: Mapping[Change, float]) -> dict[str, Any]:
-    model: Any = source.model
     return {
         "name": source.target.label,
         "training": source.training,
-        "plan": str(model.plan) if hasattr(model, "plan") else None,
+        "plan": plan_text(source.model),
         "num_images": len(source.sample),
         "layers": [_layer(number, redundancy, damage) for number in range(len(redundancy.entropy))],
-        "same_head": _numbers(redundancy.same_head),
-        "best_head": _numbers(redundancy.best_head),
-        "entropy": _numbers(redundancy.entropy),
-        "distance": _numbers(redundancy.distance),
+        **{name: _numbers(getattr(redundancy, name)) for name in ("same_head", "best_head", "entropy", "distance")},
         "matched_heads": _matches(redundancy),
         "damage": [
             {
@@ -129,8 +107,6 @@ def _numbers(matrix: Tensor) -> list[list[float | None]]:
 
 
 def render(result: dict[str, Any]) -> Group:
-    """The table for a terminal."""
-    plan = "" if result["plan"] is None else f", {result['plan']}"
     remarks = [
         "entropy in nats, distance in patches, means over heads",
         "same head, best head: the earlier layer of most alike maps, 0 to 1, as they stand and matched",
@@ -138,13 +114,11 @@ def render(result: dict[str, Any]) -> Group:
     specs = [*result["layers"][-1]["damage"]]
     if specs:
         remarks.append(f"{', '.join(specs)}: the damage, which ranks changes; of reuse the best exact anchor's")
+    plan = "" if result["plan"] is None else f", {result['plan']}"
     title = f"{result['name']}{plan}, {result['num_images']:,} images"
-    table = Table(box=SIMPLE_HEAD)
-    for heading in ("layer", "entropy", "distance", "same head", "best head", *specs):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for layer in result["layers"]:
-        table.add_row(*_cells(layer, specs))
-    return titled(title, table, *remarks)
+    headings = ("layer", "entropy", "distance", "same head", "best head", *specs)
+    rows = (_cells(layer, specs) for layer in result["layers"])
+    return titled(title, table_of(headings, rows, ()), *remarks)
 
 
 def _cells(layer: dict[str, Any], specs: list[str]) -> list[str]:

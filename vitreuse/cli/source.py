@@ -1,10 +1,12 @@
-"""What the commands that measure a model take: the model with its weights, and a sample of its images."""
+"""What the commands that measure a trained model share: the model that they are given, and its images.
 
-from __future__ import annotations
+A model has its weights from timm, a file, a run folder or a hub folder. Its images lie in a folder, or are those that a
+run was trained on.
+"""
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,17 +14,114 @@ import torch
 from timm.models import VisionTransformer
 from torch import Tensor
 
-from vitreuse.cli.console import local_path, positive
+from vitreuse.cli.console import add_count, add_device, local_path
+from vitreuse.compress.damage import Change, measure_damage
+from vitreuse.compress.redundancy import Redundancy, measure_redundancy
 from vitreuse.data import DataError, choose_split, find_split, open_images, prepare_source
 from vitreuse.data.labels import numbered_as
 from vitreuse.data.samples import ImageSample
 from vitreuse.export.networks import Target, resolve_targets
 from vitreuse.io.process import choose_device
+from vitreuse.io.progress import WorkProgress
 from vitreuse.model.class_names import names_of
 from vitreuse.model.preprocessing import evaluation_transform, image_mode
 from vitreuse.plan import Spec, parse_plan
 
 OWN = "train, for what is chosen on them should not be measured on them; val where there is no train"
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares MODEL and its weights."""
+    meaning = "a name, with timm's weights or --checkpoint; a run folder or a hub folder, with its own"
+    parser.add_argument("model", metavar="MODEL", help=meaning)
+    parser.add_argument("--checkpoint", type=local_path, metavar="FILE", help="a file of weights, of a name or config")
+
+
+def load_model(args: argparse.Namespace) -> tuple[Target, Any]:
+    """What the arguments name, and its model with weights.
+
+    Raises:
+        ValueError: The model is no ViT of timm or ours, or has no weights.
+    """
+    (target,) = resolve_targets([args.model])
+    model = target.model.create("meta")  # before its weights are fetched
+    if not isinstance(model, VisionTransformer):
+        raise ValueError(
+            f"{target.label} is a {type(model).__name__}, whose attention takes no plan: give a vit, deit, deit3 or "
+            "dino model of timm, such as vit_small_patch16_224, or one of vitreuse."
+        )
+    is_of_timm = target.is_name and args.checkpoint is None
+    return target, target.load_pretrained() if is_of_timm else target.load(args.checkpoint)
+
+
+def training_note(args: argparse.Namespace, target: Target) -> str | None:
+    """What is to be known of how far a model's weights were trained, where that is not to the end of a run."""
+    if args.checkpoint is None:
+        return target.unfinished
+    is_run = target.run_dir is not None
+    return f"weights of {args.checkpoint.name}, not those that the run {target.label} left" if is_run else None
+
+
+def add_image_arguments(
+    parser: argparse.ArgumentParser, num_images: int = 256, batch_size: int = 32, split: str | None = "val"
+) -> None:
+    """Declares the images, with how many there are by default, and of which split; None: one to learn from."""
+    parser.add_argument("--data", type=local_path, metavar="DIR", help="images (default: those a run was trained on)")
+    meaning = f"sub-folder of DIR, where there is one; default: {split or OWN}"
+    parser.add_argument("--split", default=split, metavar="NAME", help=meaning)
+    add_count(parser, "--images", num_images, "how many")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the choice; default: %(default)s")
+    add_count(parser, "--batch-size", batch_size, "images per forward pass")
+
+
+def load_sample(args: argparse.Namespace, target: Target, model: Any, split: str) -> ImageSample:
+    """The images of a split that the arguments name; what of them is left out is said on standard error."""
+    sample = sample_images(target, model, args.data, args.images, split, args.seed)
+    for note in sample.dataset.notes:
+        print(note, file=sys.stderr)
+    return sample
+
+
+def sample_images(
+    target: Target, model: Any, root: Path | None, num_images: int, split: str = "val", seed: int = 0
+) -> ImageSample:
+    """A sample of the images of a folder, or by default of the data that a run was trained on.
+
+    Labels are those that the model has for its classes, by name; where that cannot be, the sample's remark says why.
+
+    Args:
+        target: What the model is of: a run crops images as it did while it was evaluated.
+        model: The model itself.
+        root: Shards, class folders, or images alone; or a folder that has splits of these.
+        num_images: How many.
+        split: The split to look for.
+        seed: Of the choice.
+
+    Raises:
+        ValueError: There is no folder, no image in it, or no run that would know of one.
+    """
+    dataset = open_images(choose_split(root or _own_root(target), split), image_mode(model))
+    names, remark = names_of(model), None
+    if names is not None and dataset.class_names:
+        try:
+            dataset = numbered_as(dataset, names, target.label, "no top-1 is measured on them")
+        except ValueError as error:
+            remark = str(error)
+    return ImageSample(dataset, evaluation_transform(model, target.crop_pct), num_images, seed, remark)
+
+
+def learning_split(target: Target, root: Path | None, otherwise: str = "val") -> str:
+    """The split that a model may learn from, or a plan be chosen on: train where there is one; arguments as above."""
+    return otherwise if find_split(root or _own_root(target), "train") is None else "train"
+
+
+def _own_root(target: Target) -> Path:
+    """The folder of the data that a run was trained on."""
+    if target.config is None:
+        raise DataError(f"{target.label} is no run, which would know its data: give --data DIR with images.")
+    if target.config.data.source is not None:
+        prepare_source(target.config.data.source, target.config.data.folder)
+    return Path(target.config.data.folder)
 
 
 class Source(NamedTuple):
@@ -34,7 +133,7 @@ class Source(NamedTuple):
     split: str
     device: torch.device
     batch_size: int
-    training: str | None = None  # see training_note
+    training: str | None  # see training_note
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The images (B, channels, rows, columns) and their labels (B,), on the CPU."""
@@ -45,73 +144,16 @@ def add_source_arguments(parser: argparse.ArgumentParser, split: str | None = "v
     """Declares MODEL and its weights, the images, by default of that split, and the device."""
     add_model_arguments(parser)
     add_image_arguments(parser, split=split)
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
-
-
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares MODEL and its weights."""
-    meaning = "a name, with timm's weights or --checkpoint; a run folder or a hub folder, with its own"
-    parser.add_argument("model", metavar="MODEL", help=meaning)
-    parser.add_argument("--checkpoint", type=local_path, metavar="FILE", help="a file of weights, of a name or config")
-
-
-def add_image_arguments(
-    parser: argparse.ArgumentParser, num_images: int = 256, batch_size: int = 32, split: str | None = "val"
-) -> None:
-    """Declares the images, with how many there are by default, and of which split; None: one to learn from."""
-    parser.add_argument("--data", type=local_path, metavar="DIR", help="images (default: those a run was trained on)")
-    meaning = f"sub-folder of DIR, where there is one; default: {split or OWN}"
-    parser.add_argument("--split", default=split, metavar="NAME", help=meaning)
-    text = "how many; default: %(default)s"
-    parser.add_argument("--images", type=positive, default=num_images, metavar="N", help=text)
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the choice; default: %(default)s")
-    text = "images per forward pass; default: %(default)s"
-    parser.add_argument("--batch-size", type=positive, default=batch_size, metavar="N", help=text)
+    add_device(parser)
 
 
 def load_source(args: argparse.Namespace) -> Source:
-    """The model and the images that the arguments name.
-
-    Raises:
-        ValueError: The model is no ViT of timm or ours, has no weights, or there are no images.
-    """
+    """The model and the images that the arguments name; raises as load_model and sample_images do."""
     device = choose_device(args.device)
     target, model = load_model(args)
     split = args.split or learning_split(target, args.data)
     sample = load_sample(args, target, model, split)
     return Source(target, model.to(device).eval(), sample, split, device, args.batch_size, training_note(args, target))
-
-
-def load_sample(args: argparse.Namespace, target: Target, model: Any, split: str) -> ImageSample:
-    """The images of a split that the arguments name; what of them is left out is said on standard error.
-
-    Raises:
-        ValueError: There are no images.
-    """
-    sample = sample_images(target, model, args.data, args.images, split, args.seed)
-    for note in sample.dataset.notes:
-        print(note, file=sys.stderr)
-    return sample
-
-
-def load_model(args: argparse.Namespace) -> tuple[Target, Any]:
-    """What the arguments name, and its model with weights.
-
-    Raises:
-        ValueError: The model is no ViT of timm or ours, or has no weights.
-    """
-    (target,) = resolve_targets([args.model])
-    _refuse_other_than_vit(target)
-    is_name = target.config is None and target.hub_dir is None
-    return target, target.load_pretrained() if is_name and args.checkpoint is None else target.load(args.checkpoint)
-
-
-def training_note(args: argparse.Namespace, target: Target) -> str | None:
-    """What is to be known of how far a model's weights were trained, where that is not to the end of a run."""
-    if args.checkpoint is None:
-        return target.unfinished
-    is_run = target.run_dir is not None
-    return f"weights of {args.checkpoint.name}, not those that the run {target.label} left" if is_run else None
 
 
 def words(text: str) -> tuple[Spec, ...]:
@@ -129,59 +171,11 @@ def default_words(model: Any) -> tuple[Spec, ...]:
     return words(f"reuse,lowrank:{k},span:{width},none")
 
 
-def _refuse_other_than_vit(target: Target) -> None:
-    """Before its weights are fetched."""
-    model = target.model.create("meta")
-    if not isinstance(model, VisionTransformer):
-        raise ValueError(
-            f"{target.label} is a {type(model).__name__}, whose attention takes no plan: give a vit, deit, deit3 or "
-            "dino model of timm, such as vit_small_patch16_224, or one of vitreuse."
-        )
-
-
-def sample_images(
-    target: Target, model: Any, root: Path | None, num_images: int, split: str = "val", seed: int = 0
-) -> ImageSample:
-    """A sample of the images of a folder, or by default of the data that a run was trained on.
-
-    Args:
-        target: What the model is of: a run crops images as it did while it was evaluated.
-        model: The model itself.
-        root: Shards, class folders, or images alone; or a folder that has splits of these.
-        num_images: How many.
-        split: The split to look for.
-        seed: Of the choice.
-
-    Raises:
-        ValueError: There is no folder, no image in it, or no run that would know of one.
-    """
-    if root is None:
-        root = _own_root(target)
-    dataset = open_images(choose_split(root, split), image_mode(model))
-    crop_pct = None if target.config is None else target.config.eval.crop_pct
-    dataset, remark = _under_labels_of(model, dataset, target.label)
-    return ImageSample(dataset, evaluation_transform(model, crop_pct), num_images, seed, remark)
-
-
-def _under_labels_of(model: Any, dataset: Any, label: str) -> tuple[Any, str | None]:
-    """A set under the labels that a model has for its classes, by name; or the set itself, and why it cannot be."""
-    names = names_of(model)
-    if names is None or not dataset.class_names:
-        return dataset, None
-    try:
-        return numbered_as(dataset, names, label, "no top-1 is measured on them"), None
-    except ValueError as error:
-        return dataset, str(error)
-
-
-def learning_split(target: Target, root: Path | None, otherwise: str = "val") -> str:
-    """The split that a model may learn from, or a plan be chosen on: train where there is one; arguments as above."""
-    return otherwise if find_split(root or _own_root(target), "train") is None else "train"
-
-
-def _own_root(target: Target) -> Path:
-    if target.config is None:
-        raise DataError(f"{target.label} is no run, which would know its data: give --data DIR with images.")
-    if target.config.data.source is not None:
-        prepare_source(target.config.data.source, target.config.data.folder)
-    return Path(target.config.data.folder)
+def measure(source: Source, specs: Sequence[Spec] | None) -> tuple[Redundancy, dict[Change, float]]:
+    """How redundant a model is, and the damage of each change of a layer to one of the specs; no damage for None."""
+    with WorkProgress("similarity", "images", len(source.sample)) as progress:
+        redundancy = measure_redundancy(source.model, source.batches(), progress)
+    if specs is None:
+        return redundancy, {}
+    with WorkProgress("damage", "images", len(source.sample)) as progress:
+        return redundancy, measure_damage(source.model, source.batches(), specs, redundancy, progress)

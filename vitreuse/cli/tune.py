@@ -1,15 +1,11 @@
 """``vitreuse tune``: measures this device, so that models choose by its own times."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from typing import Any
 
 import torch
-from rich.box import SIMPLE_HEAD
 from rich.console import Group
-from rich.table import Table
 
 from vitreuse.attention.costs import (
     COST_NAMES,
@@ -20,29 +16,23 @@ from vitreuse.attention.costs import (
     tuned_costs_path,
 )
 from vitreuse.attention.policy import is_fused_faster, is_map_faster
-from vitreuse.cli.console import local_path, positive, titled
+from vitreuse.cli.console import add_any_of, add_count, add_device, local_path, positive, table_of, titled
+from vitreuse.config.recipe import DTYPES
 from vitreuse.cost.measure import describe_machine
 from vitreuse.cost.tune import MODES, measure_costs, measure_rates, write_costs
 from vitreuse.io.process import choose_device
 
 HELP = "measure which way of computing attention is faster on this device, and keep it for its models and for search"
-DTYPES = ("float32", "bfloat16", "float16")
 KEYS = (64, 197, 577, 1025)
 READERS = (1, 5)  # reuse layers of an anchor, for which the table shows the choice
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the command's own arguments."""
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
-    text = f"any of {', '.join(DTYPES)}; default: float32 bfloat16"
-    default = ["float32", "bfloat16"]
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=default, metavar="DTYPE", help=text)
-    keys = " ".join(map(str, KEYS))
-    parser.add_argument(
-        "--keys", type=positive, nargs="+", default=KEYS, metavar="M", help=f"keys of a query; default: {keys}"
-    )
-    text = "timed calls, of which the fastest counts; default: %(default)s"
-    parser.add_argument("--repeats", type=positive, default=10, metavar="N", help=text)
+    add_device(parser)
+    add_any_of(parser, "--dtype", DTYPES, ["float32", "bfloat16"])
+    text = f"keys of a query; default: {' '.join(map(str, KEYS))}"
+    parser.add_argument("--keys", type=positive, nargs="+", default=KEYS, metavar="M", help=text)
+    add_count(parser, "--repeats", 10, "timed calls, of which the fastest counts")
     parser.add_argument("--output", type=local_path, metavar="FILE", help="default: where models look for it")
 
 
@@ -88,19 +78,15 @@ def _points(
 
 
 def render(result: dict[str, Any]) -> Group:
-    """The table for a terminal."""
     remarks = ["nanoseconds per head, query and key", f"written to {result['file']}"]
     if not result["is_default"]:
         remarks.append(f"models read {tuned_costs_path()}")
-    table = Table(box=SIMPLE_HEAD)
-    for heading in ("dtype", "mode"):
-        table.add_column(heading)
-    for heading in ("keys", *COST_NAMES):
-        table.add_column(heading, justify="right")
-    for heading in ("auto", *(f"carried to {readers}" for readers in READERS)):
-        table.add_column(heading)
-    for point in result["points"]:
-        costs = (f"{cost:.4g}" for cost in point["costs_ns"].values())
-        carried = ({"map": "map", "qk": "(q, k)"}[way] for way in point["carried_by_readers"].values())
-        table.add_row(point["dtype"], point["mode"], str(point["num_keys"]), *costs, point["attention"], *carried)
-    return titled("", table, *remarks)
+    settings, choices = ("dtype", "mode"), ("auto", *(f"carried to {readers}" for readers in READERS))
+    headings = (*settings, "keys", *COST_NAMES, *choices)
+    return titled("", table_of(headings, map(_cells, result["points"]), (*settings, *choices)), *remarks)
+
+
+def _cells(point: dict[str, Any]) -> list[str]:
+    costs = (f"{cost:.4g}" for cost in point["costs_ns"].values())
+    carried = ({"map": "map", "qk": "(q, k)"}[way] for way in point["carried_by_readers"].values())
+    return [point["dtype"], point["mode"], str(point["num_keys"]), *costs, point["attention"], *carried]

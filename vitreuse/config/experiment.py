@@ -1,16 +1,13 @@
-"""A whole experiment, which images it takes and how it is measured; read from YAML, written to it, compared."""
-
-from __future__ import annotations
+"""A whole experiment: its images, its measurement, and the sections of the other files; read and compared."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from vitreuse.config import strict_yaml
 from vitreuse.config.network import ModelConfig
 from vitreuse.config.recipe import TrainConfig
-from vitreuse.config.strict_yaml import setting
+from vitreuse.config.strict_yaml import build, overridden, read_tree, setting
 from vitreuse.data import CACHE_ROOT, SOURCES
 from vitreuse.io.errors import ConfigError
 from vitreuse.io.urls import refuse_url
@@ -26,22 +23,15 @@ class DataConfig:
         None,
         is_path=True,
     )
-    cache_root: str = setting(
-        "folder for what is fetched from a URL", CACHE_ROOT, changes_run=False, is_path=True
-    )
+    cache_root: str = setting("folder for what is fetched from a URL", CACHE_ROOT, changes_run=False, is_path=True)
     source: str | None = setting("built-in data set, written as shards on first use", None, choices=SOURCES)
-    source_root: str = setting(
-        "folder under which a built-in data set is written", "data", changes_run=False, is_path=True
-    )
+    source_root: str = setting("folder in which a built-in data set is made", "data", changes_run=False, is_path=True)
     num_workers: int = setting(
         "decoding processes per rank; 0 decodes in the rank itself", 4, minimum=0, maximum=1024, changes_run=False
     )
     cache_images: bool = setting("keep decoded images in memory; for small sets", False, changes_run=False)
     max_bad_images: int = setting(
-        "undecodable training images that others replace before a run ends; 0 ends it at the first",
-        0,
-        minimum=0,
-        changes_run=False,
+        "undecodable training images that are replaced before a run ends; 0: none", 0, minimum=0, changes_run=False
     )
     shuffle_window: int | None = setting(
         "shuffle the shards, then samples within stretches of this many, to read from few at a time; null shuffles all",
@@ -69,9 +59,7 @@ class EvalConfig:
     crop_pct: float | None = setting(
         "share of the resized image that the crop keeps; null for the model's own", None, above=0, maximum=1
     )
-    every_epochs: int = setting(
-        "evaluate at the end of each so many epochs, and of the last", 1, above=0, changes_run=False
-    )
+    every_epochs: int = setting("evaluate after each so many epochs, and the last", 1, above=0, changes_run=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,15 +78,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: One sentence with the file, the dotted path, the broken rule and the nearest valid spelling.
     """
-    tree, sources = strict_yaml.read_tree(path)
+    tree, sources = read_tree(Path(path))
     for override in overrides:
-        tree, sources = strict_yaml.overridden(tree, sources, override)
-    return strict_yaml.build(Config, tree, sources)
-
-
-def to_yaml(config: Config) -> str:
-    """The resolved experiment as YAML, which load_config reads back to an equal one."""
-    return strict_yaml.dump(config)
+        tree, sources = overridden(tree, sources, override)
+    return build(Config, tree, sources)
 
 
 def changed_settings(before: Any, after: Any, path: str = "") -> list[str]:

@@ -1,6 +1,4 @@
-"""Which network: the part of an experiment that builds a model."""
-
-from __future__ import annotations
+"""Which network: the section of an experiment that says what a model is built of, and builds it."""
 
 import inspect
 import re
@@ -44,7 +42,7 @@ class ModelConfig:
 
     @property
     def is_folder(self) -> bool:
-        """Whether the name is that of a folder; targets.load_experiment puts in its place what the folder says."""
+        """Whether the name is that of a folder, in whose place export/networks.py puts what the folder says."""
         return self.name.startswith(LOCAL_DIR)
 
     def create(self, device: torch.device | str | None = None) -> nn.Module:
@@ -65,9 +63,8 @@ class ModelConfig:
                 model = timm.create_model(self.name, **keywords)
         except Exception as error:  # timm's answers to a bad keyword are of every kind, ZeroDivisionError among them
             reason = str(error) or f"timm refuses one of its keywords, {', '.join(keywords)}."
-            raise ConfigError(
-                _unknown_keyword(self.name, error) or f"model {self.name!r} cannot be built: {reason}"
-            ) from error
+            said = _unknown_keyword(self.name, error) or f"model {self.name!r} cannot be built: {reason}"
+            raise ConfigError(said) from error
         if self.pos_embed == "sincos2d":
             _fill_with_sincos2d(model)
         return model
@@ -80,10 +77,8 @@ class ModelConfig:
         if self.is_folder and (self.weights is not None or self.pos_embed != "learned"):
             raise ConfigError(f"name {self.name!r} brings weights of its own: leave out weights and pos_embed.")
         if self.pos_embed != "learned" and self.weights is not None:
-            raise ConfigError(
-                f"pos_embed {self.pos_embed!r} has no effect beside weights, which hold a position embedding: "
-                "leave one of the two out."
-            )
+            effect = f"pos_embed {self.pos_embed!r} has no effect beside weights, which hold a position embedding"
+            raise ConfigError(f"{effect}: leave one of the two out.")
 
 
 @torch.no_grad()

@@ -1,7 +1,5 @@
 """How a network is trained: the recipe of an experiment, a dataclass for each of its sections."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from vitreuse.config.network import ModelConfig
@@ -9,6 +7,8 @@ from vitreuse.config.strict_yaml import setting
 from vitreuse.io.errors import ConfigError
 from vitreuse.io.urls import refuse_url
 
+DEVICES = ("auto", "cpu", "cuda")
+DTYPES = ("float32", "bfloat16", "float16")  # in which models are trained and run
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
@@ -16,12 +16,8 @@ class OptimizerConfig:
 
     name: str = setting("a name of timm.optim.list_optimizers()", "adamw")
     lr: float = setting("peak learning rate at the global batch size, not rescaled", above=0, maximum=1e30)
-    weight_decay: float = setting(
-        "decoupled for adamw; biases, norms and embeddings are exempt", 0.05, minimum=0, maximum=1e6
-    )
-    layer_decay: float | None = setting(
-        "factor on the learning rate per layer below the head", None, above=0, maximum=1
-    )
+    weight_decay: float = setting("decoupled for adamw; biases, norms, embeddings exempt", 0.05, minimum=0, maximum=1e6)
+    layer_decay: float | None = setting("factor on the rate per layer below the head", None, above=0, maximum=1)
     keywords: dict = setting("further keywords of the optimizer, such as betas, eps or momentum")
 
 
@@ -32,19 +28,15 @@ class ScheduleConfig:
     name: str = setting("shape after the warm-up", "cosine", choices=("cosine", "tanh", "poly", "wsd", "constant"))
     warmup_epochs: float = setting("linear warm-up, part of the epochs", 0.0, minimum=0)
     warmup_steps: int = setting("the same in optimizer steps", 0, minimum=0)
-    warmup_lr: float = setting(
-        "learning rate of the first step when there is a warm-up", 1e-6, minimum=0, maximum=1e30
-    )
+    warmup_lr: float = setting("learning rate of the first step when there is a warm-up", 1e-6, minimum=0, maximum=1e30)
     min_lr: float = setting("learning rate at the end", 0.0, minimum=0, maximum=1e30)
 
     def __post_init__(self):
         if self.warmup_epochs and self.warmup_steps:
             raise ConfigError("warmup_epochs and warmup_steps: give at most one of the two, the other 0.")
         if not (self.warmup_epochs or self.warmup_steps) and self.warmup_lr != ScheduleConfig.warmup_lr:
-            raise ConfigError(
-                f"warmup_lr {self.warmup_lr:g} has no effect without a warm-up: set warmup_epochs or warmup_steps, "
-                "or leave it out."
-            )
+            way_out = "set warmup_epochs or warmup_steps, or leave it out"
+            raise ConfigError(f"warmup_lr {self.warmup_lr:g} has no effect without a warm-up: {way_out}.")
         if self.name == "constant" and self.min_lr:
             raise ConfigError(
                 f"min_lr {self.min_lr:g} is never reached by the schedule 'constant': set it to 0, or choose another."
@@ -89,9 +81,7 @@ class CropConfig:
     )
     ratio: tuple[float, float] = setting("width over height of a crop, from and to", (0.75, 4 / 3), above=0)
     hflip: float = setting("probability of a left-right flip", 0.5, minimum=0, maximum=1)
-    color_jitter: float = setting(
-        "strength of brightness, contrast and saturation jitter", 0.0, minimum=0, maximum=100
-    )
+    color_jitter: float = setting("strength of brightness, contrast and saturation jitter", 0.0, minimum=0, maximum=100)
     auto_augment: str | None = setting("timm's policy text: rand-m9-mstd0.5-inc1, 3a, augmix-m3-w3, original", None)
     erase_prob: float = setting("probability of random erasing, per-pixel noise", 0.0, minimum=0, maximum=1)
 
@@ -235,9 +225,7 @@ class TrainConfig:
     global_batch_size: int = setting("images per optimizer step, over all ranks", above=0)
     accumulation_steps: int = setting("pieces in which a rank computes its share of a step", 1, above=0)
     repeats: int = setting("repeated augmentation: copies of an image in a batch, fewer images an epoch", 1, above=0)
-    device: str = setting(
-        "auto takes cuda where there is one", "auto", choices=("auto", "cpu", "cuda"), changes_run=False
-    )
+    device: str = setting("auto takes cuda where there is one", "auto", choices=DEVICES, changes_run=False)
     strategy: str = setting(
         "several ranks: ddp keeps the whole model on each; fsdp2 shares out weights, optimizer and moving average",
         "ddp",
@@ -248,9 +236,7 @@ class TrainConfig:
         "CPU threads per rank; null leaves torch's own number", None, above=0, maximum=1024, changes_run=False
     )
     precision: str = setting(
-        "bfloat16 and float16 are mixed: weights stay float32; float16 scales the loss",
-        "float32",
-        choices=("float32", "bfloat16", "float16"),
+        "bfloat16 and float16 are mixed: weights stay float32; float16 scales the loss", "float32", choices=DTYPES
     )
     compile: bool = setting("torch.compile the model", False)
     grad_checkpointing: bool = setting("recompute activations in the backward pass to save memory", False)
@@ -267,9 +253,7 @@ class TrainConfig:
     ema: EmaConfig | None = setting("moving average of the weights", None)
     clip: ClipConfig | None = setting("gradient clipping", None)
     checkpoint: CheckpointConfig = setting("checkpoints")
-    max_skipped_steps: int = setting(
-        "steps in a row with a loss or gradient that is not finite before giving up", 5, above=0
-    )
+    max_skipped_steps: int = setting("steps in a row without a finite loss and gradient before giving up", 5, above=0)
     log_every_steps: int = setting("steps between two step records in metrics.jsonl", 10, above=0, changes_run=False)
     ledger: bool = setting("write the sample keys of every step to ledger.jsonl", False, changes_run=False)
     reference: ReferenceConfig | None = setting("a curve that the loss should follow", None, changes_run=False)
@@ -280,16 +264,11 @@ class TrainConfig:
     def __post_init__(self):
         if self.crop is not None and self.affine is not None:
             raise ConfigError("crop and affine: give at most one of the two, the other null.")
-        if self.schedule.warmup_epochs >= self.epochs:
-            raise ConfigError(
-                f"schedule.warmup_epochs {self.schedule.warmup_epochs:g} leaves nothing of {self.epochs} epochs: "
-                "make it smaller, or train for longer."
-            )
-        if self.resolution is not None and self.resolution.epochs >= self.epochs:
-            raise ConfigError(
-                f"resolution.epochs {self.resolution.epochs} leaves none of {self.epochs} epochs at the model's own "
-                "size: make it smaller, or train for longer."
-            )
+        warmup = self.schedule.warmup_epochs
+        self._check_share(warmup, f"schedule.warmup_epochs {warmup:g} leaves nothing of {self.epochs} epochs")
+        if self.resolution is not None:
+            epochs, rest = self.resolution.epochs, f"none of {self.epochs} epochs at the model's own size"
+            self._check_share(epochs, f"resolution.epochs {epochs} leaves {rest}")
         if self.loss.target_threshold is not None and self.mixup is None:
             raise ConfigError(
                 f"loss.target_threshold {self.loss.target_threshold:g} has no effect without train.mixup: leave it out."
@@ -301,15 +280,16 @@ class TrainConfig:
                 f"accumulation_steps {self.accumulation_steps} is more than the batch of {self.global_batch_size}."
             )
 
+    def _check_share(self, epochs: float, what_is_left: str) -> None:
+        """Refuses a phase of a run that takes all of its epochs."""
+        if epochs >= self.epochs:
+            raise ConfigError(f"{what_is_left}: make it smaller, or train for longer.")
 
     def _check_heal(self, heal: HealConfig) -> None:
         if self.distill is None:
             raise ConfigError("heal needs the original as a teacher: give distill.teacher, or leave heal out.")
-        if heal.anneal_epochs >= self.epochs:
-            raise ConfigError(
-                f"heal.anneal_epochs {heal.anneal_epochs:g} leaves nothing of {self.epochs} epochs to the plan alone: "
-                "make it smaller, or train for longer."
-            )
+        rest = f"nothing of {self.epochs} epochs to the plan alone"
+        self._check_share(heal.anneal_epochs, f"heal.anneal_epochs {heal.anneal_epochs:g} leaves {rest}")
         excluded = {
             "compile: true": self.compile,
             "grad_checkpointing: true": self.grad_checkpointing,

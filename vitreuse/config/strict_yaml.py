@@ -5,8 +5,6 @@ until a declared type asks for it, and every error is one sentence with the file
 the nearest spelling.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import os
@@ -14,6 +12,7 @@ import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
+from operator import ge, gt, le
 from pathlib import Path
 from typing import Any
 
@@ -24,22 +23,13 @@ from vitreuse.io.file_names import printable
 
 _INT = re.compile(r"[+-]?(0|[1-9][0-9]*)")
 _FLOAT = re.compile(r"[+-]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
-_BOOL = {"true": True, "false": False}
-_NULL = ("", "~", "null")
 # What YAML 1.1 or 1.2 would not read as a string: as text it must stand in quotes.
 _AMBIGUOUS = re.compile(
     r"~|null|true|false|yes|no|on|off|y|n|[+-]?\.(inf|nan)|[+-]?[0-9][0-9_,:]*(\.[0-9]*)?(e[+-]?[0-9]+)?"
     r"|0[xob][0-9a-f_]+|[+-]?\.[0-9]+(e[+-]?[0-9]+)?|[0-9]{4}-[0-9]{1,2}-[0-9]{1,2}.*|",
     re.IGNORECASE,
 )
-_NAMES = {
-    int: "a whole number",
-    float: "a number",
-    bool: "true or false",
-    str: "text",
-    dict: "a mapping",
-    tuple: "a list",
-}
+_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", tuple: "a list"}
 LARGEST = 10**12  # of whole numbers without a maximum of their own: more overflows in what is given them
 Tree = dict[str, Any]  # key -> yaml.Node (scalar or sequence) or Tree
 Sources = dict[str, str]  # dotted path -> "file:line" it was read from; "" -> the file as a whole
@@ -68,28 +58,17 @@ def setting(
         changes_run: Whether another value gives other weights, so that a run cannot be resumed under it.
         is_path: Whether a ~ at its beginning stands for a home folder.
     """
-    metadata = {
-        "meaning": meaning,
-        "above": above,
-        "minimum": minimum,
-        "maximum": maximum,
-        "choices": tuple(choices),
-        "changes_run": changes_run,
-        "is_path": is_path,
-    }
+    bounds = {"above": above, "minimum": minimum, "maximum": maximum, "choices": tuple(choices)}
+    metadata = {"meaning": meaning, "changes_run": changes_run, "is_path": is_path, **bounds}
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def read_tree(path: str | Path) -> tuple[Tree, Sources]:
-    """The keys of a YAML file over those of the file that its `base:` names, and so on down the chain.
+def read_tree(path: Path, above: tuple[Path, ...] = ()) -> tuple[Tree, Sources]:
+    """The keys of a YAML file over those of the file that its `base:` names, and so on; `above` led here.
 
     Raises:
         ConfigError: A file is missing or is not YAML, a key stands twice, or the bases form a circle.
     """
-    return _read_chain(Path(path), ())
-
-
-def _read_chain(path: Path, above: tuple[Path, ...]) -> tuple[Tree, Sources]:
     resolved = path.resolve()
     if resolved in above:
         raise ConfigError(f"{above[0]}: base leads in a circle, {' -> '.join(p.name for p in (*above, resolved))}.")
@@ -101,7 +80,7 @@ def _read_chain(path: Path, above: tuple[Path, ...]) -> tuple[Tree, Sources]:
     if base is None:
         return tree, sources
     named = os.path.expanduser(convert(base, str, sources, "base"))
-    below, sources_below = _read_chain(path.parent / named, (*above, resolved))
+    below, sources_below = read_tree(path.parent / named, (*above, resolved))
     return merged(below, tree), {**sources_below, **sources}
 
 
@@ -157,13 +136,8 @@ def _at(sources: Sources, path: str) -> str:
 
 def merged(below: Tree, above: Tree) -> Tree:
     """`below` with the keys of `above` laid over it; mappings merge key by key, everything else is replaced."""
-    result = dict(below)
-    for key, value in above.items():
-        if isinstance(value, dict) and isinstance(result.get(key), dict):
-            result[key] = merged(result[key], value)
-        else:
-            result[key] = value
-    return result
+    in_both = [key for key, value in above.items() if isinstance(value, dict) and isinstance(below.get(key), dict)]
+    return {**below, **above, **{key: merged(below[key], above[key]) for key in in_both}}
 
 
 def overridden(tree: Tree, sources: Sources, override: str) -> tuple[Tree, Sources]:
@@ -195,21 +169,20 @@ def convert(value: Any, kind: Any, sources: Sources, path: str) -> Any:
     if dataclasses.is_dataclass(kind):
         return build(kind, _expect(value, dict, kind, sources, path), sources, path)
     if kind is dict:
-        items = _expect(value, dict, kind, sources, path).items()
-        return {key: _untyped(item, sources, _join(path, key)) for key, item in items}
+        return _untyped(_expect(value, dict, kind, sources, path), sources, path)
     if typing.get_origin(kind) is tuple:
         return _convert_tuple(value, typing.get_args(kind), sources, path)
     return _convert_scalar(_expect(value, yaml.ScalarNode, kind, sources, path), kind, sources, path)
 
 
 def _is_null(value: Any) -> bool:
-    return isinstance(value, yaml.ScalarNode) and value.style is None and value.value.lower() in _NULL
+    return isinstance(value, yaml.ScalarNode) and value.style is None and value.value.lower() in ("", "~", "null")
 
 
 def _expect(value: Any, shape: type, kind: Any, sources: Sources, path: str) -> Any:
-    if isinstance(value, shape):
-        return value
-    raise ConfigError(f"{_at(sources, path)} must be {_NAMES.get(kind, 'a mapping')}, not {_shown(value)}.")
+    if not isinstance(value, shape):
+        raise ConfigError(f"{_at(sources, path)} must be {_NAMES.get(kind, 'a mapping')}, not {_shown(value)}.")
+    return value
 
 
 def _shown(value: Any) -> str:
@@ -243,8 +216,8 @@ def _convert_scalar(node: yaml.ScalarNode, kind: type, sources: Sources, path: s
 
 def _read_plain(text: str) -> bool | int | float | str:
     """An unquoted scalar: true, false, a decimal number, or the text itself."""
-    if text in _BOOL:
-        return _BOOL[text]
+    if text in ("true", "false"):
+        return text == "true"
     if _INT.fullmatch(text) and len(text) < 40:  # Python reads no more than 4,300 digits
         return int(text)
     if _FLOAT.fullmatch(text) and math.isfinite(float(text)):
@@ -264,9 +237,8 @@ def _untyped(value: Any, sources: Sources, path: str) -> Any:
         return value.value
     plain = _read_plain(value.value)
     if isinstance(plain, str) and _AMBIGUOUS.fullmatch(plain):
-        raise ConfigError(
-            f"{_at(sources, path)} is {plain!r}, which has two readings: write a number, true or false, or use quotes."
-        )
+        readings = f"{plain!r}, which has two readings: write a number, true or false, or use quotes."
+        raise ConfigError(f"{_at(sources, path)} is {readings}")
     return plain
 
 
@@ -281,13 +253,11 @@ def build(kind: Any, tree: Mapping[str, Any], sources: Sources, path: str = "") 
     values = {}
     for name, field in fields.items():
         dotted = _join(path, name)
-        if name in tree:
-            values[name] = convert(tree[name], hints[name], sources, dotted)
+        if name in tree or dataclasses.is_dataclass(hints[name]) or hints[name] is dict:
+            values[name] = convert(tree.get(name, {}), hints[name], sources, dotted)
             _check_bounds(values[name], field.metadata, sources, dotted)
             if field.metadata.get("is_path") and values[name] is not None:
                 values[name] = os.path.expanduser(values[name])
-        elif dataclasses.is_dataclass(hints[name]) or hints[name] is dict:
-            values[name] = convert({}, hints[name], sources, dotted)
         elif field.default is dataclasses.MISSING:
             raise ConfigError(f"{_at(sources, dotted)} is missing ({field.metadata['meaning']}).")
     try:
@@ -305,13 +275,11 @@ def _check_bounds(value: Any, rules: Mapping[str, Any], sources: Sources, path: 
             hint = nearest(word, rules["choices"]) or "."
             raise ConfigError(f"{_at(sources, path)} is {word!r}, allowed are {', '.join(rules['choices'])}{hint}")
     for number in values:
-        if rules["above"] is not None and not number > rules["above"]:
-            raise ConfigError(f"{_at(sources, path)} is {number}, it must be greater than {rules['above']}.")
-        if rules["minimum"] is not None and not number >= rules["minimum"]:
-            raise ConfigError(f"{_at(sources, path)} is {number}, it must be at least {rules['minimum']}.")
         maximum = LARGEST if rules["maximum"] is None and type(number) is int else rules["maximum"]
-        if maximum is not None and not number <= maximum:
-            raise ConfigError(f"{_at(sources, path)} is {number}, it must be at most {maximum}.")
+        bounds = {"greater than": (gt, rules["above"]), "at least": (ge, rules["minimum"]), "at most": (le, maximum)}
+        for words, (holds, bound) in bounds.items():
+            if bound is not None and not holds(number, bound):
+                raise ConfigError(f"{_at(sources, path)} is {number}, it must be {words} {bound}.")
 
 
 class _Dumper(yaml.SafeDumper):
@@ -320,20 +288,17 @@ class _Dumper(yaml.SafeDumper):
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
+    def represent_text(self, text: str) -> yaml.Node:
+        return self.represent_scalar("tag:yaml.org,2002:str", text, '"' if _AMBIGUOUS.fullmatch(text) else None)
 
-def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
-    style = '"' if _AMBIGUOUS.fullmatch(text) else None
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
-
-
-def _represent_tuple(dumper: yaml.SafeDumper, values: tuple[Any, ...]) -> yaml.Node:
-    return dumper.represent_sequence("tag:yaml.org,2002:seq", values, flow_style=True)
+    def represent_tuple(self, values: tuple[Any, ...]) -> yaml.Node:
+        return self.represent_sequence("tag:yaml.org,2002:seq", values, flow_style=True)
 
 
-_Dumper.add_representer(str, _represent_text)
-_Dumper.add_representer(tuple, _represent_tuple)
+_Dumper.add_representer(str, _Dumper.represent_text)
+_Dumper.add_representer(tuple, _Dumper.represent_tuple)
 
 
-def dump(config: Any) -> str:
+def to_yaml(config: Any) -> str:
     """The YAML text of a dataclass, which `build` reads back to an equal one."""
     return yaml.dump(dataclasses.asdict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)

@@ -4,8 +4,6 @@
 imported; pushed to a hub, "hf-hub:OWNER/NAME" does.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -30,9 +28,12 @@ def is_hub_folder(folder: Path) -> bool:
     return (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file()
 
 
-def save_hub_folder(
-    model: Any, folder: Path, crop_pct: float | None = None, training: str | None = None
-) -> None:
+def plan_text(model: Any) -> str | None:
+    """The plan of a model; None of timm's own."""
+    return str(model.plan) if hasattr(model, "plan") else None
+
+
+def save_hub_folder(model: Any, folder: Path, crop_pct: float | None = None, training: str | None = None) -> None:
     """Writes a model's configuration and weights, the weights first; each file is whole or not there.
 
     Args:
@@ -45,7 +46,7 @@ def save_hub_folder(
         ValueError: A keyword that the model was built with cannot be written as JSON.
         OSError: The folder cannot be written.
     """
-    plan = {"plan": str(model.plan)} if hasattr(model, "plan") else {}
+    plan = {"plan": plan_text(model)} if hasattr(model, "plan") else {}
     labels = {LABEL_NAMES: names_of(model), "pretrained_cfg": {LABEL_NAMES: None}}  # once
     with TemporaryDirectory() as temporary:  # timm's function takes a path alone
         path = Path(temporary, CONFIG)
@@ -68,9 +69,8 @@ def preprocessing(model: Any, crop_pct: float | None = None) -> dict[str, Any]:
 def model_weights(model: Any, training: str | None = None) -> bytes:
     """The content of a model's model.safetensors; arguments as for save_hub_folder."""
     keywords = {key: value for key, value in get_model_args(model).items() if key != "plan"}
-    plan = str(model.plan) if hasattr(model, "plan") else None
     name = model.pretrained_cfg["architecture"]
-    return pack_weights(model.state_dict(), name, plan, keywords, names_of(model), training)
+    return pack_weights(model.state_dict(), name, plan_text(model), keywords, names_of(model), training)
 
 
 def pack_weights(
@@ -84,8 +84,7 @@ def pack_weights(
     """The content of a model.safetensors, of a run too: weights, and as metadata of which model and classes."""
     metadata = {"name": name, "plan": plan or "", "keywords": json.dumps(keywords), "format": "pt"}
     metadata |= {"training": training} if training is not None else {}
-    if class_names is not None:
-        metadata[LABEL_NAMES] = pack_names(class_names)
+    metadata |= {LABEL_NAMES: pack_names(class_names)} if class_names is not None else {}
     return save({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, metadata)
 
 

@@ -1,7 +1,6 @@
 """The README of a hub folder: what the model is, what it costs, how to load it."""
 
-from __future__ import annotations
-
+from dataclasses import dataclass
 from typing import Any
 
 from timm.models._hub import generate_readme
@@ -16,16 +15,25 @@ model = timm.create_model("hf-hub:OWNER/NAME", pretrained=True).eval()  # of a f
 ```"""
 
 
-def model_card(model: Any, name: str, macs: int, accuracy: str | None, training: str | None) -> str:
-    """The text, with the header that a hub reads.
+@dataclass(frozen=True)
+class Provenance:
+    """What is known of a trained model beside the model itself.
 
-    Args:
-        model: The model itself.
-        name: For the title.
-        macs: Per image.
+    Attributes:
+        name: For the title of its card.
+        crop_pct: Share of the resized image that evaluation crops, where it is not the model's own.
         accuracy: One line, where it is known.
-        training: One line, where the model was not trained to its end.
+        training: How far it was trained, where that is not to the end: for the card and the metadata of every file.
     """
+
+    name: str
+    crop_pct: float | None = None
+    accuracy: str | None = None
+    training: str | None = None
+
+
+def model_card(model: Any, known: Provenance, macs: int) -> str:
+    """The text, with the header that a hub reads, of a model that takes so many MACs per image."""
     plan = f"`{model.plan}`" if hasattr(model, "plan") else "none, timm's own model"
     rows, columns = model.patch_embed.img_size
     details = {
@@ -35,18 +43,13 @@ def model_card(model: Any, name: str, macs: int, accuracy: str | None, training:
         "Params": f"{sum(parameter.numel() for parameter in model.parameters()) / 1e6:.2f} M",
         "MACs": f"{macs / 1e6:,.1f} M per image",
     }
-    if accuracy is not None:
-        details["Top-1"] = accuracy
-    if training is not None:
-        details["Training"] = training
-    text = generate_readme(
-        {
-            "tags": ["image-classification", "timm", "vitreuse"],
-            "license": "unknown",
-            "description": "An image classifier: a vision transformer, exported by vitreuse.",
-            "details": details,
-            "usage": USAGE,
-        },
-        name,
-    )
-    return printable(text)
+    details |= {"Top-1": known.accuracy} if known.accuracy is not None else {}
+    details |= {"Training": known.training} if known.training is not None else {}
+    card = {
+        "tags": ["image-classification", "timm", "vitreuse"],
+        "license": "unknown",
+        "description": "An image classifier: a vision transformer, exported by vitreuse.",
+        "details": details,
+        "usage": USAGE,
+    }
+    return printable(generate_readme(card, known.name))

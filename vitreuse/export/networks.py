@@ -1,7 +1,5 @@
 """What a command is pointed at: a model name, a config, a run folder or a hub folder, each a network to be built."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections import Counter
@@ -40,6 +38,16 @@ class Target:
     run_dir: Path | None = None
     hub_dir: Path | None = None
 
+    @property
+    def is_name(self) -> bool:
+        """Whether it is the name of a model alone, without an experiment or a folder that would know its weights."""
+        return self.config is None and self.hub_dir is None
+
+    @property
+    def crop_pct(self) -> float | None:
+        """The share of the resized image that the evaluation of an experiment crops; None for the model's own."""
+        return None if self.config is None else self.config.eval.crop_pct
+
     def load(self, checkpoint: Path | None = None) -> nn.Module:
         """The model with the weights of a file; by default those a run left, its newest checkpoint, or a hub folder's.
 
@@ -63,8 +71,7 @@ class Target:
 
     @property
     def unfinished(self) -> str | None:
-        """What is to be known of the weights of a run that is not completed, also where they were exported; else None.
-        """
+        """What is to be known of weights whose run is not completed, exported ones too; None where there is nothing."""
         if self.hub_dir is not None:
             said = _json_object(self.hub_dir / CONFIG).get("training")
             return said if isinstance(said, str) else None
@@ -83,21 +90,15 @@ class Target:
 
     def _with_classes_of(self, weights: Weights) -> ModelConfig:
         """The model, of a name with as many classes as weights have, none for those that were trained without."""
-        if self.config is not None or self.hub_dir is not None:
-            return self.model
-        if not isinstance(self.model.create("meta"), VisionTransformer):
+        if not (self.is_name and isinstance(self.model.create("meta"), VisionTransformer)):
             return self.model
         head = weights.state.get("head.weight")
         num_classes = 0 if head is None else len(head)
         return replace(self.model, keywords={**self.model.keywords, "num_classes": num_classes})
 
     def load_pretrained(self) -> nn.Module:
-        """The model with the weights that timm publishes under its name.
-
-        Raises:
-            ValueError: the target is no model name, timm has no weights of that name, or they cannot be fetched.
-        """
-        if self.config is not None or self.hub_dir is not None:
+        """The model with the weights that timm publishes under its name; raises as pretrained_weights does."""
+        if not self.is_name:
             raise ValueError(f"{self.label} is no model name, and --pretrained means timm's weights: leave it out.")
         model = self.model.create()
         load_exactly(model, pretrained_weights(self.model.name))

@@ -5,8 +5,6 @@ Programs are checked against the model before they are kept: on images, in batch
 Shapes: B images of a batch.
 """
 
-from __future__ import annotations
-
 import copy
 import io
 import json
@@ -25,20 +23,15 @@ from torch.export import Dim, ExportedProgram
 from vitreuse.attention.base import Attention
 from vitreuse.compress.fold import fold
 from vitreuse.cost.counters import torch_flops
-from vitreuse.export.hub import CONFIG, WEIGHTS, model_weights, preprocessing, save_hub_folder
-from vitreuse.export.model_card import model_card
+from vitreuse.export.hub import CONFIG, WEIGHTS, model_weights, plan_text, preprocessing, save_hub_folder
+from vitreuse.export.model_card import Provenance, model_card
 from vitreuse.io.durable import TEMPORARY_FILES, write_durably
 from vitreuse.model.class_names import LABEL_NAMES, names_of, pack_names
 from vitreuse.model.preprocessing import example
 
 Predict = Callable[[Tensor], Tensor]  # images (B, channels, rows, columns) to logits (B, classes)
 README = "README.md"
-FILES = {
-    "hub": (WEIGHTS, CONFIG, README),
-    "safetensors": (WEIGHTS,),
-    "torch": ("model.pt2",),
-    "onnx": ("model.onnx",),
-}
+FILES = {"hub": (WEIGHTS, CONFIG, README), "safetensors": (WEIGHTS,), "torch": ("model.pt2",), "onnx": ("model.onnx",)}
 PROGRAMS = ("torch", "onnx")  # the formats that hold a program, which is checked
 OPSETS = range(18, 24)  # from the first that torch's exporter writes to the last that torch 2.14 knows
 DIFFERENCE_LIMIT = 1e-4  # of logits, over their standard deviation
@@ -48,30 +41,23 @@ ONNX_BYTES = 2**31  # of one protobuf message
 @torch.no_grad()
 def export(
     model: Any,
+    known: Provenance,
     folder: Path,
     formats: Sequence[str],
-    batches: Sequence[Tensor] = (),
-    folds: bool = False,
-    opset: int = OPSETS[-1],
-    crop_pct: float | None = None,
-    name: str | None = None,
-    accuracy: str | None = None,
-    training: str | None = None,
+    batches: Sequence[Tensor],
+    folds: bool,
+    opset: int,
 ) -> dict[str, float]:
     """Writes a model in each of the formats; each file is whole or not there, and none is if a program is wrong.
 
     Args:
         model: A ViT of timm or ours in float32 on the CPU, made by timm.create_model.
+        known: What else is known of it.
         folder: For the files; made where it is missing. What an earlier export left is replaced.
         formats: Of FILES.
-        batches: Images (B, channels, rows, columns) that programs are checked on; random ones by default.
+        batches: Images (B, channels, rows, columns) that programs are checked on.
         folds: Whether programs are of the folded model, see vitreuse.fold.
         opset: The version of ONNX's operators.
-        crop_pct: Share of the resized image that evaluation crops, where it is not the model's own.
-        name: For the model card; that of the folder by default.
-        accuracy: For the model card, where it is known.
-        training: What is to be known of how far the model was trained, where that is not to its end: for the model card
-            and the metadata of every file.
 
     Returns:
         For each program the largest difference of its logits to the model's, over their standard deviation.
@@ -82,42 +68,31 @@ def export(
     """
     check_folder(folder, formats)
     chosen = [of for of in PROGRAMS if of in formats]
-    contents, differences = programs(model.eval(), chosen, batches, folds, opset, crop_pct, training)
+    contents, differences = programs(model.eval(), known, chosen, batches, folds, opset) if chosen else ({}, {})
     if "safetensors" in formats:
-        contents[WEIGHTS] = model_weights(model, training)
+        contents[WEIGHTS] = model_weights(model, known.training)
     if "hub" in formats:
-        save_hub_folder(model, folder, crop_pct, training)
+        save_hub_folder(model, folder, known.crop_pct, known.training)
         macs = torch_flops(in_export_form(model), example(model, 1))[""] // 2
-        contents[README] = model_card(model, name or folder.resolve().name, macs, accuracy, training).encode()
+        contents[README] = model_card(model, known, macs).encode()
     for file, content in contents.items():
         write_durably(folder / file, content)
     return differences
 
 
 def programs(
-    model: Any,
-    formats: Sequence[str],
-    batches: Sequence[Tensor],
-    folds: bool,
-    opset: int,
-    crop_pct: float | None,
-    training: str | None,
+    model: Any, known: Provenance, formats: Sequence[str], batches: Sequence[Tensor], folds: bool, opset: int
 ) -> tuple[dict[str, bytes], dict[str, float]]:
     """The content of each program's file, and how far each is from the model; arguments as for export."""
-    contents: dict[str, bytes] = {}
-    differences: dict[str, float] = {}
-    if not formats:
-        return contents, differences
     if "onnx" in formats:
         require_onnx(model)
-    batches = batches or [example(model, 8)]
     program = trace(fold(model) if folds else model, len(batches[0]) + 1)
-    facts = {"name": model.pretrained_cfg["architecture"], "plan": str(getattr(model, "plan", ""))}
-    facts["preprocessing"] = json.dumps(preprocessing(model, crop_pct))
-    facts |= {"training": training} if training is not None else {}
+    facts = {"name": model.pretrained_cfg["architecture"], "plan": plan_text(model) or ""}
+    facts["preprocessing"] = json.dumps(preprocessing(model, known.crop_pct))
+    facts |= {"training": known.training} if known.training is not None else {}
     class_names = names_of(model)
-    if class_names is not None:
-        facts[LABEL_NAMES] = pack_names(class_names)
+    facts |= {LABEL_NAMES: pack_names(class_names)} if class_names is not None else {}
+    contents, differences = {}, {}
     for of in formats:
         content = pack_torch(program, facts) if of == "torch" else pack_onnx(program, facts, opset)
         predict = load_torch(content) if of == "torch" else load_onnx(content)

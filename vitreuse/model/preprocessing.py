@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from vitreuse.io.errors import ConfigError
 
-DTYPES = ("float32", "bfloat16")  # in which models are measured
 Transform = Callable[[Any], Tensor]  # from a PIL image to (channels, rows, columns)
 
 
