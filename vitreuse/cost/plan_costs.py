@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
 import numpy as np
@@ -85,7 +85,7 @@ def plan_costs(
     depth = len(model.blocks)
 
     def layers_of(first: Spec, other: Spec) -> list[int]:
-        """The costs of a first, a middle and a last layer, where there are so many, and of stem and head."""
+        """The costs of a first, a middle and a last layer, if there are so many, and of stem and head."""
         plan = Plan((first, other, other)[:depth])
         with torch.device(conditions.device if metric == "memory" else "meta"):
             made = timm.create_model(name, plan=str(plan), **{**keywords, "depth": len(plan)})
@@ -94,16 +94,14 @@ def plan_costs(
     layers: dict[tuple[int, Spec, Spec | None], int] = {}
     handing_on: dict[Spec, int] = {}
     rest = 0
-    for spec in specs:
-        if spec.word != "reuse":
-            *costs, rest = layers_of(spec, spec)
-            layers |= {(layer, spec, None): _cost_in(costs, layer, depth) for layer in range(depth)}
+    for spec in (spec for spec in specs if spec.word != "reuse"):
+        *costs, rest = layers_of(spec, spec)
+        layers |= {(layer, spec, None): _cost_in(costs, layer, depth) for layer in range(depth)}
     readers = [spec for spec in specs if spec.word == "reuse"]
-    for anchor in (spec for spec in specs if spec.makes_map):
-        for reader in readers:
-            *costs, _ = layers_of(anchor, reader)
-            layers |= {(layer, reader, anchor): _cost_in(costs, layer, depth) for layer in range(1, depth)}
-            handing_on[anchor] = costs[0] - layers[0, anchor, None]
+    for anchor, reader in product((spec for spec in specs if spec.makes_map), readers):
+        *costs, _ = layers_of(anchor, reader)
+        layers |= {(layer, reader, anchor): _cost_in(costs, layer, depth) for layer in range(1, depth)}
+        handing_on[anchor] = costs[0] - layers[0, anchor, None]
     return PlanCosts(layers, handing_on, rest)
 
 
