@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from reference import WORDS as WRITTEN
 from reference import Reference
 from torch import Tensor, nn
 
 from vitreuse import PlanVisionTransformer, PlanVisionTransformerDistilled, parse_plan
+from vitreuse.plan import WORDS
 
 PATCH_SIZE = (2, 3)
 NUM_CLASSES = 7
@@ -44,14 +46,35 @@ class Case:
         model_class = PlanVisionTransformerDistilled if self.distilled else PlanVisionTransformer
         return randomized(model_class(**{**defaults, **self.keywords, **more}))
 
-    def reference(self, model: nn.Module, grid: tuple[int, int] | None = None) -> Reference:
+    def reference(self, model: nn.Module, grid: tuple[int, int] | None = None) -> Any:
         """The naive reference of a model of this case, on copies of its weights that take gradients."""
+        if any(spec.word not in WRITTEN for spec in parse_plan(self.plan)):
+            return Itself(model)
         state = {name: tensor.detach().clone().requires_grad_() for name, tensor in model.state_dict().items()}
         read = {"global_pool", "lowrank_sharing", "lowrank_projection"}
         keywords = {key: value for key, value in self.keywords.items() if key in read}
         num_prefix = sum(state[name].shape[1] for name in ("cls_token", "dist_token", "reg_token") if name in state)
         plan, num_heads = list(parse_plan(self.plan)), self.keywords.get("num_heads", 5)
         return Reference(state, plan, grid or self.grid, PATCH_SIZE, num_heads, num_prefix, **keywords)
+
+
+class Itself:
+    """A model in place of the reference, image by image: of a kind of layer that is not yet written naively."""
+
+    def __init__(self, model: Any):
+        self.model, self.state = model, dict(model.named_parameters())
+
+    def tokens(self, image: Tensor) -> Tensor:
+        """All tokens of an image after the last layer, with the final norm."""
+        return self.model.forward_features(image[None])[0]
+
+    def head(self, tokens: Tensor) -> Tensor:
+        """Logits of an image's tokens."""
+        return self.model.forward_head(tokens[None])[0]
+
+    def logits(self, image: Tensor) -> Tensor:
+        """Logits of an image."""
+        return self.head(self.tokens(image))
 
 
 def image_size(grid: tuple[int, int]) -> tuple[int, int]:
@@ -132,6 +155,9 @@ CASES = {
     "average": Case("span:3 reuse:1 lowrank:3 reuse", keywords={"global_pool": "avg", "no_embed_class": True}),
     "average without class": Case("exact reuse:2 lowrank:3 reuse:1", keywords={**NO_CLASS, "reg_tokens": 3}),
 }
+# A kind of layer that no row has: alone, with others, and reused.
+_used = {spec.word for case in CASES.values() for spec in parse_plan(case.plan)}
+CASES |= {word: Case(f"{word} reuse:2 exact {word} reuse") for word in WORDS if word not in _used}
 SMALL_CASES = {name: case for name, case in CASES.items() if case.grid == (3, 5)}
 
 

@@ -32,6 +32,9 @@ class Carry(NamedTuple):
     heads: list[Head]
 
 
+WORDS = ("exact", "reuse", "lowrank", "span", "none")  # of the plan language, that are written here
+
+
 @dataclass(frozen=True)
 class Reference:
     """The function that a state dict, a plan and a model's keywords stand for."""

@@ -9,7 +9,9 @@ from vitreuse.plan import Plan
 
 
 class NoAttention(CarryingAttention):
-    """The attention of a layer that has only an MLP. Its block skips it; the carry passes it by.
+    """No attention: the layer is its MLP alone, the control that every method must beat.
+
+    Its block skips it; the carry passes it by.
 
     Cost: none.
     Source: attention removed from whole layers, as the lambda-ViT study does.

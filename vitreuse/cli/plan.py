@@ -2,10 +2,12 @@
 
 import argparse
 from itertools import groupby
+from textwrap import fill
 from typing import Any
 
 from rich.console import Group
 
+from vitreuse.attention import ATTENTION
 from vitreuse.cli.console import add_image_size, table_of, titled
 from vitreuse.cost.summary import PARTS, describe, equal_macs
 
@@ -18,20 +20,27 @@ SUMMED = {  # the parts of a layer whose MACs are shown as one number, by its he
     "mlp": ("fc1", "fc2"),
 }
 HELP = "show what a plan costs, per layer and part"
-EPILOG = """words, one per layer; *N repeats a word or a group in brackets:
-  exact        softmax attention over all tokens
-  reuse        the map of the nearest layer before that has one, applied to this
-               layer's own values
-  reuse:3      the same for the first 3 heads; the others compute their own maps
-  lowrank:64   keys and values projected from all tokens to 64
-  span:7       every patch sees the 7 x 7 patches around it; class and register
-               tokens see and are seen by all
-  none         no attention: the control that every method must beat
-
+EXAMPLES = """
 examples:
   vitreuse plan "exact reuse*6 exact*5"
   vitreuse plan "(lowrank:64 reuse*2)*4" --model deit_base_patch16_224
   vitreuse plan "(span:7*2 exact)*4" --image-size 384 --equal-macs width"""
+
+
+def _explained(word: str, kind: type) -> str:
+    """A word as the first line of its kind's docstring has it."""
+    meaning = str(kind.__doc__).partition("\n")[0]
+    return fill(meaning, 80, initial_indent=f"  {word:<10}", subsequent_indent=" " * 12)
+
+
+EPILOG = "\n".join(
+    [
+        "words, one per layer; *N repeats a word or a group in brackets; a number after",
+        "reuse:, lowrank: and span: is that of the heads, of k, and of the width:",
+        *(_explained(word, kind) for word, kind in ATTENTION.items()),
+        EXAMPLES,
+    ]
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
