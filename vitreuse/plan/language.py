@@ -22,6 +22,7 @@ from vitreuse.io.errors import closest
 from vitreuse.plan.notation import Flaw, expand, quoted, shortest_text
 
 WORDS = ("exact", "reuse", "lowrank", "span", "none")
+NUMBERED = ("reuse", "lowrank", "span")  # words that take a number
 PRESETS = ("reuse", "lazy", "lowrank", "mixspan")
 MAX_LAYERS = 256
 _MAX_NUMBER = 999_999_999
@@ -190,7 +191,7 @@ def _broken_rule(spec: Spec, num_heads: int | None) -> tuple[str, Spec] | None:
     word, number = spec.word, spec.number
     if word not in WORDS:
         return f"the words are {', '.join(WORDS)}", Spec(_nearest(word, WORDS), number)
-    if word in ("exact", "none"):
+    if word not in NUMBERED:
         return None if number is None else (f"{word} takes no number", Spec(word))
     if number is not None and not 0 <= number <= _MAX_NUMBER:
         return f"numbers run from 0 to {_MAX_NUMBER}", Spec(word, min(max(number, 0), _MAX_NUMBER))
