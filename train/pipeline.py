@@ -23,8 +23,8 @@ from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import resized_crop
 
+from train.auto_augment import colour_transform
 from train.order import Draw, RankBatches, Stream, seed_sequence
-from train.policy import colour_transform
 from vitreuse.config import Config, ConfigError, CropConfig, ResolutionConfig
 from vitreuse.data import DecodeError, Decoder, Sample, decode_image, decode_tensor
 

@@ -1,4 +1,4 @@
-"""A run and its folder: started, resumed, stopped and finished so that no moment of death leaves it half-written.
+"""The folder of a run, which no moment of death leaves half-written; loop.py is how a run goes on from it.
 
 RUN_DIR/config.yaml         the resolved experiment
         run.json            status, versions, commit, command, hardware, plan

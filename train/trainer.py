@@ -32,7 +32,7 @@ class DivergedError(RuntimeError):
 
 @dataclass
 class Counters:
-    """How far a run is; with the weights and the optimizer's state, all that a checkpoint holds."""
+    """How far a run is: from the step alone follow its place in the data, the learning rate and every random draw."""
 
     step: int = 0  # done, skipped ones included
     skipped: int = 0  # without an update, since a loss or gradient was not finite
@@ -123,7 +123,10 @@ class Trainer:
         return self.objective if self._is_sharded else replicated(self.objective, self.ranks)
 
     def remaining_batches(self) -> Iterator[Batch]:
-        """This rank's batches from the next step to the end of its epoch, normalised and on its device."""
+        """This rank's batches from the next step to the end of its epoch, normalised and on its device.
+
+        After a resume too: the order of an epoch follows from seed and epoch, its first step from the counters.
+        """
         device = self.ranks.device
         self.batches.start_at(self.epoch, self.counters.step % self.batches.steps_per_epoch)
         for batch in self.loader:
@@ -289,7 +292,7 @@ class Trainer:
         return whole_state(self.final_model.state_dict(), self.ranks)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes up a state_dict of the same experiment, written under any number of ranks and either strategy."""
+        """Goes to where a state_dict of the same experiment was made, under any number of ranks and either strategy."""
         self.model.load_state_dict(parts_like(state["model"], self.model))
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         moments = {  # numbered by group

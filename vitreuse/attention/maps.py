@@ -1,7 +1,7 @@
 """Attention as two steps, making a map and applying it, which is what lets a later layer reuse the map.
 
-Functions of tensors, numbers and a dropout. What depends on the input (device, dtype, a mask, a carried tensor or
-None) is decided here and not in a module's forward, where a symbolic trace would see only proxies.
+``attend`` is what a layer that makes a map calls, ``reattend`` is where a map that was handed on is reused. Functions of
+tensors, numbers and a dropout. What depends on the input (device, dtype, a mask, a carried tensor or None) is decided here and not in a module's forward, where a symbolic trace would see only proxies.
 
 Shapes: B images, H heads, N queries, M keys, D head dim, P prefix tokens.
 """
@@ -178,7 +178,7 @@ def attend(
     handed = Carried(q=q, k=k) if way.carried == "qk" else Carried()
     if way.kernel == "fused":
         return fused_attention(q, k, v, mask, call.dropout or 0.0, settings.scale), handed
-    if way.carried != "map" and call.in_blocks:
+    if way.kernel in ("blocked", "tiles") and call.in_blocks:
         return blocked(q, k, v, mask.attn_mask, layout, settings.scale), handed
     weights, prefix_weights = make_map(q, k, settings.scale, mask, layout)
     mixed = apply_map(weights, prefix_weights, v, layout, drop)

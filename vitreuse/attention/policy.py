@@ -59,7 +59,8 @@ class Way(NamedTuple):
 
     Attributes:
         kernel: "map" of a layer that makes a map to carry or reads one, "fused" under torch's kernel, "blocked" where a
-            few heads of the map exist at a time, "tiles" under windows and "unfused" where all of it does.
+            few heads of the map exist at a time, "tiles" under windows that are cut into tiles, which exist a few
+            images at a time where "blocked" would, and "unfused" where all of the map does.
         why: The reason.
         carried: "map" or "qk" of an anchor, None of other layers.
         why_carried: The reason.
@@ -82,7 +83,7 @@ def choose(call: Call, settings: Settings) -> Way:
 
 
 def choose_carried(call: Call, settings: Settings) -> tuple[str, str]:
-    """What an anchor hands on, "map" or "qk", and why.
+    """What an anchor hands on, "map" or "qk", and why: by dropout, the option, a window, the costs, then the memory.
 
     Dropout on the map cannot be applied to one that a fused kernel recomputes, so with dropout the map is carried. No
     fused kernel recomputes a window, so that its map is carried on the CPU, and elsewhere where it is small.

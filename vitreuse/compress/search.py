@@ -1,7 +1,8 @@
 """Which plans are worth their cost: the Pareto front of damage over cost, by exact dynamic programming.
 
 Damage is assumed to add over the layers, and that of an exact layer is 0: each change is measured in a model that is
-exact elsewhere, so that what two changes do to each other is left out. Costs do add, see plan_costs.py.
+exact elsewhere, so that what two changes do to each other is left out. Costs do add: here layer by layer, in
+cost/plan_costs.py for a plan that is given.
 
 What the layers to come need to know of those before is which layer makes the map that a reuse layer would read, and
 how: of all beginnings of a plan that agree in this, only those survive that no other beats in cost and damage at once.

@@ -51,7 +51,7 @@ class PlanCosts:
     rest: int
 
     def of(self, plan: Plan) -> int:
-        """The cost of a whole plan."""
+        """The cost of a whole plan; compress/search.py adds the same numbers up layer by layer."""
         total = self.rest
         for layer, (spec, anchor) in enumerate(zip(plan, plan.anchors, strict=True)):
             total += self.layers[layer, spec, None if anchor is None else plan[anchor]]

@@ -24,7 +24,7 @@ class PlanOptions:
     """What a plan leaves open and every layer shares.
 
     Attributes:
-        reuse_backend: what an anchor hands on: its map, (q, k), or what is faster (see maps.carries_map).
+        reuse_backend: what an anchor hands on: its map, (q, k), or what is faster (see attention/policy.py).
         lowrank_sharing: what shares a token projection: none, headwise (the heads of a layer), key_value (and its keys
             and values), layerwise (all layers).
         lowrank_projection: how tokens are projected (see lowrank.project_tokens).

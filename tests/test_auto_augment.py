@@ -10,7 +10,7 @@ from PIL import Image
 from timm.data.auto_augment import LEVEL_TO_ARG, NAME_TO_OP
 from timm.data.transforms_factory import create_transform
 
-from train.policy import _ops, colour_transform
+from train.auto_augment import _ops, colour_transform
 from vitreuse.config import ConfigError, CropConfig, load_config
 
 CONFIGS = Path(__file__).parent.parent / "configs"
