@@ -1,7 +1,8 @@
 """Attention as two steps, making a map and applying it, which is what lets a later layer reuse the map.
 
-``attend`` is what a layer that makes a map calls, ``reattend`` is where a map that was handed on is reused. Functions of
-tensors, numbers and a dropout. What depends on the input (device, dtype, a mask, a carried tensor or None) is decided here and not in a module's forward, where a symbolic trace would see only proxies.
+``attend`` is what a layer that makes a map calls, ``reattend`` is where one that was handed on is reused. Functions of
+tensors, numbers and a dropout. What depends on the input (device, dtype, a mask, a carried tensor or None) is decided
+here and not in a module's forward, where a symbolic trace would see only proxies.
 
 Shapes: B images, H heads, N queries, M keys, D head dim, P prefix tokens.
 """
