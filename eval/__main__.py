@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 
 from eval import compare, controls, flops, report, throughput, top1
-from vitreuse.cli.console import Parser, run_command
+from vitreuse.cli.console import Parser, add_device, run_command
 
 MODULES = (top1, throughput, flops, compare, controls, report)
 COMMANDS = {module.__name__.removeprefix("eval."): module for module in MODULES}
@@ -13,7 +13,7 @@ COMMANDS = {module.__name__.removeprefix("eval."): module for module in MODULES}
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; the exit code."""
     shared = Parser(add_help=False)
-    shared.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
+    add_device(shared)
     description = "The instruments: accuracy, speed, operations, comparison, controls."
     return run_command("python -m eval", description, COMMANDS, shared, argv)
 

@@ -19,6 +19,7 @@ from eval.flops import model_macs
 from eval.predictions import Predictions
 from vitreuse.config import Config, ModelConfig
 from vitreuse.cost.macs import count_params
+from vitreuse.export.hub import plan_text
 from vitreuse.io.durable import write_durably
 
 VERSION = 1
@@ -37,7 +38,7 @@ class Card:
         model: Its name, its plan even if it is the preset's, and its keywords.
         recipe: The settings of the training that give another model, by dotted name, without model and seed; None where
             they are not known.
-        params: Numbers of the model.
+        params: Number of the model's parameters.
         macs: Multiply-adds of the products that run, per image.
         data: The set that it was measured on, for the reader.
         set_digest: Predictions.set_digest: of equal ones, images can be compared one by one.
@@ -123,8 +124,7 @@ def make_card(
 
 def _model_settings(config: ModelConfig, model: Any) -> dict[str, Any]:
     """What builds a model, with the plan that it was built with, its preset's too."""
-    plan = str(model.plan) if hasattr(model, "plan") else None
-    return {"name": config.name, "plan": plan, "keywords": config.keywords}
+    return {"name": config.name, "plan": plan_text(model), "keywords": config.keywords}
 
 
 def read_card(path: Path) -> Card:

@@ -12,7 +12,7 @@ from eval.series import Series, add_runs, check_same_images, model_changes, read
 from eval.statistics import LEVEL, NUM_RESAMPLES, difference, holm, verdict
 from eval.table import Column, to_csv, to_latex, to_markdown, to_rich
 from eval.throughput import Speed, speeds
-from vitreuse.cli.console import local_path, positive
+from vitreuse.cli.console import add_output, positive
 from vitreuse.cost.measure import describe_machine
 from vitreuse.io.file_names import for_picture, to_bytes
 from vitreuse.io.process import choose_device
@@ -71,8 +71,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_runs(parser)
     parser.add_argument("--baseline", metavar="NAME", help="what the others are compared with; default: the first")
     parser.add_argument("--mix-recipes", action="store_true", help="compare models that were trained differently")
-    text = "write results.md, .csv, .tex, scatter.png and intervals.png"
-    parser.add_argument("-o", "--output", type=local_path, metavar="DIR", help=text)
+    add_output(parser, "write results.md, .csv, .tex, scatter.png and intervals.png")
     parser.add_argument("--no-speed", action="store_true", help="leave speed and memory unmeasured")
     parser.add_argument("--batch-size", type=positive, help=f"images per timed call; default: {BATCH_SIZE}")
     parser.add_argument("--repeats", type=positive, help=f"timed calls per model; default: {NUM_REPEATS}")

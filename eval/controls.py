@@ -17,7 +17,7 @@ from rich.console import RenderableType
 
 from eval.flops import model_macs
 from eval.table import Column, to_rich
-from vitreuse.cli.console import MEASURED_DTYPES, add_dtype, local_path, positive
+from vitreuse.cli.console import MEASURED_DTYPES, add_count, add_dtype, add_output, local_path
 from vitreuse.config import ModelConfig
 from vitreuse.cost.macs import count_params
 from vitreuse.cost.measure import describe_machine, inference_call, time_interleaved
@@ -183,9 +183,9 @@ def _latency_ms(models: Sequence[ModelConfig], device: torch.device, dtype: str,
 def add_arguments(parser: ArgumentParser) -> None:
     """Declares the command line."""
     parser.add_argument("config", type=local_path, metavar="CONFIG", help="experiment whose plan makes a claim")
-    parser.add_argument("-o", "--output", type=local_path, metavar="DIR", help="write a config for every control")
+    add_output(parser, "write a config for every control")
     add_dtype(parser, "latency", MEASURED_DTYPES)
-    parser.add_argument("--repeats", type=positive, default=30, help="timed calls per model; default: %(default)s")
+    add_count(parser, "--repeats", 30, "timed calls per model")
 
 
 def run(args: Namespace) -> dict[str, Any]:
@@ -212,7 +212,7 @@ def _checked(config: ModelConfig, path: Path) -> ModelConfig:
     """The model with its plan spelled out.
 
     Raises:
-        ValueError: there is nothing to control, or no control could be trained.
+        ValueError: There is nothing to control, or no control could be trained.
     """
     model: Any = config.create("meta")
     if not hasattr(model, "plan"):
@@ -253,7 +253,7 @@ def _write(folder: Path, base: Path, result: Mapping[str, Any]) -> None:
     """Writes all configs or none.
 
     Raises:
-        ValueError: a file of that name says something else.
+        ValueError: A file of that name says something else.
     """
     folder.mkdir(parents=True, exist_ok=True)
     files = dict.fromkeys(row["file"] for row in result["rows"] if row["file"])

@@ -54,7 +54,7 @@ def count(target: Target, image_size_px: int | None, dtype: str, device: torch.d
     those of the forward and the backward pass, see training_flops.
 
     Raises:
-        ValueError: two counts of a part differ.
+        ValueError: Two counts of a part differ.
     """
     config = resized(target.model, image_size_px)
     model: Any = config.create().eval()
@@ -93,9 +93,9 @@ def _memory(model: nn.Module, dtype: str) -> dict[str, float]:
     """Activation memory of one image in MiB, from real passes on the model's device.
 
     Returns:
-        saved_memory_mib: what each further image of a batch makes a training step keep for its backward pass, the
+        saved_memory_mib: What each further image of a batch makes a training step keep for its backward pass, the
             image included; weights stay float32, products are in dtype.
-        inference_memory_mib: the most that one image's forward pass holds at a time beside image and weights, all in
+        inference_memory_mib: The most that one image's forward pass holds at a time beside image and weights, all in
             dtype; kernels' scratch is seen on CUDA alone.
     """
     # batches of 2 and 3: with a single image some copies turn into views
@@ -117,11 +117,11 @@ def model_macs(model: nn.Module, theoretical: bool = False, image_size: tuple[in
     """MACs per image of a model: in closed form, or by torch's counter where it has no plan.
 
     Args:
-        theoretical: see count_macs.
-        image_size: rows and columns in pixels; the size the model is built for when None.
+        theoretical: See count_macs.
+        image_size: Rows and columns in pixels; the size the model is built for when None.
 
     Raises:
-        ValueError: the model has a plan and a part without a closed form.
+        ValueError: The model has a plan and a part without a closed form.
     """
     if hasattr(model, "plan"):
         return sum(count_macs(model, image_size, theoretical).values())

@@ -37,7 +37,7 @@ def answers(logits: Tensor, labels: Tensor, keys: Sequence[str]) -> Answers:
     """What logits (B, classes) say of images with the labels (B,) or (B, L), on the CPU.
 
     Raises:
-        ValueError: a label is not one of the classes.
+        ValueError: A label is not one of the classes.
     """
     low, high, num_classes = int(labels.min()), int(labels.max()), logits.shape[1]
     if low < 0 or high >= num_classes:

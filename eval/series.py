@@ -37,7 +37,7 @@ class Series(NamedTuple):
 
     @property
     def card(self) -> Card:
-        """What stands in all of them alike: anything but the seed and what was measured."""
+        """The card of the first run, like those of the others in all but the seed and what was measured."""
         return self.runs[0].card
 
     def correct_images(self) -> np.ndarray:

@@ -73,7 +73,7 @@ class NamedSet(NamedTuple):
 
     @property
     def classes(self) -> tuple[int, ...]:
-        """The model's classes that it has."""
+        """The classes of the model that the set has images of."""
         if self.indices is None:
             return tuple(range(NUM_CLASSES))
         return tuple(map(int, (files("timm.data") / "_info" / self.indices).read_text().split()))

@@ -20,7 +20,7 @@ from eval import profile
 from eval.flops import add_targets, model_macs
 from eval.table import Column, Row, to_csv, to_rich
 from vitreuse.attention.policy import Conditions
-from vitreuse.cli.console import MEASURED_DTYPES, add_any_of, local_path, positive
+from vitreuse.cli.console import MEASURED_DTYPES, add_any_of, add_count, local_path, positive
 from vitreuse.config import ModelConfig
 from vitreuse.cost.backends import summary
 from vitreuse.cost.measure import (
@@ -32,13 +32,13 @@ from vitreuse.cost.measure import (
     peak_memory_mib,
     time_interleaved,
 )
+from vitreuse.cost.tune import MODES
 from vitreuse.export.networks import Target, plain_model, resized, resolve_targets
 from vitreuse.io.file_names import to_bytes
 from vitreuse.io.process import choose_device
 from vitreuse.model.preprocessing import example, image_settings
 
 HELP = "speed and memory, against timm's plain model with fused and with unfused attention"
-MODES = ("inference", "train")
 COLUMNS = (
     Column("name", "name"),
     Column("image_size_px", "px", "d"),
@@ -256,8 +256,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_targets(parser, "measure")
     add_any_of(parser, "--dtype", MEASURED_DTYPES, ["float32"])
     add_any_of(parser, "--mode", MODES, ["inference"])
-    parser.add_argument("--batch-size", type=positive, default=32, help="images per call; default: %(default)s")
-    parser.add_argument("--repeats", type=positive, default=10, help="timed calls per candidate; default: %(default)s")
+    add_count(parser, "--batch-size", 32, "images per call")
+    add_count(parser, "--repeats", 10, "timed calls per candidate")
     parser.add_argument("--threads", type=positive, help="CPU threads; default: torch's own number")
     parser.add_argument("--compile", action="store_true", help="measure every model compiled by torch.compile too")
     parser.add_argument("--profile", action="store_true", help="show where the time of each target goes, too")

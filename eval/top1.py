@@ -29,7 +29,7 @@ from eval.distributed import Ranks, joined
 from eval.predictions import Answers, Predictions, answers
 from eval.sets import NUM_CLASSES, SETS, Labelled
 from eval.table import Column, csv_text, to_rich
-from vitreuse.cli.console import add_allow, local_path, positive
+from vitreuse.cli.console import add_allow, add_count, add_output, local_path
 from vitreuse.config import DataConfig
 from vitreuse.cost.measure import describe_machine
 from vitreuse.data import find_split, open_split, prepare_source
@@ -72,7 +72,7 @@ def evaluate(
     returns the same. A rank may hold no image. The model's mode is restored.
 
     Raises:
-        ValueError: the ranks together did not answer each image once, or a label is none of the model's classes.
+        ValueError: The ranks together did not answer each image once, or a label is none of the model's classes.
     """
     images, batches = _Images(dataset, transform), [*BatchSampler(range(len(dataset)), batch_size, drop_last=False)]
     own = range(ranks.rank, len(batches), ranks.world_size)
@@ -120,10 +120,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     weights = parser.add_mutually_exclusive_group()
     weights.add_argument("--checkpoint", type=local_path, metavar="FILE", help="weights of a name or config")
     weights.add_argument("--pretrained", action="store_true", help="the weights that timm publishes under a name")
-    text = "write predictions, classes and card of each target"
-    parser.add_argument("-o", "--output", type=local_path, metavar="DIR", help=text)
-    text = "images per forward pass; default: %(default)s"
-    parser.add_argument("--batch-size", type=positive, default=256, help=text)
+    add_output(parser, "write predictions, classes and card of each target")
+    add_count(parser, "--batch-size", 256, "images per forward pass")
     parser.add_argument("--num-workers", type=int, default=0, help="decoding processes; default: %(default)s")
 
 
@@ -131,7 +129,7 @@ def run(args: Namespace) -> dict[str, Any]:
     """Accuracy of every target; under torchrun each rank evaluates its share.
 
     Raises:
-        ValueError: a target, its data or its weights cannot be used; under several ranks see Ranks.together.
+        ValueError: A target, its data or its weights cannot be used; under several ranks see Ranks.together.
     """
     with joined(args.device) as ranks:
         with ranks.together():

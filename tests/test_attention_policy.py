@@ -1,4 +1,4 @@
-"""The cost model of attention, what models choose by it, and that they run what vitreuse.backends says."""
+"""The cost model of attention, what models choose by it, and that they run what cost/backends.py says."""
 
 import itertools
 import json
@@ -9,7 +9,7 @@ from cases import CASES, images
 from torch.nn import functional as F
 
 from vitreuse.attention import EMPTY_CARRY, maps, policy
-from vitreuse.attention import costs as choice
+from vitreuse.attention import costs as attention_costs
 from vitreuse.attention.costs import (
     COST_NAMES,
     cost_at,
@@ -89,7 +89,7 @@ def test_costs_are_kept_by_device_dtype_and_mode(device, dtype, key):
 def tuned(tmp_path, monkeypatch):
     """Where a tuned file is looked for; its folder exists."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    path = choice.tuned_costs_path()
+    path = attention_costs.tuned_costs_path()
     path.parent.mkdir()
     assert tmp_path in path.parents
     return path

@@ -56,6 +56,16 @@ def test_compiled_to_kernels_outputs_stay():
         assert_close(torch.compile(model, fullgraph=True)(images()), model(images()))
 
 
+def test_compiled_for_several_image_sizes_outputs_stay():
+    """From the second size on the number of keys is open, and no rule may fix it."""
+    torch._dynamo.reset()
+    model = Case("exact reuse exact").build(dynamic_img_size=True).eval()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        for grid in ((3, 5), (5, 7), (7, 11)):
+            assert_close(compiled(images(grid)), model(images(grid)))
+
+
 EXPORTED = [(name, backend) for name, _ in REPRESENTATIVE[:5] for backend in ("auto", "qk")]
 
 

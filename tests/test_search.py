@@ -14,7 +14,7 @@ from PIL import Image
 
 from vitreuse import count_macs
 from vitreuse.__main__ import main
-from vitreuse.attention import costs as choice
+from vitreuse.attention import costs as attention_costs
 from vitreuse.cli.search import thinned
 from vitreuse.compress import search
 from vitreuse.compress.damage import EXACT, Change, possible_changes
@@ -178,7 +178,7 @@ def tuned(tmp_path, monkeypatch):
     """Writes costs at 64 channels a head, and rates."""
 
     def write(**parts):
-        path = choice.tuned_costs_path()
+        path = attention_costs.tuned_costs_path()
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps({name: {"cpu float32 inference": points} for name, points in parts.items()}))
 

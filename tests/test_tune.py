@@ -7,7 +7,7 @@ import timm
 import torch
 
 from vitreuse.__main__ import main
-from vitreuse.attention import costs as choice
+from vitreuse.attention import costs as attention_costs
 from vitreuse.attention.costs import COST_NAMES, RATE_NAMES, load_costs, load_rates
 from vitreuse.cost import tune
 from vitreuse.cost.measure import Timing
@@ -62,10 +62,10 @@ def test_rates_are_times_per_multiply_add_of_a_layer_without_its_attention(monke
 
 def test_what_is_written_is_what_models_read():
     measured = {"cpu float32 train": [[7, 1.0, 2.0, 3.0, 4.0], [11, 0.5, 0.25, 3e-5, 4.0]]}
-    write_costs(choice.tuned_costs_path(), {"device": "a"}, measured, {"cpu float32 train": [[64, 0.5, 3e-5]]})
+    write_costs(attention_costs.tuned_costs_path(), {"device": "a"}, measured, {"cpu float32 train": [[64, 0.5, 3e-5]]})
     assert load_rates()["cpu float32 train"] == [(64, 0.5, 3e-5)]
     assert load_costs()["cpu float32 train"] == [(7, 1.0, 2.0, 3.0, 4.0), (11, 0.5, 0.25, 3e-5, 4.0)]
-    assert [path.name for path in choice.tuned_costs_path().parent.iterdir()] == ["costs.json"]
+    assert [path.name for path in attention_costs.tuned_costs_path().parent.iterdir()] == ["costs.json"]
     model = timm.create_model("vit_reuse_tiny_patch16_224", device="meta")
     assert model.blocks[0].attn.costs == load_costs()
 
@@ -77,7 +77,7 @@ def tune_json(capsys, *more):
 
 def test_the_command_measures_writes_and_says_what_auto_chooses(capsys):
     result = tune_json(capsys, "--dtype", "float32", "bfloat16", "--keys", "11", "5", "11")
-    assert (result["file"], result["is_default"]) == (str(choice.tuned_costs_path()), True)
+    assert (result["file"], result["is_default"]) == (str(attention_costs.tuned_costs_path()), True)
     assert [(point["dtype"], point["mode"], point["num_keys"]) for point in result["points"]] == [
         (dtype, mode, keys) for dtype in ("float32", "bfloat16") for mode in ("inference", "train") for keys in (5, 11)
     ]
@@ -104,7 +104,7 @@ def test_another_dtype_is_added_to_the_file(capsys, tmp_path):
     }
     assert written["rates"].keys() == {"cpu float32 inference", "cpu bfloat16 inference"}
     assert written["rates"]["cpu bfloat16 inference"] == result["rates"]["cpu bfloat16 inference"]
-    assert not choice.tuned_costs_path().exists()
+    assert not attention_costs.tuned_costs_path().exists()
 
 
 def test_the_table_says_where_the_costs_went_and_progress_is_apart(capsys, tmp_path):

@@ -36,6 +36,7 @@ from train.pipeline import Batch
 from train.run import RunFolder
 from train.trainer import Trainer
 from train.verdicts import NUM_REPEATS, NUM_ROUNDS, NUM_WARMUPS, OK, WARNING, WRONG, Check, Pace
+from vitreuse.attention.policy import memory_bytes
 from vitreuse.cli.console import fitted
 from vitreuse.config import Config, ConfigError
 from vitreuse.cost.measure import device_name, peak_process_memory_mib, time_interleaved
@@ -233,8 +234,8 @@ def _memory(ranks: Ranks) -> Check:
 def _memory_limit(device: torch.device) -> tuple[int, str]:
     """Bytes of memory, and what they belong to."""
     if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory, device_name(device)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "this machine, for its ranks without their workers"
+        return memory_bytes(device.type), device_name(device)
+    return memory_bytes(device.type), "this machine, for its ranks without their workers"
 
 
 def _evaluation_seconds(experiment: Experiment, ranks: Ranks) -> float:

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from vitreuse.attention import Carry
 from vitreuse.config import ConfigError, HealConfig
+from vitreuse.model.checkpoint import TOKEN_PROJECTIONS
 from vitreuse.model.recording import project_heads, recorded_attention
 
 
@@ -61,8 +62,7 @@ def _chosen(model: Any, parameters: str) -> set[str]:
         return names
     converted = [layer for layer, spec in enumerate(model.plan) if spec.word != "exact" and parameters == "touched"]
     touched = tuple(f"blocks.{layer}.{part}." for layer in converted for part in ("norm1", "attn", "ls1"))
-    token_projections = ("key_proj", "value_proj")  # what no plain model has
-    return {name for name in names if name.startswith(touched) or name.endswith(token_projections)}
+    return {name for name in names if name.startswith(touched) or name.endswith(TOKEN_PROJECTIONS)}
 
 
 def plan_share(step: int, num_steps: int) -> float:
@@ -126,7 +126,7 @@ class Healing(nn.Module):
     def __init__(self, model: Any, original: Any = None):
         super().__init__()
         self.model = model
-        self.held: dict[int, Held] = {}  # by layer; of the original's modules none becomes one of this
+        self.held: dict[int, Held] = {}  # by layer; a plain dict, so that the original is no part of this module
         if original is None:
             return
         if all(spec.word == "exact" for spec in model.plan):
@@ -173,11 +173,11 @@ def _add_attention(held: Held, share: float, block: Any, args: Any) -> Any:
 def _exact_output(held: Held, attn: Any, x: Tensor, num_queries: int | None) -> Tensor:
     """Exact attention (B, num_queries, C) by the original's queries and keys on an attention's values and way out.
 
-    Tokens x (B, N, C) are normalised; the attention, of timm's or ours, may be the original's own.
+    Tokens x (B, N, C) are normalised; the attention, of timm's or ours, may be the original's own. Both project all of
+    q, k and v, since modules are called: twice the products that it needs.
     """
     old = held.block.attn
     q, k, _ = project_heads(old, x)
-    assert q is not None and k is not None  # its layers are exact
     q, k, v = q[:, held.order], k[:, held.order], project_heads(attn, x).v
     dropout_p = attn.attn_drop.p if attn.training else 0.0
     mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=old.scale)

@@ -122,7 +122,7 @@ class _Loop:
             print_note(f"{self.folder.path} goes on after step {step} of {self.trainer.num_steps}.")
 
     def run(self, facts: dict[str, Any]) -> bool:
-        """Trains to the end or to a signal, and leaves the weights, and more facts in run.json; whether it ended."""
+        """Trains to the end or to a signal, with these facts in run.json, and leaves the weights; whether it ended."""
         with self.ranks.together():  # none fails before run.json is this start's, and can say why
             if self.ranks.is_main:
                 self._begin(facts)
@@ -244,7 +244,7 @@ class _Loop:
             self.progress.line(f"epoch {epoch}/{self.config.train.epochs}, loss {shown}{top1}")
 
     def _evaluate(self) -> tuple[Predictions, dict[str, float]]:
-        """What the model that the run would leave now says, and its accuracy, with that of what it is an average of."""
+        """What the model that the run would leave now says, and its accuracy; with an average the raw weights' too."""
         found = self._predict(self.trainer.final_model)
         figures = found.figures
         if self.trainer.ema is not None:

@@ -91,7 +91,7 @@ class Mfu:
         return 100 * flops / (seconds * self.peak)
 
     def _flops(self, size: tuple[int, int]) -> int:
-        """Of one training image."""
+        """FLOPs of training on one image of a size."""
         if size not in self._flops_by_size:
             macs = model_macs(self._model, theoretical=True, image_size=size)
             self._flops_by_size[size] = TRAINING_FLOPS_PER_MAC * macs
@@ -99,5 +99,5 @@ class Mfu:
 
     @cached_property
     def _model(self) -> nn.Module:
-        """A second one, without memory: the one that is trained may be compiled or spread over ranks."""
+        """A second model, without memory, to count on: the trained one may be compiled or spread over ranks."""
         return self.config.model.create("meta")

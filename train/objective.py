@@ -7,6 +7,7 @@ under all of them.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -30,18 +31,18 @@ NOTHING = Facts({}, "")
 
 
 class Objective(nn.Module):
-    """The recipe's criterion of a model that is trained; as a module, it is what ranks have replicas of."""
+    """The loss by the recipe's criterion alone; a module around the model, of which each rank has a replica."""
 
     record_kind: str | None = None  # of the record with facts_before, if there is one
 
     def __init__(self, config: Config, model: nn.Module):
         super().__init__()
         self.model, self.criterion = model, create_criterion(config)
-        self.constants: dict[str, nn.Module] = {}  # networks that are read beside the model, by what they are
+        self.constants: dict[str, nn.Module] = {}  # networks that the loss reads and nobody trains, by name
         self.precision = getattr(torch, config.train.precision)
 
     def forward(self, images: Tensor, targets: Tensor, step: int) -> Tensor:
-        """The mean loss of images (B, channels, rows, columns) in a step that comes after so many."""
+        """The mean loss of images (B, channels, rows, columns), in the step that comes after ``step`` others."""
         with self.autocast(images):
             logits = self.model(images)
         return self.criterion(logits.float(), targets)
@@ -51,16 +52,16 @@ class Objective(nn.Module):
         return torch.autocast(images.device.type, self.precision, enabled=self.precision != torch.float32)
 
     def facts_before(self, model: nn.Module, top1: Callable[[nn.Module], float]) -> Facts:
-        """What is known before the first step, by the top-1 of networks such as the model that the run would leave."""
+        """What is recorded before the first step of the model that the run would leave; ``top1`` measures a network."""
         return NOTHING
 
     def facts_after(self, before: Mapping[str, Any] | None, top1: float) -> Facts:
-        """What is known at the end, by the record of facts_before and the top-1 of the model that the run leaves."""
+        """What is recorded at the end, by the record of facts_before and the top-1 of the model that the run leaves."""
         return NOTHING
 
 
 class DistillationObjective(Objective):
-    """The criterion mixed with the loss against a teacher, from which the last head of a model of two learns."""
+    """The criterion mixed with the loss against a teacher; of a model's two heads the last learns from the teacher."""
 
     def __init__(self, config: Config, model: nn.Module, settings: DistillConfig, teacher: Teacher):
         super().__init__(config, model)
@@ -80,7 +81,7 @@ class DistillationObjective(Objective):
 
 
 class HealingObjective(DistillationObjective):
-    """Distillation of a converted model from its original, whose layers it may be compared with and go over from."""
+    """Distillation of a converted model from its original; layers may be compared too, and the plan annealed in."""
 
     record_kind = "heal"
 
@@ -94,7 +95,8 @@ class HealingObjective(DistillationObjective):
     def forward(self, images: Tensor, targets: Tensor, step: int) -> Tensor:
         if self.healing is None:
             return super().forward(images, targets, step)
-        with self.autocast(images), recorded_attention(self.teacher.model) as calls:
+        watched = recorded_attention(self.teacher.model) if self.weight else nullcontext({})
+        with self.autocast(images), watched as calls:
             logits, outputs = self.healing(images, plan_share(step, self.num_annealed_steps))
             answers = self.teacher(images)
         loss = self.mixed_loss(logits, answers, targets)
@@ -122,7 +124,7 @@ class HealingObjective(DistillationObjective):
 def create_objective(
     config: Config, model: Any, settings: dict[str, Any], class_names: Sequence[str], steps_per_epoch: int
 ) -> Objective:
-    """The objective of an experiment, which may take parameters out of training; settings are the model's of images.
+    """The objective of an experiment, which may take parameters out of training, by the model's image_settings.
 
     Raises:
         ConfigError: As create_teacher and create_healing.

@@ -39,7 +39,7 @@ class Batch(NamedTuple):
     Attributes:
         images: (B, channels, height, width), from a DataLoader as bytes: a quarter of the floats that Normalize makes.
         labels: (B,).
-        keys: Of the samples.
+        keys: The keys of the samples.
         bad_images: The sentence about each image that could not be decoded and was replaced, by its key.
     """
 
@@ -174,7 +174,7 @@ class TrainingImages(Dataset[Item]):
 
     Args:
         samples: The training set, as open_split returns it.
-        transforms: Of each epoch, from an image to a tensor, drawing from the global generators.
+        transforms: The transform of each epoch, from an image to a tensor; it draws from the global generators.
         seed: The run's seed.
         cache_images: Keep each decoded image, for sets that fit in memory (once per worker).
         max_bad_images: How many others are tried in place of an image that cannot be decoded.

@@ -33,7 +33,7 @@ from vitreuse.config import Config, ConfigError, changed_settings, load_config, 
 from vitreuse.cost.macs import count_params
 from vitreuse.cost.measure import describe_machine
 from vitreuse.data.labels import difference
-from vitreuse.export.hub import WEIGHTS, pack_weights
+from vitreuse.export.hub import WEIGHTS, pack_weights, plan_text
 from vitreuse.io.durable import TEMPORARY_FILES, exclusive_lock, sync, write_durably
 from vitreuse.io.file_names import to_bytes
 from vitreuse.io.process import print_note
@@ -188,7 +188,7 @@ class RunFolder:
         The seconds are those of training, over all starts of the run.
         """
         settings, class_names = self.config.model, names_of(model)
-        content = pack_weights(weights, settings.name, _plan_text(model), settings.keywords, class_names)
+        content = pack_weights(weights, settings.name, plan_text(model), settings.keywords, class_names)
         write_durably(self.path / WEIGHTS, content)
         write_durably(self.path / "predictions.csv", to_bytes(predictions.to_csv()))
         record, data = self._record(), self.config.data
@@ -215,17 +215,12 @@ def run_facts(config: Config, model: nn.Module, ranks: Ranks) -> dict[str, Any]:
     """What run.json says of how a run was made."""
     return {
         "model": config.model.name,
-        "plan": _plan_text(model),
+        "plan": plan_text(model),
         "num_params": count_params(model),
         "git_commit": _git_commit(),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         "hardware": {**describe_machine(ranks.device), "num_ranks": ranks.world_size},
     }
-
-
-def _plan_text(model: nn.Module) -> str | None:
-    """The plan that a model was built with, its preset's too; None for a model without one."""
-    return str(model.plan) if hasattr(model, "plan") else None
 
 
 def _git_commit() -> str | None:

@@ -119,7 +119,7 @@ class Trainer:
 
     @cached_property
     def replica(self) -> nn.Module:
-        """The objective, which exchanges gradients; making it takes all ranks, so that it waits for the first step."""
+        """The objective with gradients exchanged between ranks; made by all ranks together, in the first step."""
         return self.objective if self._is_sharded else replicated(self.objective, self.ranks)
 
     def remaining_batches(self) -> Iterator[Batch]:

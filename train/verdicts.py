@@ -38,7 +38,7 @@ class Pace(NamedTuple):
 
     @property
     def waiting(self) -> float:
-        """Of each step, spent waiting for data."""
+        """Seconds of each step that are spent waiting for data."""
         return max(self.data - self.step, 0.0) if self.num_workers else self.data
 
 

@@ -24,8 +24,8 @@ from vitreuse.model.class_names import Names, read_names
 def start_from(model: Any, source: str, class_names: Sequence[str] | None = None) -> str:
     """Fills a model with trained weights; its head with the rows of the classes that they know by name.
 
-    Of classes that they do not know the rows stay as they were made; where names are not known, all of a head for
-    another number of classes.
+    Rows of classes that they do not know stay as they were initialised. Where names are not known, so does a whole head
+    for another number of classes.
 
     Args:
         model: One of timm's or ours; a plain checkpoint fits any plan.
@@ -134,7 +134,7 @@ def _head_keys(model: Any) -> list[str]:
 
 
 def _num_head_rows(state: dict[str, Tensor], model: Any) -> int:
-    """Of the state's head; 0 where it has none."""
+    """The number of rows of a state's head; 0 where it has none."""
     return next((len(state[key]) for key in _head_keys(model) if key in state), 0)
 
 

@@ -1,4 +1,4 @@
-"""The ``vitreuse`` command: what a name or a plan means, what this device makes of it, trained models, and shards."""
+"""The ``vitreuse`` command: the table of its commands, each a file in cli/."""
 
 import sys
 from collections.abc import Sequence

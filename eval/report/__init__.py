@@ -20,7 +20,7 @@ from rich.console import RenderableType
 from eval.card import Card
 from eval.report import measured
 from eval.series import Series, add_runs, read_series
-from vitreuse.cli.console import local_path, positive
+from vitreuse.cli.console import add_count, local_path, positive
 from vitreuse.cost.measure import describe_machine
 from vitreuse.io.durable import write_durably
 from vitreuse.io.process import choose_device
@@ -34,7 +34,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     """Declares the command line."""
     add_runs(parser)
     parser.add_argument("-o", "--output", type=local_path, metavar="FILE", required=True, help="the page to write")
-    parser.add_argument("--batch-size", type=positive, default=32, help="images per timed call; default: %(default)s")
+    add_count(parser, "--batch-size", 32, "images per timed call")
     parser.add_argument("--repeats", type=positive, help="timed calls per model; default: 3 to 30, fewer of many")
     parser.add_argument("--no-speed", action="store_true", help="measure neither speed nor memory")
 

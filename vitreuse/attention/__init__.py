@@ -1,4 +1,5 @@
 """One file per kind of layer. A new kind is a file here, a word in the plan language and an entry in this table."""
+
 from vitreuse.attention.base import EMPTY_CARRY, Attention, AttentionConfig, Carry
 from vitreuse.attention.exact import ExactAttention
 from vitreuse.attention.lowrank import LowRankAttention

@@ -1,4 +1,4 @@
-"""What the attention of every kind of layer has in common: its settings, its carry, its way out.
+"""What all kinds of attention layer share: how they are built and called, the carry between them, their output.
 
 ``y, carry = attention(x, carry, grid, num_queries, attn_mask, is_causal)`` is the contract. Tokens x are (B, N, C),
 prefix tokens first, then the patches row by row; y has the first ``num_queries`` rows, all when None; ``grid`` is this
@@ -7,6 +7,7 @@ value and nothing else. ``y = attention(x)``, as code written for timm calls it,
 
 Shapes: B images, N tokens, M keys, C channels, H heads, D = C / H, P prefix tokens.
 """
+
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -61,12 +62,12 @@ class AttentionConfig:
 
     @property
     def spec(self) -> Spec:
-        """This layer's own."""
+        """The spec of this layer."""
         return self.plan[self.layer]
 
     @property
     def anchor(self) -> Spec | None:
-        """Of a reuse layer: the spec of the layer that made the map."""
+        """The spec of the layer that makes the map of a reuse layer; None for any other layer."""
         anchor = self.plan.anchors[self.layer]
         return None if anchor is None else self.plan[anchor]
 
@@ -82,7 +83,7 @@ def without_mask(kind: str, mask: Mask) -> Mask:
     """No mask, for a kind of layer whose keys are not the tokens that a mask speaks of.
 
     Raises:
-        ValueError: a mask or causal attention was asked for.
+        ValueError: A mask or causal attention was asked for.
     """
     if mask.is_given:
         raise ValueError(
@@ -98,7 +99,7 @@ def with_all_tokens(kind: str, x: Tensor, grid: tuple[int, int], num_prefix_toke
     """The tokens, for a kind of layer that must know where on the grid each of them lies.
 
     Raises:
-        ValueError: the number of tokens is not that of the grid, as under patch_drop_rate.
+        ValueError: The number of tokens is not that of the grid, as under patch_drop_rate.
     """
     if x.shape[1] != num_prefix_tokens + grid[0] * grid[1]:
         raise ValueError(
@@ -137,12 +138,15 @@ class CarryingAttention(nn.Module):
     ) -> tuple[Tensor, Carry]:
         """Tokens (B, num_queries, C), and the carry for the next layer."""
 
+    def set_grid(self, grid: tuple[int, int]) -> None:
+        """Makes ``grid`` the one built for."""
+        self.grid = grid
+
 
 class Attention(CarryingAttention):
     """Head geometry, qk-norm and output projection; a subclass per kind of layer adds its inputs and ``attend``."""
 
-    costs: Costs
-    makes_map = True  # and does not read one that it hands on
+    makes_map = True  # False where a layer reads a map and hands it on
 
     def __init__(self, config: AttentionConfig) -> None:
         super().__init__()
@@ -175,7 +179,7 @@ class Attention(CarryingAttention):
         self.proj_drop = nn.Dropout(config.proj_drop)
 
     def place(self, plan: Plan, layer: int) -> None:
-        """Takes from a plan what the layers after this one will want of it."""
+        """Notes how many layers of a plan read what this one hands on, and how many maps are alive at the same time."""
         anchor = plan.anchors[layer]
         self.num_readers = plan.num_readers[layer]  # reuse layers that read what this layer hands on
         self.anchor_readers = 0 if anchor is None else plan.num_readers[anchor]
@@ -229,7 +233,7 @@ class Attention(CarryingAttention):
         return Layout(grid, self.width if num_rows is None else 0, self.num_prefix_tokens)
 
     def on_grid(self, x: Tensor, grid: tuple[int, int], mask: Mask) -> tuple[Tensor, Mask]:
-        """The inputs, checked where a map is low-rank or of windows: it must know where on the grid each token lies."""
+        """The tokens and the mask; low-rank and windowed maps need all tokens of the grid and take no mask."""
         if self.map_word not in ("lowrank", "span"):
             return x, mask
         return with_all_tokens(self.map_word, x, grid, self.num_prefix_tokens), without_mask(self.map_word, mask)
@@ -245,10 +249,6 @@ class Attention(CarryingAttention):
         if num_queries is not None:
             mixed = mixed[:, :, :num_queries]
         return self.proj_drop(self.proj(self.norm(mixed.transpose(1, 2).flatten(2))))
-
-    def set_grid(self, grid: tuple[int, int]) -> None:
-        """Makes ``grid`` the one built for."""
-        self.grid = grid
 
     def num_rows(self, num_queries: int, num_tokens: int) -> int:
         """Query rows that run when ``num_queries`` are asked for."""

@@ -1,4 +1,4 @@
-"""Which way of computing attention is faster: a cost model of four measured times per device, dtype and mode.
+"""What each way of computing attention costs: four measured times per device, dtype and mode, which policy.py compares.
 
 Costs are nanoseconds per head, query and key, at 64 channels a head:
     fused    attention by torch's fused kernel
@@ -35,7 +35,7 @@ def tuned_costs_path() -> Path:
 
 
 def _sources() -> list[Path]:
-    """The files that there are, each over the one before it."""
+    """The files of costs that exist; a later one lies over an earlier one."""
     return [path for path in (SHIPPED_COSTS, tuned_costs_path()) if path.exists()]
 
 
@@ -48,7 +48,7 @@ def read_costs(path: Path) -> Costs:
     """The costs in a file.
 
     Raises:
-        ValueError: it holds none.
+        ValueError: It holds none.
     """
     try:
         return as_costs(json.loads(path.read_text(encoding="utf-8"))["costs"])
@@ -66,7 +66,7 @@ def read_rates(path: Path) -> Rates:
     """The rates in a file of costs, by keys that its costs have; a file may have been written before there were any.
 
     Raises:
-        ValueError: they are damaged.
+        ValueError: They are damaged.
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8")).get("rates", {})
@@ -76,7 +76,7 @@ def read_rates(path: Path) -> Rates:
 
 
 def as_costs(found: Mapping[str, Sequence[Sequence[float]]]) -> Costs:
-    """Costs as the functions below take them."""
+    """Costs, as a file holds them, with the types that cost_at takes."""
     return {
         key: [(int(keys), fused, unfused, make, apply) for keys, fused, unfused, make, apply in points]
         for key, points in found.items()

@@ -28,7 +28,7 @@ class ExactAttention(Attention):
     def attend(
         self, x: Tensor, carry: Carry, grid: tuple[int, int], num_queries: int | None, mask: Mask
     ) -> tuple[Tensor, Carry]:
-        """The way of every layer that computes its own map."""
+        """Attention by the layer's own queries, keys and values; low-rank and span layers inherit it."""
         x, mask = self.on_grid(x, grid, mask)
         rows = self.computed_rows(num_queries)
         q, k, v, key_proj, value_proj = self.project(x, rows, grid, carry.layerwise_proj)

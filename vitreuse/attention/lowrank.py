@@ -19,7 +19,7 @@ from vitreuse.attention.base import AttentionConfig, split_heads
 from vitreuse.attention.exact import ExactAttention, Inputs
 from vitreuse.attention.submodules import is_plain_linear, linear_rows, rows_of
 from vitreuse.plan import Plan
-from vitreuse.plan.options import PlanOptions, layerwise_k
+from vitreuse.plan.options import POOLS, PlanOptions, layerwise_k
 
 
 def kernel_size(num_tokens: int, projected_dim: int) -> int:
@@ -46,7 +46,7 @@ def projection_macs(num_tokens: int, kind: str, projected_dim: int) -> int:
 def projection_shape(config: AttentionConfig) -> tuple[int, ...] | None:
     """Shape of one token projection: k x N, (H x k x N without sharing), the kernel's length, None for pooling."""
     assert config.spec.number is not None
-    if config.options.lowrank_projection in ("mean", "max"):
+    if config.options.lowrank_projection in POOLS:
         return None
     heads = (config.num_heads,) if config.options.lowrank_sharing == "none" else ()
     if config.options.lowrank_projection == "conv":

@@ -20,6 +20,8 @@ from vitreuse.attention import tiles
 from vitreuse.attention.policy import Call, Settings, choose
 from vitreuse.attention.submodules import dropout_rate
 
+BLOCK_BYTES = 2 << 20  # of logits at a time, which stay in a CPU's cache
+
 
 class Layout(NamedTuple):
     """Where the tokens lie, and how far a patch sees: prefix tokens first, then the patches row by row."""
@@ -170,7 +172,7 @@ def attend(
     autocast.
 
     Raises:
-        ValueError: see ``checked``.
+        ValueError: See ``checked``.
     """
     mask = checked(mask, v)
     q, k = q.type_as(v), k.type_as(v)
@@ -189,7 +191,7 @@ def attend(
 def describe_call(
     q: Tensor, k: Tensor, v: Tensor, mask: Mask, layout: Layout, dropout: float | None, settings: Settings
 ) -> Call:
-    """What decides of a call of ``attend``; a number of keys that a trace has not fixed is that of the built grid."""
+    """What ``choose`` goes by; a number of keys that a trace has not fixed is that of the grid built for."""
     batch, heads, num_queries, _ = q.shape
     num_keys = k.shape[-2] if type(k.shape[-2]) is int else settings.num_keys
     can_block = q.device.type == "cpu" and dropout == 0.0 and (layout.width > 0 or not mask.is_given)
@@ -211,7 +213,7 @@ def checked(mask: Mask, v: Tensor) -> Mask:
     """A mask in the dtype of the logits, unless it is a boolean one.
 
     Raises:
-        ValueError: a mask and causal attention were asked for together, which torch refuses too.
+        ValueError: A mask and causal attention were asked for together, which torch refuses too.
     """
     if mask.attn_mask is None:
         return mask
@@ -257,7 +259,7 @@ def reattend(
     handed on has the new heads first.
 
     Raises:
-        ValueError: neither a map nor a (q, k) pair was handed on.
+        ValueError: Neither a map nor a (q, k) pair was handed on.
     """
     weights, prefix_weights, q, k = carried
     mask, own = checked(mask, v), None if own is None else (own[0].type_as(v), own[1].type_as(v))
@@ -304,9 +306,6 @@ def join_heads(reused: Tensor, own: Tensor, num_reused_heads: int) -> tuple[Tens
     """Heads (dim 1) as the values read them, reused ones first, and as they are handed on, new ones first."""
     kept = reused[:, :num_reused_heads]
     return torch.cat([kept, own], dim=1), torch.cat([own, kept], dim=1)
-
-
-BLOCK_BYTES = 2 << 20
 
 
 def block_length(item_bytes: int) -> int:

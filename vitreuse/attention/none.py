@@ -29,10 +29,6 @@ class NoAttention(CarryingAttention):
     def place(self, plan: Plan, layer: int) -> None:
         """Nothing is handed on."""
 
-    def set_grid(self, grid: tuple[int, int]) -> None:
-        """Makes ``grid`` the one built for."""
-        self.grid = grid
-
     def macs(self, grid: tuple[int, int], num_queries: int, theoretical: bool) -> dict[str, int]:
         """No products."""
         return {}

@@ -18,7 +18,7 @@ SHORT_ROW = 128  # keys of a map that is worth carrying on any device
 
 
 class Conditions(NamedTuple):
-    """What is supposed of a whole model that is not run."""
+    """The circumstances for which a model is asked how it would compute attention, without being run."""
 
     device: torch.device
     dtype: torch.dtype  # of the queries, under autocast the one computed in
@@ -41,7 +41,7 @@ class Settings(NamedTuple):
 
 
 class Call(NamedTuple):
-    """What decides of the inputs of one call, or of those that are supposed."""
+    """What the choice depends on in one call of attention, or in one that is only supposed."""
 
     device_type: str
     dtype: torch.dtype
@@ -141,7 +141,8 @@ def is_map_faster(costs: Costs, key: str, num_keys: int, num_readers: int) -> tu
         return num_keys <= SHORT_ROW, f"nothing measured for {key}"
     fused, unfused, make, apply = cost_at(costs[key], num_keys)
     uses, own = num_readers + 1, min(fused, unfused)
-    return make + uses * apply <= uses * own, f"{make:.2f} + {uses} x {apply:.2f} against {uses} x {own:.2f} ns a pair"
+    why = f"{make:.2f} + {uses} x {apply:.2f} against {uses} x {own:.2f} ns a pair"
+    return make + uses * apply <= uses * own, why
 
 
 def _fits_in_memory(call: Call, num_maps: int) -> bool:

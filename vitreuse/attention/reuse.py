@@ -60,7 +60,7 @@ class ReuseAttention(Attention):
     def attend(
         self, x: Tensor, carry: Carry, grid: tuple[int, int], num_queries: int | None, mask: Mask
     ) -> tuple[Tensor, Carry]:
-        """The way of a layer that reads a map: maps.reattend reuses what ``carry.made`` holds."""
+        """Attention by the map or (q, k) in ``carry.made``: maps.reattend mixes this layer's values by it."""
         x, mask = self.on_grid(x, grid, mask)
         rows = self.computed_rows(num_queries)
         own = self.own_queries_and_keys(x, rows, carry.key_proj)

@@ -4,6 +4,7 @@ A submodule is called, so that adapters, hooks, pruning, quantisation and offloa
 short cuts remain, and only where nobody could tell: output rows of a linear layer's weight where not all of them are
 needed, and the rate of a dropout that a fused kernel draws.
 """
+
 from __future__ import annotations
 
 import torch

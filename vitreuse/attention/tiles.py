@@ -121,7 +121,7 @@ def _tile_index(grid: tuple[int, int], size: tuple[int, int], halo: int, device:
 
 
 def _positions(length: int, size: int, halo: int, device: torch.device) -> Tensor:
-    """(tiles, positions) along one axis."""
+    """Positions along one axis that each tile and its halo cover, clamped to the grid: (tiles, positions)."""
     starts = torch.arange(tiles_along(length, size), device=device) * size
     return (starts[:, None] + torch.arange(-halo, size + halo, device=device)).clamp(0, length - 1)
 

@@ -171,11 +171,9 @@ def add_any_of(parser: argparse.ArgumentParser, flag: str, choices: Iterable[str
     parser.add_argument(flag, nargs="+", choices=[*choices], default=default, metavar=metavar, help=meaning)
 
 
-def add_count(
-    parser: argparse.ArgumentParser, flag: str, default: int, meaning: str, metavar: str | None = "N"
-) -> None:
+def add_count(parser: argparse.ArgumentParser, flag: str, default: int, meaning: str) -> None:
     """Declares how many there are of something: --repeats, --batch-size."""
-    parser.add_argument(flag, type=positive, default=default, metavar=metavar, help=f"{meaning}; default: %(default)s")
+    parser.add_argument(flag, type=positive, default=default, metavar="N", help=f"{meaning}; default: %(default)s")
 
 
 def add_image_size(parser: argparse.ArgumentParser, kind: Callable[[str], int] = positive) -> None:
@@ -204,7 +202,7 @@ def _print_whole(result: RenderableType) -> None:
     """Prints to the last byte, or until a reader such as head has seen enough.
 
     Raises:
-        OSError: standard output takes no more.
+        OSError: Standard output takes no more.
     """
     try:
         print(for_terminal(result if isinstance(result, str) else _as_text(result)), end="", flush=True)

@@ -23,11 +23,10 @@ from vitreuse.io.process import choose_device
 from vitreuse.io.progress import WorkProgress
 from vitreuse.model.copies import exact_copy
 from vitreuse.plan import Plan, parse_plan
-from vitreuse.plan.options import PROJECTIONS, SHARINGS
+from vitreuse.plan.options import POOLS, PROJECTIONS, SHARINGS
 
 HELP = "convert a trained ViT into a plan: a folder that timm.create_model loads"
 DISTANCES = ("error", "variation")
-POOLS = ("mean", "max")  # projections without parameters
 AGREEMENT = {
     "equal_top1": "{:.2f} % equal top-1",
     "kl_divergence_nats": "KL divergence {:.4f} nats",
@@ -85,8 +84,8 @@ class _How(NamedTuple):
     """How a model is converted.
 
     Attributes:
-        heads: What the heads of reuse layers are matched by, or in order; None in a plan without reuse.
-        lowrank_start: Of token projections; None where a plan has none with parameters.
+        heads: What heads of reuse layers are matched by, or "in order"; None in a plan without reuse.
+        lowrank_start: What token projections start as; None where a plan has none with parameters.
     """
 
     heads: str | None
@@ -119,7 +118,7 @@ def _refuse_idle(args: argparse.Namespace, plan: Plan) -> None:
 
 
 def _samples(args: argparse.Namespace, target: Target, model: Any) -> _Samples | None:
-    """None where nobody names images. What is learned from is the split train, where the images have one."""
+    """The images to measure on, and those to learn from, of the split train if there is one; None without images."""
     if args.data is None and target.config is None:
         return None
     shown = load_sample(args, target, model, args.split)
@@ -163,7 +162,7 @@ def _convert(
 
 
 def _distances(args: argparse.Namespace, original: Any, by: str, sample: ImageSample) -> Tensor:
-    """(L, L, H, H) between the heads of any two layers."""
+    """Distances (L, L, H, H) between the heads of each two layers, measured on images."""
     batches = sample.batches(args.batch_size)
     with WorkProgress("matching heads", "images", len(sample)) as progress:
         if by == "variation":
@@ -172,7 +171,7 @@ def _distances(args: argparse.Namespace, original: Any, by: str, sample: ImageSa
 
 
 def _agreement(args: argparse.Namespace, model: Any, converted: Any, sample: ImageSample) -> dict[str, Any]:
-    """Of the converted model with the original; top-1 where the images have the model's number of classes."""
+    """How the converted model agrees with the original; with top-1 where images and model have as many classes."""
     has_labels = len(sample.class_names) == model.num_classes > 0
     return asdict(agreement(model, converted, sample.batches(args.batch_size), has_labels))
 

@@ -14,11 +14,11 @@ from rich.console import Group
 from vitreuse.cli.console import add_dtype, add_output, table_of, titled
 from vitreuse.cli.plots import front_plot, prepare_folder
 from vitreuse.cli.source import Source, add_source_arguments, default_words, load_source, measure, words
-from vitreuse.compress.damage import EXACT, check_specs
+from vitreuse.compress.damage import check_specs
 from vitreuse.compress.search import Candidate, least_cost, score, search
 from vitreuse.cost.plan_costs import METRICS, PlanCosts, plan_costs
 from vitreuse.io.durable import write_durably
-from vitreuse.plan import PRESETS, Plan, Spec, preset_plan
+from vitreuse.plan import EXACT, PRESETS, Plan, Spec, preset_plan
 
 HELP = "find the plan that does a trained model the least damage at a share of its cost"
 MAX_ROWS = 12  # of the front, on a terminal

@@ -11,11 +11,12 @@ from torch import Tensor
 from vitreuse.cli.console import add_output, table_of, titled
 from vitreuse.cli.plots import heatmaps, prepare_folder
 from vitreuse.cli.source import Source, add_source_arguments, default_words, load_source, measure, words
-from vitreuse.compress.damage import EXACT, Change, check_specs, has_exact_layers
+from vitreuse.compress.damage import Change, check_specs, has_exact_layers
 from vitreuse.compress.head_matching import match_heads
 from vitreuse.compress.redundancy import Redundancy
 from vitreuse.export.hub import plan_text
 from vitreuse.io.durable import write_durably
+from vitreuse.plan import EXACT
 
 HELP = "measure how alike the attention maps of a model's layers are, and what a change of each layer would do"
 

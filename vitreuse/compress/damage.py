@@ -15,6 +15,7 @@ Shapes: B images, N tokens, M keys, C channels, H heads, D head dim.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from functools import cache
 from itertools import product
@@ -31,9 +32,9 @@ from vitreuse.compress.head_matching import match_heads
 from vitreuse.compress.redundancy import Batches, Redundancy, mean_over_images
 from vitreuse.io.progress import WorkProgress
 from vitreuse.model.block import PlanBlock, PlanBlocks
-from vitreuse.model.copies import EXACT, adopted_layers
+from vitreuse.model.copies import adopted_layers
 from vitreuse.model.recording import attentions, dense_map, recorded_attention
-from vitreuse.plan import Spec
+from vitreuse.plan import EXACT, Spec
 
 
 class Change(NamedTuple):
@@ -85,7 +86,9 @@ def measure_damage(
     @cache
     def kinds(grid: tuple[int, int]) -> dict[Spec, PlanBlocks]:
         """The layers under each way to make a map."""
-        found = {spec: adopted_layers(model, spec, grid) for spec in _makers(specs)}
+        with warnings.catch_warnings():  # of a span that covers the grid: here it is only tried
+            warnings.simplefilter("ignore")
+            found = {spec: adopted_layers(model, spec, grid) for spec in _makers(specs)}
         for layers in found.values():
             pool_projections(layers)
         return found

@@ -16,13 +16,13 @@ from vitreuse.cost.measure import top_classes
 
 @dataclass(frozen=True)
 class Agreement:
-    """Means over images; None where it cannot be said.
+    """How far two models agree, as means over images; None where a number is not known.
 
     Attributes:
         num_images: How many were compared.
         equal_top1: Percent of images of which both models say the same class.
-        kl_divergence_nats: Of the original's probabilities from the converted model's.
-        cosine: Between the features of models without classes.
+        kl_divergence_nats: Divergence of the original's probabilities from the converted model's.
+        cosine: Similarity of the features of models without classes.
         original_top1: Percent of images whose label the original says.
         converted_top1: The same of the converted model.
     """

@@ -33,9 +33,9 @@ def fold(
     Source: Graef, 2024 (arXiv 2402.13388) for the idea; what is exact for images is written at each step.
 
     Args:
-        model: a model with a plan, or a plain timm VisionTransformer.
-        steps: names of STEPS, applied in the order of that table; DEFAULT_STEPS when None.
-        normalisation: mean and standard deviation per channel of images between 0 and 1. When given, the folded model
+        model: A model with a plan, or a plain timm VisionTransformer.
+        steps: Names of STEPS, applied in the order of that table; DEFAULT_STEPS when None.
+        normalisation: Mean and standard deviation per channel of images between 0 and 1. When given, the folded model
             takes pixels from 0 to 255 as they are.
 
     Returns:
@@ -43,7 +43,7 @@ def fold(
         not, and with the step ``class_rows`` forward_features returns the class rows alone.
 
     Raises:
-        ValueError: an unknown step, or a model that is no ViT of timm.
+        ValueError: An unknown step, or a model that is no ViT of timm.
     """
     steps = DEFAULT_STEPS if steps is None else steps
     unknown = [step for step in steps if step not in STEPS]

@@ -53,6 +53,6 @@ def match_plan(plan: Plan, num_heads: int, distances: Tensor | None) -> dict[int
                 matches[layer] = match_heads(torch.stack([distances[anchor, layer, head] for anchor, head in read]))
             own = order_of_heads(matches[layer], num_heads)[len(read) :]
             handed = [*((layer, head) for head in own), *read]
-        elif spec.word != "none":
+        elif spec.makes_map:
             handed = [(layer, head) for head in range(num_heads)]
     return matches

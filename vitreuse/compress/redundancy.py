@@ -19,7 +19,7 @@ from vitreuse.io.progress import WorkProgress
 from vitreuse.model.recording import attention_maps, attentions, project_heads, recorded_attention
 
 Batches = Iterable[Any]  # of images (B, channels, rows, columns) and whatever else, as a loader or ImageSample has them
-MAP_NUMBERS = 2**23  # of all maps that are alive at a time, 32 MiB; one image's may be more
+MAP_NUMBERS = 2**23  # of all maps computed at a time, 32 MiB; carried ones come on top, and one image may have more
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Redundancy:
     Attributes:
         variation: (L, L, H, H), total variation between each head of a layer and each head of another, 0 to 1; NaN
             where the columns of one are not those of the other.
-        entropy: (L, H), of the rows, in nats.
+        entropy: (L, H), mean entropy of the rows, in nats.
         distance: (L, H), from a query's patch to the patches that it attends to, weighted by the map over patches, in
             patches; NaN where keys are no patches, as in low-rank layers.
     """

@@ -16,9 +16,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from vitreuse.compress.damage import EXACT, Change
+from vitreuse.compress.damage import Change
 from vitreuse.cost.plan_costs import PlanCosts
-from vitreuse.plan import Plan, Spec, parse_plan
+from vitreuse.plan import EXACT, Plan, Spec, parse_plan
 
 PAYS = 1.1  # protected layers are given up where they cost more than this times the damage of the best plan without
 

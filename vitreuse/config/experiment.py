@@ -1,4 +1,4 @@
-"""A whole experiment: its images, its measurement, and the sections of the other files; read and compared."""
+"""A whole experiment: the sections data and eval, all sections together, how files are read and compared."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass
@@ -64,7 +64,7 @@ class EvalConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """One experiment."""
+    """One experiment: a network, its images, its training and its evaluation."""
 
     model: ModelConfig = setting("which network")
     data: DataConfig = setting("which images")

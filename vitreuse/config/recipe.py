@@ -10,9 +10,10 @@ from vitreuse.io.urls import refuse_url
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("float32", "bfloat16", "float16")  # in which models are trained and run
 
+
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """timm.optim.create_optimizer_v2."""
+    """The optimizer, as timm.optim.create_optimizer_v2 makes it."""
 
     name: str = setting("a name of timm.optim.list_optimizers()", "adamw")
     lr: float = setting("peak learning rate at the global batch size, not rescaled", above=0, maximum=1e30)
@@ -23,7 +24,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
-    """timm.scheduler.create_scheduler_v2, by optimizer step."""
+    """The learning rate over optimizer steps, as timm.scheduler.create_scheduler_v2 makes it."""
 
     name: str = setting("shape after the warm-up", "cosine", choices=("cosine", "tanh", "poly", "wsd", "constant"))
     warmup_epochs: float = setting("linear warm-up, part of the epochs", 0.0, minimum=0)
@@ -45,7 +46,7 @@ class ScheduleConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """timm.loss, on soft targets under mixup."""
+    """The loss, one of timm.loss; its targets are soft under mixup."""
 
     name: str = setting("softmax cross-entropy, or a binary one per class", "ce", choices=("ce", "bce"))
     smoothing: float = setting("label smoothing", 0.0, minimum=0, maximum=0.999)
@@ -74,7 +75,7 @@ def _check_order(key: str, bounds: tuple[float, float]) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class CropConfig:
-    """timm.data.create_transform for training: random resized crop, flip, colour, policy, erasing."""
+    """Augmentation by timm.data.create_transform: random resized crop, flip, colour, policy, erasing."""
 
     scale: tuple[float, float] = setting(
         "share of the image's area that a crop covers, from and to", (0.08, 1.0), above=0, maximum=1
@@ -94,7 +95,7 @@ class CropConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AffineConfig:
-    """torchvision.transforms.RandomAffine on the whole image: for small centred pictures that a crop would spoil."""
+    """Augmentation by torchvision's RandomAffine on the whole image: for small pictures that a crop would spoil."""
 
     degrees: float = setting("largest turn to either side", 0.0, minimum=0, maximum=180)
     shift: float = setting("largest shift, as a share of the image's side", 0.0, minimum=0, maximum=1)
@@ -106,7 +107,7 @@ class AffineConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MixupConfig:
-    """timm.data.Mixup over one rank's share of a batch."""
+    """Mixing of images by timm.data.Mixup, over one rank's share of a batch."""
 
     mixup: float = setting("alpha of the beta law for mixup; 0 is off", 0.8, minimum=0)
     cutmix: float = setting("alpha of the beta law for CutMix; 0 is off", 1.0, minimum=0)
@@ -177,7 +178,7 @@ class HealConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EmaConfig:
-    """timm.utils.ModelEmaV3: a moving average of the weights, which is the model that a run leaves."""
+    """A moving average of the weights by timm.utils.ModelEmaV3, which is the model that a run leaves."""
 
     decay: float = setting("share of the average that one step keeps", above=0, maximum=0.999999)
     warmup: bool = setting("start with a smaller decay, (1 + step)^(-2/3) away from 1", False)
@@ -185,7 +186,7 @@ class EmaConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ClipConfig:
-    """timm.utils.dispatch_clip_grad."""
+    """Clipping of gradients by timm.utils.dispatch_clip_grad."""
 
     mode: str = setting(
         "total norm, each value, or adaptive by the size of the weights", "norm", choices=("norm", "value", "agc")
@@ -218,7 +219,7 @@ class ReferenceConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """The recipe."""
+    """The recipe of a training, all its sections together."""
 
     seed: int = setting("of the weights, the order and every augmentation", 0, minimum=0, maximum=2**64 - 1)
     epochs: int = setting("passes over the training set", above=0, maximum=1_000_000)

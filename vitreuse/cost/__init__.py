@@ -1,2 +1,1 @@
-"""What a model costs: multiply-adds and parameters, in closed form and counted; time and memory, measured and foretold.
-"""
+"""What a model costs: multiply-adds and parameters, computed and counted; time and memory, measured and foretold."""

@@ -38,7 +38,7 @@ def fvcore_macs(model: nn.Module, example: Tensor) -> dict[str, int]:
         example: (B, channels, rows, columns), real: timm's size assertion cannot be traced on the meta device.
 
     Raises:
-        ValueError: the model runs an operation without a rule, which fvcore would count as 0.
+        ValueError: The model runs an operation without a rule, which fvcore would count as 0.
     """
     with warnings.catch_warnings():  # fvcore scripts a function at import, which torch deprecates
         warnings.simplefilter("ignore", FutureWarning)

@@ -16,12 +16,12 @@ def count_macs(
     """MACs by part, such as ``blocks.0.attn.qkv``; their sum is the model's.
 
     Args:
-        model: a model with a plan.
-        image_size: pixels, (height, width) or one for both; the size the model is built for when None.
-        theoretical: count a carried map and exact neighbourhoods instead of the products that run on this device.
+        model: A model with a plan.
+        image_size: Pixels, (height, width) or one for both; the size the model is built for when None.
+        theoretical: Count a carried map and exact neighbourhoods instead of the products that run on this device.
 
     Raises:
-        ValueError: a part that has no closed form, such as an attention pool.
+        ValueError: A part that has no closed form, such as an attention pool.
     """
     _check(model)
     grid = model.patch_embed.grid_size if image_size is None else model.patch_embed.dynamic_feat_size(_pair(image_size))

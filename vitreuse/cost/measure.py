@@ -111,7 +111,7 @@ def peak_memory_mib(call: Call, resident: Iterable[Tensor], device: torch.device
     not either. Run the call once before: a first call may fill caches.
 
     Args:
-        resident: weights, buffers, inputs and optimizer state that exist before the call; each storage counts once.
+        resident: Weights, buffers, inputs and optimizer state that exist before the call; each storage counts once.
     """
     storages = _LiveStorages(resident)
     if device.type == "cuda":

@@ -41,9 +41,9 @@ class PlanCosts:
     """What each layer may cost.
 
     Attributes:
-        layers: By layer, spec and, of a reuse spec, the spec of the layer that makes the map.
-        handing_on: By its spec, what a layer costs more once reuse layers read its map.
-        rest: Stem and head.
+        layers: The cost of each layer under each spec, for reuse under each spec of the layer that makes the map.
+        handing_on: For each spec, what a layer under it costs in addition once reuse layers read its map.
+        rest: The cost of stem and head.
     """
 
     layers: Mapping[tuple[int, Spec, Spec | None], int]
@@ -67,8 +67,8 @@ def plan_costs(
 ) -> PlanCosts:
     """What each layer of a ViT may cost under the specs.
 
-    All layers but the first and the last are alike: models of three layers tell. A map is taken as carried, or (q, k)
-    in its place, as for two readers.
+    Models of three layers are enough to measure, since all layers but the first and the last cost the same. Whether an
+    anchor hands on its map or (q, k) is decided as for two readers.
 
     Args:
         model: One of timm's or ours whose layers are exact.
@@ -84,7 +84,7 @@ def plan_costs(
     name, keywords = read_keywords(model)
     depth = len(model.blocks)
 
-    def layers_of(first: Spec, other: Spec) -> list[int]:
+    def three_costs(first: Spec, other: Spec) -> list[int]:
         """The costs of a first, a middle and a last layer, if there are so many, and of stem and head."""
         plan = Plan((first, other, other)[:depth])
         with torch.device(conditions.device if metric == "memory" else "meta"):
@@ -95,11 +95,11 @@ def plan_costs(
     handing_on: dict[Spec, int] = {}
     rest = 0
     for spec in (spec for spec in specs if spec.word != "reuse"):
-        *costs, rest = layers_of(spec, spec)
+        *costs, rest = three_costs(spec, spec)
         layers |= {(layer, spec, None): _cost_in(costs, layer, depth) for layer in range(depth)}
     readers = [spec for spec in specs if spec.word == "reuse"]
     for anchor, reader in product((spec for spec in specs if spec.makes_map), readers):
-        *costs, _ = layers_of(anchor, reader)
+        *costs, _ = three_costs(anchor, reader)
         layers |= {(layer, reader, anchor): _cost_in(costs, layer, depth) for layer in range(1, depth)}
         handing_on[anchor] = costs[0] - layers[0, anchor, None]
     return PlanCosts(layers, handing_on, rest)

@@ -13,6 +13,9 @@ from vitreuse.cost.macs import count_macs, count_params
 from vitreuse.model.registry import variant_of
 from vitreuse.model.vit import PlanVisionTransformer
 
+PARTS = ("width", "mlp")  # of a model that may grow
+LARGEST = 8  # times what the model has; a plan saves less
+
 
 def describe(
     name: str, plan: str | None = None, image_size: int | None = None, keywords: Mapping[str, Any] | None = None
@@ -20,17 +23,17 @@ def describe(
     """Parameters and MACs of a plan in a model, as a whole and per layer and part, beside those of the exact plan.
 
     Args:
-        name: a model of ours, or timm's plain model of one.
-        plan: a plan, the model's own when None.
-        image_size: side in pixels, the model's own when None.
-        keywords: further ones of the model; the exact plan's, which it is compared with, is made without them.
+        name: A model of ours, or timm's plain model of one.
+        plan: A plan, the model's own when None.
+        image_size: Side in pixels, the model's own when None.
+        keywords: Further ones of the model; the exact plan's, which it is compared with, is made without them.
 
     Returns:
         A JSON object: ``theoretical_macs`` counts carried maps and exact neighbourhoods, and ratios quote it; ``macs``
         counts the products that run, here on a CPU.
 
     Raises:
-        ValueError: a wrong plan or an unknown model.
+        ValueError: A wrong plan or an unknown model.
     """
     model = model_on_meta(name, plan, image_size, keywords)
     exact = model_on_meta(name, f"exact*{len(model.plan)}", image_size)
@@ -81,25 +84,21 @@ def _parts(macs: dict[str, int], layer: int) -> dict[str, int]:
     return {name.rpartition(".")[2]: count for name, count in macs.items() if name.startswith(prefix)}
 
 
-PARTS = ("width", "mlp")
-LARGEST = 8  # times what the model has; a plan saves less
-
-
 def equal_macs(name: str, plan: str | None, part: str, image_size: int | None = None) -> dict[str, int | float]:
     """The keyword by which a plan's model is as large as the MACs of the exact plan allow.
 
     Args:
-        name: a model of ours, or timm's plain model of one.
-        plan: a plan, the model's own when None.
+        name: A model of ours, or timm's plain model of one.
+        plan: A plan, the model's own when None.
         part: "width" for embed_dim, with a multiple of 4 channels for each of as many heads; "mlp" for mlp_ratio, in
             steps of 1/16.
-        image_size: side in pixels, the model's own when None.
+        image_size: Side in pixels, the model's own when None.
 
     Returns:
         The keyword by name, for timm.create_model or a config's model.keywords.
 
     Raises:
-        ValueError: a wrong plan, an unknown model, or a plan that is too costly in a model of any size.
+        ValueError: A wrong plan, an unknown model, or a plan that is too costly in a model of any size.
     """
     depth = len(model_on_meta(name, plan, image_size).plan)
     exact = model_on_meta(name, f"exact*{depth}", image_size)

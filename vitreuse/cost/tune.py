@@ -40,11 +40,11 @@ def measure_costs(
     """Costs in nanoseconds per head, query and key, by device, dtype, mode and number of keys, see costs.py.
 
     Args:
-        device: where.
-        dtypes: which dtypes.
-        keys: numbers of keys, ascending.
-        num_repeats: timed calls; the fastest counts.
-        progress: told what is measured next.
+        device: Where.
+        dtypes: Which dtypes.
+        keys: Numbers of keys, ascending.
+        num_repeats: Timed calls; the fastest counts.
+        progress: Told what is measured next.
     """
     costs: dict[str, list[list[float]]] = {}
     for dtype in dtypes:
@@ -71,10 +71,10 @@ def measure_rates(
     """Nanoseconds per multiply-add in inference, by device, dtype and mode, and number of channels, see costs.py.
 
     Args:
-        device: where.
-        dtypes: which dtypes.
-        num_repeats: timed calls; the fastest counts.
-        progress: told what is measured next.
+        device: Where.
+        dtypes: Which dtypes.
+        num_repeats: Timed calls; the fastest counts.
+        progress: Told what is measured next.
     """
     rates: dict[str, list[list[float]]] = {}
     for dtype in dtypes:
@@ -89,7 +89,7 @@ def measure_rates(
 
 
 def _rounded(cost: float) -> float:
-    """To four digits, of which a fast device's small numbers have as many."""
+    """A cost to four significant digits, however small it is."""
     return float(f"{cost:.4g}")
 
 
@@ -129,7 +129,7 @@ def _mlp(layer: Any, x: Tensor) -> Tensor:
 
 
 def _projections(layer: Any, x: Tensor) -> Tensor:
-    """The values stand for what attention makes of them: as little contiguous as they are."""
+    """A layer's projections without its attention: values, no more contiguous than mixed ones, are projected back."""
     return x + layer.attn.proj(layer.attn.qkv(layer.norm1(x)).chunk(3, dim=-1)[2])
 
 

@@ -1,1 +1,1 @@
-"""Trained models as files and folders: written for others to run, and found where somebody points."""
+"""Trained models as files and folders: written for other programs, and read from whatever a command is given."""

@@ -29,7 +29,7 @@ def is_hub_folder(folder: Path) -> bool:
 
 
 def plan_text(model: Any) -> str | None:
-    """The plan of a model; None of timm's own."""
+    """The plan that a model was built with, its preset's too; None for a model without one."""
     return str(model.plan) if hasattr(model, "plan") else None
 
 
@@ -46,7 +46,7 @@ def save_hub_folder(model: Any, folder: Path, crop_pct: float | None = None, tra
         ValueError: A keyword that the model was built with cannot be written as JSON.
         OSError: The folder cannot be written.
     """
-    plan = {"plan": plan_text(model)} if hasattr(model, "plan") else {}
+    plan = {"plan": text} if (text := plan_text(model)) is not None else {}
     labels = {LABEL_NAMES: names_of(model), "pretrained_cfg": {LABEL_NAMES: None}}  # once
     with TemporaryDirectory() as temporary:  # timm's function takes a path alone
         path = Path(temporary, CONFIG)
@@ -81,7 +81,7 @@ def pack_weights(
     class_names: Sequence[str] | None = None,
     training: str | None = None,
 ) -> bytes:
-    """The content of a model.safetensors, of a run too: weights, and as metadata of which model and classes."""
+    """The content of a model.safetensors, a run's too: weights, and as metadata their model and its classes."""
     metadata = {"name": name, "plan": plan or "", "keywords": json.dumps(keywords), "format": "pt"}
     metadata |= {"training": training} if training is not None else {}
     metadata |= {LABEL_NAMES: pack_names(class_names)} if class_names is not None else {}

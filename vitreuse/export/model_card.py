@@ -5,6 +5,7 @@ from typing import Any
 
 from timm.models._hub import generate_readme
 
+from vitreuse.cost.macs import count_params
 from vitreuse.io.file_names import printable
 
 USAGE = """```python
@@ -40,7 +41,7 @@ def model_card(model: Any, known: Provenance, macs: int) -> str:
         "Architecture": model.pretrained_cfg["architecture"],
         "Plan": f"{plan} (one attention spec per layer)",
         "Input": f"{model.patch_embed.proj.in_channels} x {rows} x {columns}",
-        "Params": f"{sum(parameter.numel() for parameter in model.parameters()) / 1e6:.2f} M",
+        "Params": f"{count_params(model) / 1e6:.2f} M",
         "MACs": f"{macs / 1e6:,.1f} M per image",
     }
     details |= {"Top-1": known.accuracy} if known.accuracy is not None else {}

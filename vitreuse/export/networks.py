@@ -30,7 +30,7 @@ OWN_KEYWORDS = (*PLAN_KEYWORDS, "norm_eps")  # that timm's own models do not hav
 
 @dataclass(frozen=True)
 class Target:
-    """A network by label; with its experiment and the folder of its weights, where there are such."""
+    """A network and its label in tables, with its experiment and the folder of its weights where there are any."""
 
     label: str
     model: ModelConfig
@@ -54,7 +54,7 @@ class Target:
         It is told the names of its classes, where the file has them.
 
         Raises:
-            ValueError: there are no weights, or they are another model's.
+            ValueError: There are no weights, or they are another model's.
         """
         path = checkpoint or self._own_weights()
         weights = read_weights(path)
@@ -144,7 +144,7 @@ def resolve_targets(texts: Sequence[str], plans: Sequence[str] = ()) -> list[Tar
     With plans, one per text and plan instead of its own, labelled by the plan too.
 
     Raises:
-        ValueError: a text is no target, a plan is none of the target's depth, or one of them stands twice.
+        ValueError: A text is no target, a plan is none of the target's depth, or one of them stands twice.
     """
     for text, count in Counter((*texts, *plans)).items():
         if count > 1:
@@ -245,7 +245,7 @@ def pretrained_weights(name: str) -> dict[str, torch.Tensor]:
     """The weights that timm publishes under a name, from its hub or from what was fetched before.
 
     Raises:
-        ValueError: there are none of that name, or they cannot be fetched.
+        ValueError: There are none of that name, or they cannot be fetched.
     """
     if not timm.is_model_pretrained(name):
         known = ", timm.list_pretrained() has the names."

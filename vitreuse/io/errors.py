@@ -57,7 +57,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 def nearest_path(path: str | Path) -> str:
-    """The same of a path, name by name; nothing when it exists, or one of its names has none that is close."""
+    """The end of an error sentence on a missing path, as by ``nearest``; nothing when it exists or no name is close."""
     if os.path.lexists(path):
         return ""
     path = Path(path)

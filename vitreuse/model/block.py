@@ -74,7 +74,7 @@ class PlanBlock(nn.Module):
         Without a carry, as code written for timm's block calls it, tokens alone.
 
         Raises:
-            ValueError: the layer needs what an earlier one hands on, and no carry was given; or it was given something
+            ValueError: The layer needs what an earlier one hands on, and no carry was given; or it was given something
                 else, such as timm's second argument, a mask.
         """
         if not isinstance(carry, Carry | None):

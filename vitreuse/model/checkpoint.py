@@ -25,7 +25,7 @@ from vitreuse.attention.lowrank import at_grid, kernel_size
 from vitreuse.io.checkpoint_file import Weights, as_weights, read_weights
 
 Grid = tuple[int, int]
-PROJECTIONS = ("key_proj", "value_proj")  # what a plan adds to a plain checkpoint
+TOKEN_PROJECTIONS = ("key_proj", "value_proj")  # what a plan adds to a plain checkpoint
 HEADS = ("head.", "head_dist.")
 PREFIX_TOKENS = ("cls_token", "dist_token", "reg_token")
 # What every input passes through; of all else, such as a decoder, a model without it computes the same.
@@ -53,7 +53,7 @@ class LoadReport:
     is_grid_guessed: bool = False
 
     def said(self, model: Any) -> list[str]:
-        """What a user should know of it, in a few words each."""
+        """What a user should know about the loading, each point in a few words."""
         parts = []
         if self.new:
             parts.append(f"new: {_listed(self.new)}")
@@ -94,7 +94,7 @@ def load_checkpoint(
             to lie as the model's do, and any others in a square.
 
     Raises:
-        ValueError: the file holds no weights, a key is missing that the plan does not add, is unknown, or has another
+        ValueError: The file holds no weights, a key is missing that the plan does not add, is unknown, or has another
             shape; or the number of patches is no square, or not that of img_size.
     """
     weights = as_weights(checkpoint) if isinstance(checkpoint, (Mapping, Weights)) else read_weights(checkpoint)
@@ -114,7 +114,7 @@ def load_checkpoint(
 def _refuse_other_model(adapted: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
     """Raises ValueError unless weights have the keys and shapes of a model, but for token projections and heads."""
     headless = tuple(head for head in HEADS if not any(key.startswith(head) for key in adapted))
-    optional = [key for key in own if key.endswith(PROJECTIONS) or key.startswith(headless)]
+    optional = [key for key in own if key.endswith(TOKEN_PROJECTIONS) or key.startswith(headless)]
     missing = [key for key in own if key not in adapted and key not in optional]
     unknown = [key for key in adapted if key not in own]
     if missing or unknown:
@@ -135,7 +135,7 @@ def load_exactly(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Fills a model with weights of its own keys and shapes.
 
     Raises:
-        ValueError: they are another model's; it says the first key that does not fit.
+        ValueError: They are another model's; it says the first key that does not fit.
     """
     try:
         model.load_state_dict(state)
@@ -161,7 +161,7 @@ def in_plan_for_timm(state_dict: Mapping[str, Any], model: Any) -> Mapping[str, 
     if state_dict.keys() == own.keys():
         return state_dict
     adapted, dropped = _in_plan(state_dict, model)
-    new = [key for key in own if key.endswith(PROJECTIONS) and key not in adapted]
+    new = [key for key in own if key.endswith(TOKEN_PROJECTIONS) and key not in adapted]
     if new and "patch_embed.proj.weight" in adapted:
         _logger.warning("new, since the checkpoint is of a plain ViT: %s", _listed(tuple(new)))
         adapted |= {key: own[key] for key in new}
@@ -187,18 +187,18 @@ def adapt_state_dict(
     """A checkpoint with the keys and shapes of a ViT and its plan, what was dropped of it, and the grid that it is of.
 
     Raises:
-        ValueError: the grid cannot be known, or is not that of a size which is certain.
+        ValueError: The grid cannot be known, or is not that of a size which is certain.
     """
     own = model.state_dict()
     source = _source(weights, model, is_size_certain)
     plain = _plain(weights.state, model, own, source)
     foreign = [key for key in plain if key not in own and not BODY.match(key)]
     kept = {key: value for key, value in plain.items() if key not in foreign}
-    dropped = [*weights.left_out, *foreign, *(key for key in ("mask_token",) if key in weights.state)]
+    dropped = [*weights.left_out, *foreign, *["mask_token"] * ("mask_token" in weights.state)]
     if not hasattr(model, "plan"):
         return kept, dropped, source
     resampled = {
-        key: _resampled(value, key, model, source) if key.endswith(PROJECTIONS) else value
+        key: _resampled(value, key, model, source) if key.endswith(TOKEN_PROJECTIONS) else value
         for key, value in kept.items()
     }
     adapted, of_plan = _in_plan(resampled, model)
@@ -325,6 +325,7 @@ def _num_patches(state: Mapping[str, Tensor], model: Any) -> int | None:
             return state["pos_embed"].shape[1] - ("register_tokens" in state)  # DINOv2's has one for the class
         return state["pos_embed"].shape[1] - sum(state[key].shape[1] for key in PREFIX_TOKENS if key in state)
     for key, value in state.items() if hasattr(model, "plan") else ():
-        if key.endswith(PROJECTIONS) and (attn := _projecting(model, key)) is not None and attn.kind == "linear":
+        attn = _projecting(model, key) if key.endswith(TOKEN_PROJECTIONS) else None
+        if attn is not None and attn.kind == "linear":
             return value.shape[-1] - attn.num_prefix_tokens
     return None

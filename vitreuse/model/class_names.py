@@ -1,4 +1,4 @@
-"""Names of classes: kept with the weights that tell them apart, and what labels and heads are matched by.
+"""Names of classes, written and read beside a model's weights: labels and heads are matched by them.
 
 In memory a model's are ``pretrained_cfg["label_names"]``, timm's place for them. On disk they are with the weights:
 metadata of a model.safetensors, an entry of a checkpoint; of a folder that timm wrote, in the config.json beside them.

@@ -1,4 +1,4 @@
-"""The shape of a trained ViT as keywords, by which one of ours is built that holds its weights and any plan."""
+"""A trained ViT as a model of ours: its shape as keywords, a copy under any plan, or layers around its own modules."""
 
 from __future__ import annotations
 
@@ -21,9 +21,8 @@ from vitreuse.model.class_names import name_classes, names_of
 from vitreuse.model.preprocessing import PREPROCESSING
 from vitreuse.model.registry import SIZES, variant_of
 from vitreuse.model.vit import PlanVisionTransformer
-from vitreuse.plan import Plan, Spec
+from vitreuse.plan import EXACT, Plan, Spec
 
-EXACT = Spec("exact")
 NORMS = {"LayerNorm": "layernorm", "RmsNorm": "rmsnorm"}  # timm's names of classes, as of the next
 ACTIVATIONS = {"GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu"}
 KINDS = {"": (Block, PlanBlock), "attn": (TimmAttention, ExactAttention), "mlp": (Mlp, InplaceMlp)}  # of a layer
@@ -95,6 +94,7 @@ def adopted_layers(model: Any, spec: Spec = EXACT, grid: tuple[int, int] | None 
     ours = PlanVisionTransformer(plan=f"{spec}*{depth}", **trunk, **size, global_pool="avg", device="meta")
     layers: Any = ours.blocks
     for layer, block in zip(layers, model.blocks, strict=True):
+        layer.attn.scale = block.attn.scale  # 1 where fold has put it into the weights
         for name, projection in layer.attn.named_parameters(recurse=False):
             setattr(layer.attn, name, nn.Parameter(given.new_empty(projection.shape)))
         for own, found in ((layer, block), (layer.attn, block.attn), (layer.mlp, block.mlp)):
@@ -158,7 +158,7 @@ def _name(model: Any) -> str:
 
 @cache
 def _usual_shape(name: str) -> dict[str, Any]:
-    """What a name of ours is without keywords."""
+    """The shape of the model that a name of ours makes without keywords."""
     with torch.device("meta"):
         return _shape(timm.create_model(name, plan="exact*" + str(_depth(name))))
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from vitreuse.io.errors import ConfigError
 
+PREPROCESSING = ("mean", "std", "interpolation", "crop_pct", "crop_mode")  # of an image, beside its size
 Transform = Callable[[Any], Tensor]  # from a PIL image to (channels, rows, columns)
 
 
@@ -22,7 +23,7 @@ def image_settings(model: Any, use_test_size: bool = False) -> dict[str, Any]:
     ImageNet's three statistics become their mean for every channel of images that are not RGB.
 
     Args:
-        use_test_size: the size and crop that timm's table was measured at, where they are not those of the training.
+        use_test_size: The size and crop that timm's table was measured at, where they are not those of the training.
     """
     settings: dict[str, Any] = resolve_model_data_config(model, use_test_size=use_test_size)
     if not isinstance(model, VisionTransformer):
@@ -86,8 +87,8 @@ def evaluation_transform(model: nn.Module, crop_pct: float | None = None, use_te
     """Resize, centre crop and normalise, by the model's own settings.
 
     Args:
-        crop_pct: share of the resized image that the crop keeps; the model's own by default.
-        use_test_size: see image_settings.
+        crop_pct: Share of the resized image that the crop keeps; the model's own by default.
+        use_test_size: See image_settings.
     """
     settings = image_settings(model, use_test_size)
     transform: Any = create_transform(**{**settings, "crop_pct": crop_pct or settings["crop_pct"]}, is_training=False)
@@ -98,13 +99,10 @@ def example(model: nn.Module, batch_size: int) -> Tensor:
     """Random images (B, channels, rows, columns) for a model, on its device and in its dtype.
 
     Raises:
-        ValueError: the model was built for images smaller than one patch.
+        ValueError: The model was built for images smaller than one patch.
     """
     size = image_settings(model)["input_size"]
     if isinstance(model, VisionTransformer) and not model.patch_embed.num_patches:
         raise ValueError(f"images of {size[-1]} px are smaller than a patch of {model.patch_embed.patch_size[-1]} px.")
     weight = next(model.parameters())
     return torch.randn(batch_size, *size, device=weight.device, dtype=weight.dtype)
-
-
-PREPROCESSING = ("mean", "std", "interpolation", "crop_pct", "crop_mode")  # of an image, beside its size

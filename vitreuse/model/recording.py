@@ -103,7 +103,7 @@ def attention_maps(model: Any, images: Tensor) -> list[AttentionMap | None]:
         ValueError: The model is none that attentions takes.
     """
     own = attentions(model)
-    maps: list[AttentionMap | None] = [None for _ in own]
+    maps: list[AttentionMap | None] = [None] * len(own)
     with recorded_attention(model) as calls:
         model.forward_features(images)
     handed: Any = None  # what the newest layer with a map hands on
@@ -124,7 +124,7 @@ def dense_map(
 
 
 def _span_mask(attn: Attention, x: Tensor, grid: tuple[int, int]) -> Mask:
-    """What an attention over windows does not see, of a map over all keys."""
+    """The mask that keeps a map over all keys to the windows of an attention; none where it has no windows."""
     if attn.width == 0:
         return NO_MASK
     return Mask(neighbourhood_bias(grid, attn.width, attn.num_prefix_tokens, x.dtype, x.device))

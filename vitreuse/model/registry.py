@@ -48,7 +48,7 @@ def variant_of(name: str) -> str:
     """One of our names for the plain model that ``name`` is, or is a variant of.
 
     Raises:
-        ValueError: neither a name of ours nor the plain model of one.
+        ValueError: Neither a name of ours nor the plain model of one.
     """
     if name in _PLAIN_NAMES:
         return name
@@ -60,7 +60,7 @@ def variant_of(name: str) -> str:
 
 
 def _name_table() -> dict[str, tuple[str, str, dict[str, Any]]]:
-    """Our name: timm's plain name, the method, and the keywords of the size."""
+    """For each name of ours timm's plain name, the method, and the keywords of the size."""
     table = {}
     for method in PRESETS:
         for family, sizes in RESOLUTIONS.items():

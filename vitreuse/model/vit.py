@@ -53,14 +53,14 @@ class PlanVisionTransformer(timm_vit.VisionTransformer):
 
         Args:
             *args: timm's.
-            plan: one attention spec per layer, as text or parsed.
-            depth: number of layers.
-            num_heads: number of heads of every layer.
-            reuse_backend, lowrank_sharing, lowrank_projection, lowrank_init: see PlanOptions.
+            plan: One attention spec per layer, as text or parsed.
+            depth: Number of layers.
+            num_heads: Number of heads of every layer.
+            reuse_backend, lowrank_sharing, lowrank_projection, lowrank_init: See PlanOptions.
             **kwargs: timm's.
 
         Raises:
-            ValueError: a wrong plan, an unknown option, or a keyword of timm's that a plan excludes.
+            ValueError: A wrong plan, an unknown option, or a keyword of timm's that a plan excludes.
         """
         plan = parse_plan(str(plan), depth=depth, num_heads=num_heads)
         options = PlanOptions(reuse_backend, lowrank_sharing, lowrank_projection, lowrank_init).settled(plan)
@@ -140,9 +140,7 @@ class PlanVisionTransformer(timm_vit.VisionTransformer):
     def embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int] | None]:
         """Tokens (B, N, C) of images, and their grid where it may differ from the built one."""
         x = self.patch_embed(x)
-        grid: tuple[int, int] | None = None
-        if self.dynamic_img_size:
-            grid = (x.shape[1], x.shape[2])
+        grid = (x.shape[1], x.shape[2]) if self.dynamic_img_size else None
         return self.norm_pre(self.patch_drop(self._pos_embed(x))), grid
 
     def _pos_embed(self, x: Tensor) -> Tensor:
@@ -165,16 +163,12 @@ class PlanVisionTransformer(timm_vit.VisionTransformer):
     def _with_prefix_tokens(self, x: Tensor) -> Tensor:
         """Prefix tokens before the patches; without any the patches as they are, since a copy changes the rounding."""
         prefix = self.prefix_tokens(x.shape[0])
-        return torch.cat(prefix + [x], dim=1) if len(prefix) > 0 else x
+        return torch.cat([*prefix, x], dim=1) if prefix else x
 
     def prefix_tokens(self, batch_size: int) -> list[Tensor]:
         """The class token and the registers, where the model has them, for every image: (B, 1, C) and (B, R, C)."""
-        prefix: list[Tensor] = []
-        if self.cls_token is not None:
-            prefix.append(self.cls_token.expand(batch_size, -1, -1))
-        if self.reg_token is not None:
-            prefix.append(self.reg_token.expand(batch_size, -1, -1))
-        return prefix
+        tokens = (self.cls_token, self.reg_token)
+        return [token.expand(batch_size, -1, -1) for token in tokens if token is not None]
 
     def forward_intermediates(
         self,

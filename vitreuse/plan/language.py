@@ -45,12 +45,15 @@ class Spec:
         return self.word if self.number is None else f"{self.word}:{self.number}"
 
 
+EXACT = Spec("exact")
+
+
 @dataclass(frozen=True)
 class Plan:
     """One attention spec per layer, first layer first; `str(plan)` is the shortest text that parses to it.
 
     Raises:
-        ValueError: a spec breaks the rules of its word, a reuse layer has no map before it, or there is no layer.
+        ValueError: A spec breaks the rules of its word, a reuse layer has no map before it, or there is no layer.
     """
 
     specs: tuple[Spec, ...]
@@ -116,7 +119,7 @@ def parse_plan(text: str, depth: int | None = None, num_heads: int | None = None
     """Reads a plan from text, and checks it against a model's depth and number of heads where they are given.
 
     Raises:
-        ValueError: in one sentence, the plan, the position, the rule and the nearest valid plan.
+        ValueError: In one sentence, the plan, the position, the rule and the nearest valid plan.
     """
     _check_depth(depth)
     try:
@@ -129,13 +132,13 @@ def preset_plan(method: str, depth: int) -> Plan:
     """Makes the default plan of a method in PRESETS for a model of the given depth.
 
     Raises:
-        ValueError: there is no such method, or depth is outside 1 to MAX_LAYERS.
+        ValueError: There is no such method, or depth is outside 1 to MAX_LAYERS.
     """
     if method not in PRESETS:
         nearest = _nearest(method, PRESETS)
         raise ValueError(f"unknown method {method!r}, the methods are {', '.join(PRESETS)}: try {nearest!r}.")
     _check_depth(depth)
-    exact, reuse, span = Spec("exact"), Spec("reuse"), Spec("span", 7)
+    exact, reuse, span = EXACT, Spec("reuse"), Spec("span", 7)
     patterns = {
         "reuse": (exact, *[reuse] * (depth // 2), *[exact] * depth),
         "lazy": (exact, reuse, reuse),
@@ -181,7 +184,7 @@ def _check_specs(specs: tuple[Spec, ...], num_heads: int | None = None) -> None:
             rule, valid = broken
             raise Flaw(f"{subject} {rule}", _text(valid if other == spec else other for other in specs))
         if spec.word == "reuse" and not has_map:
-            repaired = (*specs[:layer], Spec("exact"), *specs[layer + 1 :])
+            repaired = (*specs[:layer], EXACT, *specs[layer + 1 :])
             raise Flaw(f"{subject} no layer before it has a map", _text(repaired))
         has_map = has_map or spec.makes_map
 

@@ -1,4 +1,4 @@
-"""What a plan leaves open: keywords beside it that every layer shares, and warnings where they or it do nothing."""
+"""What a plan leaves open: keywords that all layers share, and warnings where a keyword or a spec has no effect."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from vitreuse.plan import Plan
 REUSE_BACKENDS = ("auto", "map", "qk")
 SHARINGS = ("none", "headwise", "key_value", "layerwise")
 PROJECTIONS = ("linear", "mean", "max", "conv")
+POOLS = ("mean", "max")  # projections without parameters
 INITS = ("random", "mean")
 _ALLOWED = {
     "reuse_backend": REUSE_BACKENDS,
@@ -24,14 +25,14 @@ class PlanOptions:
     """What a plan leaves open and every layer shares.
 
     Attributes:
-        reuse_backend: what an anchor hands on: its map, (q, k), or what is faster (see attention/policy.py).
-        lowrank_sharing: what shares a token projection: none, headwise (the heads of a layer), key_value (and its keys
+        reuse_backend: What an anchor hands on: its map, (q, k), or what is faster (see attention/policy.py).
+        lowrank_sharing: What shares a token projection: none, headwise (the heads of a layer), key_value (and its keys
             and values), layerwise (all layers).
-        lowrank_projection: how tokens are projected (see lowrank.project_tokens).
-        lowrank_init: what linear and conv projections start as.
+        lowrank_projection: How tokens are projected (see lowrank.project_tokens).
+        lowrank_init: What linear and conv projections start as.
 
     Raises:
-        ValueError: an unknown value.
+        ValueError: An unknown value.
     """
 
     reuse_backend: str = "auto"
@@ -51,7 +52,7 @@ class PlanOptions:
         idle = [] if "reuse" in words else ["reuse_backend"]
         if "lowrank" not in words:
             idle += ["lowrank_sharing", "lowrank_projection", "lowrank_init"]
-        elif self.lowrank_projection in ("mean", "max"):
+        elif self.lowrank_projection in POOLS:
             idle += ["lowrank_sharing", "lowrank_init"]
         defaults = {name: getattr(PlanOptions, name) for name in idle}
         for name, default in defaults.items():
@@ -74,7 +75,7 @@ def layerwise_k(plan: Plan) -> int:
     """The k of the low-rank layers of a plan that has one projection for all of them.
 
     Raises:
-        ValueError: they are of several k.
+        ValueError: They are of several k.
     """
     sizes = sorted({spec.number for spec in plan if spec.word == "lowrank" and spec.number is not None})
     if len(sizes) > 1:
@@ -92,5 +93,3 @@ def warn_if_idle(plan: Plan, grid: tuple[int, int], num_tokens: int) -> None:
             warn(f"{spec} keeps as many keys as the {num_tokens} tokens or more: it saves nothing here.", stacklevel=4)
         if spec.word == "span" and spec.number is not None and spec.number >= 2 * max(grid) - 1:
             warn(f"{spec} covers the grid of {grid[0]} x {grid[1]} patches: it is exact attention here.", stacklevel=4)
-
-
