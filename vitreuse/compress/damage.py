@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -82,16 +82,7 @@ def measure_damage(
         if change.anchor is not None
     }
     signs = torch.Generator().manual_seed(0)
-
-    @cache
-    def kinds(grid: tuple[int, int]) -> dict[Spec, PlanBlocks]:
-        """The layers under each way to make a map."""
-        with warnings.catch_warnings():  # of a span that covers the grid: here it is only tried
-            warnings.simplefilter("ignore")
-            found = {spec: adopted_layers(model, spec, grid) for spec in _makers(specs)}
-        for layers in found.values():
-            pool_projections(layers)
-        return found
+    kinds = cache(partial(_layers_by_kind, model, specs))
 
     def measure(images: Tensor) -> tuple[Tensor, Tensor]:
         layers, logits = _observe(model, images, signs)
@@ -148,6 +139,16 @@ def possible_changes(depth: int, specs: Sequence[Spec]) -> list[Change]:
 def _makers(specs: Sequence[Spec]) -> list[Spec]:
     """The ways to make a map: exact, and each other kind of layer that makes one."""
     return [*dict.fromkeys((EXACT, *(spec for spec in specs if spec.makes_map)))]
+
+
+def _layers_by_kind(model: Any, specs: Sequence[Spec], grid: tuple[int, int]) -> dict[Spec, PlanBlocks]:
+    """The model's layers under each way to make a map, for images of a grid of patches."""
+    with warnings.catch_warnings():  # of a span that covers the grid: here it is only tried
+        warnings.simplefilter("ignore")
+        found = {spec: adopted_layers(model, spec, grid) for spec in _makers(specs)}
+    for layers in found.values():
+        pool_projections(layers)
+    return found
 
 
 class _Layer(NamedTuple):
