@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 CHECKOUT = Path(__file__).resolve().parents[2]
 PATIENCE_S = 300  # what a process may take for anything; on an idle machine none takes a tenth of it
 TRAIN = ("-m", "train")
+ENVIRONMENT = {"PYTHONPATH": str(CHECKOUT), "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
 TIMED = (  # what the clock and the machine decide
     "images_per_second",
     "data_wait_percent",
@@ -63,7 +64,7 @@ class Start:
         with open(self.said_in / ("stderr.log" if ranks == 1 else "torchrun.log"), "wb") as said:
             self.process = subprocess.Popen(
                 command,
-                env={**os.environ, "PYTHONPATH": str(CHECKOUT), "OMP_NUM_THREADS": "1", **(environment or {})},
+                env={**os.environ, **ENVIRONMENT, **(environment or {})},
                 cwd=CHECKOUT,
                 stdout=said,
                 stderr=said,
@@ -104,8 +105,19 @@ class Start:
         while not happened():
             code = self.process.poll()
             check(code is None, f"a start of {self.run.name} ended with exit code {code} before {what}: {self.said}")
-            check(time.monotonic() < deadline, f"{self.run.name} took more than {PATIENCE_S} s until {what}")
+            if time.monotonic() > deadline:
+                raise StormError(f"{self.run.name} took more than {PATIENCE_S} s until {what}: {self.stacks()}")
             time.sleep(pause_s)
+
+    def stacks(self) -> str:
+        """What the threads of every process are doing, which ends all of them."""
+        for pid in self.pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGABRT)  # at which Python's faulthandler tells
+        deadline = time.monotonic() + PATIENCE_S
+        while self.pids and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return "".join(path.read_text(errors="replace") for path in self.said_in.rglob("*.log"))
 
     def wait_for_step(self, step: int) -> None:
         """Waits until this start has logged a step, or the one after what an earlier start has logged."""
