@@ -1,6 +1,7 @@
 """The processes that torchrun started: who this one is, what they add up and hand each other, and how all end alike."""
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from vitreuse.io.process import OtherRankError, choose_device
 
 # A rank may wait for one that compiles, reads a cold disk or has the larger images, for longer than torch's 10 minutes.
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+SETTLE_S = 0.05  # a thousand times what freeing them takes
 CPU = torch.device("cpu")
 
 
@@ -55,6 +57,16 @@ class Ranks:
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value)
         return values
+
+    def settle(self) -> None:
+        """Lets what the last collective has begun come to its end, before processes are forked.
+
+        gloo's threads free the tensors that it has sent, and become threads of Python for a moment to do so. A process
+        that is forked at that moment never starts under Python 3.11 and older, about one in some thousand forks, and a
+        loader would wait for its worker for ever.
+        """
+        if self.world_size > 1:
+            time.sleep(SETTLE_S)
 
     @contextmanager
     def together(self) -> Iterator[None]:

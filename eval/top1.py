@@ -82,6 +82,7 @@ def evaluate(
     was_training = model.training
     model.eval()
     with ranks.together(), torch.inference_mode():
+        ranks.settle()
         for number, (inputs, labels, keys) in zip(own, progress(loader), strict=True):
             found.append((number, answers(model(inputs.to(ranks.device)), labels, keys)))
     model.train(was_training)

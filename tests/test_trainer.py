@@ -8,6 +8,7 @@ import os
 import random
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -25,9 +26,10 @@ from timm.task import LogitDistillationTask, TokenDistillationTask
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
 from eval.distributed import Ranks
-from eval.top1 import ALONE
+from eval.top1 import ALONE, evaluate
 from train.__main__ import main
 from train.distill import Teacher, distillation_loss
 from train.order import RankBatches
@@ -797,3 +799,17 @@ def test_a_run_says_what_it_starts_from_and_keeps_the_checksums(on_disk, tmp_pat
     assert all(len(digest) == 64 for digest in inputs.values()) and len(set(inputs.values())) == 4
     state = torch.load(tmp_path / "run/checkpoints/step-000000003/state.pt", weights_only=True)
     torch.testing.assert_close(state["model"]["head.weight"], plain.head.weight.detach(), rtol=0, atol=1e-6)
+
+
+def test_workers_are_forked_when_a_collective_has_come_to_its_end(make, monkeypatch):
+    events = []
+    monkeypatch.setattr(Ranks, "settle", lambda ranks: events.append(f"settled with {ranks.world_size}"))
+    monkeypatch.setattr(DataLoader, "__iter__", lambda loader: events.append("forked") or iter(()))
+    assert [*make(ranks=Ranks(0, 2)).remaining_batches()] == []
+    with pytest.raises(ValueError, match="an image"):
+        evaluate(torch.nn.Flatten(), [], transform=torch.tensor)
+    assert events == ["settled with 2", "forked", "settled with 1", "forked"]
+    monkeypatch.undo()
+    start = time.monotonic()
+    Ranks(0, 2).settle()
+    assert time.monotonic() - start >= 0.05

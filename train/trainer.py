@@ -129,6 +129,7 @@ class Trainer:
         """
         device = self.ranks.device
         self.batches.start_at(self.epoch, self.counters.step % self.batches.steps_per_epoch)
+        self.ranks.settle()
         for batch in self.loader:
             images = self.normalize(batch.images.to(device, non_blocking=True))
             yield batch._replace(images=images, labels=batch.labels.to(device, non_blocking=True))
