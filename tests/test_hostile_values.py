@@ -113,8 +113,9 @@ def outcome(path, *overrides):
 @pytest.mark.parametrize(("dotted", "kind"), [setting for setting in settings(Config) if setting[0] not in APART])
 def test_a_setting_is_right_or_refused(config_path, dotted, kind):
     needed = [f"{key}={value}" for key, value in SECTIONS.items() if dotted.startswith(f"{key}.")]
-    for value in dict.fromkeys((*OF_TYPE.get(kind, ()), *ALL)):
-        outcome(config_path, *needed, f"{dotted}={value}")
+    values = dict.fromkeys((*OF_TYPE.get(kind, ()), *ALL))
+    told = [said for value in values if (said := outcome(config_path, *needed, f"{dotted}={value}")) is not None]
+    assert told and all("\n" not in said for said in told)  # some hostile value of every setting is refused
 
 
 @pytest.mark.parametrize("keyword", KEYWORDS)
@@ -127,7 +128,8 @@ def test_a_keyword_of_the_model_is_right_or_refused(config_path, keyword):
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_an_optimizer_is_right_or_refused(config_path, optimizer):
-    outcome(config_path, f"train.optimizer={optimizer}")
+    said = outcome(config_path, f"train.optimizer={optimizer}")
+    assert said is None or "\n" not in said
 
 
 def test_a_seed_has_64_bits(config_path):

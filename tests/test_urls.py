@@ -6,7 +6,7 @@ from eval.__main__ import main as eval_main
 from train.__main__ import main as train_main
 from vitreuse.__main__ import main
 from vitreuse.config import ConfigError
-from vitreuse.io.urls import refuse_url
+from vitreuse.io.urls import refuse_url, url_kind
 
 CONFIG = """
 model: {name: vit_reuse_tiny_patch16_224}
@@ -34,6 +34,7 @@ def test_urls_are_no_paths(url):
 @pytest.mark.parametrize("path", [None, "data", "/data/pipe:", "a:b", "../http/x", "vit_small_patch16_224.augreg_in1k"])
 def test_paths_and_names_are_no_urls(path):
     refuse_url("root", path)
+    assert url_kind(path) is None
 
 
 TEACHER = "train.distill={{kind: hard, teacher: {{name: deit_tiny_patch16_224, weights: '{}'}}}}"
