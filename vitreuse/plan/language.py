@@ -1,48 +1,73 @@
-"""The plan language: one attention spec per layer, as data and as text.
+"""The plan language: one spec per layer, as data and as text.
 
-    plan := item+                      exact reuse*6 exact*5
-    item := spec ['*' count]           (exact reuse*2)*4
-          | '(' plan ')' ['*' count]   (span:7*2 exact)*4
-    spec := 'exact'                    full softmax attention
-          | 'reuse' [':' heads]        the map of the nearest layer before that has one: all heads, or the given number
-          | 'lowrank' ':' k            keys and values projected from N tokens to k
-          | 'span' ':' width           each patch sees a width x width neighbourhood of patches
-          | 'none'                     no attention sub-layer
+    plan      := item+                              exact reuse*6 exact*5
+    item      := layer ['*' count]                  (exact reuse*2)*4
+               | '(' plan ')' ['*' count]           (span:7*2 exact)*4
+    layer     := attention ['-' tokens] ['/' hidden]    exact*3 exact-16*6 exact-16/768*2 linear
+               | 'linear'                           the whole layer is an affine map of each token
+               | 'skip'                             the layer does nothing
+    attention := 'exact'                            full softmax attention
+               | 'reuse' [':' heads]                the map of the nearest layer before that has one, for all or some heads
+               | 'lowrank' ':' k                    keys and values projected from N tokens to k
+               | 'span' ':' width                   each patch sees a width x width neighbourhood of patches
+               | 'none'                             no attention sub-layer
 
-White space separates items and may surround a '*'. Errors count layers from 0, as in `blocks.0`, and characters from 1.
+So many tokens are merged into others between the layer's attention and its MLP, which has so many hidden units. White
+space separates items and may surround a '*'. Errors count layers from 0, as in `blocks.0`, and characters from 1.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from vitreuse.io.errors import closest
 from vitreuse.plan.notation import Flaw, expand, quoted, shortest_text
 
-WORDS = ("exact", "reuse", "lowrank", "span", "none")
+WORDS = ("exact", "reuse", "lowrank", "span", "none", "linear", "skip")
 NUMBERED = ("reuse", "lowrank", "span")  # words that take a number
+MERGING = ("exact", "span", "reuse")  # whose attention has a key or a value for every token, by which tokens merge
+ON_GRID = ("lowrank", "span")  # that must know where on the grid of patches each token lies
+WHOLE = ("linear", "skip")  # that are all there is of their layer
 PRESETS = ("reuse", "lazy", "lowrank", "mixspan")
 MAX_LAYERS = 256
 _MAX_NUMBER = 999_999_999
 _WHOLE_NUMBER = re.compile("[0-9]{1,9}")
+_SIGNS = {":": 0, "-": 1, "/": 2}  # before each number of a spec, in their order
 
 
 @dataclass(frozen=True)
 class Spec:
-    """The attention of one layer: a word of the plan language and, where the word takes one, its number."""
+    """What one layer is.
+
+    Attributes:
+        word: Its attention, or all of it.
+        number: Where the word takes one.
+        merged: Patch tokens that its attention's keys, or values, merge into others before the MLP.
+        hidden: Units of its MLP, those of the model when None.
+    """
 
     word: str
     number: int | None = None
+    merged: int = 0
+    hidden: int | None = None
+
+    @property
+    def has_attention(self) -> bool:
+        """Whether the layer has an attention."""
+        return self.word not in ("none", *WHOLE)
 
     @property
     def makes_map(self) -> bool:
         """Whether such a layer computes a map of its own, which later layers may reuse."""
-        return self.word not in ("reuse", "none")
+        return self.has_attention and self.word != "reuse"
 
     def __str__(self) -> str:
-        return self.word if self.number is None else f"{self.word}:{self.number}"
+        number = "" if self.number is None else f":{self.number}"
+        merged = f"-{self.merged}" if self.merged else ""
+        return self.word + number + merged + ("" if self.hidden is None else f"/{self.hidden}")
 
 
 EXACT = Spec("exact")
@@ -94,7 +119,7 @@ class Plan:
         following = 0  # reuse layers until the next anchor
         for spec in reversed(self.specs):
             num_readers.append(following)
-            if spec.word != "none":
+            if spec.has_attention:
                 following = following + 1 if spec.word == "reuse" else 0
         return tuple(reversed(num_readers))
 
@@ -115,17 +140,19 @@ class Plan:
         return tuple(repeats)
 
 
-def parse_plan(text: str, depth: int | None = None, num_heads: int | None = None) -> Plan:
-    """Reads a plan from text, and checks it against a model's depth and number of heads where they are given.
+def parse_plan(
+    text: str, depth: int | None = None, num_heads: int | None = None, num_patches: int | None = None
+) -> Plan:
+    """Reads a plan from text, and checks it against a model's depth, heads and patches where they are given.
 
     Raises:
         ValueError: In one sentence, the plan, the position, the rule and the nearest valid plan.
     """
     _check_depth(depth)
     try:
-        return Plan(_read(text, depth, num_heads))
+        return Plan(_read(text, depth, num_heads, num_patches))
     except Flaw as flaw:
-        raise ValueError(_sentence(text, flaw, depth, num_heads)) from None
+        raise ValueError(_sentence(text, flaw, depth, num_heads, num_patches)) from None
 
 
 def preset_plan(method: str, depth: int) -> Plan:
@@ -148,62 +175,116 @@ def preset_plan(method: str, depth: int) -> Plan:
     return Plan((patterns[method] * depth)[:depth])
 
 
-def _read(text: str, depth: int | None, num_heads: int | None) -> tuple[Spec, ...]:
+def _read(text: str, depth: int | None, num_heads: int | None, num_patches: int | None) -> tuple[Spec, ...]:
     """The specs that a text spells; raises Flaw at the first rule it breaks."""
     specs = _read_specs(expand(text, max_words=MAX_LAYERS))
-    _check_specs(specs, num_heads)
+    _check_specs(specs, num_heads, num_patches)
     _check_length(specs, depth)
     return specs
 
 
 def _read_specs(words: Sequence[str]) -> tuple[Spec, ...]:
-    """Splits each word from its number; raises Flaw where a colon is not followed by a number."""
+    """Splits each word from its numbers; raises Flaw where a sign is not followed by one."""
     specs: list[Spec] = []
     for layer, spelling in enumerate(words):
-        word, colon, digits = spelling.partition(":")
-        if colon and not _WHOLE_NUMBER.fullmatch(digits):
-            nearest = _WHOLE_NUMBER.search(digits)
-            valid = f"{word}:{nearest[0]}" if nearest else word
-            repaired = " ".join(valid if other == spelling else other for other in words)
-            problem = f"layer {layer} is {quoted(spelling)}, but after a colon comes a whole number of up to 9 digits"
-            raise Flaw(problem, repaired)
-        specs.append(Spec(word, int(digits) if colon else None))
+        word, *parts = re.split("(?=[:/-])", spelling)
+        numbers: dict[str, int] = {}
+        for part in parts:
+            sign, digits = part[0], part[1:]
+            if not _WHOLE_NUMBER.fullmatch(digits) or sign in numbers or any(_SIGNS[sign] < _SIGNS[s] for s in numbers):
+                raise _misspelt(words, layer, sign)
+            numbers[sign] = int(digits)
+        specs.append(Spec(word, numbers.get(":"), numbers.get("-", 0), numbers.get("/")))
     return tuple(specs)
 
 
-def _check_specs(specs: tuple[Spec, ...], num_heads: int | None = None) -> None:
+def _misspelt(words: Sequence[str], layer: int, sign: str) -> Flaw:
+    """The flaw of a word whose sign has no whole number behind it, stands twice, or out of order."""
+    spelling = words[layer]
+    word, found = re.split("[:/-]", spelling)[0], {}
+    for each, digits in re.findall("([:/-])[^0-9:/]*([0-9]{1,9})", spelling):
+        found.setdefault(each, digits)
+    valid = word + "".join(f"{each}{found[each]}" for each in _SIGNS if each in found)
+    problem = (
+        f"layer {layer} is {quoted(spelling)}, but after {'a colon' if sign == ':' else f'a {sign!r}'} comes a whole "
+        f"number of up to 9 digits{'' if sign == ':' else ', once, in the order word:number-tokens/hidden'}"
+    )
+    return Flaw(problem, " ".join(valid if other == spelling else other for other in words))
+
+
+def _check_specs(specs: tuple[Spec, ...], num_heads: int | None = None, num_patches: int | None = None) -> None:
     """Raises Flaw at the first layer that breaks a rule of its word or of the plan."""
     if not specs:
         raise Flaw("plan is empty", "exact")
     if len(specs) > MAX_LAYERS:
         raise Flaw(f"plan has {len(specs)} layers, more than the {MAX_LAYERS} it can have", _text(specs[:MAX_LAYERS]))
-    has_map = False
+    state = _State(None, None, None, num_patches)
     for layer, spec in enumerate(specs):
         subject = f"layer {layer} is {quoted(str(spec))}, but"
         if broken := _broken_rule(spec, num_heads):
             rule, valid = broken
             raise Flaw(f"{subject} {rule}", _text(valid if other == spec else other for other in specs))
-        if spec.word == "reuse" and not has_map:
-            repaired = (*specs[:layer], EXACT, *specs[layer + 1 :])
-            raise Flaw(f"{subject} no layer before it has a map", _text(repaired))
-        has_map = has_map or spec.makes_map
+        if broken := _broken_order(spec, state):
+            rule, valid = broken
+            raise Flaw(f"{subject} {rule}", _text((*specs[:layer], valid, *specs[layer + 1 :])))
+        state = state.after(layer, spec)
+
+
+class _State(NamedTuple):
+    """What a layer finds: the newest layer with a map and its spec, the newest that merged, and the patches left."""
+
+    anchor: int | None
+    anchor_spec: Spec | None
+    merge: int | None
+    num_patches: int | None  # None where the model is not known
+
+    def after(self, layer: int, spec: Spec) -> _State:
+        """What the next layer finds."""
+        anchor, anchor_spec = (layer, spec) if spec.makes_map else (self.anchor, self.anchor_spec)
+        left = None if self.num_patches is None else self.num_patches - spec.merged
+        return _State(anchor, anchor_spec, layer if spec.merged else self.merge, left)
 
 
 def _broken_rule(spec: Spec, num_heads: int | None) -> tuple[str, Spec] | None:
     """The rule that a spec breaks on its own and the nearest spec that keeps it; None for a valid spec."""
     word, number = spec.word, spec.number
     if word not in WORDS:
-        return f"the words are {', '.join(WORDS)}", Spec(_nearest(word, WORDS), number)
-    if word not in NUMBERED:
-        return None if number is None else (f"{word} takes no number", Spec(word))
-    if number is not None and not 0 <= number <= _MAX_NUMBER:
-        return f"numbers run from 0 to {_MAX_NUMBER}", Spec(word, min(max(number, 0), _MAX_NUMBER))
+        return f"the words are {', '.join(WORDS)}", replace(spec, word=_nearest(word, WORDS))
+    if word not in NUMBERED and number is not None:
+        return f"{word} takes no number", replace(spec, number=None)
+    if word in WHOLE and (spec.merged or spec.hidden is not None):
+        return f"{word} is all there is of its layer, which merges nothing and has no MLP", Spec(word)
+    if spec.merged and word not in MERGING:
+        return f"{word} has no keys of all tokens by which they could merge", replace(spec, merged=0)
+    if word == "none" and spec.hidden == 0:
+        return "without attention and MLP that is skip", Spec("skip")
+    for name in ("number", "merged", "hidden"):
+        value = getattr(spec, name)
+        if value is not None and not 0 <= value <= _MAX_NUMBER:
+            return f"numbers run from 0 to {_MAX_NUMBER}", replace(spec, **{name: min(max(value, 0), _MAX_NUMBER)})
     if word == "lowrank" and not number:
-        return "lowrank needs the number of tokens it keeps, 1 or more", Spec(word, 64 if number is None else 1)
+        return "lowrank needs the number of tokens it keeps, 1 or more", replace(spec, number=64 if number is None else 1)
     if word == "span" and (number is None or number % 2 == 0):
-        return "span needs a width, an odd number", Spec(word, 7 if number is None else number + 1)
+        return "span needs a width, an odd number", replace(spec, number=7 if number is None else number + 1)
     if word == "reuse" and number is not None and num_heads is not None and number > num_heads:
-        return f"the model's number of heads is {num_heads}", Spec(word, num_heads)
+        return f"the model's number of heads is {num_heads}", replace(spec, number=num_heads)
+    return None
+
+
+def _broken_order(spec: Spec, state: _State) -> tuple[str, Spec] | None:
+    """The rule that a spec breaks by what comes before it and the nearest spec that keeps it; None for a valid one."""
+    exact = replace(spec, word="exact", number=None)
+    if spec.word == "reuse" and state.anchor is None:
+        return "no layer before it has a map", exact
+    if state.merge is not None and spec.word in ON_GRID:
+        return f"after the merge in layer {state.merge} the tokens have no grid, which {spec.word} needs", exact
+    if spec.word == "reuse" and state.merge is not None and state.anchor is not None and state.anchor <= state.merge:
+        return f"the map of layer {state.anchor} is of the tokens before the merge in layer {state.merge}", exact
+    if spec.word == "reuse" and spec.merged and state.anchor_spec is not None and state.anchor_spec.word == "lowrank":
+        return f"the map of layer {state.anchor} is low-rank, without a value of each token", replace(spec, merged=0)
+    if state.num_patches is not None and spec.merged > state.num_patches // 2:
+        most, left = state.num_patches // 2, state.num_patches
+        return f"{left} patch tokens are left there, of which at most {most} can merge", replace(spec, merged=most)
     return None
 
 
@@ -217,12 +298,13 @@ def _check_length(specs: tuple[Spec, ...], depth: int | None) -> None:
     raise Flaw(problem, _text((specs + specs[-period:] * depth)[:depth]))
 
 
-def _sentence(text: str, flaw: Flaw, depth: int | None = None, num_heads: int | None = None) -> str:
+def _sentence(text: str, flaw: Flaw, *sizes: int | None) -> str:
     """One sentence on a flaw, ending in the valid plan that is reached by repairing one flaw after the other."""
+    depth, num_heads, num_patches = sizes or (None, None, None)
     problem, valid = flaw.problem, shortest_text(["exact"] * (depth or 1))
-    for _ in range(20):
+    for _ in range(2 * MAX_LAYERS):
         try:
-            valid = shortest_text(map(str, _read(flaw.repaired, depth, num_heads)))
+            valid = shortest_text(map(str, _read(flaw.repaired, depth, num_heads, num_patches)))
             break
         except Flaw as next_flaw:
             flaw = next_flaw

@@ -16,8 +16,8 @@ from collections.abc import Iterable, Iterator
 _COUNT = re.compile("[0-9]{1,9}")
 # Every text splits into these tokens without a gap: what no other kind takes is a stray character.
 _TOKEN = re.compile(
-    r"(?P<space>\s+)|(?P<glued>(?<=[^\s(])\(|(?<=\))[\w:.+-])|(?P<open>\()|(?P<close>\))"
-    r"|(?P<count>\*\s*[\w.+-]*)|(?P<word>[\w:.+-]+)|(?P<stray>.)"
+    r"(?P<space>\s+)|(?P<glued>(?<=[^\s(])\(|(?<=\))[\w:.+/-])|(?P<open>\()|(?P<close>\))"
+    r"|(?P<count>\*\s*[\w.+-]*)|(?P<word>[\w:.+/-]+)|(?P<stray>.)"
 )
 
 

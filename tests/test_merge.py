@@ -1,0 +1,53 @@
+"""Merging of tokens against its definition, image by image and token by token."""
+
+import pytest
+import torch
+
+from vitreuse.model.merge import choose_merging, merge, unmerge
+
+
+def naive(x, keys, sizes, num_prefix, num_merged):
+    """Tokens, sizes and the place of each token after a merge of one image."""
+    num_tokens = len(x)
+    likeness = [k.float() for k in keys.mean(0)]
+    first, second = range(num_prefix, num_tokens, 2), range(num_prefix + 1, num_tokens, 2)
+    ties = []
+    for a in first:
+        cosines = [float(torch.cosine_similarity(likeness[a], likeness[b], dim=0)) for b in second]
+        best = max(cosines)
+        ties.append((best, a, second[cosines.index(best)]))
+    strongest = sorted(ties, key=lambda tie: -tie[0])[:num_merged]
+    goes = {a: b for _, a, b in strongest}
+    kept = [i for i in range(num_tokens) if i not in goes]
+    made = {i: [i, *(a for a, b in goes.items() if b == i)] for i in kept}
+    tokens = torch.stack([sum(x[j] * sizes[j] for j in made[i]) / sum(sizes[j] for j in made[i]) for i in kept])
+    places = [kept.index(goes.get(i, i)) for i in range(num_tokens)]
+    return tokens, torch.stack([sum(sizes[j] for j in made[i]) for i in kept]), places
+
+
+@pytest.mark.parametrize("num_prefix", [0, 1, 3])
+@pytest.mark.parametrize("num_merged", [0, 1, 4, 7])
+def test_merging_is_its_definition_layer_after_layer(num_prefix, num_merged):
+    torch.manual_seed(num_merged)
+    x = torch.randn(3, num_prefix + 29, 5, dtype=torch.float64)
+    sizes, places = torch.ones(x.shape[:2], dtype=torch.float64), torch.arange(x.shape[1]).expand(3, -1)
+    wanted = [(image, torch.ones(len(image), dtype=torch.float64), list(range(len(image)))) for image in x]
+    for _ in range(2):
+        keys = torch.randn(3, 2, x.shape[1], 4, dtype=torch.float64)
+        merging = choose_merging(keys, num_prefix, num_merged)
+        x, sizes = merge(x, sizes, merging)
+        places = merging.moved.gather(1, places)
+        found = [naive(w, k, s, num_prefix, num_merged) for (w, s, _), k in zip(wanted, keys, strict=True)]
+        wanted = [(w, s, [moved[p] for p in old[2]]) for (w, s, moved), old in zip(found, wanted, strict=True)]
+    for image, (tokens, of_sizes, of_places) in enumerate(wanted):
+        torch.testing.assert_close(x[image], tokens)
+        torch.testing.assert_close(sizes[image], of_sizes)
+        assert places[image].tolist() == of_places
+        torch.testing.assert_close(unmerge(x, places)[image], tokens[of_places])
+
+
+def test_of_equals_the_first_merges_into_the_first():
+    keys = torch.ones(1, 1, 8, 2)
+    merging = choose_merging(keys, 2, 2)
+    assert merging.merged.tolist() == [[2, 4]] and merging.kept.tolist() == [[0, 1, 3, 5, 6, 7]]
+    assert merging.into.tolist() == [[2, 2]] and merging.moved.tolist() == [[0, 1, 2, 2, 2, 3, 4, 5]]
