@@ -13,6 +13,7 @@ ATTENTION = {
     "lowrank": LowRankAttention,
     "span": SpanAttention,
     "none": NoAttention,
+    "skip": NoAttention,
 }
 
 __all__ = [

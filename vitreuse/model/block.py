@@ -21,7 +21,8 @@ from vitreuse.attention.submodules import is_watched
 class PlanBlock(nn.Module):
     """timm's pre-norm block, with its submodule names, around the attention that the plan asks for.
 
-    A ``none`` layer has no norm1, attn, ls1 and drop_path1: it is the MLP half alone.
+    A ``none`` layer has no norm1, attn, ls1 and drop_path1: it is the MLP half alone. One of no hidden units has no
+    norm2, mlp, ls2 and drop_path2, and a ``skip`` layer neither half.
     """
 
     def __init__(
@@ -38,7 +39,9 @@ class PlanBlock(nn.Module):
         dim = attention.dim
         factory: dict[str, Any] = {"device": attention.device, "dtype": attention.dtype}
         self.spec = attention.spec
-        self.has_attention = attention.spec.word != "none"
+        self.has_attention = self.spec.has_attention
+        hidden = int(dim * mlp_ratio) if self.spec.hidden is None else self.spec.hidden
+        self.has_mlp = hidden > 0 and self.spec.word != "skip"
         self.norm1 = attention.norm_layer(dim, **factory) if self.has_attention else nn.Identity()
         self.attn = ATTENTION[attention.spec.word](attention)
         self.ls1 = nn.Identity()
@@ -46,11 +49,14 @@ class PlanBlock(nn.Module):
             self.ls1 = LayerScale(dim, init_values=init_values, **factory)
         self.drop_path1 = DropPath(drop_path) if drop_path > 0.0 and self.has_attention else nn.Identity()
 
+        self.norm2, self.mlp, self.ls2, self.drop_path2 = (nn.Identity() for _ in range(4))
+        if not self.has_mlp:
+            return
         self.norm2 = attention.norm_layer(dim, **factory)
         mlp_class: type[Any] = InplaceMlp if mlp_layer is Mlp else mlp_layer
         self.mlp = mlp_class(
             in_features=dim,
-            hidden_features=int(dim * mlp_ratio),
+            hidden_features=hidden,
             act_layer=act_layer,
             norm_layer=attention.norm_layer if scale_mlp_norm else None,
             bias=attention.proj_bias,
@@ -84,13 +90,16 @@ class PlanBlock(nn.Module):
         if self.has_attention:
             y, handed = self.attn(self.norm1(x), handed, grid, num_queries, attn_mask, is_causal)
             rows = rows + self.drop_path1(self.ls1(y))
-        rows = rows + self.drop_path2(self.ls2(self.mlp(self.norm2(rows))))
+        if self.has_mlp:
+            rows = rows + self.drop_path2(self.ls2(self.mlp(self.norm2(rows))))
         return rows if carry is None else (rows, handed)
 
     def macs(self, grid: tuple[int, int], num_queries: int, theoretical: bool) -> dict[str, int]:
         """MACs of one image by part, see Attention.macs."""
-        fc1, fc2 = self._mlp()
         parts = {f"attn.{part}": macs for part, macs in self.attn.macs(grid, num_queries, theoretical).items()}
+        if not self.has_mlp:
+            return parts
+        fc1, fc2 = self._mlp()
         parts["mlp.fc1"] = num_queries * fc1.in_features * fc1.out_features
         parts["mlp.fc2"] = num_queries * fc2.in_features * fc2.out_features
         return parts
@@ -101,6 +110,40 @@ class PlanBlock(nn.Module):
         fc1: Any = self.mlp.fc1
         fc2: Any = self.mlp.fc2
         return fc1, fc2
+
+
+class LinearBlock(nn.Module):
+    """A whole layer as one affine map of each token, x + A x + b, which begins at zero: then it does nothing.
+
+    It has the layer's drop path and no LayerScale; the carry passes it by.
+    """
+
+    has_attention = has_mlp = False
+
+    def __init__(self, attention: AttentionConfig, drop_path: float = 0.0) -> None:
+        super().__init__()
+        self.spec = attention.spec
+        self.attn = ATTENTION["none"](attention)
+        self.linear = nn.Linear(attention.dim, attention.dim, device=attention.device, dtype=attention.dtype)
+        self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Makes the layer one that does nothing; timm calls it after its own initialisation of the linear layer."""
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(
+        self, x: Tensor, carry: Carry | None = None, grid: Any = None, num_queries: int | None = None, *mask: Any
+    ) -> Any:
+        """Tokens (B, num_queries, C), all when None, and the carry as it came where one was given."""
+        rows = x if num_queries is None else x[:, :num_queries]
+        rows = rows + self.drop_path(self.linear(rows))
+        return rows if carry is None else (rows, carry)
+
+    def macs(self, grid: tuple[int, int], num_queries: int, theoretical: bool) -> dict[str, int]:
+        """MACs of one image by part, see Attention.macs."""
+        return {"linear": num_queries * self.linear.in_features * self.linear.out_features}
 
 
 class PlanBlocks(nn.Sequential):

@@ -25,13 +25,16 @@ from vitreuse.attention.lowrank import at_grid, kernel_size
 from vitreuse.io.checkpoint_file import Weights, as_weights, read_weights
 
 Grid = tuple[int, int]
-TOKEN_PROJECTIONS = ("key_proj", "value_proj")  # what a plan adds to a plain checkpoint
+TOKEN_PROJECTIONS = ("key_proj", "value_proj")
+ADDED = (*TOKEN_PROJECTIONS, ".linear.weight", ".linear.bias")  # what a plan adds to a plain checkpoint, by its end
 HEADS = ("head.", "head_dist.")
 PREFIX_TOKENS = ("cls_token", "dist_token", "reg_token")
 # What every input passes through; of all else, such as a decoder, a model without it computes the same.
 BODY = re.compile(
     r"(blocks|patch_embed|norm|norm_pre|fc_norm|attn_pool)\.|(pos_embed|cls_token|dist_token|reg_token|key_proj)$"
 )
+# Of the entries of an MLP the dimension that numbers its hidden units.
+UNITS_OF = {"mlp.fc1.weight": 0, "mlp.fc1.bias": 0, "mlp.norm.weight": 0, "mlp.norm.bias": 0, "mlp.fc2.weight": 1}
 _logger = logging.getLogger(__name__)
 
 
@@ -114,7 +117,7 @@ def load_checkpoint(
 def _refuse_other_model(adapted: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
     """Raises ValueError unless weights have the keys and shapes of a model, but for token projections and heads."""
     headless = tuple(head for head in HEADS if not any(key.startswith(head) for key in adapted))
-    optional = [key for key in own if key.endswith(TOKEN_PROJECTIONS) or key.startswith(headless)]
+    optional = [key for key in own if key.endswith(ADDED) or key.startswith(headless)]
     missing = [key for key in own if key not in adapted and key not in optional]
     unknown = [key for key in adapted if key not in own]
     if missing or unknown:
@@ -161,7 +164,7 @@ def in_plan_for_timm(state_dict: Mapping[str, Any], model: Any) -> Mapping[str, 
     if state_dict.keys() == own.keys():
         return state_dict
     adapted, dropped = _in_plan(state_dict, model)
-    new = [key for key in own if key.endswith(TOKEN_PROJECTIONS) and key not in adapted]
+    new = [key for key in own if key.endswith(ADDED) and key not in adapted]
     if new and "patch_embed.proj.weight" in adapted:
         _logger.warning("new, since the checkpoint is of a plain ViT: %s", _listed(tuple(new)))
         adapted |= {key: own[key] for key in new}
@@ -234,11 +237,25 @@ def _in_plan(state: Mapping[str, Tensor], model: Any) -> tuple[dict[str, Tensor]
         if layer is None or layer >= len(model.blocks):
             adapted[key] = value
             continue
-        kept = _layer_entries(model.blocks[layer], name, value)
+        block = model.blocks[layer]
+        kept = _layer_entries(block, name, _of_kept_units(block, name, value, state, f"blocks.{layer}.mlp."))
         adapted.update({f"blocks.{layer}.{new_name}": part for new_name, part in kept.items()})
         if name not in kept:
             dropped.append(key if not kept else f"{key} (all but {', '.join(sorted(kept))})")
+        elif kept[name].shape != value.shape:
+            dropped.append(f"{key} (all but {block.spec.hidden} units)")
     return adapted, dropped
+
+
+def _of_kept_units(block: Any, name: str, value: Tensor, state: Mapping[str, Tensor], prefix: str) -> Tensor:
+    """An entry of an MLP for the hidden units that a plan keeps, those of largest norm of fc1's row times fc2's column."""
+    dim = UNITS_OF.get(name)
+    num_kept = block.spec.hidden
+    if dim is None or not num_kept or value.shape[dim] <= num_kept:
+        return value
+    norms = state[f"{prefix}fc1.weight"].float().norm(dim=1) * state[f"{prefix}fc2.weight"].float().norm(dim=0)
+    units = norms.sort(descending=True, stable=True).indices[:num_kept].sort().values
+    return value.index_select(dim, units)
 
 
 def _split_key(key: str) -> tuple[Any, str]:
@@ -251,6 +268,8 @@ def _layer_entries(block: Any, name: str, value: Tensor) -> dict[str, Tensor]:
     """What a layer keeps of one entry of its plain checkpoint, by its own names."""
     attn = block.attn
     if not block.has_attention and name.startswith(("norm1.", "attn.", "ls1.")):
+        return {}
+    if not block.has_mlp and name.startswith(("norm2.", "mlp.", "ls2.")):
         return {}
     if isinstance(attn, ReuseAttention):
         if name.startswith("attn.qkv."):

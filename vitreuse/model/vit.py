@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from vitreuse.attention import AttentionConfig
 from vitreuse.attention.costs import Costs, load_costs
 from vitreuse.attention.lowrank import at_grid, init_projection, layerwise_shape, resampled_parameter
-from vitreuse.model.block import PlanBlock, PlanBlocks
+from vitreuse.model.block import LinearBlock, PlanBlock, PlanBlocks
 from vitreuse.model.checkpoint import checkpoint_filter_fn, in_plan_for_timm
 from vitreuse.plan import Plan, parse_plan
 from vitreuse.plan.options import PlanOptions, layerwise_k, warn_if_idle, warn_if_map_is_carried
@@ -84,7 +84,7 @@ class PlanVisionTransformer(timm_vit.VisionTransformer):
 
     def _make_layer(
         self, plan: Plan, options: PlanOptions, costs: Costs, *, depth: int, attn_layer: Any, **block: Any
-    ) -> PlanBlock:
+    ) -> PlanBlock | LinearBlock:
         """timm's block_fn for layer ``depth``; the patch embedding is already built."""
         if attn_layer not in (TimmAttention, "", "attn"):
             raise ValueError(f"attn_layer={attn_layer!r} cannot be given: the plan decides what the layers are.")
@@ -97,6 +97,8 @@ class PlanVisionTransformer(timm_vit.VisionTransformer):
             options=options,
             **{name: block.pop(name) for name in BLOCK_KEYWORDS},
         )
+        if config.spec.word == "linear":
+            return LinearBlock(config, block["drop_path"])
         return PlanBlock(config, **block)
 
     def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
