@@ -28,15 +28,28 @@ class Case:
     distilled: bool = False
     keywords: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Class, distillation and register tokens of its models."""
+        return self.keywords.get("class_token", True) + self.distilled + self.keywords.get("reg_tokens", 0)
+
+    @property
+    def num_merged(self) -> int:
+        """Tokens that are fewer after the last layer than before the first."""
+        return sum(spec.merged for spec in parse_plan(self.plan))
+
     def build(self, seed: int = 0, **more: Any) -> Any:
         """A random model in float64; ``more`` are further keywords."""
         torch.manual_seed(seed)
-        depth = len(parse_plan(self.plan))
+        return randomized(self.fresh(**more))
+
+    def fresh(self, **more: Any) -> Any:
+        """A model in float64 as it begins; ``more`` are further keywords."""
         defaults = {
             "img_size": image_size(self.grid),
             "patch_size": PATCH_SIZE,
             "embed_dim": 15,
-            "depth": depth,
+            "depth": len(parse_plan(self.plan)),
             "num_heads": 5,
             "mlp_ratio": 2,
             "num_classes": NUM_CLASSES,
@@ -44,7 +57,7 @@ class Case:
             "dtype": torch.float64,
         }
         model_class = PlanVisionTransformerDistilled if self.distilled else PlanVisionTransformer
-        return randomized(model_class(**{**defaults, **self.keywords, **more}))
+        return model_class(**{**defaults, **self.keywords, **more})
 
     def reference(self, model: nn.Module, grid: tuple[int, int] | None = None) -> Any:
         """The naive reference of a model of this case, on copies of its weights that take gradients."""
@@ -53,9 +66,8 @@ class Case:
         state = {name: tensor.detach().clone().requires_grad_() for name, tensor in model.state_dict().items()}
         read = {"global_pool", "lowrank_sharing", "lowrank_projection"}
         keywords = {key: value for key, value in self.keywords.items() if key in read}
-        num_prefix = sum(state[name].shape[1] for name in ("cls_token", "dist_token", "reg_token") if name in state)
         plan, num_heads = list(parse_plan(self.plan)), self.keywords.get("num_heads", 5)
-        return Reference(state, plan, grid or self.grid, PATCH_SIZE, num_heads, num_prefix, **keywords)
+        return Reference(state, plan, grid or self.grid, PATCH_SIZE, num_heads, self.num_prefix_tokens, **keywords)
 
 
 class Itself:
@@ -120,6 +132,54 @@ THREE_HEADS = {"num_heads": 3}  # the naive reference is slow on large grids
 NO_CLASS = {"class_token": False, "global_pool": "avg"}
 EXTRAS = {"qk_norm": True, "scale_attn_norm": True, "scale_mlp_norm": True, "init_values": 0.1}
 
+
+
+def _width_cases() -> dict[str, Case]:
+    """MLPs of other widths and none at all, linear layers and skipped ones."""
+    return {
+        "hidden": Case("exact/7 exact/31 reuse/3 none/5 reuse:2/13 exact/2"),
+        "hidden none at all": Case("exact/0 span:3/0 reuse:2/0 none lowrank:3/0 reuse/0"),
+        "linear": Case("linear exact linear reuse linear lowrank:3 linear reuse:2 linear"),
+        "skip": Case("skip exact skip reuse skip span:3 skip reuse:2 skip"),
+        "linear and skip": Case("exact skip linear reuse:2/7 skip none linear*2 reuse/0 skip exact linear skip"),
+        "linear distilled": Case("span:3 linear reuse:1/7 skip linear", distilled=True),
+        "linear average": Case("linear exact/0 linear skip", keywords={**NO_CLASS, "reg_tokens": 2}),
+        "hidden extras": Case("exact/7 linear reuse:3/13 skip none/5 reuse/0", keywords=EXTRAS),
+        "hidden no bias": Case("exact/7 linear reuse:2/0 none/3", keywords={"qkv_bias": False, "proj_bias": False}),
+    }
+
+
+def _merge_cases() -> dict[str, Case]:
+    """Tokens that merge by keys and by values, with what comes before and after."""
+    registers, average = {"reg_tokens": 2}, {"global_pool": "avg"}
+    return {
+        "merge": Case("exact-3 exact-2 exact"),
+        "merge in the only layer": Case("exact-7", keywords=average),
+        "merge in the last layer": Case("exact exact-5"),
+        "merge in every layer": Case("exact-3*3", keywords=average),
+        "merge as often as it can": Case("exact-7 exact-4 exact-2 exact-1 exact"),
+        "merge by values": Case("(exact reuse-2)*2 exact"),
+        "merge by values in the last layer": Case("(exact reuse-2)*2", keywords=average),
+        "merge by values of some heads": Case("exact reuse:2-3 exact reuse:0-1 exact reuse:1-2 exact"),
+        "merge after a second reuse": Case("exact reuse:3 none reuse-5 exact reuse reuse:4-2 exact"),
+        "merge before reuse": Case("exact-5 exact reuse*2 exact-2 exact reuse:2 none reuse:4 reuse"),
+        "merge of spans": Case("span:3-4 exact-3 exact"),
+        "merge of spans by values": Case("span:3 reuse-2 exact reuse:1-3 exact"),
+        "merge after low rank": Case("lowrank:3 reuse:2 exact-4 exact reuse:3"),
+        "merge mixture": Case("exact/7 exact/0 linear skip exact-2/5 linear none/3 exact-3/0 skip exact reuse/11"),
+        "merge mixture by values": Case("none span:5 skip reuse:2-3/0 none linear exact skip reuse-4/7 exact linear"),
+        "merge distilled": Case("exact-4 exact reuse:2-3 exact", distilled=True),
+        "merge with registers": Case("exact-4 exact reuse-3 exact linear", keywords=registers),
+        "merge average": Case("exact-3 exact reuse:2-5/7 exact", keywords=average | {"no_embed_class": True}),
+        "merge average without class": Case("exact-6 exact reuse-3 exact-2", keywords=NO_CLASS),
+        "merge average of registers": Case("span:3-4 exact reuse:3-5", keywords={**NO_CLASS, "reg_tokens": 3}),
+        "merge extras": Case("exact-3 exact reuse:2-2 exact/5", keywords={**EXTRAS, **registers}),
+        "merge no bias": Case("exact-3 exact reuse:2-2 exact", keywords={"qkv_bias": False, "proj_bias": False}),
+        "merge tiled": Case("span:3-53 exact reuse:1", TILED, keywords=THREE_HEADS),
+        "merge tiled by values": Case("span:3 reuse:2-29 exact-31 exact", TILED, keywords={**THREE_HEADS, **NO_CLASS}),
+    }
+
+
 CASES = {
     "exact": Case("exact*2"),
     "depth 1": Case("exact"),
@@ -154,6 +214,8 @@ CASES = {
     "no bias": Case("lowrank:3 reuse:2 exact reuse:1", keywords={"qkv_bias": False, "proj_bias": False}),
     "average": Case("span:3 reuse:1 lowrank:3 reuse", keywords={"global_pool": "avg", "no_embed_class": True}),
     "average without class": Case("exact reuse:2 lowrank:3 reuse:1", keywords={**NO_CLASS, "reg_tokens": 3}),
+    **_width_cases(),
+    **_merge_cases(),
 }
 # A kind of layer that no row has: alone, with others, and reused.
 _used = {spec.word for case in CASES.values() for spec in parse_plan(case.plan)}

@@ -32,7 +32,8 @@ class Carry(NamedTuple):
     heads: list[Head]
 
 
-WORDS = ("exact", "reuse", "lowrank", "span", "none")  # of the plan language, that are written here
+ATTENTIONS = ("exact", "reuse", "lowrank", "span")
+WORDS = (*ATTENTIONS, "none", "linear", "skip")  # of the plan language, that are written here
 
 
 @dataclass(frozen=True)
@@ -63,17 +64,28 @@ class Reference:
         return logits
 
     def tokens(self, image: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """Tokens (N, C) after the final norm."""
+        """All tokens (N, C) after the final norm; for one that merged, the token that it became part of."""
         x, carry = self.embedded(image), None
+        sizes, places = [1] * len(x), list(range(len(x)))
         for layer, spec in enumerate(self.plan):
             block = f"blocks.{layer}"
-            if spec.word != "none":
-                y, carry = self.attention(self.norm(x, f"{block}.norm1"), layer, carry, attn_mask, is_causal)
+            if spec.word in ATTENTIONS:
+                given = self.norm(x, f"{block}.norm1")
+                y, carry, traits = self.attention(given, layer, carry, sizes, attn_mask, is_causal)
                 x = x + y * self.state.get(f"{block}.ls1.gamma", 1)
-            hidden = F.gelu(self.linear(self.norm(x, f"{block}.norm2"), f"{block}.mlp.fc1"))
-            y = self.linear(self.norm(hidden, f"{block}.mlp.norm"), f"{block}.mlp.fc2")
-            x = x + y * self.state.get(f"{block}.ls2.gamma", 1)
-        return self.norm(x, "norm")
+                x, sizes, moved = self.merged(x, sizes, traits, spec.merged)
+                places = [moved[place] for place in places]
+            if spec.word == "linear":
+                x = x + self.linear(x, f"{block}.linear")
+            elif spec.word != "skip" and spec.hidden != 0:
+                x = x + self.mlp(self.norm(x, f"{block}.norm2"), block)
+        return self.norm(x[places], "norm")
+
+    def mlp(self, x: Tensor, block: str) -> Tensor:
+        """What a layer's MLP adds to each token (N, C)."""
+        hidden = F.gelu(self.linear(x, f"{block}.mlp.fc1"))
+        y = self.linear(self.norm(hidden, f"{block}.mlp.norm"), f"{block}.mlp.fc2")
+        return y * self.state.get(f"{block}.ls2.gamma", 1)
 
     def embedded(self, image: Tensor) -> Tensor:
         """Class, distillation and register tokens, then one token per patch row by row, with their positions."""
@@ -91,9 +103,19 @@ class Reference:
         return torch.cat([*prefix, torch.stack(patches)]) + positions
 
     def attention(
-        self, x: Tensor, layer: int, carry: Carry | None, attn_mask: Tensor | None, is_causal: bool
-    ) -> tuple[Tensor, Carry]:
-        """One layer's attention of tokens (N, C): the first K maps are those handed on, the others its own."""
+        self,
+        x: Tensor,
+        layer: int,
+        carry: Carry | None,
+        sizes: list[int],
+        attn_mask: Tensor | None,
+        is_causal: bool,
+    ) -> tuple[Tensor, Carry, list[Tensor]]:
+        """One layer's attention of tokens (N, C): the first K maps are those handed on, the others its own.
+
+        The tokens stand for so many of the image each. What they are alike by, (N, D) of each head, is returned last:
+        the keys, and the values where a layer reuses.
+        """
         spec, name = self.plan[layer], f"blocks.{layer}.attn"
         dim = x.shape[1] // self.num_heads
         if spec.word == "reuse":
@@ -112,19 +134,46 @@ class Reference:
         seen = None
         if spec.word != "lowrank":
             seen = [self.seen(i, len(x), spec, attn_mask, is_causal) for i in range(len(x))]
-        own = []
+        own, keys = [], []
         for head in range(num_reused, self.num_heads):
             row = (head - num_reused) * dim
             project_keys, project_values = projections[head]
             q = self.norm(self.linear(x, qk_name, row, dim), f"{name}.q_norm")
             k = self.norm(project_keys(self.linear(x, qk_name, k_start + row, dim)), f"{name}.k_norm")
-            own.append(Head(softmax_map(q, k, seen, attn_mask), project_keys, project_values))
+            own.append(Head(softmax_map(q, k, seen, attn_mask, sizes), project_keys, project_values))
+            keys.append(k)
 
-        mixed = []
-        for head, source in enumerate(maps + own):
-            mixed.append(source.weights @ source.project_values(self.linear(x, v_name, v_start + head * dim, dim)))
+        values = [self.linear(x, v_name, v_start + head * dim, dim) for head in range(self.num_heads)]
+        mixed = [head.weights @ head.project_values(v) for head, v in zip(maps + own, values, strict=True)]
         y = self.linear(self.norm(torch.cat(mixed, dim=1), f"{name}.norm"), f"{name}.proj")
-        return y, Carry(spec, own + maps)
+        return y, Carry(spec, own + maps), values if self.plan[layer].word == "reuse" else keys
+
+    def merged(
+        self, x: Tensor, sizes: list[int], traits: list[Tensor], num_merged: int
+    ) -> tuple[Tensor, list[int], list[int]]:
+        """Tokens (N - r, C) after a merge, for how many of the image each stands, and the new place of each before."""
+        goes = self.strongest_ties(traits, num_merged) if num_merged else {}
+        stays = [i for i in range(len(x)) if i not in goes]
+        parts = [[i, *(a for a, b in goes.items() if b == i)] for i in stays]
+        sums = [sum(sizes[j] for j in part) for part in parts]
+        means = [sum(x[j] * (sizes[j] / total) for j in part) for part, total in zip(parts, sums, strict=True)]
+        return torch.stack(means), sums, [stays.index(goes.get(i, i)) for i in range(len(x))]
+
+    def strongest_ties(self, traits: list[Tensor], num_merged: int) -> dict[int, int]:
+        """The tokens of A that merge, each with the one of B that it merges into.
+
+        A and B are every other patch token from the first and from the second; traits are (N, D) of each head.
+        """
+        directions = F.normalize(torch.stack(traits).detach().float().mean(0), dim=-1)
+        num_tokens = len(directions)
+        of_a, of_b = (range(self.num_prefix_tokens + start, num_tokens, 2) for start in (0, 1))
+        ties = []
+        for a in of_a:
+            cosines = [float(directions[a] @ directions[b]) for b in of_b]
+            ties.append((max(cosines), a, of_b[cosines.index(max(cosines))]))
+        ties.sort(key=lambda tie: tie[0], reverse=True)  # which leaves equal ones in their order
+        most = (num_tokens - self.num_prefix_tokens) // 2
+        return {a: b for _, a, b in ties[: min(num_merged, most)]}
 
     def seen(self, i: int, num_tokens: int, spec: Spec, attn_mask: Tensor | None, is_causal: bool) -> list[int]:
         """The keys that query i sees: under a span prefix tokens see and are seen by all, patches by near ones."""
@@ -178,14 +227,21 @@ class Reference:
         return centred * scale * self.state[f"{name}.weight"] + self.state[f"{name}.bias"]
 
 
-def softmax_map(q: Tensor, k: Tensor, seen: list[list[int]] | None, attn_mask: Tensor | None) -> Tensor:
-    """Softmax map (N, M) of one head, row by row over the keys that each query sees, all when None."""
+def softmax_map(
+    q: Tensor, k: Tensor, seen: list[list[int]] | None, attn_mask: Tensor | None, sizes: list[int]
+) -> Tensor:
+    """Softmax map (N, M) of one head, row by row over the keys that each query sees.
+
+    All keys when None, of which each is then no token; a key that is one counts as often as its size says.
+    """
     rows = []
     for i in range(len(q)):
         columns = list(range(len(k))) if seen is None else seen[i]
         logits = k[columns] @ q[i] / q.shape[1] ** 0.5
         if attn_mask is not None and attn_mask.dtype != torch.bool:
             logits = logits + attn_mask[i, columns]
+        if seen is not None:
+            logits = logits + q.new_tensor([sizes[j] for j in columns]).log()
         weights = logits.exp() / logits.exp().sum()
         rows.append(q.new_zeros(len(k)).index_put((torch.tensor(columns),), weights))
     return torch.stack(rows)

@@ -103,8 +103,8 @@ def test_the_last_layer_computes_the_rows_that_the_head_reads(name, backend):
     model.blocks[-1].register_forward_hook(lambda module, args, output: rows.append(output[0].shape[1]))
     model(x)
     actual = model.forward_head(model.forward_features(x))
-    num_read = 2 if CASES[name].distilled else 1
-    assert rows == [num_read if model.global_pool == "token" else tokens_of(model), tokens_of(model)]
+    num_read, num_left = 2 if CASES[name].distilled else 1, tokens_of(model) - CASES[name].num_merged
+    assert rows == [num_read if model.global_pool == "token" else num_left, num_left]
     assert_close(actual, logits)
     assert_gradients(gradients(model, actual), grads)
 
@@ -113,8 +113,15 @@ def tokens_of(model: Any) -> int:
     return model.num_prefix_tokens + model.patch_embed.num_patches
 
 
-@every_case
-@pytest.mark.parametrize("num_queries", [1, 4])
+FIRST_ROWS = [  # where tokens merge, those that never do
+    (name, backend, num_queries)
+    for name, backend in with_backends(CASES)
+    for num_queries in (1, 4)
+    if num_queries <= CASES[name].num_prefix_tokens or not CASES[name].num_merged
+]
+
+
+@pytest.mark.parametrize(("name", "backend", "num_queries"), FIRST_ROWS)
 def test_any_number_of_first_rows_can_be_asked_for(name, backend, num_queries):
     """More than there are prefix tokens, too: then a span cuts rows out of whole tiles."""
     model = build(name, backend)
@@ -128,7 +135,7 @@ def test_checkpointing_changes_neither_outputs_nor_gradients(name, backend, reen
     logits, _, grads = expected(name)
     model = build(name, backend)
     model.set_grad_checkpointing()
-    calls = count_calls(model.blocks[0])
+    calls = count_calls(next(block for block in model.blocks if block.spec.word != "skip"))  # which saves nothing
     actual = model.train()(images(CASES[name].grid))
     assert_close(actual, logits)
     assert_gradients(gradients_by_backward(model, actual), grads)
@@ -175,17 +182,38 @@ def test_an_image_does_not_see_its_batch(name, backend):
     assert_close(model(torch.stack([x[1], torch.full_like(x[0], 100.0)]))[0], expected(name)[0][1])
 
 
+def merges(model: Any, x: Tensor) -> Tensor:
+    """Which tokens of each image are one after each layer, (B, layers, N, N)."""
+    with torch.no_grad():
+        taken = model.forward_intermediates(x, output_fmt="NLC", intermediates_only=True)
+    patches = [layer[-1] if isinstance(layer, tuple) else layer for layer in taken]
+    return torch.stack([(y[:, :, None] == y[:, None]).all(-1) for y in patches], dim=1)
+
+
+def assert_near(actual: Tensor, wanted: Tensor, found: Tensor, chosen: Tensor) -> None:
+    """Near for the images whose tokens merged as they should: rounding flips a choice between near-equal ties."""
+    alike = (found == chosen).flatten(1).all(1)
+    error = (actual.double() - wanted)[alike].norm()
+    assert error <= 0.05 * wanted.norm()
+
+
+@functools.cache
+def expected_merges(name: str) -> Tensor:
+    """Which tokens of each image of a case are one after each layer."""
+    return merges(CASES[name].build(), images(CASES[name].grid))
+
+
 @every_case
 def test_bfloat16_and_autocast_are_close(name, backend):
     logits = expected(name)[0]
     model, x = build(name, backend).float(), images(CASES[name].grid, dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        mixed = model(x)
+        mixed, found = model(x), merges(model, x)
+    assert_near(mixed, logits, found, expected_merges(name))
     assert all(g is not None and g.isfinite().all() for g in gradients(model, mixed).values())
     narrow = model.bfloat16()(x.bfloat16())
     assert narrow.dtype == torch.bfloat16
-    for actual in (mixed, narrow):
-        assert (actual.double() - logits).norm() < 0.05 * logits.norm()
+    assert_near(narrow, logits, merges(model, x.bfloat16()), expected_merges(name))
 
 
 def numbers_seen(monkeypatch) -> list[tuple[torch.dtype, ...]]:
@@ -209,15 +237,16 @@ def numbers_seen(monkeypatch) -> list[tuple[torch.dtype, ...]]:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("inference", [False, True])
 def test_autocast_narrows_all_of_attention(name, backend, dtype, inference, monkeypatch):
-    logits, seen = expected(name)[0], numbers_seen(monkeypatch)
+    logits, chosen, seen = expected(name)[0], expected_merges(name), numbers_seen(monkeypatch)
     model, x = build(name, backend).float(), images(CASES[name].grid, dtype=torch.float32)
     for costs in ({}, {key.replace("float32", str(dtype)[6:]): value for key, value in UNFUSED.items()}):
         for block in model.blocks:
             block.attn.costs = costs
         with torch.inference_mode(inference), torch.autocast("cpu", dtype):
             mixed = model.train(not inference)(x)
+            found = merges(model, x)
         mixed = sum(mixed) / len(mixed) if isinstance(mixed, tuple) else mixed
-        assert (mixed.double() - logits).norm() < 0.05 * logits.norm()
+        assert_near(mixed, logits, found, chosen)
     assert set(seen) <= {(dtype, dtype)}
 
 
@@ -247,13 +276,13 @@ def test_norms_of_queries_and_keys_may_widen_them(backend, inference, monkeypatc
 @every_small_case
 def test_a_carry_is_made_only_for_a_layer_that_reads_it(name, backend):
     model = build(name, backend)
-    words = [spec.word for spec in parse_plan(CASES[name].plan)]
+    specs = parse_plan(CASES[name].plan)
     handed = {}
     for layer, block in enumerate(model.blocks):
         block.register_forward_hook(lambda module, args, output, layer=layer: handed.update({layer: output[1]}))
     model(images())
     for layer, carry in handed.items():
-        following = [word for word in words[layer + 1 :] if word != "none"]
+        following = [spec.word for spec in specs[layer + 1 :] if spec.has_attention]
         is_read = following[:1] == ["reuse"]
         made = (*carry.made, carry.key_proj, carry.value_proj)
         assert any(field is not None for field in made) == is_read, layer
@@ -447,7 +476,7 @@ def test_dropout_on_the_map_is_drawn_afresh_from_a_map_before_dropout(name, back
     monkeypatch.setattr(F, "dropout", spy)
     monkeypatch.setattr(F, "scaled_dot_product_attention", unfused_with_dropout(dropout, maps))
     model.train().forward_features(images())
-    specs = [spec for spec in parse_plan(CASES[name].plan) if spec.word != "none"]
+    specs = [spec for spec in parse_plan(CASES[name].plan) if spec.has_attention]
     assert len(maps) == len(specs)
     for (previous, previous_dropped), (weights, dropped), spec in zip(maps, maps[1:], specs[1:], strict=False):
         if str(spec) == "reuse":
@@ -460,7 +489,8 @@ def unfused_with_dropout(dropout, maps):
 
     def attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None):
         assert dropout_p == 0.4
-        weights = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1)
+        logits = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+        weights = (logits if attn_mask is None else logits + attn_mask).softmax(-1)
         dropped = dropout(weights, dropout_p)
         maps.append((weights, dropped))
         return dropped @ v
@@ -503,6 +533,26 @@ def test_every_approximation_has_a_setting_at_which_it_is_exact(plan, options, q
     identity_projections(model)
     assert_close(model(images()), exact(images()))
     assert_close(model.forward_features(images()), exact.forward_features(images()))
+
+
+@pytest.mark.parametrize("plan", ["exact-0*3", "exact/30*3", "exact-0/30*3"])
+def test_no_merge_and_the_usual_width_are_the_usual_layer(plan):
+    exact, model = Case("exact*3").build(), Case(plan).build(seed=1)
+    model.load_state_dict(exact.state_dict())
+    for run in (type(model).forward, type(model).forward_features):
+        torch.testing.assert_close(run(model, images()), run(exact, images()), rtol=1e-12, atol=1e-12)
+
+
+def test_a_merge_of_nothing_is_read_and_not_written():
+    assert parse_plan("exact-0 reuse:2-0/7") == parse_plan("exact reuse:2/7")
+    assert str(parse_plan("exact-0 reuse:2-0/7")) == "exact reuse:2/7"
+
+
+def test_a_linear_layer_begins_as_one_that_is_skipped():
+    skipping, model = Case("exact skip reuse:2 skip").build(), Case("exact linear reuse:2 linear").fresh()
+    load_checkpoint(model, skipping.state_dict())
+    for run in (type(model).forward, type(model).forward_features):
+        torch.testing.assert_close(run(model, images()), run(skipping, images()), rtol=1e-12, atol=1e-12)
 
 
 def test_reusing_every_head_by_number_is_full_reuse():
