@@ -12,6 +12,7 @@ from vitreuse.attention import EMPTY_CARRY, maps, policy
 from vitreuse.attention import costs as attention_costs
 from vitreuse.attention.costs import (
     COST_NAMES,
+    SIZED_NAMES,
     cost_at,
     cost_key,
     load_costs,
@@ -128,7 +129,7 @@ def test_the_shipped_costs_are_whole():
     for points in costs.values():
         keys = [point[0] for point in points]
         assert keys == sorted(set(keys)) and keys
-        assert all(len(point) == 1 + len(COST_NAMES) and min(point) > 0 for point in points)
+        assert all(len(point) == 1 + len(COST_NAMES) + len(SIZED_NAMES) and min(point) > 0 for point in points)
     assert load_rates().keys() == {key for key in costs if key.endswith("inference")}
 
 

@@ -83,6 +83,7 @@ def test_models_lists_what_matches(capsys):
     assert {model["name"]: model["plan"] for model in result["models"]} == {
         "vit_lazy_tiny_patch16_224": "(exact reuse*2)*4",
         "vit_lowrank_tiny_patch16_224": "lowrank:64*12",
+        "vit_merge_tiny_patch16_224": "exact-8*12",
         "vit_mixspan_tiny_patch16_224": "(span:7*2 exact)*4",
         "vit_reuse_tiny_patch16_224": "exact reuse*6 exact*5",
     }

@@ -9,7 +9,7 @@ from vitreuse.model.merge import choose_merging, merge, unmerge
 def naive(x, keys, sizes, num_prefix, num_merged):
     """Tokens, sizes and the place of each token after a merge of one image."""
     num_tokens = len(x)
-    likeness = [k.float() for k in keys.mean(0)]
+    likeness = keys.float().mean(0)
     first, second = range(num_prefix, num_tokens, 2), range(num_prefix + 1, num_tokens, 2)
     ties = []
     for a in first:
@@ -34,7 +34,7 @@ def test_merging_is_its_definition_layer_after_layer(num_prefix, num_merged):
     wanted = [(image, torch.ones(len(image), dtype=torch.float64), list(range(len(image)))) for image in x]
     for _ in range(2):
         keys = torch.randn(3, 2, x.shape[1], 4, dtype=torch.float64)
-        merging = choose_merging(keys, num_prefix, num_merged)
+        merging = choose_merging(keys.mean(1, dtype=torch.float32), num_prefix, num_merged)
         x, sizes = merge(x, sizes, merging)
         places = merging.moved.gather(1, places)
         found = [naive(w, k, s, num_prefix, num_merged) for (w, s, _), k in zip(wanted, keys, strict=True)]
@@ -47,7 +47,6 @@ def test_merging_is_its_definition_layer_after_layer(num_prefix, num_merged):
 
 
 def test_of_equals_the_first_merges_into_the_first():
-    keys = torch.ones(1, 1, 8, 2)
-    merging = choose_merging(keys, 2, 2)
+    merging = choose_merging(torch.ones(1, 8, 2), 2, 2)
     assert merging.merged.tolist() == [[2, 4]] and merging.kept.tolist() == [[0, 1, 3, 5, 6, 7]]
     assert merging.into.tolist() == [[2, 2]] and merging.moved.tolist() == [[0, 1, 2, 2, 2, 3, 4, 5]]

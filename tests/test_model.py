@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from vitreuse import count_macs
 from vitreuse.attention import EMPTY_CARRY, Carry
 from vitreuse.cost.counters import fvcore_macs, torch_flops
+from vitreuse.model.block import all_tokens
 
 OTHER_GRIDS = {(3, 5): (5, 7), (13, 17): (17, 13), (14, 14): (13, 17), (17, 19): (14, 14), (2, 29): (3, 31)}
 REPRESENTATIVE = [
@@ -256,7 +257,7 @@ def test_intermediates_are_the_layers_outputs(name, backend):
     model, x = CASES[name].build(reuse_backend=backend), images()
     outputs = []
     for block in model.blocks:
-        block.register_forward_hook(lambda module, args, output: outputs.append(output[0]))
+        block.register_forward_hook(lambda module, args, output: outputs.append(all_tokens(*output)))
     final = model.forward_features(x)
     wanted, prefix = list(outputs), model.num_prefix_tokens
     features, intermediates = model.forward_intermediates(x)
@@ -275,7 +276,7 @@ def test_layers_run_in_pieces_give_the_carry_to_each_other(name, backend):
     carry = Carry(layerwise_proj=model.key_proj)
     for block in model.blocks:
         tokens, carry = block(tokens, carry)
-    assert_close(model.norm(tokens), model.forward_features(x))
+    assert_close(model.norm(all_tokens(tokens, carry)), model.forward_features(x))
 
 
 @every_case

@@ -160,19 +160,19 @@ ERRORS = [  # text, model, problem, way out
     (
         "SPAN:3",
         {},
-        "layer 0 is 'SPAN:3', but the words are exact, reuse, lowrank, span, none",
+        "layer 0 is 'SPAN:3', but the words are exact, reuse, lowrank, span, none, linear, skip",
         "could be 'span:3'",
     ),
     (
         "exact resue*6 exact*5",
         {},
-        "layer 1 is 'resue', but the words are exact, reuse, lowrank, span, none",
+        "layer 1 is 'resue', but the words are exact, reuse, lowrank, span, none, linear, skip",
         "could be 'exact reuse*6 exact*5'",
     ),
     (
         "Lowrnk:8",
         {},
-        "layer 0 is 'Lowrnk:8', but the words are exact, reuse, lowrank, span, none",
+        "layer 0 is 'Lowrnk:8', but the words are exact, reuse, lowrank, span, none, linear, skip",
         "could be 'lowrank:8'",
     ),
     ("?? 42", {}, "'?' at character 1 belongs to no word, count or group", "could be 'exact'"),
@@ -384,7 +384,7 @@ def test_presets_exist_at_any_depth(method):
 def test_unknown_method_and_depth_without_a_plan():
     with pytest.raises(ValueError) as caught:
         preset_plan("lazzy", 12)
-    assert str(caught.value) == "unknown method 'lazzy', the methods are reuse, lazy, lowrank, mixspan: try 'lazy'."
+    assert str(caught.value) == "unknown method 'lazzy', the methods are reuse, lazy, lowrank, mixspan, merge: try 'lazy'."
     for make in (lambda depth: preset_plan("lazy", depth), lambda depth: parse_plan("exact", depth)):
         for depth in (0, 257):
             with pytest.raises(ValueError) as caught:

@@ -125,7 +125,7 @@ def _presets(specs: Sequence[Spec], depth: int) -> dict[str, Plan]:
     return {
         method: Plan(tuple(own[spec.word] for spec in plan))
         for method, plan in plans.items()
-        if all(spec.word in own for spec in plan)
+        if all(spec.word in own and not spec.merged for spec in plan)
     }
 
 

@@ -34,6 +34,7 @@ from vitreuse.model.block import PlanBlock, PlanBlocks
 from vitreuse.model.copies import adopted_layers
 from vitreuse.model.recording import attentions, dense_map, recorded_attention
 from vitreuse.plan import EXACT, Spec
+from vitreuse.plan.language import WHOLE
 
 
 class Change(NamedTuple):
@@ -121,6 +122,11 @@ def check_specs(model: Any, specs: Sequence[Spec]) -> None:
     num_tokens, num_heads = model.num_prefix_tokens + model.patch_embed.num_patches, model.blocks[0].attn.num_heads
     limits = {"lowrank": (num_tokens - 1, f"{num_tokens} tokens"), "reuse": (num_heads, f"{num_heads} heads")}
     for spec in specs:
+        if spec.merged or spec.hidden is not None or spec.word in WHOLE:
+            raise ValueError(
+                f"{spec} changes more than the attention of a layer, and damage is measured of attention alone: leave it "
+                "out here, vitreuse convert takes it."
+            )
         limit, size = limits.get(spec.word, (math.inf, ""))
         if (spec.number or 0) > limit:
             raise ValueError(f"{spec} does not fit a model of {size}: give {spec.word}:{limit} or less.")
