@@ -139,6 +139,13 @@ class Plan:
                 width = spec.number
         return tuple(repeats)
 
+    def patches_left(self, num_patches: int) -> tuple[int, ...]:
+        """The patch tokens that each layer gets, and last those after the last layer; r is at most half of them."""
+        left = [num_patches]
+        for spec in self.specs:
+            left.append(left[-1] - min(spec.merged, left[-1] // 2))
+        return tuple(left)
+
 
 def parse_plan(
     text: str, depth: int | None = None, num_heads: int | None = None, num_patches: int | None = None
