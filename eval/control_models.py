@@ -12,7 +12,7 @@ from vitreuse.config import ModelConfig
 from vitreuse.cost.summary import LARGEST
 from vitreuse.export.networks import exact_model
 from vitreuse.plan import MAX_LAYERS, PRESETS, Plan, Spec, parse_plan, preset_plan
-from vitreuse.plan.language import ON_GRID, WHOLE
+from vitreuse.plan.language import ON_GRID, WHOLE, num_mergeable
 
 QUANTITIES = ("macs", "params", "latency_ms")  # in which a control may equal its target
 UNITS = 16  # of hidden units to one channel
@@ -181,7 +181,7 @@ def deepened(plan: Plan, depth: int, num_patches: int) -> Plan:
         spec = specs[layer % period]
         if left < num_patches and spec.word in ON_GRID:
             spec = replace(spec, word="exact", number=None)
-        going_on.append(replace(spec, merged=min(spec.merged, left // 2)))
+        going_on.append(replace(spec, merged=num_mergeable(spec.merged, left)))
         left -= going_on[-1].merged
     return Plan(tuple(going_on))
 

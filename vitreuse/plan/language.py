@@ -128,6 +128,13 @@ class Plan:
         """How many layers compute a map that a later layer reads."""
         return sum(n > 0 for spec, n in zip(self.specs, self.num_readers, strict=True) if spec.makes_map)
 
+    def patches_left(self, num_patches: int) -> tuple[int, ...]:
+        """The patch tokens that each layer gets, and those after the last; of so many at most half merge in a layer."""
+        left = [num_patches]
+        for spec in self.specs:
+            left.append(left[-1] - num_mergeable(spec.merged, left[-1]))
+        return tuple(left)
+
     @property
     def repeats_span(self) -> tuple[bool, ...]:
         """For each layer whether it is a span of the width that the newest span before it has."""
@@ -139,12 +146,10 @@ class Plan:
                 width = spec.number
         return tuple(repeats)
 
-    def patches_left(self, num_patches: int) -> tuple[int, ...]:
-        """The patch tokens that each layer gets, and last those after the last layer; r is at most half of them."""
-        left = [num_patches]
-        for spec in self.specs:
-            left.append(left[-1] - min(spec.merged, left[-1] // 2))
-        return tuple(left)
+
+def num_mergeable(num_merged: int, num_patches: int) -> int:
+    """How many of the patch tokens that are left can really merge: at most half of them."""
+    return min(num_merged, num_patches // 2)
 
 
 def parse_plan(
