@@ -1,6 +1,5 @@
 """The models that a plan must beat: controls of the same MACs, parameters and latency, each written as a config."""
 
-import math
 import os
 import sys
 from argparse import ArgumentParser, Namespace
@@ -15,19 +14,19 @@ import torch
 import yaml
 from rich.console import RenderableType
 
+from eval.control_models import Control, controls, on_meta
 from eval.flops import model_macs
 from eval.table import Column, to_rich
 from vitreuse.cli.console import MEASURED_DTYPES, add_count, add_dtype, add_output, local_path
 from vitreuse.config import ModelConfig
 from vitreuse.cost.macs import count_params
 from vitreuse.cost.measure import describe_machine, inference_call, time_interleaved
-from vitreuse.cost.summary import LARGEST
-from vitreuse.export.networks import exact_model, load_experiment
+from vitreuse.export.networks import load_experiment
 from vitreuse.io.durable import write_durably
 from vitreuse.io.file_names import printable
 from vitreuse.io.process import choose_device
 from vitreuse.model.preprocessing import example
-from vitreuse.plan import MAX_LAYERS, PRESETS, Plan, Spec, parse_plan, preset_plan
+from vitreuse.plan import EXACT
 from vitreuse.plan.options import PlanOptions
 
 HELP = "configs of the models that a plan must beat at equal MACs, parameters or latency"
@@ -41,21 +40,9 @@ COLUMNS = (
     Column("difference_percent", "difference (%)", "+.2f"),
     Column("file", "file"),
 )
-UNITS = 16  # of hidden units to one channel
 MOST_SEARCHES = 3
 CLOSE = 0.02  # the share of a latency by which two measurements of it differ
 Measure = Callable[[Sequence[ModelConfig]], list[float]]  # one quantity of several models
-
-
-class Control(NamedTuple):
-    """Models that cost more and more, of which one comes closest to what the target costs."""
-
-    name: str
-    meaning: str
-    sizes: Sequence[int]
-    at: Callable[[int], ModelConfig]
-    target: ModelConfig
-    target_name: str
 
 
 class Match(NamedTuple):
@@ -71,65 +58,6 @@ class Match(NamedTuple):
     def difference_percent(self) -> float:
         """How much more than the target it has."""
         return 100 * (self.reached / self.target - 1)
-
-
-class Shape(NamedTuple):
-    """What the keywords of a control change: the model's own width, depth and hidden units, and the steps of width."""
-
-    embed_dim: int
-    depth: int
-    mlp_ratio: float
-    step: int
-
-    def resize(self, config: ModelConfig, keyword: str, value: float) -> ModelConfig:
-        """The model with another value of a keyword; the one given where the value is the own one."""
-        own = getattr(self, keyword)
-        return config if value == own else replace(config, keywords={**config.keywords, keyword: value})
-
-
-def controls(config: ModelConfig, name: str) -> list[Control]:
-    """The controls of a model with a plan, whose experiment has the name.
-
-    What costs as much as the plan is the plan without attention where it is not exact, or a smaller exact model; what
-    costs as much as the exact model is a larger one of the plan.
-    """
-    plan = parse_plan(str(config.plan))
-    exact = exact_model(config, len(plan))
-    removed = replace(exact, plan=str(Plan(tuple(spec if spec.word == "exact" else Spec("none") for spec in plan))))
-    own = _shape(exact)
-
-    def wider_mlp(num_units: int) -> ModelConfig:
-        return own.resize(removed, "mlp_ratio", num_units / UNITS)
-
-    def shallower(depth: int) -> ModelConfig:
-        return own.resize(exact_model(exact, depth), "depth", depth)
-
-    def deeper(depth: int) -> ModelConfig:
-        return own.resize(replace(config, plan=str(deepened(plan, depth))), "depth", depth)
-
-    narrower, wider = (partial(own.resize, model, "embed_dim") for model in (exact, config))
-    units = math.ceil(UNITS * own.mlp_ratio)
-    more_units = range(units, LARGEST * units)
-    more_layers = range(own.depth, min(LARGEST * own.depth, MAX_LAYERS) + 1)
-    fewer_channels = range(own.step, own.embed_dim + 1, own.step)
-    more_channels = range(own.embed_dim, LARGEST * own.embed_dim, own.step)
-    meaning, other = "no attention where the plan is not exact", "the exact model"
-    return [
-        Control("removed", meaning, range(1), lambda _: removed, config, name),
-        Control("removed_mlp", f"{meaning}, a wider MLP everywhere", more_units, wider_mlp, config, name),
-        Control("shallower", "fewer layers, all exact", range(1, own.depth + 1), shallower, config, name),
-        Control("narrower", "fewer channels, all layers exact", fewer_channels, narrower, config, name),
-        Control("wider", "the plan with more channels", more_channels, wider, exact, other),
-        Control("deeper", "the plan with more layers", more_layers, deeper, exact, other),
-    ]
-
-
-def _shape(exact: ModelConfig) -> Shape:
-    model = _on_meta(exact)
-    model_macs(model)  # refuses parts without a closed form
-    layer, width = model.blocks[0], model.embed_dim
-    step = math.lcm(layer.attn.num_heads, 4)  # channels: heads divide them, and fixed sines and cosines come in fours
-    return Shape(width, len(model.blocks), layer.mlp.fc1.out_features / width, step)
 
 
 def closest(control: Control, quantity: str, measure: Measure) -> Match:
@@ -154,23 +82,8 @@ def closest(control: Control, quantity: str, measure: Measure) -> Match:
     return Match(control, quantity, model, target, value)
 
 
-def deepened(plan: Plan, depth: int) -> Plan:
-    """The plan in a deeper model: the preset that it is, or its shortest period going on, at most all of it."""
-    for method in PRESETS:
-        if plan == preset_plan(method, len(plan)):
-            return preset_plan(method, depth)
-    specs = plan.specs
-    period = next(p for p in range(1, len(specs) + 1) if specs[p:] == specs[:-p])
-    return Plan(tuple(specs[layer % period] for layer in range(depth)))
-
-
 def _counted(count: Callable[[Any], int], models: Sequence[ModelConfig]) -> list[float]:
-    return [count(_on_meta(model)) for model in models]
-
-
-def _on_meta(model: ModelConfig) -> Any:
-    """The model without memory, where initialising it would only take time."""
-    return replace(model, keywords={**model.keywords, "weight_init": "skip"}).create("meta")
+    return [count(on_meta(model)) for model in models]
 
 
 def _latency_ms(models: Sequence[ModelConfig], device: torch.device, dtype: str, num_repeats: int) -> list[float]:
@@ -191,16 +104,17 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(args: Namespace) -> dict[str, Any]:
     """The closest model of every control in every quantity, written to the output folder too."""
     device, path = choose_device(args.device), args.config
-    config = _checked(load_experiment(path).model, path)
+    experiment = load_experiment(path)
+    config, resolution = _checked(experiment.model, path), experiment.train.resolution
     measures: dict[str, Measure] = {
         "macs": partial(_counted, partial(model_macs, theoretical=True)),
         "params": partial(_counted, count_params),
         "latency_ms": partial(_latency_ms, device=device, dtype=args.dtype, num_repeats=args.repeats),
     }
     matches = []
-    for control in controls(config, path.stem):
+    for control in controls(config, path.stem, 0 if resolution is None else resolution.from_px):
         print(f"looking for {control.name}: {control.meaning}", file=sys.stderr)
-        matches += [closest(control, quantity, measure) for quantity, measure in measures.items()]
+        matches += [closest(control, quantity, measures[quantity]) for quantity in control.quantities]
     result = {"command": "controls", "machine": describe_machine(device), "dtype": args.dtype, "config": str(path)}
     result |= {"num_repeats": args.repeats, "rows": _rows(matches, config, path.stem)}
     if args.output:
@@ -217,7 +131,7 @@ def _checked(config: ModelConfig, path: Path) -> ModelConfig:
     model: Any = config.create("meta")
     if not hasattr(model, "plan"):
         raise ValueError(f"{path}: {config.name} has no plan to control: name one that 'vitreuse models' lists.")
-    if {spec.word for spec in model.plan} == {"exact"}:
+    if {*model.plan} == {EXACT}:
         raise ValueError(f"{path}: plan '{model.plan}' is exact everywhere, a control itself: give one that is not.")
     if config.weights is not None:
         raise ValueError(
@@ -300,7 +214,7 @@ def _conditions(result: Mapping[str, Any]) -> str:
 def render(result: dict[str, Any]) -> RenderableType:
     """The result as a table for the terminal."""
     caption = (
-        "removed, shallower and narrower against the config's model, wider and deeper against the exact one. "
+        "wider and deeper against the exact model, all others against the config's. "
         f"Latency (ms) is {_conditions(result)}; {_hardware(result)}."
     )
     rows = [{**row, "size": ", ".join(f"{k} {v}" for k, v in row["keywords"].items())} for row in result["rows"]]

@@ -9,14 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 import eval.controls
 from eval.__main__ import main
-from eval.controls import Control, closest, deepened
+from eval.control_models import controls, deepened, without_attention
+from eval.controls import Control, closest
+from train.pipeline import train_transform
 from vitreuse import parse_plan
 from vitreuse.config import ModelConfig, load_config
 from vitreuse.cost.counters import torch_flops
-from vitreuse.plan import preset_plan
+from vitreuse.model.preprocessing import evaluation_transform, image_settings
+from vitreuse.plan import PRESETS, preset_plan
 
 LAZY = Path(__file__).parent.parent / "configs" / "digits" / "lazy.yaml"
 EXACT = LAZY.with_name("exact.yaml")
@@ -33,7 +37,8 @@ LINE = re.compile(r"# (MACs|Params|Latency): ([\d,.]+)(?: ms)? in (.+), ([\d,.]+
 
 
 def count_macs(model: ModelConfig) -> int:
-    return torch_flops(model.create().eval(), torch.zeros(1, 1, 12, 12))[""] // 2
+    size_px = model.keywords["img_size"]
+    return torch_flops(model.create().eval(), torch.zeros(1, 1, size_px, size_px))[""] // 2
 
 
 def count_params(model: ModelConfig) -> int:
@@ -43,7 +48,7 @@ def count_params(model: ModelConfig) -> int:
 def clock(model: ModelConfig) -> float:
     """Milliseconds by width, depth, plan and hidden units."""
     costs = {"exact": 1.0, "reuse": 0.5, "none": 0.0}
-    layers = [costs[spec.word] + model.keywords.get("mlp_ratio", 4.0) / 4 for spec in parse_plan(model.plan)]
+    layers = [costs[spec.word] + model.keywords.get("mlp_ratio", 4.0) / 4 for spec in parse_plan(str(model.plan))]
     return round(model.keywords["embed_dim"] / 64 * sum(layers), 4)
 
 
@@ -146,18 +151,158 @@ def test_a_search_that_was_misled_starts_again():
     assert (match.model.name, match.target, match.reached, match.difference_percent) == ("40", 40.0, 40.0, 0.0)
 
 
+MIXED = "exact*2 exact-3/96 linear exact/32 exact"
+
+
+def work(model: ModelConfig) -> float:
+    """Milliseconds that grow with both other quantities."""
+    return round(count_macs(model) / 1e6 + count_params(model) / 1e5, 4)
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    """The folder of a config of such a plan and of its controls, timed by that, and the rows that were printed."""
+    folder = tmp_path_factory.mktemp("mixed")
+    config = folder / "mixed.yaml"
+    config.write_text(f"base: {LAZY}\nmodel: {{plan: {MIXED}}}\n")
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as output:
+        patch.setattr(eval.controls, "_latency_ms", lambda models, **_: [work(model) for model in models])
+        assert main(["controls", str(config), "-o", str(folder / "out"), "--json", "--device", "cpu"]) == 0
+    return folder, json.loads(output.getvalue())["rows"]
+
+
+def test_a_plan_of_tokens_hidden_units_and_layers_has_controls_of_these(mixed):
+    _, rows = mixed
+    every, plans = ("macs", "params", "latency_ms"), {row["control"]: row["plan"] for row in rows}
+    names = ("skipped", "narrower_mlp", "smaller_image", "shallower", "narrower", "wider", "deeper")
+    expected = [(name, quantity) for name in names for quantity in every if (name, quantity) != (names[2], "params")]
+    assert [(row["control"], row["quantity"]) for row in rows] == expected
+    assert plans["skipped"] == "exact*2 exact-3/96 skip exact/32 exact"
+    assert plans["narrower_mlp"] == plans["smaller_image"] == plans["narrower"] == "exact*6"
+    keywords = {row["control"]: {*row["keywords"]} for row in rows if row["quantity"] == "macs"}
+    assert (keywords["skipped"], keywords["narrower_mlp"]) == (set(), {"mlp_ratio"})
+    assert (keywords["smaller_image"], keywords["wider"]) == ({"img_size"}, {"embed_dim"})
+
+
+def test_they_cost_what_their_files_say(mixed):
+    folder, rows = mixed
+    measures = {"macs": count_macs, "params": count_params, "latency_ms": work}
+    own, exact = load_config(folder / "mixed.yaml").model, load_config(EXACT).model
+    for row in rows:
+        measure, larger = measures[row["quantity"]], row["control"] in ("wider", "deeper")
+        found = load_config(folder / "out" / row["file"]).model
+        assert (row["target"], row["reached"]) == (measure(exact if larger else own), measure(found))
+        assert headers(folder / "out" / row["file"])[row["quantity"]][2] == f"{row['reached']:,.10g}"
+
+
+@pytest.mark.parametrize(
+    ("name", "keyword", "step"), [("narrower_mlp", "mlp_ratio", 1 / 16), ("smaller_image", "img_size", 2)]
+)
+def test_no_narrower_mlp_and_no_smaller_image_beside_it_is_closer(name, keyword, step, mixed):
+    folder, rows = mixed
+    for row in (row for row in rows if row["control"] == name):
+        measure = {"macs": count_macs, "params": count_params, "latency_ms": work}[row["quantity"]]
+        for change in (-step, step):
+            override = f"model.keywords.{keyword}={row['keywords'][keyword] + change}"
+            beside = measure(load_config(folder / "out" / row["file"], [override]).model)
+            assert abs(beside - row["target"]) > abs(row["reached"] - row["target"])
+            assert (beside - row["reached"]) * change > 0
+
+
+def test_the_data_have_the_size_of_the_smaller_image(mixed):
+    folder, rows = mixed
+    (row,) = (row for row in rows if (row["control"], row["quantity"]) == ("smaller_image", "macs"))
+    config = load_config(folder / "out" / row["file"])
+    model, size_px, digit = config.model.create().eval(), row["keywords"]["img_size"], Image.new("L", (8, 8))
+    assert size_px < 12 and size_px % 2 == 0 and config.data == load_config(LAZY).data
+    for transform in (train_transform(config, image_settings(model)), evaluation_transform(model)):
+        assert transform(digit).shape == (1, size_px, size_px)
+    assert model(evaluation_transform(model)(digit)[None]).shape == (1, 10)
+
+
+def of_plan(plan: str, **keywords: object) -> dict[str, Control]:
+    own = load_config(LAZY).model
+    model = ModelConfig(name=own.name, plan=plan, keywords={**own.keywords, **keywords})
+    return {control.name: control for control in controls(model, "own")}
+
+
+@pytest.mark.parametrize(
+    ("plan", "names"),
+    [
+        ("exact*5 exact-3", ["smaller_image"]),
+        ("exact*5 linear", ["skipped"]),
+        ("exact*5 skip", []),
+        ("exact*5 exact/255", ["narrower_mlp"]),
+        ("exact*5 exact/256", []),  # as many as all layers have
+        ("exact*5 exact/300", []),
+        ("exact*5 none", ["removed", "removed_mlp"]),
+        ("(exact reuse-3)*3", ["removed", "removed_mlp", "smaller_image"]),
+    ],
+)
+def test_controls_without_a_meaning_for_the_plan_are_left_out(plan, names):
+    assert [*of_plan(plan)] == [*names, "shallower", "narrower", "wider", "deeper"]
+
+
+def test_images_shrink_by_patches_and_keep_their_shape():
+    control = of_plan("exact*5 exact-3", img_size=[12, 16])["smaller_image"]
+    sizes = [control.at(size).keywords["img_size"] for size in control.sizes]
+    assert sizes == [2, 4, [6, 8], [8, 10], [10, 12], [12, 16]]
+
+
+def test_images_stay_larger_than_those_that_training_begins_with(tmp_path, monkeypatch):
+    path, given = tmp_path / "growing.yaml", []
+    train = "train: {resolution: {from_px: 8, epochs: 2}}"
+    path.write_text(f"base: {LAZY}\nmodel: {{plan: exact*5 exact-3, keywords: {{dynamic_img_size: true}}}}\n{train}\n")
+    monkeypatch.setattr(eval.controls, "controls", lambda *arguments: given.append(arguments) or [])
+    assert main(["controls", str(path), "--json", "--device", "cpu"]) == 0
+    control = {control.name: control for control in controls(*given[0])}["smaller_image"]
+    assert [control.at(size).keywords["img_size"] for size in control.sizes] == [10, 12]
+
+
+def test_hidden_units_grow_with_the_mlps_and_with_the_width():
+    found = of_plan("exact reuse/64 reuse exact/0 exact/32 reuse/0")
+    wider_mlp, wider = found["removed_mlp"].at(80), found["wider"].at(96)  # 5 units to a channel, 4 is usual
+    assert (wider_mlp.plan, wider_mlp.keywords["mlp_ratio"]) == ("exact none/80 none exact/0 exact/40 skip", 5.0)
+    assert (wider.plan, wider.keywords["embed_dim"]) == ("exact reuse/96 reuse exact/0 exact/48 reuse/0", 96)
+
+
+@pytest.mark.parametrize(
+    ("plan", "left"),
+    [
+        ("(exact reuse*2)*2", "(exact none*2)*2"),
+        ("exact-8 exact-8/96 linear skip", "exact-8 exact-8/96 linear skip"),
+        ("(exact reuse-8/96)*2", "(exact-8 none/96)*2"),
+        ("span:3-8 exact-4 exact reuse", "none exact-4 exact none"),
+        ("exact span:3 reuse-8/0 none", "exact-8 none skip none"),
+    ],
+)
+def test_without_attention_the_exact_layer_before_merges_as_many(plan, left):
+    assert str(without_attention(parse_plan(plan))) == left
+
+
 @pytest.mark.parametrize(
     ("plan", "deeper"),
     [
         ("(lowrank:4 reuse)*2", "(lowrank:4 reuse)*3 lowrank:4"),
         ("span:3 exact none", "(span:3 exact none)*2 span:3"),
         ("exact none*2 reuse", "exact none*2 reuse exact none*2"),
-        (str(preset_plan("reuse", 6)), str(preset_plan("reuse", 7))),
-        (str(preset_plan("mixspan", 6)), str(preset_plan("mixspan", 7))),
+        ("exact linear", "(exact linear)*3 exact"),
+        ("(exact reuse-8/96)*2", "(exact reuse-8/96)*3 exact"),
+        ("exact-8*4", "exact-8*3 exact-6 exact-3 exact-1*2"),
+        ("span:3/9 exact-8", "span:3/9 exact-8 exact/9 exact-8 exact/9 exact-8 exact/9"),
+        ("lowrank:4 exact exact-8", "lowrank:4 exact exact-8 exact*2 exact-8 exact"),
     ],
 )
 def test_a_deeper_plan_goes_on_as_it_began(plan, deeper):
-    assert deepened(parse_plan(plan), 7) == parse_plan(deeper)
+    found = deepened(parse_plan(plan), 7, 36)
+    assert found == parse_plan(deeper) == parse_plan(str(found), 7, num_patches=36)
+
+
+@pytest.mark.parametrize("method", PRESETS)
+def test_a_deeper_preset_is_the_preset_of_that_depth(method):
+    sizes = (36,) if method == "merge" else ()
+    for depth in (7, 12):
+        assert deepened(preset_plan(method, 6, *sizes), depth, 36) == preset_plan(method, depth, *sizes)
 
 
 def small(folder: Path, name="vit_lowrank_tiny_patch16_224", plan="lowrank:3*2", weights="", keywords="") -> Path:

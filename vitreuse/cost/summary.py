@@ -14,7 +14,7 @@ from vitreuse.model.registry import variant_of
 from vitreuse.model.vit import PlanVisionTransformer
 
 PARTS = ("width", "mlp")  # of a model that may grow
-LARGEST = 8  # times what the model has; a plan saves less
+LARGEST = 8  # times what the model has; most plans save less
 
 
 def describe(
@@ -67,12 +67,17 @@ def model_on_meta(
 
 
 def _layer(model: Any, layer: int, macs: dict[str, int], exact_macs: dict[str, int]) -> dict[str, Any]:
-    """One layer's spec, the layer whose map it reads, and its MACs by part."""
+    """One layer's spec, the layer whose map it reads, the tokens it gets and merges, its hidden units, MACs by part."""
     parts = _parts(macs, layer)
+    patches, left = model.plan.patches_left(model.patch_embed.num_patches)[layer : layer + 2]
+    block = model.blocks[layer]
     return {
         "layer": layer,
         "spec": str(model.plan[layer]),
         "anchor": model.plan.anchors[layer],
+        "tokens": model.num_prefix_tokens + patches,
+        "merged": patches - left,
+        "hidden": block.mlp.fc1.out_features if block.has_mlp else 0,
         "theoretical_macs": parts,
         "macs_ratio": sum(parts.values()) / sum(_parts(exact_macs, layer).values()),
     }
@@ -98,7 +103,7 @@ def equal_macs(name: str, plan: str | None, part: str, image_size: int | None = 
         The keyword by name, for timm.create_model or a config's model.keywords.
 
     Raises:
-        ValueError: A wrong plan, an unknown model, or a plan that is too costly in a model of any size.
+        ValueError: A wrong plan, an unknown model, or a plan that is too costly or too cheap in a model of any size.
     """
     depth = len(model_on_meta(name, plan, image_size).plan)
     exact = model_on_meta(name, f"exact*{depth}", image_size)
@@ -107,9 +112,13 @@ def equal_macs(name: str, plan: str | None, part: str, image_size: int | None = 
     def macs(num_units: int) -> int:
         return _macs(model_on_meta(name, plan, image_size, {keyword: num_units * unit}))
 
-    num_units = bisect_right(range(1, math.ceil(LARGEST * own / unit)), _macs(exact), key=macs)
+    sizes = range(1, math.ceil(LARGEST * own / unit))
+    num_units = bisect_right(sizes, _macs(exact), key=macs)
     if not num_units:
         raise ValueError(f"plan '{plan}' costs more MACs in {name} than exact attention at any {keyword}.")
+    if num_units == len(sizes):
+        most = f"{keyword}={num_units * unit:g}"
+        raise ValueError(f"plan '{plan}' costs fewer MACs in {name} than exact attention at all up to {most}.")
     return {keyword: num_units * unit}
 
 
