@@ -22,6 +22,7 @@ from vitreuse.attention.maps import NO_MASK, Carried, Layout, Mask
 from vitreuse.attention.policy import Call, Conditions, Settings, Way, choose
 from vitreuse.attention.tiles import span_pairs
 from vitreuse.plan import Plan, Spec
+from vitreuse.plan.language import num_mergeable
 from vitreuse.plan.options import PlanOptions
 
 
@@ -33,6 +34,9 @@ class Carry(NamedTuple):
     value_proj: Tensor | None = None
     layerwise_proj: Tensor | None = None  # the model's one under layerwise sharing, passed on by every layer
     span_bias: Tensor | None = None  # of the newest span layer, see maps.span_bias; passed on by every layer
+    likeness: Tensor | None = None  # (B, N, D), by which this layer's tokens merge; read between its attention and MLP
+    sizes: Tensor | None = None  # (B, N), how many tokens of the first layer each stands for, once some have merged
+    places: Tensor | None = None  # (B, N0), which token each of the first layer's is part of
 
 
 EMPTY_CARRY = Carry()
@@ -95,6 +99,22 @@ def without_mask(kind: str, mask: Mask) -> Mask:
 
 @torch.fx.wrap
 @register_notrace_function
+def with_sizes(mask: Mask, sizes: Tensor) -> Mask:
+    """The mask of a layer whose keys stand for several tokens.
+
+    Raises:
+        ValueError: A mask or causal attention was asked for.
+    """
+    if mask.is_given:
+        raise ValueError(
+            "a layer after a merge takes no attn_mask and no is_causal, since its tokens are not those that a mask "
+            "speaks of: use a plan that merges nothing with a mask."
+        )
+    return Mask(sizes=sizes)
+
+
+@torch.fx.wrap
+@register_notrace_function
 def with_all_tokens(kind: str, x: Tensor, grid: tuple[int, int], num_prefix_tokens: int) -> Tensor:
     """The tokens, for a kind of layer that must know where on the grid each of them lies.
 
@@ -118,6 +138,8 @@ class CarryingAttention(nn.Module):
     """What a layer calls: attention that takes and returns a carry, or tokens alone as timm's does."""
 
     grid: tuple[int, int]  # built for
+    num_prefix_tokens: int
+    merges: tuple[int, ...] = ()  # patch tokens that each layer before it merges
 
     def forward(
         self,
@@ -129,7 +151,10 @@ class CarryingAttention(nn.Module):
         is_causal: bool = False,
     ) -> Any:
         """Tokens (B, num_queries, C), and the carry for the next layer where one was given."""
-        y, handed = self.attend(x, carry or EMPTY_CARRY, grid or self.grid, num_queries, Mask(attn_mask, is_causal))
+        given, mask = carry or EMPTY_CARRY, Mask(attn_mask, is_causal)
+        if given.sizes is not None:
+            mask = with_sizes(mask, given.sizes)
+        y, handed = self.attend(x, given, grid or self.grid, num_queries, mask)
         return y if carry is None else (y, handed)
 
     @abstractmethod
@@ -141,6 +166,21 @@ class CarryingAttention(nn.Module):
     def set_grid(self, grid: tuple[int, int]) -> None:
         """Makes ``grid`` the one built for."""
         self.grid = grid
+
+    def place(self, plan: Plan, layer: int) -> None:
+        """Notes what comes before and after the layer in a plan."""
+        self.merges = tuple(spec.merged for spec in plan.specs[:layer] if spec.merged)
+
+    def patches_of(self, grid: tuple[int, int]) -> int:
+        """Patch tokens of a grid that the layers before have not merged."""
+        num_patches = grid[0] * grid[1]
+        for num_merged in self.merges:
+            num_patches -= num_mergeable(num_merged, num_patches)
+        return num_patches
+
+    def tokens_of(self, grid: tuple[int, int]) -> int:
+        """N, the prefix tokens and the patch tokens of a grid that the layers before have not merged."""
+        return self.num_prefix_tokens + self.patches_of(grid)
 
 
 class Attention(CarryingAttention):
@@ -180,6 +220,8 @@ class Attention(CarryingAttention):
 
     def place(self, plan: Plan, layer: int) -> None:
         """Notes how many layers of a plan read what this one hands on, and how many maps are alive at the same time."""
+        super().place(plan, layer)
+        self.hands_likeness = plan[layer].merged > 0
         anchor = plan.anchors[layer]
         self.num_readers = plan.num_readers[layer]  # reuse layers that read what this layer hands on
         self.anchor_readers = 0 if anchor is None else plan.num_readers[anchor]
@@ -214,6 +256,7 @@ class Attention(CarryingAttention):
             is_tiled=layout.is_tiled,
             dropout=dropout,
             in_blocks=conditions.device.type == "cpu" and is_eager,
+            has_sizes=self.has_sizes,
         )
         num_readers = self.num_readers if self.makes_map else 0
         return choose(call, self.settings._replace(training=conditions.training, num_readers=num_readers))
@@ -221,7 +264,12 @@ class Attention(CarryingAttention):
     @property
     def num_tokens(self) -> int:
         """N of the grid that the layer is built for."""
-        return self.num_prefix_tokens + self.grid[0] * self.grid[1]
+        return self.tokens_of(self.grid)
+
+    @property
+    def has_sizes(self) -> bool:
+        """Whether tokens of that grid stand for several of the first layer's."""
+        return self.patches_of(self.grid) < self.grid[0] * self.grid[1]
 
     @property
     def num_keys(self) -> int:
@@ -244,11 +292,28 @@ class Attention(CarryingAttention):
             return None
         return num_queries
 
+    def likeness(self, of_heads: Tensor, num_queries: int | None) -> Tensor | None:
+        """By what tokens merge, (B, N, D): the mean over heads of keys or values (B, H, N, D), in float32.
+
+        None where the layer merges nothing, or computes only rows that never merge. No gradient flows through a choice.
+        """
+        if not self.hands_likeness or num_queries is not None:
+            return None
+        return of_heads.detach().mean(1, dtype=torch.float32)
+
     def output(self, mixed: Tensor, num_queries: int | None) -> Tensor:
         """Output projection of mixed values (B, H, N, D): (B, num_queries, C)."""
         if num_queries is not None:
             mixed = mixed[:, :, :num_queries]
         return self.proj_drop(self.proj(self.norm(mixed.transpose(1, 2).flatten(2))))
+
+    def num_size_channels(self, num_keys: int) -> int:
+        """By how many channels of all heads the fused kernel of this device is told sizes; none where by a bias."""
+        weight = self.proj.weight
+        call = Call(weight.device.type, weight.dtype, num_keys, has_sizes=self.has_sizes)
+        num_readers = self.num_readers if self.makes_map else 0
+        way = choose(call, self.settings._replace(training=False, num_readers=num_readers))
+        return self.num_heads if way.sizes == "channel" else 0
 
     def num_rows(self, num_queries: int, num_tokens: int) -> int:
         """Query rows that run when ``num_queries`` are asked for."""

@@ -5,6 +5,9 @@ Costs are nanoseconds per head, query and key, at 64 channels a head:
     unfused  attention by two products and a softmax, without keeping the map
     make     the map
     apply    a map times values
+and, unless they were measured before there were such, of keys that stand for several tokens:
+    bias     attention by the fused kernel, sizes added to the logits
+    channel  the same, sizes in one more channel of queries and keys
 costs.json beside this file has those measured for the project; ``vitreuse tune`` measures a device of yours. Both
 hold rates too, nanoseconds per multiply-add of the products outside attention, by which plan_costs.py predicts times:
     mlp      of a layer's MLP, with its norm, GELU and sum
@@ -21,9 +24,10 @@ from pathlib import Path
 import torch
 
 COST_NAMES = ("fused", "unfused", "make", "apply")
+SIZED_NAMES = ("bias", "channel")
 RATE_NAMES = ("mlp", "linear")
 Rates = dict[str, list[tuple[int, float, float]]]  # as costs, of channels of a token and the two rates; inference alone
-Point = tuple[int, float, float, float, float]  # keys of a query, then the four costs
+Point = tuple[float, ...]  # keys of a query, then the four costs, or six
 Costs = dict[str, list[Point]]  # by device type, dtype and mode, such as "cpu bfloat16 inference"
 SHIPPED_COSTS = Path(__file__).with_name("costs.json")
 
@@ -76,11 +80,15 @@ def read_rates(path: Path) -> Rates:
 
 
 def as_costs(found: Mapping[str, Sequence[Sequence[float]]]) -> Costs:
-    """Costs, as a file holds them, with the types that cost_at takes."""
-    return {
-        key: [(int(keys), fused, unfused, make, apply) for keys, fused, unfused, make, apply in points]
-        for key, points in found.items()
-    }
+    """Costs, as a file holds them, with the types that cost_at takes.
+
+    Raises:
+        ValueError: The points of a key have neither the four costs nor those of sizes too.
+    """
+    lengths = [{len(point) - 1 for point in points} for points in found.values()]
+    if any(num not in ({len(COST_NAMES)}, {len(COST_NAMES) + len(SIZED_NAMES)}) for num in lengths if num):
+        raise ValueError("points have other costs")
+    return {key: [(int(keys), *costs) for keys, *costs in points] for key, points in found.items()}
 
 
 def cost_key(device_type: str, dtype: torch.dtype, training: bool) -> str:
@@ -90,7 +98,7 @@ def cost_key(device_type: str, dtype: torch.dtype, training: bool) -> str:
 
 
 def cost_at(points: list[Point], num_keys: int) -> tuple[float, ...]:
-    """The four costs at a number of keys: linear between the measured ones, those of the nearest beyond them."""
+    """The costs at a number of keys: linear between the measured ones, those of the nearest beyond them."""
     below = points[0]
     for above in points:
         if above[0] >= num_keys:

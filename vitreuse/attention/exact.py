@@ -36,8 +36,10 @@ class ExactAttention(Attention):
         if layout.width > 0:
             bias = maps.span_bias(bias if self.takes_span_bias else None, v, layout)
             mask = Mask(bias)
-        mixed, made = maps.attend(self.q_norm(q), self.k_norm(k), v, mask, layout, self.attn_drop, self.settings)
-        return self.output(mixed, num_queries), Carry(made, key_proj, value_proj, carry.layerwise_proj, bias)
+        k = self.k_norm(k)
+        mixed, made = maps.attend(self.q_norm(q), k, v, mask, layout, self.attn_drop, self.settings)
+        handed = carry._replace(made=made, key_proj=key_proj, value_proj=value_proj, span_bias=bias)
+        return self.output(mixed, num_queries), handed._replace(likeness=self.likeness(k, num_queries))
 
     def project(
         self, x: Tensor, rows: int | None, grid: tuple[int, int], layerwise_proj: Tensor | None
@@ -51,11 +53,12 @@ class ExactAttention(Attention):
         return q, k, v, None, None
 
     def macs(self, grid: tuple[int, int], num_queries: int, theoretical: bool) -> dict[str, int]:
-        num_tokens = self.num_prefix_tokens + grid[0] * grid[1]
+        num_tokens = self.tokens_of(grid)
         pairs = self.num_pairs(grid, num_queries, num_tokens, theoretical)
+        channels = self.dim + (0 if theoretical else self.num_size_channels(num_tokens))
         return {
             "qkv": (self.num_rows(num_queries, num_tokens) + 2 * num_tokens) * self.dim**2,
-            "logits": pairs * self.dim,
-            "values": pairs * self.dim,
+            "logits": pairs * channels,
+            "values": pairs * channels,
             "proj": num_queries * self.dim**2,
         }

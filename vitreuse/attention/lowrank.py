@@ -294,7 +294,7 @@ class LowRankAttention(ExactAttention):
         self.grid = grid
 
     def macs(self, grid: tuple[int, int], num_queries: int, theoretical: bool) -> dict[str, int]:
-        num_tokens = self.num_prefix_tokens + grid[0] * grid[1]
+        num_tokens = self.tokens_of(grid)
         num_keys = projected_length(num_tokens, self.kind, self.projected_dim)
         projected = num_keys if self.tokens_first else num_tokens
         products = projection_macs(num_tokens, self.kind, self.projected_dim)

@@ -41,6 +41,7 @@ class Mask(NamedTuple):
 
     attn_mask: Tensor | None = None  # True for what is seen, or a number added to the logits
     is_causal: bool = False
+    sizes: Tensor | None = None  # (B, M), how many tokens each key stands for, whose logarithm is added to the logits
 
     @property
     def is_given(self) -> bool:
@@ -74,7 +75,7 @@ def softmax_map(q: Tensor, k: Tensor, scale: float, mask: Mask = NO_MASK) -> Ten
 
     A query that a mask shows no key has zeros in its row, as under torch's scaled_dot_product_attention.
     """
-    logits = scaled_logits(q, k, scale)
+    logits = scaled_logits(q, k, scale, log_sizes(mask, q))
     bias = mask_bias(mask, logits)
     if bias is None:
         return softmax_rows(logits).to(q.dtype)
@@ -100,13 +101,25 @@ def first_rows(attn_mask: Tensor | None, num_rows: int) -> Tensor | None:
     return attn_mask[..., :num_rows, :]
 
 
-def scaled_logits(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    """q k^T * scale, (..., N, M): one product over flat heads, without copies of transposed keys or scaled queries."""
+def log_sizes(mask: Mask, like: Tensor) -> Tensor | None:
+    """What sizes add to logits, (B, 1, 1, M) in the dtype of ``like``; None where each key is one token."""
+    return None if mask.sizes is None else mask.sizes.log().to(like.dtype)[:, None, None]
+
+
+def scaled_logits(q: Tensor, k: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
+    """q k^T * scale + bias, (..., N, M): one product over flat heads, without copies of transposed keys or scaled
+    queries; the bias is (B, 1, 1, M)."""
     if torch.jit.is_tracing():  # a product that counters know, of a batch that may grow
-        return (q * scale) @ k.transpose(-2, -1)
-    keys = k.flatten(0, -3).transpose(1, 2)
-    logits = torch.baddbmm(q.new_empty((1, 1, 1)), q.flatten(0, -3), keys, beta=0, alpha=scale)
+        logits = (q * scale) @ k.transpose(-2, -1)
+        return logits if bias is None else logits + bias
+    beta, added = (0, q.new_empty((1, 1, 1))) if bias is None else (1, over_heads(bias, q))
+    logits = torch.baddbmm(added, q.flatten(0, -3), k.flatten(0, -3).transpose(1, 2), beta=beta, alpha=scale)
     return logits.view(q.shape[:-1] + (k.shape[-2],))
+
+
+def over_heads(bias: Tensor, q: Tensor) -> Tensor:
+    """A bias (B, 1, 1, M) for each of the flat heads of queries (B, H, N, D): (B * H, 1, M)."""
+    return bias.expand(-1, q.shape[1], -1, -1).flatten(0, 1)
 
 
 def windowed_map(q: Tensor, k: Tensor, scale: float, bias: Tensor) -> Tensor:
@@ -180,9 +193,11 @@ def attend(
     way = choose(call, settings)
     handed = Carried(q=q, k=k) if way.carried == "qk" else Carried()
     if way.kernel == "fused":
-        return fused_attention(q, k, v, mask, call.dropout or 0.0, settings.scale), handed
+        fused = padded_attention if way.sizes == "channel" else fused_attention
+        return fused(q, k, v, mask, call.dropout or 0.0, settings.scale), handed
     if way.kernel in ("blocked", "tiles") and call.in_blocks:
-        return blocked(q, k, v, mask.attn_mask, layout, settings.scale), handed
+        bias = log_sizes(mask, q) if mask.attn_mask is None else mask.attn_mask
+        return blocked(q, k, v, bias, layout, settings.scale), handed
     weights, prefix_weights = make_map(q, k, settings.scale, mask, layout)
     mixed = apply_map(weights, prefix_weights, v, layout, drop)
     return mixed, Carried(weights, prefix_weights) if way.carried == "map" else handed
@@ -206,6 +221,7 @@ def describe_call(
         dropout=dropout,
         in_blocks=can_block and overwrites(q, k, v),
         is_traced=torch.jit.is_tracing(),
+        has_sizes=mask.sizes is not None,
     )
 
 
@@ -224,14 +240,27 @@ def checked(mask: Mask, v: Tensor) -> Mask:
 
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, dropout: float, scale: float) -> Tensor:
     """Mixed values (B, H, N, D) by torch's kernel, for the first N queries."""
-    attn_mask = first_rows(mask.attn_mask, q.shape[-2])
+    attn_mask = log_sizes(mask, q) if mask.attn_mask is None else first_rows(mask.attn_mask, q.shape[-2])
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=attn_mask, dropout_p=dropout, is_causal=mask.is_causal, scale=scale
     )
 
 
+def padded_attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, dropout: float, scale: float) -> Tensor:
+    """The same with sizes in one more channel of the queries, 1, and of the keys, the logarithm over the scale.
+
+    So the fastest kernels, which take no mask, take sizes; they want values as wide.
+    """
+    sizes = log_sizes(mask, q)
+    assert sizes is not None
+    q, v = F.pad(q, (0, 1), value=1.0), F.pad(v, (0, 1))
+    k = torch.cat([k, (sizes / scale).mT.expand(*k.shape[:-1], 1)], dim=-1)
+    mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale)
+    return mixed[..., :-1]
+
+
 def blocked(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, layout: Layout, scale: float) -> Tensor:
-    """Mixed values (B, H, N, D), a block of the map at a time; the bias is that of a window."""
+    """Mixed values (B, H, N, D), a block of the map at a time; the bias is that of a window, or of sizes."""
     if bias is None or not layout.is_tiled:
         return blocked_attention(q, k, v, scale, bias)
     step = block_length(q.shape[1] * bias.numel() * q.element_size())
@@ -314,7 +343,9 @@ def block_length(item_bytes: int) -> int:
 
 
 def blocked_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None) -> Tensor:
-    """Mixed values (B, H, N, D) of queries (B, H, N, D), keys and values (B, H, M, D); the bias is (N, M).
+    """Mixed values (B, H, N, D) of queries (B, H, N, D), keys and values (B, H, M, D).
+
+    The bias is (N, M) of a window, or (B, 1, 1, M) of sizes.
 
     The same function as softmax(q k^T * scale + bias) v at once, whose logits of all heads and images are written to
     fresh memory and read again.
@@ -328,7 +359,8 @@ def blocked_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tenso
     for image in range(0, batch, num_images):
         for head in range(0, heads, num_heads):
             part = (slice(image, image + num_images), slice(head, head + num_heads))
-            mixed[part] = _attention(q[part], k[part], v[part], scale, bias, memory)
+            own = over_heads(bias[part[0]], q[part]) if bias is not None and bias.ndim == 4 else bias
+            mixed[part] = _attention(q[part], k[part], v[part], scale, own, memory)
     return mixed
 
 

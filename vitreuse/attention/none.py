@@ -5,7 +5,6 @@ from torch import Tensor
 
 from vitreuse.attention.base import AttentionConfig, Carry, CarryingAttention
 from vitreuse.attention.maps import Mask
-from vitreuse.plan import Plan
 
 
 class NoAttention(CarryingAttention):
@@ -20,14 +19,13 @@ class NoAttention(CarryingAttention):
     def __init__(self, config: AttentionConfig) -> None:
         super().__init__()
         self.grid = config.grid
+        self.num_prefix_tokens = config.num_prefix_tokens
+        self.place(config.plan, config.layer)
 
     def attend(
         self, x: Tensor, carry: Carry, grid: tuple[int, int], num_queries: int | None, mask: Mask
     ) -> tuple[Tensor, Carry]:
         return torch.zeros_like(x if num_queries is None else x[:, :num_queries]), carry
-
-    def place(self, plan: Plan, layer: int) -> None:
-        """Nothing is handed on."""
 
     def macs(self, grid: tuple[int, int], num_queries: int, theoretical: bool) -> dict[str, int]:
         """No products."""

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from vitreuse.attention.costs import Costs, cost_at, cost_key
+from vitreuse.attention.costs import COST_NAMES, Costs, cost_at, cost_key
 
 TIE = 1.05  # how much slower the fused kernel may be and still be taken
 SHORT_ROW = 128  # keys of a map that is worth carrying on any device
@@ -52,6 +52,7 @@ class Call(NamedTuple):
     dropout: float | None = 0.0  # the rate in this mode; None where the dropout must be called
     in_blocks: bool = False  # whether blocks of the map can stay in a CPU's cache: in eager inference
     is_traced: bool = False  # by torch.jit, as counters do: they know plain products alone
+    has_sizes: bool = False  # whether keys stand for several tokens
 
 
 class Way(NamedTuple):
@@ -64,12 +65,17 @@ class Way(NamedTuple):
         why: The reason.
         carried: "map" or "qk" of an anchor, None of other layers.
         why_carried: The reason.
+        sizes: How the fused kernel is told that keys stand for several tokens: by a "bias" on the logits or one more
+            "channel"; None where it is not.
+        why_sizes: The reason.
     """
 
     kernel: str
     why: str = ""
     carried: str | None = None
     why_carried: str = ""
+    sizes: str | None = None
+    why_sizes: str = ""
 
 
 READS_MAP = Way("map")
@@ -79,7 +85,8 @@ def choose(call: Call, settings: Settings) -> Way:
     """The way of a layer that is handed no map: one that computes its own, or is handed queries and keys."""
     carried, why_carried = choose_carried(call, settings) if settings.num_readers else (None, "")
     kernel, why = ("map", "") if carried == "map" else _choose_kernel(call, settings)
-    return Way(kernel, why, carried, why_carried)
+    sizes, why_sizes = choose_sizes(call, settings) if call.has_sizes and kernel == "fused" else (None, "")
+    return Way(kernel, why, carried, why_carried, sizes, why_sizes)
 
 
 def choose_carried(call: Call, settings: Settings) -> tuple[str, str]:
@@ -96,7 +103,7 @@ def choose_carried(call: Call, settings: Settings) -> tuple[str, str]:
         is_short = call.device_type in ("cpu", "meta") or call.width**2 <= SHORT_ROW
         return ("map" if is_short else "qk"), "windows have no fused kernel"
     key = cost_key(call.device_type, call.dtype, settings.training)
-    is_faster, why = is_map_faster(settings.costs, key, call.num_keys, settings.num_readers)
+    is_faster, why = is_map_faster(settings.costs, key, call.num_keys, settings.num_readers, call.has_sizes)
     if is_faster and not _fits_in_memory(call, settings.num_maps if settings.training else 1):
         return "qk", "maps would fill over a quarter of the memory"
     return ("map" if is_faster else "qk"), why
@@ -114,24 +121,54 @@ def _choose_kernel(call: Call, settings: Settings) -> tuple[str, str]:
     if call.is_traced:
         return unfused, "counters know plain products"
     key = cost_key(call.device_type, call.dtype, settings.training)
-    is_faster, why = is_fused_faster(settings.costs, key, call.num_keys)
+    is_faster, why = is_fused_faster(settings.costs, key, call.num_keys, call.has_sizes)
     return ("fused" if is_faster else unfused), why
 
 
-def is_fused_faster(costs: Costs, key: str, num_keys: int) -> tuple[bool, str]:
+def choose_sizes(call: Call, settings: Settings) -> tuple[str, str]:
+    """How the fused kernel is told the sizes of keys, "bias" or "channel", and why.
+
+    Where nothing was measured a bias, but on a GPU a channel: no flash kernel there takes a bias.
+    """
+    key = cost_key(call.device_type, call.dtype, settings.training)
+    measured = sized_costs(settings.costs, key, call.num_keys)
+    if measured is None:
+        return ("bias" if call.device_type in ("cpu", "meta") else "channel"), f"nothing measured of sizes for {key}"
+    bias, channel = measured
+    way, better, worse = ("bias", bias, channel) if bias <= channel else ("channel", channel, bias)
+    return way, f"{better:.2f} against {worse:.2f} ns a pair"
+
+
+def sized_costs(costs: Costs, key: str, num_keys: int) -> tuple[float, float] | None:
+    """What the fused kernel costs with sizes as a bias, and as a channel; None where that was not measured."""
+    if key not in costs or len(costs[key][0]) == 1 + len(COST_NAMES):
+        return None
+    *_, bias, channel = cost_at(costs[key], num_keys)
+    return bias, channel
+
+
+def is_fused_faster(costs: Costs, key: str, num_keys: int, has_sizes: bool = False) -> tuple[bool, str]:
     """Whether one layer's attention should use the fused kernel, and why; where nothing was measured it should.
 
     Near ties go to the fused kernel: in a whole model it is ahead by what it does not write to memory.
     """
     if key not in costs:
         return True, f"nothing measured for {key}"
-    fused, unfused, _, _ = cost_at(costs[key], num_keys)
+    fused, unfused = _own_costs(costs, key, num_keys, has_sizes)
     is_faster = fused <= TIE * unfused
     better, worse = (fused, unfused) if is_faster else (unfused, fused)
     return is_faster, f"{better:.2f} against {worse:.2f} ns a pair"
 
 
-def is_map_faster(costs: Costs, key: str, num_keys: int, num_readers: int) -> tuple[bool, str]:
+def _own_costs(costs: Costs, key: str, num_keys: int, has_sizes: bool) -> tuple[float, float]:
+    """What attention costs by the fused kernel and without it, which sizes cost nothing: a product adds them."""
+    fused, unfused, *_ = cost_at(costs[key], num_keys)
+    return min(sized_costs(costs, key, num_keys) or (fused,)) if has_sizes else fused, unfused
+
+
+def is_map_faster(
+    costs: Costs, key: str, num_keys: int, num_readers: int, has_sizes: bool = False
+) -> tuple[bool, str]:
     """Whether an anchor should hand its map, rather than (q, k), to so many reuse layers, and why.
 
     Where nothing was measured only a short row is carried: on paper, reading a longer one on a GPU costs more than
@@ -139,8 +176,8 @@ def is_map_faster(costs: Costs, key: str, num_keys: int, num_readers: int) -> tu
     """
     if key not in costs:
         return num_keys <= SHORT_ROW, f"nothing measured for {key}"
-    fused, unfused, make, apply = cost_at(costs[key], num_keys)
-    uses, own = num_readers + 1, min(fused, unfused)
+    _, _, make, apply, *_ = cost_at(costs[key], num_keys)
+    uses, own = num_readers + 1, min(_own_costs(costs, key, num_keys, has_sizes))
     why = f"{make:.2f} + {uses} x {apply:.2f} against {uses} x {own:.2f} ns a pair"
     return make + uses * apply <= uses * own, why
 

@@ -71,8 +71,8 @@ class ReuseAttention(Attention):
         made = maps.first_queries(carry.made, rows)
         mixed, made = maps.reattend(made, own, v, mask, layout, self.attn_drop, self.settings)
         key_proj, value_proj = self.handed_projections(carry.key_proj, carry.value_proj)
-        handed = Carry(made, key_proj, value_proj, carry.layerwise_proj, carry.span_bias)
-        return self.output(mixed, num_queries), handed
+        handed = carry._replace(made=made, key_proj=key_proj, value_proj=value_proj)
+        return self.output(mixed, num_queries), handed._replace(likeness=self.likeness(v, num_queries))
 
     def own_queries_and_keys(
         self, x: Tensor, rows: int | None, key_proj: Tensor | None
@@ -121,7 +121,7 @@ class ReuseAttention(Attention):
         return key_proj, value_proj
 
     def macs(self, grid: tuple[int, int], num_queries: int, theoretical: bool) -> dict[str, int]:
-        num_tokens = self.num_prefix_tokens + grid[0] * grid[1]
+        num_tokens = self.tokens_of(grid)
         low_rank = self.projected_dim > 0
         num_keys = projected_length(num_tokens, self.kind, self.projected_dim) if low_rank else num_tokens
         projected = num_keys if self.tokens_first else num_tokens
@@ -129,7 +129,7 @@ class ReuseAttention(Attention):
         parts = {
             "qkv": self.num_rows(num_queries, num_tokens) * self.dim * self.own_dim
             + projected * self.dim * (self.own_dim + self.dim),
-            "logits": pairs * (self.dim if self.recomputes_map(num_keys, theoretical) else self.own_dim),
+            "logits": pairs * self.own_dim,
             "values": pairs * self.dim,
             "proj": num_queries * self.dim**2,
         }
@@ -137,6 +137,9 @@ class ReuseAttention(Attention):
             key_channels = (self.dim if self.tokens_first else self.own_dim) if self.own_dim else 0
             products = projection_macs(num_tokens, self.kind, self.projected_dim)
             parts["token_projection"] = products * (self.dim + key_channels)
+        if self.recomputes_map(num_keys, theoretical):
+            channels = self.dim + self.num_size_channels(num_keys)
+            parts |= {"logits": pairs * channels, "values": pairs * channels}
         return parts
 
     def recomputes_map(self, num_keys: int, theoretical: bool) -> bool:

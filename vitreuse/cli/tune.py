@@ -9,6 +9,7 @@ from rich.console import Group
 
 from vitreuse.attention.costs import (
     COST_NAMES,
+    SIZED_NAMES,
     as_costs,
     cost_key,
     read_costs,
@@ -61,16 +62,20 @@ def _points(
     key = cost_key(device.type, dtype, mode == "train")
     costs = as_costs({key: measured[key]})
     found = []
-    for num_keys, *values in costs[key]:
+    for keys, *values in costs[key]:
+        num_keys = int(keys)
         condition = costs, key, num_keys
+        sized = dict(zip(SIZED_NAMES, values[len(COST_NAMES) :], strict=True))
         carried = {str(readers): "map" if is_map_faster(*condition, readers)[0] else "qk" for readers in READERS}
         found.append(
             {
                 "dtype": str(dtype).removeprefix("torch."),
                 "mode": mode,
                 "num_keys": num_keys,
-                "costs_ns": dict(zip(COST_NAMES, values, strict=True)),
+                "costs_ns": dict(zip(COST_NAMES, values, strict=False)),
+                "sized_costs_ns": sized,
                 "attention": "fused" if is_fused_faster(*condition)[0] else "unfused",
+                "sizes": min(sized, key=sized.__getitem__),
                 "carried_by_readers": carried,
             }
         )
@@ -82,11 +87,13 @@ def render(result: dict[str, Any]) -> Group:
     if not result["is_default"]:
         remarks.append(f"models read {tuned_costs_path()}")
     settings, choices = ("dtype", "mode"), ("auto", *(f"carried to {readers}" for readers in READERS))
-    headings = (*settings, "keys", *COST_NAMES, *choices)
+    choices = (*choices, "sizes")
+    headings = (*settings, "keys", *COST_NAMES, *SIZED_NAMES, *choices)
     return titled("", table_of(headings, map(_cells, result["points"]), (*settings, *choices)), *remarks)
 
 
 def _cells(point: dict[str, Any]) -> list[str]:
-    costs = (f"{cost:.4g}" for cost in point["costs_ns"].values())
+    costs = (f"{cost:.4g}" for cost in (*point["costs_ns"].values(), *point["sized_costs_ns"].values()))
     carried = ({"map": "map", "qk": "(q, k)"}[way] for way in point["carried_by_readers"].values())
-    return [point["dtype"], point["mode"], str(point["num_keys"]), *costs, point["attention"], *carried]
+    chosen = (point["attention"], *carried, point["sizes"])
+    return [point["dtype"], point["mode"], str(point["num_keys"]), *costs, *chosen]

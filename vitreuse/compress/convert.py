@@ -38,8 +38,8 @@ class Conversion:
         model: With the plan and all the weights, in evaluation mode.
         original: The model it was made of, as one of ours with exact layers.
         matches: By reuse layer, for each map that it reads, the head of the original that mixes it.
-        new: Parameters that the original does not have: token projections.
-        touched: Parameters of the original in attentions that are no longer exact.
+        new: Parameters that the original does not have: token projections and linear layers.
+        touched: Parameters of the original in attentions that are no longer exact, and in MLPs of other hidden units.
         dropped: What the plan has no use for.
     """
 
@@ -78,8 +78,9 @@ def convert(
     report = load_checkpoint(converted, state, original.patch_embed.img_size)
     if pooled:
         pool_projections(converted.blocks, converted.key_proj)
-    changed = [layer for layer, spec in enumerate(plan) if spec.word not in ("exact", "none")]
-    prefixes = tuple(f"blocks.{layer}.attn." for layer in changed)
+    changed = [layer for layer, spec in enumerate(plan) if spec.has_attention and spec.word != "exact"]
+    pruned = [layer for layer, spec in enumerate(plan) if spec.hidden is not None]
+    prefixes = (*(f"blocks.{layer}.attn." for layer in changed), *(f"blocks.{layer}.mlp." for layer in pruned))
     names = [name for name, _ in converted.named_parameters() if name.startswith(prefixes)]
     touched = tuple(name for name in names if name not in report.new)
     return Conversion(converted, original, matches, report.new, touched, report.dropped)

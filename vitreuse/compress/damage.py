@@ -26,7 +26,6 @@ from timm.layers import Attention as TimmAttention
 from timm.models.vision_transformer import Block
 from torch import Tensor
 
-from vitreuse.attention import ExactAttention
 from vitreuse.compress.convert import pool_projections
 from vitreuse.compress.head_matching import match_heads
 from vitreuse.compress.redundancy import Batches, Redundancy, mean_over_images
@@ -101,7 +100,7 @@ def has_exact_layers(model: Any) -> bool:
     """
     layers = zip(attentions(model), model.blocks, strict=True)  # attentions refuses what has no layers
     return all(
-        (type(block) is PlanBlock and type(attn) is ExactAttention)
+        (type(block) is PlanBlock and block.spec == EXACT)
         or (type(block) is Block and type(attn) is TimmAttention and attn.gate is None)
         for attn, block in layers
     )

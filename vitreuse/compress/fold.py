@@ -16,10 +16,10 @@ import torch
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
-from vitreuse.attention import Carry, ExactAttention, SpanAttention
+from vitreuse.attention import Carry, ExactAttention, ReuseAttention, SpanAttention
 from vitreuse.attention.base import CarryingAttention
-from vitreuse.attention.maps import Mask
-from vitreuse.model.block import InplaceMlp, PlanBlocks
+from vitreuse.attention.maps import Mask, log_sizes
+from vitreuse.model.block import InplaceMlp, LinearBlock, PlanBlocks
 from vitreuse.model.copies import adopted_layers
 
 
@@ -127,30 +127,35 @@ def fold_softmax_scale(model: Any) -> None:
 def fold_key_bias(model: Any) -> None:
     """The bias of the keys adds one number to all logits of a query, which softmax does not see.
 
-    Left where keys are normalised or are projected tokens, whose bias is scaled from key to key.
+    Left where keys are normalised or are projected tokens, whose bias is scaled from key to key, and where they say
+    which tokens merge.
     """
-    for _, bias in _biases(model, "k", "k_norm"):
-        bias.zero_()
+    for attn, bias in _biases(model, "k", "k_norm"):
+        if isinstance(attn, ReuseAttention) or not attn.hands_likeness:
+            bias.zero_()
 
 
 def fold_value_bias(model: Any) -> None:
     """The bias of the values into that of the output projection, since the rows of a map sum to 1.
 
-    Left where the keys are projected tokens, whose bias is scaled from key to key, and under a norm of the output.
+    Left where the keys are projected tokens, whose bias is scaled from key to key, under a norm of the output, and
+    where values say which tokens merge.
     """
     for attn, bias in _biases(model, "v", "norm"):
-        _add_bias(attn.proj, attn.proj.weight @ bias)
-        bias.zero_()
+        if not (isinstance(attn, ReuseAttention) and attn.hands_likeness):
+            _add_bias(attn.proj, attn.proj.weight @ bias)
+            bias.zero_()
 
 
 def fold_centring(model: Any) -> None:
     """The mean over channels out of all that writes the residual stream, so that LayerNorm becomes RMSNorm.
 
     Left as it is unless every norm that reads the stream is a LayerNorm without bias (so after ``norm_affine``), every
-    writer a linear layer (so after ``layer_scale``), and tokens are pooled by a mean or a class token.
+    writer a linear layer (so after ``layer_scale``) that such a norm feeds, as none feeds a layer that is linear, and
+    tokens are pooled by a mean or a class token.
     """
     norms = [found for found in _norms(model) if found[2].bias is None]
-    halves, num_halves = _halves(model), sum(block.has_attention + 1 for block in model.blocks)
+    halves, num_halves = _halves(model), sum(_num_halves(block) for block in model.blocks)
     scales = [block.get_submodule(f"ls{number}") for block, number, _, _ in halves]
     is_linear = all(isinstance(each, nn.Identity) for each in (model.patch_embed.norm, model.norm_pre, *scales))
     is_linear = is_linear and (len(norms), len(halves)) == (num_halves + 1, num_halves)
@@ -205,6 +210,7 @@ class ClassAttention(CarryingAttention):
     def __init__(self, exact: ExactAttention) -> None:
         super().__init__()
         self.scale, self.grid, self.norm, self.proj = exact.scale, exact.grid, exact.norm, exact.proj
+        self.num_prefix_tokens, self.merges = exact.num_prefix_tokens, exact.merges
         q, k, v = (rows.clone() for rows in exact.qkv.weight.unflatten(0, (3, exact.num_heads, exact.head_dim)))
         self.q: Any = nn.Linear(exact.dim, exact.dim, bias=False, device="meta")
         self.q.weight = _frozen(q.flatten(0, 1))
@@ -222,7 +228,8 @@ class ClassAttention(CarryingAttention):
         num_heads, head_dim, _ = self.key_heads.shape
         q = self.q(x[:, :num_queries]).unflatten(-1, (num_heads, head_dim))  # (B, R, H, D)
         queries = (q * self.scale).transpose(1, 2) @ self.key_heads  # (B, H, R, C)
-        weights = (queries.flatten(1, 2) @ x.mT).softmax(dim=-1)
+        logits, sizes = queries.flatten(1, 2) @ x.mT, log_sizes(mask, x)  # (B, H * R, N)
+        weights = (logits if sizes is None else logits + sizes[:, 0]).softmax(dim=-1)
         pooled = (weights @ x).unflatten(1, (num_heads, -1))
         mixed = (pooled @ self.value_heads).transpose(1, 2).flatten(2)
         if self.value_bias is not None:
@@ -288,9 +295,14 @@ def _halves(model: Any) -> list[tuple[Any, str, list[Any], Any]]:
     for block in model.blocks:
         if block.has_attention:
             halves.append((block, "1", [*_inputs(block.attn).values()], block.attn.proj))
-        if type(block.mlp) is InplaceMlp:
+        if type(getattr(block, "mlp", None)) is InplaceMlp:
             halves.append((block, "2", [block.mlp.fc1], block.mlp.fc2))
     return halves
+
+
+def _num_halves(block: Any) -> int:
+    """Of how many halves, which read and write the tokens, a layer is."""
+    return 1 if isinstance(block, LinearBlock) else block.has_attention + block.has_mlp
 
 
 def _norms(model: Any) -> list[tuple[Any, str, Any, list[Any]]]:

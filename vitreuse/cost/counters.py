@@ -21,11 +21,11 @@ from torch.utils.flop_counter import FlopCounterMode
 # passes over some more (copies, views, integers). An operation that neither knows is refused, never counted as 0.
 WITHOUT_PRODUCTS = """
     __or__ abs adaptive_avg_pool1d adaptive_avg_pool2d adaptive_max_pool1d adaptive_max_pool2d add add_ alias amax
-    any avg_pool1d avg_pool2d batch_norm bernoulli_ clamp clamp_min clone div div_ exp expand_as fill_ gelu
-    group_norm index_select layer_norm le lift_fresh linalg_vector_norm log logical_and logical_not logical_or lt
-    max_pool1d max_pool2d maximum mean minimum movedim mul mul_ ne neg new_ones ones_like pad pow repeat rms_norm
-    rsqrt rsub sigmoid silu softmax sqrt sub sum tanh unflatten unfold upsample_bicubic2d upsample_bilinear2d
-    view_as where
+    any avg_pool1d avg_pool2d batch_norm bernoulli_ clamp clamp_min clone cumsum div div_ exp expand_as fill_ gelu
+    group_norm index_add_ index_select layer_norm le lift_fresh linalg_vector_norm log logical_and logical_not
+    logical_or lt max_pool1d max_pool2d maximum mean minimum movedim mul mul_ ne neg new_ones ones_like pad pow
+    repeat rms_norm rsqrt rsub scatter_ scatter_add_ sigmoid silu softmax sort sqrt sub sum tanh unflatten unfold
+    upsample_bicubic2d upsample_bilinear2d view_as where
 """
 
 

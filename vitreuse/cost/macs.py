@@ -25,11 +25,10 @@ def count_macs(
     """
     _check(model)
     grid = model.patch_embed.grid_size if image_size is None else model.patch_embed.dynamic_feat_size(_pair(image_size))
-    num_tokens = model.num_prefix_tokens + grid[0] * grid[1]
     parts = {"patch_embed": grid[0] * grid[1] * model.patch_embed.proj.weight.numel()}
     for index, block in enumerate(model.blocks):
         is_last = index == len(model.blocks) - 1
-        num_queries = model.num_class_rows if is_last and model.reads_class_rows else num_tokens
+        num_queries = model.num_class_rows if is_last and model.reads_class_rows else None
         for part, macs in block.macs(grid, num_queries, theoretical).items():
             parts[f"blocks.{index}.{part}"] = macs
     for name, head in _heads(model).items():

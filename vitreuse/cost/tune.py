@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vitreuse.attention.costs import COST_NAMES, RATE_NAMES, cost_key
-from vitreuse.attention.maps import Layout, apply_map, blocked_attention, softmax_map
+from vitreuse.attention.costs import COST_NAMES, RATE_NAMES, SIZED_NAMES, cost_key
+from vitreuse.attention.maps import Layout, Mask, apply_map, blocked_attention, fused_attention, padded_attention
+from vitreuse.attention.maps import softmax_map
 from vitreuse.cost.measure import Call, inference_call, time_interleaved
 from vitreuse.io.durable import write_durably
 
@@ -58,7 +59,8 @@ def measure_costs(
                 calls = _calls(device, dtype, num_images, num_keys, mode == "train")
                 timings = time_interleaved(calls, device, num_repeats)
                 scale = 1e6 / (num_images * HEADS * pairs)
-                costs[key].append([num_keys, *(_rounded(timings[name].minimum_ms * scale) for name in COST_NAMES)])
+                names = (*COST_NAMES, *SIZED_NAMES)
+                costs[key].append([num_keys, *(_rounded(timings[name].minimum_ms * scale) for name in names)])
     return costs
 
 
@@ -96,7 +98,7 @@ def _rounded(cost: float) -> float:
 def write_costs(path: Path, machine: dict[str, Any], costs: Points, rates: Points) -> None:
     """Writes costs and rates as JSON, a line per point, so that a crash leaves the old file or the new one."""
     units = {
-        "unit": "nanoseconds per head, query and key; each line: keys, " + ", ".join(COST_NAMES),
+        "unit": "nanoseconds per head, query and key; each line: keys, " + ", ".join((*COST_NAMES, *SIZED_NAMES)),
         "unit of rates": "nanoseconds per multiply-add; each line: channels, " + ", ".join(RATE_NAMES),
         "machine": machine,
     }
@@ -147,6 +149,8 @@ def _calls(
         "unfused": (_unfused, (q, k, v)),
         "make": (_make, (q, k)),
         "apply": (_apply, (weights, v)),
+        "bias": (partial(_sized, fused_attention), (q, k, v)),
+        "channel": (partial(_sized, padded_attention), (q, k, v)),
     }
     return {name: _call(function, inputs, training) for name, (function, inputs) in functions.items()}
 
@@ -161,6 +165,12 @@ def _call(function: Callable[..., Tensor], inputs: tuple[Tensor, ...], training:
         torch.autograd.grad(function(*leaves), leaves, gradient)
 
     return forward_and_backward
+
+
+def _sized(attention: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention to keys that stand for several tokens."""
+    sizes = torch.full((k.shape[0], k.shape[2]), 2.0, device=k.device)
+    return attention(q, k, v, Mask(sizes=sizes), 0.0, HEAD_DIM**-0.5)
 
 
 def _make(q: Tensor, k: Tensor) -> Tensor:

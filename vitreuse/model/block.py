@@ -16,6 +16,8 @@ from torch.nn.modules.module import _has_any_global_hook
 from vitreuse.attention import ATTENTION, EMPTY_CARRY, AttentionConfig, Carry
 from vitreuse.attention.maps import overwrites
 from vitreuse.attention.submodules import is_watched
+from vitreuse.model import merge  # functions that a symbolic trace leaves whole are named by their file
+from vitreuse.plan.language import num_mergeable
 
 
 class PlanBlock(nn.Module):
@@ -42,12 +44,18 @@ class PlanBlock(nn.Module):
         self.has_attention = self.spec.has_attention
         hidden = int(dim * mlp_ratio) if self.spec.hidden is None else self.spec.hidden
         self.has_mlp = hidden > 0 and self.spec.word != "skip"
+        if self.spec.hidden is not None and mlp_layer is not Mlp:
+            raise ValueError(
+                f"'{self.spec}' sets the hidden units of a layer, and those of mlp_layer={mlp_layer.__name__} may be "
+                f"gated: use timm's Mlp, or leave out '/{self.spec.hidden}'."
+            )
         self.norm1 = attention.norm_layer(dim, **factory) if self.has_attention else nn.Identity()
         self.attn = ATTENTION[attention.spec.word](attention)
         self.ls1 = nn.Identity()
         if init_values and self.has_attention:
             self.ls1 = LayerScale(dim, init_values=init_values, **factory)
         self.drop_path1 = DropPath(drop_path) if drop_path > 0.0 and self.has_attention else nn.Identity()
+        self.merge = merge.TokenMerging(self.spec.merged, attention.num_prefix_tokens) if self.spec.merged else None
 
         self.norm2, self.mlp, self.ls2, self.drop_path2 = (nn.Identity() for _ in range(4))
         if not self.has_mlp:
@@ -80,28 +88,41 @@ class PlanBlock(nn.Module):
         Without a carry, as code written for timm's block calls it, tokens alone.
 
         Raises:
-            ValueError: The layer needs what an earlier one hands on, and no carry was given; or it was given something
-                else, such as timm's second argument, a mask.
+            ValueError: The layer needs what an earlier one hands on or merges tokens, and no carry was given; or it was
+                given something else, such as timm's second argument, a mask.
         """
         if not isinstance(carry, Carry | None):
             raise ValueError(f"carry is a {type(carry).__name__} and must be a Carry or None: give attn_mask by name.")
+        if carry is None and self.merge is not None:
+            raise ValueError(
+                f"'{self.spec}' merges tokens, whose sizes the next layer needs: call the whole model or model.blocks, "
+                "or give the layer a carry and take the one that it returns."
+            )
         handed = EMPTY_CARRY if carry is None else carry
         rows = x if num_queries is None else x[:, :num_queries]
         if self.has_attention:
             y, handed = self.attn(self.norm1(x), handed, grid, num_queries, attn_mask, is_causal)
             rows = rows + self.drop_path1(self.ls1(y))
+        if self.merge is not None and num_queries is None:
+            rows, sizes, places = self.merge(rows, handed.likeness, handed.sizes, handed.places)
+            handed = handed._replace(likeness=None, sizes=sizes, places=places, span_bias=None)
         if self.has_mlp:
             rows = rows + self.drop_path2(self.ls2(self.mlp(self.norm2(rows))))
         return rows if carry is None else (rows, handed)
 
-    def macs(self, grid: tuple[int, int], num_queries: int, theoretical: bool) -> dict[str, int]:
-        """MACs of one image by part, see Attention.macs."""
-        parts = {f"attn.{part}": macs for part, macs in self.attn.macs(grid, num_queries, theoretical).items()}
+    def macs(self, grid: tuple[int, int], num_queries: int | None, theoretical: bool) -> dict[str, int]:
+        """MACs of one image by part for the first rows, all when None; see Attention.macs."""
+        num_rows = self.attn.tokens_of(grid) if num_queries is None else num_queries
+        parts = {f"attn.{part}": macs for part, macs in self.attn.macs(grid, num_rows, theoretical).items()}
+        if self.merge is not None and num_queries is None:
+            num_patches = self.attn.patches_of(grid)
+            parts["merge"] = self.merge.macs(num_patches, self.attn.head_dim)
+            num_rows -= num_mergeable(self.spec.merged, num_patches)
         if not self.has_mlp:
             return parts
         fc1, fc2 = self._mlp()
-        parts["mlp.fc1"] = num_queries * fc1.in_features * fc1.out_features
-        parts["mlp.fc2"] = num_queries * fc2.in_features * fc2.out_features
+        parts["mlp.fc1"] = num_rows * fc1.in_features * fc1.out_features
+        parts["mlp.fc2"] = num_rows * fc2.in_features * fc2.out_features
         return parts
 
     def _mlp(self) -> tuple[nn.Linear, nn.Linear]:
@@ -141,16 +162,18 @@ class LinearBlock(nn.Module):
         rows = rows + self.drop_path(self.linear(rows))
         return rows if carry is None else (rows, carry)
 
-    def macs(self, grid: tuple[int, int], num_queries: int, theoretical: bool) -> dict[str, int]:
-        """MACs of one image by part, see Attention.macs."""
-        return {"linear": num_queries * self.linear.in_features * self.linear.out_features}
+    def macs(self, grid: tuple[int, int], num_queries: int | None, theoretical: bool) -> dict[str, int]:
+        """MACs of one image by part for the first rows, all when None."""
+        num_rows = self.attn.tokens_of(grid) if num_queries is None else num_queries
+        return {"linear": num_rows * self.linear.in_features * self.linear.out_features}
 
 
 class PlanBlocks(nn.Sequential):
     """The layers of a model in a row; a slice of it is one too."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Tokens (B, N, C) after the last layer; arguments are those of ``collect`` after the indices."""
+        """Tokens (B, num_queries, C), all when None, after the last layer; arguments are those of ``collect`` after the
+        indices."""
         return self.collect(x, [], *args, **kwargs)[0]
 
     def collect(
@@ -164,7 +187,10 @@ class PlanBlocks(nn.Sequential):
         is_causal: bool = False,
         checkpointing: bool = False,
     ) -> tuple[Tensor, list[Tensor]]:
-        """Tokens (B, num_queries, C) after the last layer, and all of them after each layer of ``indices``."""
+        """Tokens (B, num_queries, C) after the last layer, and all of them after each layer of ``indices``.
+
+        All tokens are those of the first layer, each with the value of the one that it was merged into.
+        """
         carry = Carry(layerwise_proj=layerwise_proj)
         collected: list[Tensor] = []
         for i, block in enumerate(self):
@@ -174,8 +200,13 @@ class PlanBlocks(nn.Sequential):
             else:
                 x, carry = block(x, carry, grid, rows, attn_mask, is_causal)
             if i in indices:
-                collected.append(x)
-        return x, collected
+                collected.append(all_tokens(x, carry))
+        return (x if num_queries is not None else all_tokens(x, carry)), collected
+
+
+def all_tokens(x: Tensor, carry: Carry) -> Tensor:
+    """The tokens (B, N0, C) of the first layer, of those (B, N, C) that are left."""
+    return x if carry.places is None else merge.unmerge(x, carry.places)
 
 
 class InplaceMlp(Mlp):

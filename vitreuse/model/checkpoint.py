@@ -248,7 +248,7 @@ def _in_plan(state: Mapping[str, Tensor], model: Any) -> tuple[dict[str, Tensor]
 
 
 def _of_kept_units(block: Any, name: str, value: Tensor, state: Mapping[str, Tensor], prefix: str) -> Tensor:
-    """An entry of an MLP for the hidden units that a plan keeps, those of largest norm of fc1's row times fc2's column."""
+    """An entry of an MLP for the units that a plan keeps, of largest norm of fc1's row times norm of fc2's column."""
     dim = UNITS_OF.get(name)
     num_kept = block.spec.hidden
     if dim is None or not num_kept or value.shape[dim] <= num_kept:

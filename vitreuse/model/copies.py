@@ -16,7 +16,7 @@ from timm.models.vision_transformer import Block
 from torch import nn
 
 from vitreuse.attention import ExactAttention
-from vitreuse.model.block import InplaceMlp, PlanBlock, PlanBlocks
+from vitreuse.model.block import InplaceMlp, LinearBlock, PlanBlock, PlanBlocks
 from vitreuse.model.class_names import name_classes, names_of
 from vitreuse.model.preprocessing import PREPROCESSING
 from vitreuse.model.registry import SIZES, variant_of
@@ -135,7 +135,7 @@ def layers_of(model: Any) -> list[Any]:
         raise _unsupported(model, f"embeds patches by a {type(model.patch_embed).__name__}")
     layers: list[Any] = list(model.blocks)
     for number, layer in enumerate(layers):
-        if isinstance(layer, PlanBlock) and layer.spec.word != "exact":
+        if isinstance(layer, (PlanBlock, LinearBlock)) and layer.spec != EXACT:
             raise ValueError(f"layer {number} is '{layer.spec}' already: give the model with exact attention in all.")
         for name, kinds in KINDS.items():
             part = layer.get_submodule(name)

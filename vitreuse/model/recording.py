@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from vitreuse.attention import Attention, LowRankAttention, ReuseAttention
 from vitreuse.attention.base import split_heads
-from vitreuse.attention.maps import NO_MASK, Mask, join_heads, softmax_map
+from vitreuse.attention.maps import Mask, join_heads, softmax_map
 from vitreuse.attention.tiles import neighbourhood_bias
 
 
@@ -113,20 +113,25 @@ def attention_maps(model: Any, images: Tensor) -> list[AttentionMap | None]:
 
 
 def dense_map(
-    attn: Any, x: Tensor, grid: tuple[int, int], num_rows: int | None = None, layerwise_proj: Tensor | None = None
+    attn: Any,
+    x: Tensor,
+    grid: tuple[int, int],
+    num_rows: int | None = None,
+    layerwise_proj: Tensor | None = None,
+    sizes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The map (B, H, rows, M) that an attention computes, zero outside a span, and its values (B, H, M, D)."""
     if isinstance(attn, TimmAttention):
         q, k, v = project_heads(attn, x)
         return softmax_map(q[:, :, :num_rows], k, attn.scale), v
     q, k, v, *_ = attn.project(x, num_rows, grid, layerwise_proj)
-    return softmax_map(attn.q_norm(q), attn.k_norm(k), attn.scale, _span_mask(attn, x, grid)), v
+    return softmax_map(attn.q_norm(q), attn.k_norm(k), attn.scale, _mask(attn, x, grid, sizes)), v
 
 
-def _span_mask(attn: Attention, x: Tensor, grid: tuple[int, int]) -> Mask:
-    """The mask that keeps a map over all keys to the windows of an attention; none where it has no windows."""
+def _mask(attn: Attention, x: Tensor, grid: tuple[int, int], sizes: Tensor | None) -> Mask:
+    """The mask that keeps a map over all keys to the windows of an attention, or weighs keys by sizes."""
     if attn.width == 0:
-        return NO_MASK
+        return Mask(sizes=sizes)
     return Mask(neighbourhood_bias(grid, attn.width, attn.num_prefix_tokens, x.dtype, x.device))
 
 
@@ -140,16 +145,17 @@ def _map(layer: int, attn: Any, inputs: Any, handed: AttentionMap) -> tuple[Atte
         own = attn.own_queries_and_keys(x, None, carry.key_proj)
         if own is None:
             return handed, handed
-        computed = softmax_map(*own, attn.scale, _span_mask(attn, x, grid))
+        computed = softmax_map(*own, attn.scale, _mask(attn, x, grid, carry.sizes))
         read, given = join_heads(handed.weights, computed, attn.num_reused_heads)
         return handed._replace(weights=read), handed._replace(weights=given)
-    made = AttentionMap(dense_map(attn, x, grid, None, carry.layerwise_proj)[0], _keys(layer, attn))
+    made = AttentionMap(dense_map(attn, x, grid, None, carry.layerwise_proj, carry.sizes)[0], _keys(layer, attn))
     return made, made
 
 
 def _keys(layer: int, attn: Attention) -> Hashable:
-    """What the columns of a map stand for; a projection that was learned gives a layer keys of its own."""
+    """What the columns of a map stand for; a projection that was learned gives a layer keys of its own, and a merge
+    gives all layers after it new ones."""
     if not isinstance(attn, LowRankAttention):
-        return "tokens"
+        return ("tokens", attn.merges) if attn.merges else "tokens"
     is_own = attn.sharing != "layerwise" and attn.kind == "linear"
     return attn.kind, attn.projected_dim, layer if is_own else None

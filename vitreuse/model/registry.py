@@ -6,12 +6,19 @@ without its weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from timm.layers import LayerNorm, get_norm_layer
-from timm.models import build_model_with_cfg, generate_default_cfgs, get_pretrained_cfg, register_model
+from timm.layers import LayerNorm, get_norm_layer, to_2tuple
+from timm.models import (
+    build_model_with_cfg,
+    generate_default_cfgs,
+    get_pretrained_cfg,
+    register_model,
+    resolve_pretrained_cfg,
+)
 from torch import nn
 
 from vitreuse.io.errors import closest
@@ -98,7 +105,7 @@ def _create(
     ``norm_eps`` is of all norms: JSON, and so a hub folder, cannot hold timm's ``norm_layer=partial(...)``.
     """
     if plan is None:
-        plan = str(preset_plan(method, kwargs["depth"]))
+        plan = str(preset_plan(method, kwargs["depth"], _num_patches(name, kwargs)))
     if norm_eps is not None:
         kwargs["norm_layer"] = partial(get_norm_layer(kwargs.get("norm_layer")) or LayerNorm, eps=norm_eps)
     return build_model_with_cfg(
@@ -110,6 +117,13 @@ def _create(
         plan=plan,
         **kwargs,
     )
+
+
+def _num_patches(name: str, kwargs: Mapping[str, Any]) -> int:
+    """Patches of the images that timm will build a model for."""
+    cfg = resolve_pretrained_cfg(name, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
+    image, patch = to_2tuple(kwargs.get("img_size") or cfg.input_size[-2:]), to_2tuple(kwargs["patch_size"])
+    return math.prod(int(pixels) // int(side) for pixels, side in zip(image, patch, strict=True))
 
 
 def _entrypoint(name: str, method: str, args: dict[str, Any]) -> Callable[..., nn.Module]:

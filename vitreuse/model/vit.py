@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from vitreuse.attention import AttentionConfig
 from vitreuse.attention.costs import Costs, load_costs
 from vitreuse.attention.lowrank import at_grid, init_projection, layerwise_shape, resampled_parameter
+from vitreuse.model import merge
 from vitreuse.model.block import LinearBlock, PlanBlock, PlanBlocks
 from vitreuse.model.checkpoint import checkpoint_filter_fn, in_plan_for_timm
 from vitreuse.plan import Plan, parse_plan
@@ -74,6 +75,7 @@ class PlanVisionTransformer(timm_vit.VisionTransformer):
             raise ValueError(f"images of {size} px are smaller than a patch of {patch} px: use a larger img_size.")
         self.plan_options = options
         self.blocks = PlanBlocks(*self.blocks)
+        parse_plan(str(plan), num_patches=self.patch_embed.num_patches)
         num_tokens = self.num_prefix_tokens + self.patch_embed.num_patches
         warn_if_idle(plan, self.patch_embed.grid_size, num_tokens)
         shape = layerwise_shape(plan, options, num_tokens)
@@ -136,6 +138,7 @@ class PlanVisionTransformer(timm_vit.VisionTransformer):
     ) -> Tensor:
         """The first ``num_queries`` tokens, all when None, after the final norm."""
         x, grid = self.embed(x)
+        merge.warn_if_cut(self.plan, x.shape[1] - self.num_prefix_tokens)
         x = self.blocks(x, grid, num_queries, self.key_proj, attn_mask, is_causal, self.grad_checkpointing)
         return self.norm(x)
 
@@ -191,6 +194,7 @@ class PlanVisionTransformer(timm_vit.VisionTransformer):
         take_indices, max_index = feature_take_indices(len(self.blocks), indices)
         height, width = x.shape[-2:]
         x, grid = self.embed(x)
+        merge.warn_if_cut(self.plan, x.shape[1] - self.num_prefix_tokens)
         blocks: Any = self.blocks[: max_index + 1] if stop_early else self.blocks
         x, taken = blocks.collect(
             x, take_indices, grid, None, self.key_proj, attn_mask, is_causal, self.grad_checkpointing

@@ -7,7 +7,7 @@
                | 'linear'                           the whole layer is an affine map of each token
                | 'skip'                             the layer does nothing
     attention := 'exact'                            full softmax attention
-               | 'reuse' [':' heads]                the map of the nearest layer before that has one, for all or some heads
+               | 'reuse' [':' heads]                the map of the nearest layer before that has one; for some heads
                | 'lowrank' ':' k                    keys and values projected from N tokens to k
                | 'span' ':' width                   each patch sees a width x width neighbourhood of patches
                | 'none'                             no attention sub-layer
@@ -31,7 +31,7 @@ NUMBERED = ("reuse", "lowrank", "span")  # words that take a number
 MERGING = ("exact", "span", "reuse")  # whose attention has a key or a value for every token, by which tokens merge
 ON_GRID = ("lowrank", "span")  # that must know where on the grid of patches each token lies
 WHOLE = ("linear", "skip")  # that are all there is of their layer
-PRESETS = ("reuse", "lazy", "lowrank", "mixspan")
+PRESETS = ("reuse", "lazy", "lowrank", "mixspan", "merge")
 MAX_LAYERS = 256
 _MAX_NUMBER = 999_999_999
 _WHOLE_NUMBER = re.compile("[0-9]{1,9}")
@@ -128,6 +128,13 @@ class Plan:
         """How many layers compute a map that a later layer reads."""
         return sum(n > 0 for spec, n in zip(self.specs, self.num_readers, strict=True) if spec.makes_map)
 
+    def patches_left(self, num_patches: int) -> tuple[int, ...]:
+        """The patch tokens that each layer gets, and those after the last; of so many at most half merge in a layer."""
+        left = [num_patches]
+        for spec in self.specs:
+            left.append(left[-1] - num_mergeable(spec.merged, left[-1]))
+        return tuple(left)
+
     @property
     def repeats_span(self) -> tuple[bool, ...]:
         """For each layer whether it is a span of the width that the newest span before it has."""
@@ -138,6 +145,11 @@ class Plan:
             if spec.word == "span":
                 width = spec.number
         return tuple(repeats)
+
+
+def num_mergeable(num_merged: int, num_patches: int) -> int:
+    """How many of the patch tokens that are left can really merge: at most half of them."""
+    return min(num_merged, num_patches // 2)
 
 
 def parse_plan(
@@ -155,8 +167,11 @@ def parse_plan(
         raise ValueError(_sentence(text, flaw, depth, num_heads, num_patches)) from None
 
 
-def preset_plan(method: str, depth: int) -> Plan:
+def preset_plan(method: str, depth: int, num_patches: int = 196) -> Plan:
     """Makes the default plan of a method in PRESETS for a model of the given depth.
+
+    Merging depends on the number of patches too, those of 224 px by default: it halves them from the first to the last
+    layer.
 
     Raises:
         ValueError: There is no such method, or depth is outside 1 to MAX_LAYERS.
@@ -171,6 +186,7 @@ def preset_plan(method: str, depth: int) -> Plan:
         "lazy": (exact, reuse, reuse),
         "lowrank": (Spec("lowrank", 64),),
         "mixspan": (span, span, exact),
+        "merge": (Spec("exact", merged=num_patches // (2 * depth)),),
     }
     return Plan((patterns[method] * depth)[:depth])
 
@@ -263,7 +279,8 @@ def _broken_rule(spec: Spec, num_heads: int | None) -> tuple[str, Spec] | None:
         if value is not None and not 0 <= value <= _MAX_NUMBER:
             return f"numbers run from 0 to {_MAX_NUMBER}", replace(spec, **{name: min(max(value, 0), _MAX_NUMBER)})
     if word == "lowrank" and not number:
-        return "lowrank needs the number of tokens it keeps, 1 or more", replace(spec, number=64 if number is None else 1)
+        least = 64 if number is None else 1
+        return "lowrank needs the number of tokens it keeps, 1 or more", replace(spec, number=least)
     if word == "span" and (number is None or number % 2 == 0):
         return "span needs a width, an odd number", replace(spec, number=7 if number is None else number + 1)
     if word == "reuse" and number is not None and num_heads is not None and number > num_heads:
@@ -282,8 +299,8 @@ def _broken_order(spec: Spec, state: _State) -> tuple[str, Spec] | None:
         return f"the map of layer {state.anchor} is of the tokens before the merge in layer {state.merge}", exact
     if spec.word == "reuse" and spec.merged and state.anchor_spec is not None and state.anchor_spec.word == "lowrank":
         return f"the map of layer {state.anchor} is low-rank, without a value of each token", replace(spec, merged=0)
-    if state.num_patches is not None and spec.merged > state.num_patches // 2:
-        most, left = state.num_patches // 2, state.num_patches
+    if state.num_patches is not None and spec.merged > num_mergeable(spec.merged, state.num_patches):
+        most, left = num_mergeable(spec.merged, state.num_patches), state.num_patches
         return f"{left} patch tokens are left there, of which at most {most} can merge", replace(spec, merged=most)
     return None
 
