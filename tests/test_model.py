@@ -251,12 +251,19 @@ def test_a_smaller_patch_makes_a_larger_grid():
     assert_close(model(x)[0], reference.logits(x[0]))
 
 
+def all_tokens(x: Tensor, carry: Carry) -> Tensor:
+    """A layer's tokens, one for each of the first layer's: of a merged one, what it is part of."""
+    if carry.places is None:
+        return x
+    return torch.stack([tokens[places] for tokens, places in zip(x, carry.places, strict=True)])
+
+
 @every_small_case
 def test_intermediates_are_the_layers_outputs(name, backend):
     model, x = CASES[name].build(reuse_backend=backend), images()
     outputs = []
     for block in model.blocks:
-        block.register_forward_hook(lambda module, args, output: outputs.append(output[0]))
+        block.register_forward_hook(lambda module, args, output: outputs.append(all_tokens(*output)))
     final = model.forward_features(x)
     wanted, prefix = list(outputs), model.num_prefix_tokens
     features, intermediates = model.forward_intermediates(x)
@@ -275,7 +282,7 @@ def test_layers_run_in_pieces_give_the_carry_to_each_other(name, backend):
     carry = Carry(layerwise_proj=model.key_proj)
     for block in model.blocks:
         tokens, carry = block(tokens, carry)
-    assert_close(model.norm(tokens), model.forward_features(x))
+    assert_close(model.norm(all_tokens(tokens, carry)), model.forward_features(x))
 
 
 @every_case
