@@ -252,6 +252,13 @@ def test_a_smaller_patch_makes_a_larger_grid():
     assert_close(model(x)[0], reference.logits(x[0]))
 
 
+def all_tokens(x: Tensor, carry: Carry) -> Tensor:
+    """A layer's tokens, one for each of the first layer's: of a merged one, what it is part of."""
+    if carry.places is None:
+        return x
+    return torch.stack([tokens[places] for tokens, places in zip(x, carry.places, strict=True)])
+
+
 @every_small_case
 def test_intermediates_are_the_layers_outputs(name, backend):
     model, x = CASES[name].build(reuse_backend=backend), images()
