@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from vitreuse import count_macs
 from vitreuse.attention import EMPTY_CARRY, Carry
 from vitreuse.cost.counters import fvcore_macs, torch_flops
-from vitreuse.model.block import all_tokens
 
 OTHER_GRIDS = {(3, 5): (5, 7), (13, 17): (17, 13), (14, 14): (13, 17), (17, 19): (14, 14), (2, 29): (3, 31)}
 REPRESENTATIVE = [

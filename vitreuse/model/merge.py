@@ -98,8 +98,11 @@ def warn_if_cut(plan: Plan, num_patches: int) -> None:
     """Warns, once under Python's usual filter, where images have fewer patch tokens than a plan merges."""
     if torch.compiler.is_compiling() or not any(spec.merged for spec in plan):
         return
-    if plan.patches_left(num_patches)[-1] > num_patches - sum(spec.merged for spec in plan):
-        warn(f"plan '{plan}' merges more than half of the patch tokens that are left: r is cut to half.", stacklevel=4)
+    for layer, (spec, left) in enumerate(zip(plan, plan.patches_left(num_patches), strict=False)):
+        if spec.merged > num_mergeable(spec.merged, left):
+            said = f"layer {layer} of plan '{plan}' merges {spec.merged} tokens and images of this size leave it {left}"
+            warn(f"{said}: half of them merge there, and as many as can in later layers.", stacklevel=4)
+            return
 
 
 @torch.no_grad()
