@@ -386,9 +386,8 @@ def test_presets_exist_at_any_depth(method):
 def test_unknown_method_and_depth_without_a_plan():
     with pytest.raises(ValueError) as caught:
         preset_plan("lazzy", 12)
-    assert str(caught.value) == (
-        "unknown method 'lazzy', the methods are reuse, lazy, lowrank, mixspan, merge: try 'lazy'."
-    )
+    methods = "reuse, lazy, lowrank, mixspan, merge"
+    assert str(caught.value) == f"unknown method 'lazzy', the methods are {methods}: try 'lazy'."
     for make in (lambda depth: preset_plan("lazy", depth), lambda depth: parse_plan("exact", depth)):
         for depth in (0, 257):
             with pytest.raises(ValueError) as caught:
