@@ -156,5 +156,5 @@ def rows_of_images(x: Tensor, numbers: Tensor) -> Tensor:
 
 def _in_batch(numbers: Tensor, num_tokens: int) -> Tensor:
     """Numbers (B, n) of tokens of each image as numbers (B * n,) of those of the whole batch."""
-    first = torch.arange(numbers.shape[0], device=numbers.device)[:, None] * num_tokens
-    return (numbers + first).flatten()
+    first = torch.arange(0, numbers.shape[0] * num_tokens, num_tokens, device=numbers.device)
+    return (numbers + first[:, None]).flatten()
