@@ -125,6 +125,12 @@ def test_hidden_units_that_there_are_not_are_one_sentence(plan, units, said):
     assert all(torch.equal(value, before[key]) for key, value in state_of(model).items())
 
 
+def test_weights_of_fewer_hidden_units_say_that_the_plan_should_have_them():
+    source = Case("exact exact/5").build()
+    with pytest.raises(ValueError, match=r"fc1.weight is \(5, 15\) in the checkpoint .*/hidden in the plan"):
+        load_checkpoint(Case("exact*2").build(), state_of(source))
+
+
 def test_units_of_a_model_without_a_plan_are_refused():
     source = plain(Case("exact"))
     with pytest.raises(ValueError, match="units are of layers of a plan, VisionTransformer has none"):

@@ -127,8 +127,13 @@ def _refuse_other_model(adapted: Mapping[str, Tensor], own: Mapping[str, Tensor]
         if value.shape != own[key].shape:
             raise ValueError(
                 f"{key} is {tuple(value.shape)} in the checkpoint and {tuple(own[key].shape)} in the model: "
-                "create the model with the checkpoint's sizes (num_classes, in_chans, embed_dim)."
+                f"create the model with the checkpoint's sizes (num_classes, in_chans, embed_dim{_of_units(key)})."
             )
+
+
+def _of_units(key: str) -> str:
+    """What else an entry depends on, where it has hidden units."""
+    return ", mlp_ratio, /hidden in the plan" if ".mlp." in key else ""
 
 
 def load_exactly(model: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -158,7 +163,7 @@ def in_plan_for_timm(state_dict: Mapping[str, Any], model: Any) -> Mapping[str, 
     leaves out of it, is logged.
     """
     own = model.state_dict()
-    if {key: value.shape for key, value in state_dict.items()} == {key: value.shape for key, value in own.items()}:
+    if _shapes(state_dict) == _shapes(own):
         return state_dict
     adapted, dropped = in_plan(state_dict, model)
     new = [key for key in own if key.endswith(ADDED) and key not in adapted]
@@ -167,6 +172,11 @@ def in_plan_for_timm(state_dict: Mapping[str, Any], model: Any) -> Mapping[str, 
         adapted |= {key: own[key] for key in new}
     _log_dropped(dropped)
     return adapted
+
+
+def _shapes(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """The shape of each entry; None of what is no tensor, which a module may keep too."""
+    return {key: getattr(value, "shape", None) for key, value in state_dict.items()}
 
 
 def _log_dropped(dropped: list[str]) -> None:
