@@ -23,6 +23,12 @@ REPRESENTATIVE = [
     ("lowrank none conv reused", "qk"),
     ("extras", "qk"),
     ("distilled", "map"),
+    ("merge by values of some heads", "map"),
+    ("merge before reuse", "qk"),
+    ("merge mixture by values", "map"),
+    ("merge tiled", "qk"),
+    ("merge distilled", "qk"),
+    ("merge extras", "map"),
 ]
 
 every_case = pytest.mark.parametrize(("name", "backend"), with_backends(CASES))
@@ -39,7 +45,7 @@ def gradients(model: nn.Module, logits: Tensor) -> tuple[Tensor, ...]:
 
 
 @pytest.mark.proof
-@pytest.mark.parametrize(("name", "backend"), REPRESENTATIVE[:3])
+@pytest.mark.parametrize(("name", "backend"), [*REPRESENTATIVE[:3], *REPRESENTATIVE[7:9]])
 def test_compiled_in_one_graph_outputs_and_gradients_stay(name, backend):
     torch._dynamo.reset()
     model, x = CASES[name].build(reuse_backend=backend), images(CASES[name].grid)
@@ -67,7 +73,7 @@ def test_compiled_for_several_image_sizes_outputs_stay():
             assert_close(compiled(images(grid)), model(images(grid)))
 
 
-EXPORTED = [(name, backend) for name, _ in REPRESENTATIVE[:5] for backend in ("auto", "qk")]
+EXPORTED = [(name, backend) for name, _ in [*REPRESENTATIVE[:5], *REPRESENTATIVE[-2:]] for backend in ("auto", "qk")]
 
 
 @pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.proof)])

@@ -95,11 +95,11 @@ def merge_tokens(
 @torch.fx.wrap
 @register_notrace_function
 def warn_if_cut(plan: Plan, num_patches: int) -> None:
-    """Warns, once under Python's usual filter, where images have fewer patch tokens than a plan merges."""
+    """Warns, once under Python's usual filter whoever calls, where images have fewer patch tokens than a plan merges."""
     if torch.compiler.is_compiling() or not any(spec.merged for spec in plan):
         return
     if plan.patches_left(num_patches)[-1] > num_patches - sum(spec.merged for spec in plan):
-        warn(f"plan '{plan}' merges more than half of the patch tokens that are left: r is cut to half.", stacklevel=4)
+        warn(f"plan '{plan}' merges more than half of the patch tokens that are left: r is cut to half.", stacklevel=1)
 
 
 @torch.no_grad()
@@ -112,7 +112,7 @@ def choose_merging(likeness: Tensor, num_prefix_tokens: int, num_merged: int) ->
     strongest = strength.sort(dim=-1, descending=True, stable=True).indices[:, :num_merged]
     merged = 2 * strongest + num_prefix_tokens
     tied = 2 * partner.gather(1, strongest) + (num_prefix_tokens + 1)
-    stays = torch.ones(likeness.shape[:2], dtype=torch.int64, device=likeness.device).scatter_(1, merged, 0)
+    stays = likeness.new_ones(likeness.shape[:2], dtype=torch.int64).scatter_(1, merged, 0)  # batched under vmap too
     moved = stays.cumsum(1) - 1
     into = moved.gather(1, tied)
     kept = stays.sort(dim=-1, descending=True, stable=True).indices[:, : likeness.shape[1] - num_merged]
