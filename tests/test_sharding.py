@@ -33,6 +33,8 @@ RECIPES = {
     "layerwise low rank": ["model.plan=lowrank:3 reuse", "model.keywords.lowrank_sharing=layerwise"],
     "partial reuse, partly frozen": ["model.plan=lowrank:3 reuse:1", "train.freeze=[pos_embed, blocks.0.mlp]"],
     "bfloat16, checkpointed": ["train.precision=bfloat16", "train.grad_checkpointing=true", "train.clip={mode: value}"],
+    "merging": ["model.plan=exact-2/7 exact", "train.ema={decay: 0.9}"],
+    "linear": ["model.plan=linear exact-1/7 linear", "model.keywords.depth=3", "model.keywords.drop_path_rate=0.3"],
     "layer decay": ["train.optimizer.layer_decay=0.8", "train.optimizer.name=lamb"],
 }
 

@@ -154,6 +154,10 @@ class LinearBlock(nn.Module):
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 
+    def reset_parameters(self) -> None:
+        """The same: what timm calls of every module after weight_init='skip'."""
+        self.init_weights()
+
     def forward(
         self, x: Tensor, carry: Carry | None = None, grid: Any = None, num_queries: int | None = None, *mask: Any
     ) -> Any:
