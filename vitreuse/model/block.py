@@ -51,9 +51,8 @@ class PlanBlock(nn.Module):
             )
         self.norm1 = attention.norm_layer(dim, **factory) if self.has_attention else nn.Identity()
         self.attn = ATTENTION[attention.spec.word](attention)
-        self.ls1 = nn.Identity()
-        if init_values and self.has_attention:
-            self.ls1 = LayerScale(dim, init_values=init_values, **factory)
+        scales = bool(init_values and self.has_attention)
+        self.ls1 = LayerScale(dim, init_values=init_values or 0.0, **factory) if scales else nn.Identity()
         self.drop_path1 = DropPath(drop_path) if drop_path > 0.0 and self.has_attention else nn.Identity()
         self.merge = merge.TokenMerging(self.spec.merged, attention.num_prefix_tokens) if self.spec.merged else None
 
