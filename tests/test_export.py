@@ -4,6 +4,7 @@ import json
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import onnx
 import pytest
@@ -170,6 +171,59 @@ def test_a_folded_program_has_the_logits_of_the_model(reused, tmp_path, capsys):
     program = torch.export.load(tmp_path / "model.pt2")
     torch.testing.assert_close(program.module()(images), model(images), atol=1e-5, rtol=1e-4)
     assert "blocks.2.attn.key_heads" in program.state_dict  # of fold's class_rows
+
+
+@pytest.fixture(scope="module")
+def merging(tmp_path_factory):
+    """A hub folder of a model that merges, with layers that are linear, skipped, narrow and without an MLP."""
+    folder = tmp_path_factory.mktemp("hub") / "merging"
+    plan = "exact-5/7 linear exact*2 reuse-4 skip exact/0"
+    model = timm.create_model("vit_merge_tiny_patch16_224", plan=plan, **{**SMALL, "depth": 7})
+    save_hub_folder(moved(model), folder)
+    return folder
+
+
+@pytest.mark.parametrize("opset", [18, pytest.param(20, marks=pytest.mark.proof), 23])
+@pytest.mark.parametrize("fold", [[], ["--fold"]], ids=["as it is", "folded"])
+def test_programs_that_merge_have_the_logits_of_the_model(merging, tmp_path, capsys, opset, fold):
+    argv = ["--format", "torch", "onnx", "--opset", str(opset), "--repeats", "1", "--json", *fold]
+    assert main(["export", str(merging), "-o", str(tmp_path), *argv]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["num_images"] == 8 and said["num_left_out"] == {"torch": 0, "onnx": 0}
+    model = timm.create_model(f"local-dir:{merging}", pretrained=True).eval()
+    program, graph = (tmp_path / f"model.{suffix}" for suffix in ("pt2", "onnx"))
+    for predict in (load_torch(program.read_bytes()), load_onnx(graph.read_bytes())):
+        for num_images in (1, 3, 5):
+            x = torch.randn(num_images, 3, 24, 24, generator=torch.Generator().manual_seed(num_images))
+            with torch.no_grad():
+                torch.testing.assert_close(predict(x), model(x), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("which, code", [(slice(0, 2), 0), (slice(0, 8), 2), (slice(2, 4), 2)])
+def test_images_whose_merges_rounding_decides_are_left_out(merging, tmp_path, capsys, monkeypatch, which, code):
+    """Other logits are excused for images of equal patches, unless there are no others, and for no other image."""
+    model = timm.create_model(f"local-dir:{merging}", pretrained=True).eval()
+    x = torch.randn(8, 3, 24, 24)
+    torch.nn.init.zeros_(model.pos_embed)
+    x[which if code == 2 and which.stop == 8 else slice(0, 2)] = 0.5
+    monkeypatch.setattr("vitreuse.cli.export.load_model", lambda args: (SimpleNamespace(
+        config=None, label="merging", crop_pct=None, run_dir=None), model))  # fmt: skip
+    monkeypatch.setattr("vitreuse.cli.export.training_note", lambda *_: None)
+    monkeypatch.setattr("vitreuse.cli.export.example", lambda *_: x)
+    monkeypatch.setattr("vitreuse.export.programs.trace", lambda *_: None)
+    monkeypatch.setattr("vitreuse.export.programs.pack_torch", lambda *_: b"")
+    shift = torch.zeros(8, 1)
+    shift[which] = 0.1
+    other = lambda images: model(images) + shift[: len(images)]  # noqa: E731
+    monkeypatch.setattr("vitreuse.export.programs.load_torch", lambda _: other)
+    assert main(["export", str(merging), "-o", str(tmp_path), "--format", "torch"]) == code
+    told = capsys.readouterr()
+    if code == 0:
+        said = "left out of the difference of torch: 2 of 8 images, of whose tokens rounding decides"
+        assert said in " ".join(told.out.split())
+    else:
+        said = "for each of 8 images, of whose tokens rounding decides" if which.stop == 8 else "above 1e-04"
+        assert said in told.err and told.err.count("\n") == 1 and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("left, is_replaced", [

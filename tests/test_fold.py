@@ -3,7 +3,7 @@
 import pytest
 import timm
 import torch
-from cases import CASES, backends, images, randomized, with_backends
+from cases import CASES, Case, backends, images, randomized, with_backends
 from timm.models import VisionTransformer
 from timm.models.deit import VisionTransformerDistilled
 from torch import nn
@@ -61,8 +61,14 @@ def test_every_plan_keeps_its_logits(name, backend):
     assert_same_logits(model, fold(model, tuple(STEPS)), images(case.grid))
 
 
+MIXTURES = [
+    *("mixture", "extras", "extras unshared", "distilled", "linear and skip", "hidden extras", "merge before reuse"),
+    *("merge by values of some heads", "merge mixture", "merge mixture by values", "merge distilled", "merge extras"),
+]
+
+
 @pytest.mark.parametrize("step", STEPS)
-@pytest.mark.parametrize("name", ["mixture", "extras", "extras unshared", "distilled"])
+@pytest.mark.parametrize("name", MIXTURES)
 def test_every_step_alone_keeps_the_logits_of_mixtures(name, step):
     model = CASES[name].build(reuse_backend=backends(CASES[name])[0])
     assert_same_logits(model, fold(model, [step]), images())
@@ -91,6 +97,31 @@ def test_the_steps_leave_what_they_say():
     assert not folded.blocks[0].attn.qkv.bias[15:].any() and folded.blocks[0].attn.qkv.bias[:15].all()
     assert isinstance(folded.blocks[2].attn, ClassAttention)
     assert folded.forward_features(images()).shape == (2, 1, 15)
+
+
+def test_biases_that_say_which_tokens_merge_stay():
+    folded = fold(Case("exact-3 exact reuse-2 exact reuse:2-1 exact").build(), ["key_bias", "value_bias"])
+    by_key, exact, by_value, _, partial, _ = (block.attn for block in folded.blocks)
+    assert by_key.qkv.bias[15:30].all() and not by_key.qkv.bias[30:].any()
+    assert not exact.qkv.bias[15:].any()
+    assert by_value.v.bias.all() and partial.v.bias.all() and not partial.qk.bias.chunk(2)[1].any()
+
+
+def test_what_is_centred_has_no_linear_layer():
+    for plan, is_centred in (("exact-3/7 skip none/5 exact/0 exact", True), ("exact linear exact", False)):
+        folded = fold(Case(plan).build(), ["norm_affine", "centring"])
+        assert isinstance(folded.norm, nn.RMSNorm) == is_centred
+        assert isinstance(folded.blocks[0].norm1, nn.RMSNorm) == is_centred
+
+
+def test_class_rows_weigh_sizes(monkeypatch):
+    model, x = Case("exact-7 exact").build().eval(), images()
+    folded = fold(model, ["class_rows"])
+    assert isinstance(folded.blocks[1].attn, ClassAttention)
+    assert_same_logits(model, folded, x)
+    monkeypatch.setattr("vitreuse.compress.fold.log_sizes", lambda *_: None)
+    with torch.no_grad():
+        assert not torch.allclose(folded(x), model(x), rtol=1e-3)
 
 
 def test_the_model_itself_stays():

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from cases import CASES, images
 
-from vitreuse.model.merge import choose_merging, merge, unmerge
+from vitreuse.model.merge import are_decided, choice_margins, choose_merging, merge, unmerge
 
 
 def naive(x, keys, sizes, num_prefix, num_merged):
@@ -50,3 +51,28 @@ def test_of_equals_the_first_merges_into_the_first():
     merging = choose_merging(torch.ones(1, 8, 2), 2, 2)
     assert merging.merged.tolist() == [[2, 4]] and merging.kept.tolist() == [[0, 1, 3, 5, 6, 7]]
     assert merging.into.tolist() == [[2, 2]] and merging.moved.tolist() == [[0, 1, 2, 2, 2, 3, 4, 5]]
+
+
+@pytest.mark.parametrize("num_tokens", [3, 4, 5, 12])
+@pytest.mark.parametrize("num_merged", [1, 2, 4])
+def test_margins_are_those_to_the_next_tie_and_to_the_next_partner(num_tokens, num_merged):
+    num_prefix, num_merged = 1, min(num_merged, (num_tokens - 1) // 2)
+    likeness = torch.randn(7, num_tokens, 3, generator=torch.Generator().manual_seed(num_tokens))
+    for image, margin in zip(likeness, choice_margins(likeness, num_prefix, num_merged).tolist(), strict=True):
+        patches = image[num_prefix:]
+        ties = [sorted((float(torch.cosine_similarity(a, b, dim=0)) for b in patches[1::2]), reverse=True)
+                for a in patches[::2]]  # fmt: skip
+        ties.sort(reverse=True)
+        leads = [tie[0] - tie[1] for tie in ties[:num_merged] if len(tie) > 1]
+        to_next = [ties[num_merged - 1][0] - ties[num_merged][0]] if num_merged < len(ties) else []
+        assert margin == pytest.approx(min(leads + to_next, default=float("inf")), abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["merge before reuse", "merge mixture by values", "exact"])
+def test_images_of_equal_patches_are_undecided_where_tokens_merge(name):
+    model, x = CASES[name].build(), images(num_images=3)
+    with torch.no_grad():
+        model.pos_embed.zero_()
+    x[1] = 0.5
+    assert are_decided(model, x).tolist() == [True, name == "exact", True]
+    assert not any(module._forward_pre_hooks for module in model.modules())

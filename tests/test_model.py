@@ -1,14 +1,17 @@
 """Models with a plan under everything that is done to a model: capture, other image sizes, intermediates, counting."""
 
+import pickle
 import warnings
+from typing import Any
 
 import pytest
 import timm
 import torch
-from cases import CASES, SMALL_CASES, Case, image_size, images, with_backends
+from cases import CASES, SMALL_CASES, Case, image_size, images, randomized, with_backends
 from reference import bilinear
 from timm.models._features_fx import create_feature_extractor
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vitreuse import count_macs
 from vitreuse.attention import EMPTY_CARRY, Carry
@@ -22,6 +25,12 @@ REPRESENTATIVE = [
     ("lowrank none conv reused", "qk"),
     ("extras", "qk"),
     ("distilled", "map"),
+    ("merge by values of some heads", "map"),
+    ("merge before reuse", "qk"),
+    ("merge mixture by values", "map"),
+    ("merge tiled", "qk"),
+    ("merge distilled", "qk"),
+    ("merge extras", "map"),
 ]
 
 every_case = pytest.mark.parametrize(("name", "backend"), with_backends(CASES))
@@ -38,7 +47,7 @@ def gradients(model: nn.Module, logits: Tensor) -> tuple[Tensor, ...]:
 
 
 @pytest.mark.proof
-@pytest.mark.parametrize(("name", "backend"), REPRESENTATIVE[:3])
+@pytest.mark.parametrize(("name", "backend"), [*REPRESENTATIVE[:3], *REPRESENTATIVE[7:9]])
 def test_compiled_in_one_graph_outputs_and_gradients_stay(name, backend):
     torch._dynamo.reset()
     model, x = CASES[name].build(reuse_backend=backend), images(CASES[name].grid)
@@ -49,24 +58,26 @@ def test_compiled_in_one_graph_outputs_and_gradients_stay(name, backend):
         torch.testing.assert_close(actual, wanted, rtol=1e-7, atol=1e-9)
 
 
-def test_compiled_to_kernels_outputs_stay():
+@pytest.mark.parametrize("name", ["average", pytest.param("merge mixture by values", marks=pytest.mark.proof)])
+def test_compiled_to_kernels_outputs_stay(name):
     torch._dynamo.reset()
-    model = CASES["average"].build().eval()
+    model = CASES[name].build().eval()
     with torch.no_grad():
         assert_close(torch.compile(model, fullgraph=True)(images()), model(images()))
 
 
-def test_compiled_for_several_image_sizes_outputs_stay():
+@pytest.mark.parametrize("plan", ["exact reuse exact", "exact-5 linear exact reuse-3/7 exact skip"])
+def test_compiled_for_several_image_sizes_outputs_stay(plan):
     """From the second size on the number of keys is open, and no rule may fix it."""
     torch._dynamo.reset()
-    model = Case("exact reuse exact").build(dynamic_img_size=True).eval()
+    model = Case(plan).build(dynamic_img_size=True).eval()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         for grid in ((3, 5), (5, 7), (7, 11)):
             assert_close(compiled(images(grid)), model(images(grid)))
 
 
-EXPORTED = [(name, backend) for name, _ in REPRESENTATIVE[:5] for backend in ("auto", "qk")]
+EXPORTED = [(name, backend) for name, _ in [*REPRESENTATIVE[:5], *REPRESENTATIVE[-2:]] for backend in ("auto", "qk")]
 
 
 @pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.proof)])
@@ -92,7 +103,7 @@ def test_a_recorded_trace_runs_at_any_batch_size(name, backend):
     {"dynamo": True, "dynamic_shapes": {"x": {0: torch.export.Dim("batch")}}},
     {"dynamo": False, "dynamic_axes": {"x": {0: "batch"}, "y": {0: "batch"}}},
 ], ids=["export", "trace"])
-@pytest.mark.parametrize("name", ["mixture", "lazy", "lowrank layerwise linear reused"])
+@pytest.mark.parametrize("name", ["mixture", "lazy", "lowrank layerwise linear reused", "linear and skip"])
 def test_torchs_own_onnx_file_runs_at_any_batch_size(name, options, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     model, x = CASES[name].build().float().eval(), images(num_images=3, dtype=torch.float32)
@@ -137,6 +148,53 @@ def test_a_vmapped_model_agrees_in_inference(name, backend):
     model, x = CASES[name].build(reuse_backend=backend).eval(), images(CASES[name].grid)
     with torch.no_grad():
         assert_close(torch.func.vmap(lambda image: model(image[None])[0])(x), model(x))
+
+
+@pytest.mark.parametrize(("name", "backend"), with_backends(CASES))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_all_of_a_model_on_a_gpu_stays_there(name, backend, dtype, monkeypatch):
+    """In shapes, types and devices alone, as no GPU is needed for."""
+    monkeypatch.setattr("vitreuse.attention.policy.memory_bytes", lambda device_type: 2**34)
+    case, fake = CASES[name], {"dtype": dtype, "device": "cuda"}
+    model = case.build(reuse_backend=backend).eval()
+    with FakeTensorMode():
+        for module in model.modules():
+            for key, parameter in module._parameters.items():
+                if parameter is not None:
+                    module._parameters[key] = nn.Parameter(torch.empty(parameter.shape, **fake), requires_grad=False)
+        for batch_size in (1, 3):
+            x = torch.empty(batch_size, 3, *image_size(case.grid), **fake)
+            for y, shape in ((model(x), (7,)), (model.forward_features(x), (tokens_of(model), 15))):
+                assert (y.device.type, y.dtype, y.shape) == ("cuda", dtype, (batch_size, *shape))
+
+
+def tokens_of(model: Any) -> int:
+    return model.num_prefix_tokens + model.patch_embed.num_patches
+
+
+@pytest.mark.parametrize(("name", "backend"), REPRESENTATIVE)
+def test_gradients_of_each_image_are_those_of_it_alone(name, backend):
+    model, x = CASES[name].build(reuse_backend=backend).eval(), images(CASES[name].grid)
+    parameters = dict(model.named_parameters())
+
+    def logit(parameters, image):
+        return torch.func.functional_call(model, parameters, (image[None],)).sin().sum()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of operations without a rule for vmap
+        found = torch.func.vmap(torch.func.grad(logit), (None, 0))(parameters, x)
+    for number, image in enumerate(x):
+        wanted = gradients(model, model(image[None]))
+        for actual, gradient in zip(found.values(), wanted, strict=True):
+            torch.testing.assert_close(actual[number], gradient, rtol=1e-7, atol=1e-9)
+
+
+@every_small_case
+def test_no_image_is_a_batch_too_and_a_model_can_be_pickled(name, backend):
+    model, x = CASES[name].build(reuse_backend=backend), images()
+    assert model(x[:0]).shape == (0, 7) and model.forward_features(x[:0]).shape == (0, tokens_of(model), 15)
+    assert all(not gradient.any() for gradient in gradients(model, model(x[:0])))
+    assert torch.equal(pickle.loads(pickle.dumps(model))(x), model(x))
 
 
 @pytest.mark.parametrize(("name", "backend"), REPRESENTATIVE)
@@ -219,6 +277,30 @@ def test_a_model_made_without_memory_can_be_initialised(name, backend):
     model.init_weights()
     left = [key for key, parameter in model.named_parameters() if parameter.isnan().any()]
     assert all(key.endswith("gamma") for key in left), left
+
+
+@pytest.mark.parametrize("weight_init", ["", "jax", "jax_nlhb", "moco", "skip"])
+@pytest.mark.parametrize("fix_init", [False, True])
+def test_a_linear_layer_does_nothing_after_every_initialisation(weight_init, fix_init):
+    model = Case("linear exact-3/0 none/5 skip exact reuse/0 linear").fresh(weight_init=weight_init, fix_init=fix_init)
+    for initialise in (lambda: None, model.init_weights, lambda: model.init_weights("jax")):
+        initialise()
+        assert not any(p.any() for key, p in model.named_parameters() if ".linear." in key)
+        randomized(model)
+
+
+@pytest.mark.parametrize("plan", ["exact", "exact-3/0", "none/5", "skip linear none exact/5 reuse"])
+def test_what_layers_write_is_scaled_by_their_depth_as_timm_does(plan):
+    plain, scaled = (Case(plan).fresh(fix_init=fix) for fix in (False, True))
+    torch.manual_seed(0)
+    plain.init_weights()
+    torch.manual_seed(0)
+    scaled.init_weights()
+    wanted = dict(plain.named_parameters())
+    for key, parameter in scaled.named_parameters():
+        is_writer = key.endswith(("attn.proj.weight", "mlp.fc2.weight"))
+        scale = (2 * (int(key.split(".")[1]) + 1)) ** 0.5 if is_writer else 1
+        assert_close(parameter * scale, wanted[key])
 
 
 @pytest.mark.parametrize("projection", ["linear", "conv"])
@@ -381,6 +463,77 @@ def test_the_last_layer_left_by_pruning_hands_nothing_on():
     tokens, carry = model.blocks[1](*model.blocks[0](tokens, EMPTY_CARRY))
     assert carry == EMPTY_CARRY
     assert model.blocks[2](tokens, carry)[1] == EMPTY_CARRY
+
+
+def test_a_pruned_model_knows_what_its_layers_merge():
+    model = Case("exact-3 skip exact reuse-2 exact-1 exact").build()
+    model.prune_intermediate_layers([4])
+    assert [block.attn.merges for block in model.blocks] == [(), (3,), (3,), (3,), (3, 2)]
+    model.prune_intermediate_layers([0])
+    assert str(model.plan) == "exact-3"
+    assert model(images()).shape == (2, 16, 15) and model.blocks(model.embed(images())[0], num_queries=1).shape[1] == 1
+
+
+CUT = "plan 'exact-5 exact-3 exact' merges more than half of the patch tokens that are left: r is cut to half."
+SMALLER = {
+    "dynamic": lambda model, x: model(x),
+    "all tokens": lambda model, x: model.forward_features(x),
+    "intermediates": lambda model, x: model.forward_intermediates(x)[0],
+    "set": lambda model, x: [model.set_input_size(x.shape[-2:]), model(x)][1],
+}
+
+
+@pytest.mark.parametrize("how", SMALLER)
+@pytest.mark.parametrize("grid", [(2, 3), (1, 2), (1, 1)])
+def test_smaller_images_merge_half_and_are_warned_of_once(how, grid):
+    case, x = Case("exact-5 exact-3 exact"), images(grid)
+    model = case.build(dynamic_img_size=how != "set")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.resetwarnings()  # to Python's own filter, once a place
+        for run in (SMALLER[how], SMALLER[how], *SMALLER.values()) if how != "set" else (SMALLER[how],) * 2:
+            run(model, x)
+    assert [str(warning.message) for warning in caught] == [CUT]
+    cut = Case({(2, 3): "exact-3 exact-1 exact", (1, 2): "exact-1 exact*2", (1, 1): "exact*3"}[grid], grid).build()
+    state = {key: value for key, value in model.state_dict().items() if key != "pos_embed"}
+    cut.load_state_dict({**state, "pos_embed": cut.pos_embed})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.set_input_size(image_size(grid))
+        cut.pos_embed = model.pos_embed
+        assert_close(model(x), cut(x))
+        assert sum(count_macs(model).values()) == sum(count_macs(cut).values())
+
+
+@pytest.mark.parametrize("plan", ["exact-3 exact-2 exact", "exact-7 exact-4 exact-2"])
+def test_what_is_left_of_dropped_patches_merges(plan):
+    model = Case(plan).build(patch_drop_rate=0.5).train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert model.forward_features(images()).shape == (2, 1 + 7, 15)
+        assert all(gradient is not None for gradient in gradients(model, model(images())))
+
+
+def test_features_of_timm_have_all_tokens_in_their_places():
+    keywords = {"img_size": 64, "depth": 3, "plan": "exact-5 exact-2 exact", "out_indices": (0, 1, 2)}
+    features = timm.create_model("vit_merge_tiny_patch16_224", features_only=True, **keywords).eval()
+    x = torch.randn(2, 3, 64, 64)
+    wanted = features.model.forward_intermediates(x, intermediates_only=True)
+    for actual, tokens, num_left in zip(features(x), wanted, (11, 9, 9), strict=True):
+        assert torch.equal(actual, tokens) and actual.shape == (2, 192, 4, 4)
+        assert len(actual[0].flatten(1).T.unique(dim=0)) == num_left
+
+
+@pytest.mark.parametrize("global_pool", ["avg", "max", "avgmax", "map", "token"])
+def test_every_pooling_reads_all_tokens_in_their_places(global_pool):
+    model = Case("exact-3 exact reuse/7 linear exact-2 exact").build(global_pool=global_pool)
+    assert_close(model(images()), model.forward_head(model.forward_features(images())))
+    model.reset_classifier(3)
+    assert model(images()).shape == (2, 3)
+
+
+def test_padded_images_merge():
+    model, x = Case("exact-3 exact-2 exact").build(dynamic_img_size=True, dynamic_img_pad=True), images((3, 5))
+    assert_close(model(x[..., :-1, :-2]), model(nn.functional.pad(x[..., :-1, :-2], (0, 2, 0, 1))))
 
 
 def test_layers_of_one_projection_run_alone_when_they_are_given_it():

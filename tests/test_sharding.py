@@ -33,6 +33,9 @@ RECIPES = {
     "layerwise low rank": ["model.plan=lowrank:3 reuse", "model.keywords.lowrank_sharing=layerwise"],
     "partial reuse, partly frozen": ["model.plan=lowrank:3 reuse:1", "train.freeze=[pos_embed, blocks.0.mlp]"],
     "bfloat16, checkpointed": ["train.precision=bfloat16", "train.grad_checkpointing=true", "train.clip={mode: value}"],
+    "merging": ["model.plan=exact-2/7 exact", "train.ema={decay: 0.9}"],
+    "linear": ["model.plan=linear exact-1/7 linear", "model.keywords.depth=3"],
+    "drop path": ["model.plan=linear exact-1", "model.keywords.drop_path_rate=0.3"],
     "layer decay": ["train.optimizer.layer_decay=0.8", "train.optimizer.name=lamb"],
 }
 
@@ -164,6 +167,13 @@ def test_fsdp2_takes_the_steps_of_ddp(found, recipe):
     assert len(set(ddp)) == NUM_STEPS and fsdp2 == pytest.approx(ddp, rel=1e-5)
     assert difference < 1e-4
     assert found[1]["both_strategies"][recipe][:2] == [ddp, fsdp2]
+
+
+@pytest.mark.parametrize("recipe", ["plain", "partial reuse, partly frozen", "merging", "linear"])
+def test_two_ranks_take_the_steps_of_one(found, recipe, tmp_path):
+    (tmp_path / "x.yaml").write_text(CONFIG)
+    alone = steps(build(str(tmp_path), Ranks(), "ddp", *RECIPES[recipe]), NUM_STEPS)
+    assert found[0]["both_strategies"][recipe][0] == pytest.approx(alone, rel=1e-5)
 
 
 def test_each_rank_keeps_half_of_everything(found):

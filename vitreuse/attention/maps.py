@@ -185,10 +185,10 @@ def describe_call(
 
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, dropout: float, scale: float) -> Tensor:
     """Mixed values (B, H, N, D) by torch's kernel, for the first N queries."""
-    attn_mask = log_sizes(mask, q) if mask.attn_mask is None else first_rows(mask.attn_mask, q.shape[-2])
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=attn_mask, dropout_p=dropout, is_causal=mask.is_causal, scale=scale
-    )
+    bias = log_sizes(mask, q) if mask.attn_mask is None else first_rows(mask.attn_mask, q.shape[-2])
+    if bias is not None and torch.compiler.is_exporting():  # onnxruntime's operator widens no row for all queries
+        bias = bias.expand(*bias.shape[:-2], q.shape[-2], -1)
+    return F.scaled_dot_product_attention(q, k, v, bias, dropout, mask.is_causal, scale=scale)
 
 
 def padded_attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, dropout: float, scale: float) -> Tensor:

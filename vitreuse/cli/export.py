@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     opset = args.opset or OPSETS[-1]
     accuracy = _accuracy(target) if args.checkpoint is None else None
     known = Provenance(target.label, target.crop_pct, accuracy, training_note(args, target))
-    differences = export(model, known, args.output, args.format, batches, args.fold, opset)
+    checks = export(model, known, args.output, args.format, batches, args.fold, opset)
     return {
         "name": target.label,
         "plan": plan_text(model),
@@ -49,7 +49,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "files": _files(args),
         "opset": opset if "onnx" in args.format else None,
         "images": shown,
-        "differences": differences,
+        "num_images": sum(map(len, batches)),
+        "differences": {of: check.difference for of, check in checks.items()},
+        "num_left_out": {of: check.num_left_out for of, check in checks.items()},
         "speed": _speed(args, model, batches[0]) if "onnx" in args.format else None,
     }
 
@@ -116,6 +118,10 @@ def _remarks(result: dict[str, Any]) -> list[str]:
     lines = [] if result["training"] is None else [result["training"]]
     if result["images"] is not None:
         lines.append(f"difference: largest of the logits over their standard deviation, on {result['images']}")
+    for of, number in result["num_left_out"].items():
+        if number:
+            text = f"{number} of {result['num_images']} images, of whose tokens rounding decides which merge"
+            lines.append(f"left out of the difference of {of}: {text}")
     if speed := result["speed"]:
         by_label = speed["images_per_second"].items()
         rates = (f"{label} {rate:,.1f} ({speed['speedup'][label]:.2f})" for label, rate in by_label)

@@ -47,9 +47,8 @@ class PlanBlock(nn.Module):
         self.has_mlp = hidden > 0 and self.spec.word != "skip"
         self.norm1 = attention.norm_layer(dim, **factory) if self.has_attention else nn.Identity()
         self.attn = ATTENTION[attention.spec.word](attention)
-        self.ls1 = nn.Identity()
-        if init_values and self.has_attention:
-            self.ls1 = LayerScale(dim, init_values=init_values, **factory)
+        scales = bool(init_values and self.has_attention)
+        self.ls1 = LayerScale(dim, init_values=init_values or 0.0, **factory) if scales else nn.Identity()
         self.drop_path1 = DropPath(drop_path) if drop_path > 0.0 and self.has_attention else nn.Identity()
         self.merge = merge.TokenMerging(self.spec.merged, attention.num_prefix_tokens) if self.spec.merged else None
 
@@ -170,6 +169,10 @@ class LinearBlock(nn.Module):
         """Makes the layer one that does nothing; timm calls it after its own initialisation of the linear layer."""
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
+
+    def reset_parameters(self) -> None:
+        """The same: what timm calls of every module after weight_init='skip'."""
+        self.init_weights()
 
     def forward(
         self, x: Tensor, carry: Carry | None = None, grid: Any = None, num_queries: int | None = None, *mask: Any

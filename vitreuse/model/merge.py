@@ -11,6 +11,7 @@ Shapes: B images, N tokens, D head dim, C channels, r merged tokens, N0 tokens o
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 from warnings import warn
@@ -22,6 +23,8 @@ from torch.nn import functional as F
 
 from vitreuse.plan import Plan
 from vitreuse.plan.language import num_mergeable
+
+DECIDED_BY = 1e-5  # of a cosine in float32, some ten times the rounding that a dozen layers add up
 
 
 class Merging(NamedTuple):
@@ -95,31 +98,74 @@ def merge_tokens(
 @torch.fx.wrap
 @register_notrace_function
 def warn_if_cut(plan: Plan, num_patches: int) -> None:
-    """Warns, once under Python's usual filter, where images have fewer patch tokens than a plan merges."""
+    """Warns where images have fewer patch tokens than a plan merges; once under Python's filter, whoever calls."""
     if torch.compiler.is_compiling() or not any(spec.merged for spec in plan):
         return
     for layer, (spec, left) in enumerate(zip(plan, plan.patches_left(num_patches), strict=False)):
         if spec.merged > num_mergeable(spec.merged, left):
             said = f"layer {layer} of plan '{plan}' merges {spec.merged} tokens and images of this size leave it {left}"
-            warn(f"{said}: half of them merge there, and as many as can in later layers.", stacklevel=4)
+            warn(f"{said}: half of them merge there, and as many as can in later layers.", stacklevel=1)
             return
 
 
 @torch.no_grad()
 def choose_merging(likeness: Tensor, num_prefix_tokens: int, num_merged: int) -> Merging:
     """The r strongest ties of tokens by the cosine of what they are likened by, (B, N, D), in float32."""
-    with _without_autocast(likeness.device.type):
-        directions = F.normalize(likeness[:, num_prefix_tokens:].float(), dim=-1)
-        ties = torch.bmm(directions[:, ::2], directions[:, 1::2].transpose(1, 2))  # of each token of A with each of B
+    ties = ties_of(likeness, num_prefix_tokens)
     strength, partner = ties.max(-1)  # the first of equals, as torch promises
     strongest = strength.sort(dim=-1, descending=True, stable=True).indices[:, :num_merged]
     merged = 2 * strongest + num_prefix_tokens
     tied = 2 * partner.gather(1, strongest) + (num_prefix_tokens + 1)
-    stays = torch.ones(likeness.shape[:2], dtype=torch.int64, device=likeness.device).scatter_(1, merged, 0)
+    stays = likeness.new_ones(likeness.shape[:2], dtype=torch.int64).scatter_(1, merged, 0)  # batched under vmap too
     moved = stays.cumsum(1) - 1
     into = moved.gather(1, tied)
     kept = stays.sort(dim=-1, descending=True, stable=True).indices[:, : likeness.shape[1] - num_merged]
     return Merging(kept, merged, into, moved.scatter_(1, merged, into))
+
+
+def ties_of(likeness: Tensor, num_prefix_tokens: int) -> Tensor:
+    """How much each token of A is like each of B, (B, A, B)."""
+    with _without_autocast(likeness.device.type):
+        directions = F.normalize(likeness[:, num_prefix_tokens:].float(), dim=-1)
+        return torch.bmm(directions[:, ::2], directions[:, 1::2].transpose(1, 2))
+
+
+def choice_margins(likeness: Tensor, num_prefix_tokens: int, num_merged: int) -> Tensor:
+    """For each image (B,) by how much of a cosine its choice of merges was decided.
+
+    The least of what is between the r-th tie and the next, and between the best and the second best token for each of
+    those that merge; infinite where there is no other choice.
+    """
+    ties = ties_of(likeness, num_prefix_tokens)
+    best = F.pad(ties, (0, 1), value=-math.inf).topk(2).values  # (B, A, 2)
+    strongest = best[..., 0].topk(num_merged).indices
+    leads = (best[..., 0] - best[..., 1]).gather(1, strongest)
+    strengths = F.pad(best[..., 0], (0, 1), value=-math.inf).topk(num_merged + 1).values
+    return torch.cat([leads, strengths[:, -2:-1] - strengths[:, -1:]], dim=1).amin(1)
+
+
+@torch.no_grad()
+def are_decided(model: nn.Module, images: Tensor) -> Tensor:
+    """For each image (B,) whether no choice of merges in a run of the model is so near that rounding may flip it.
+
+    Where it may, another program, device or batch size rightly comes to other tokens: comparisons leave the image out.
+    """
+    decided = torch.ones(len(images), dtype=torch.bool, device=images.device)
+
+    def look(module: TokenMerging, inputs: tuple[Any, ...]) -> None:
+        x, likeness, *_ = inputs
+        num_merged = num_mergeable(module.num_merged, x.shape[1] - module.num_prefix_tokens)
+        if num_merged > 0:
+            decided.logical_and_(choice_margins(likeness, module.num_prefix_tokens, num_merged) > DECIDED_BY)
+
+    hooks = [module.register_forward_pre_hook(look) for module in model.modules() if isinstance(module, TokenMerging)]
+    try:
+        if hooks:
+            model(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return decided
 
 
 def _without_autocast(device_type: str) -> AbstractContextManager[Any]:

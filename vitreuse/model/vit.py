@@ -5,6 +5,7 @@ Shapes: B images, N tokens (prefix tokens first), C channels.
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
@@ -108,6 +109,15 @@ class PlanVisionTransformer(timm_vit.VisionTransformer):
         super().init_weights(mode=mode, needs_reset=needs_reset)
         if needs_reset and self.key_proj is not None:
             init_projection(self.key_proj, self.plan_options.lowrank_projection, self.plan_options.lowrank_init)
+
+    def fix_init_weight(self) -> None:
+        """Makes what layer i adds to the tokens smaller by sqrt(2 (i + 1)), as timm does, in the halves that it has."""
+        blocks: Any = self.blocks
+        with torch.no_grad():
+            for layer, block in enumerate(blocks):
+                writers = [block.attn.proj] if block.has_attention else []
+                for writer in [*writers, block.mlp.fc2] if block.has_mlp else writers:
+                    writer.weight /= math.sqrt(2 * (layer + 1))
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
         """torch's method, which takes a plain ViT's state dict too: see vitreuse.load_checkpoint, which says more."""
@@ -229,6 +239,7 @@ class PlanVisionTransformer(timm_vit.VisionTransformer):
             block.attn.set_grid(grid)
         if grid != old_grid:
             warn_if_idle(self.plan, grid, self.num_prefix_tokens + self.patch_embed.num_patches)
+            merge.warn_if_cut(self.plan, self.patch_embed.num_patches)
         if self.key_proj is not None and grid != old_grid:
             kind = self.plan_options.lowrank_projection
             resampled = at_grid(self.key_proj, kind, old_grid, grid, self.num_prefix_tokens, self.layerwise_dim)
