@@ -38,6 +38,7 @@ class Carry(NamedTuple):
     likeness: Tensor | None = None  # (B, N, D), by which this layer's tokens merge; read between its attention and MLP
     sizes: Tensor | None = None  # (B, N), how many tokens of the first layer each stands for, once some have merged
     places: Tensor | None = None  # (B, N0), which token each of the first layer's is part of
+    wants_places: bool = True  # whether somebody will ask for all tokens of the first layer
 
 
 EMPTY_CARRY = Carry()

@@ -89,7 +89,9 @@ class PlanBlock(nn.Module):
             y, handed = self.attn(self.norm1(x), handed, grid, num_queries, attn_mask, is_causal)
             rows = rows + self.drop_path1(self.ls1(y))
         if self.merge is not None and num_queries is None:
-            rows, sizes, places = self.merge(rows, handed.likeness, handed.sizes, handed.places)
+            rows, sizes, places = self.merge(
+                rows, handed.likeness, handed.sizes, handed.places, handed.wants_places
+            )
             handed = handed._replace(likeness=None, sizes=sizes, places=places, span_bias=None)
         if self.has_mlp:
             rows = rows + self.drop_path2(self.ls2(self.mlp(self.norm2(rows))))
@@ -211,7 +213,7 @@ class PlanBlocks(nn.Sequential):
 
         All tokens are those of the first layer, each with the value of the one that it was merged into.
         """
-        carry = Carry(layerwise_proj=layerwise_proj)
+        carry = Carry(layerwise_proj=layerwise_proj, wants_places=num_queries is None or len(indices) > 0)
         collected: list[Tensor] = []
         for i, block in enumerate(self):
             rows = num_queries if i == len(self) - 1 else None

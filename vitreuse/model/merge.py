@@ -34,20 +34,25 @@ class Merging(NamedTuple):
         kept: (B, N - r), the tokens that are left, by their places before, in order.
         merged: (B, r), those that are not.
         into: (B, r), the places after of those that they become part of.
-        moved: (B, N), the place after of every token.
     """
 
     kept: Tensor
     merged: Tensor
     into: Tensor
-    moved: Tensor
+
+    def moved(self) -> Tensor:
+        """(B, N), the place after of every token."""
+        places = torch.arange(self.kept.shape[1], device=self.kept.device).expand_as(self.kept)
+        moved = self.kept.new_zeros(len(self.kept), self.kept.shape[1] + self.merged.shape[1])
+        return moved.scatter_(1, self.kept, places).scatter_(1, self.merged, self.into)
 
 
 class TokenMerging(nn.Module):
     """Merges patch tokens of a layer, as its attention says that they are alike.
 
     Shape: x (B, N, C), likeness (B, N, D), sizes (B, N) and places (B, N0) or None before the first merge, to x
-    (B, N - r, C), sizes (B, N - r) and places (B, N0); r is at most half of the patch tokens.
+    (B, N - r, C), sizes (B, N - r) and places (B, N0), None where nobody asks for them; r is at most half of the patch
+    tokens.
     Exact when: the tokens that merge are equal, and the layers after it weigh keys by sizes.
     Differs from the paper: what is left keeps its order.
     Cost: N^2 D / 4 multiply-adds an image for the similarities of half of the patch tokens with the other half.
@@ -60,10 +65,11 @@ class TokenMerging(nn.Module):
         self.num_prefix_tokens = num_prefix_tokens
 
     def forward(
-        self, x: Tensor, likeness: Tensor, sizes: Tensor | None, places: Tensor | None
+        self, x: Tensor, likeness: Tensor, sizes: Tensor | None, places: Tensor | None, wants_places: bool = True
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Fewer tokens, how many of the first layer's each is made of, and where each of those went."""
-        return merge_tokens(x, likeness, sizes, places, self.num_merged, self.num_prefix_tokens)
+        num_merged, num_prefix_tokens = self.num_merged, self.num_prefix_tokens
+        return merge_tokens(x, likeness, sizes, places, wants_places, num_merged, num_prefix_tokens)
 
     def macs(self, num_patches: int, head_dim: int) -> int:
         """MACs of the similarities of one image's patch tokens."""
@@ -81,6 +87,7 @@ def merge_tokens(
     likeness: Tensor,
     sizes: Tensor | None,
     places: Tensor | None,
+    wants_places: bool,
     num_merged: int,
     num_prefix_tokens: int,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -92,7 +99,9 @@ def merge_tokens(
         sizes = torch.ones(x.shape[:2], dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
     merging = choose_merging(likeness, num_prefix_tokens, num_merged)
     x, sizes = merge(x, sizes, merging)
-    return x, sizes, merging.moved if places is None else merging.moved.gather(1, places)
+    if not wants_places:
+        return x, sizes, None
+    return x, sizes, merging.moved() if places is None else merging.moved().gather(1, places)
 
 
 @torch.fx.wrap
@@ -116,11 +125,9 @@ def choose_merging(likeness: Tensor, num_prefix_tokens: int, num_merged: int) ->
     strongest = strength.sort(dim=-1, descending=True, stable=True).indices[:, :num_merged]
     merged = 2 * strongest + num_prefix_tokens
     tied = 2 * partner.gather(1, strongest) + (num_prefix_tokens + 1)
-    stays = likeness.new_ones(likeness.shape[:2], dtype=torch.int64).scatter_(1, merged, 0)  # batched under vmap too
-    moved = stays.cumsum(1) - 1
-    into = moved.gather(1, tied)
-    kept = stays.sort(dim=-1, descending=True, stable=True).indices[:, : likeness.shape[1] - num_merged]
-    return Merging(kept, merged, into, moved.scatter_(1, merged, into))
+    goes = likeness.new_zeros(likeness.shape[:2], dtype=torch.int64).scatter_(1, merged, 1)  # batched under vmap too
+    kept = goes.sort(dim=-1, stable=True).indices[:, : likeness.shape[1] - num_merged]
+    return Merging(kept, merged, tied - goes.cumsum(1).gather(1, tied))
 
 
 def ties_of(likeness: Tensor, num_prefix_tokens: int) -> Tensor:
@@ -179,7 +186,7 @@ def merge(x: Tensor, sizes: Tensor, merging: Merging) -> tuple[Tensor, Tensor]:
 
     A token d that others become part of moves by the sum of (x_a - x_d) s_a / s: only r rows are computed.
     """
-    kept, merged, into, _ = merging
+    kept, merged, into = merging
     gone_sizes = sizes.gather(1, merged)
     sizes = sizes.gather(1, kept).scatter_add_(1, into, gone_sizes)
     share = (gone_sizes / sizes.gather(1, into)).to(x.dtype)
