@@ -4,12 +4,12 @@ PYTHON = python3
 VENV = .venv
 RUN = $(VENV)/bin/python
 READY = $(VENV)/ready
-DEMO = exact reuse lazy lowrank mixspan
+DEMO = exact reuse lazy lowrank mixspan merge
 
 .PHONY: help demo study test lint proof clean
 
 help:
-	@echo "make demo    train an exact ViT and the four presets on scanned digits, and compare them: runs/demo"
+	@echo "make demo    train an exact ViT and the five presets on scanned digits, and compare them: runs/demo"
 	@echo "make study   what docs/study lacks of its runs, and its tables and figures; from nothing two hours on two cores"
 	@echo "make test    the tests"
 	@echo "make lint    ruff and pyright"

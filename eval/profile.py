@@ -33,6 +33,8 @@ KINDS = {
     "softmax": ("softmax",),
     "norm": ("layer_norm", "rms_norm"),
     "activation": ("gelu", "silu"),
+    "rows": ("index", "gather", "scatter"),
+    "selection": ("sort", "::max", "cumsum"),
     "copies": ("copy", "clone", "cat", "contiguous", "to_copy"),
 }
 

@@ -8,6 +8,7 @@ import torch
 from cases import CASES, images
 from torch.nn import functional as F
 
+from vitreuse import count_macs, parse_plan
 from vitreuse.attention import EMPTY_CARRY, maps, policy
 from vitreuse.attention import costs as attention_costs
 from vitreuse.attention.costs import (
@@ -20,6 +21,7 @@ from vitreuse.attention.costs import (
 )
 from vitreuse.attention.policy import Conditions, is_fused_faster, is_map_faster
 from vitreuse.cost.backends import layer_backends, sentence, summary
+from vitreuse.cost.counters import torch_flops
 
 CPU = torch.device("cpu")
 POINTS = [(10, 1.0, 2.0, 3.0, 4.0), (20, 5.0, 4.0, 3.0, 2.0), (40, 5.0, 8.0, 1.0, 2.0)]
@@ -184,7 +186,10 @@ def counted(monkeypatch, owner, name):
     return calls
 
 
-NAMES = ("reuse", "reuse of some heads twice", "lazy", "lowrank of several k", "span dense reused", "mixture tiled")
+NAMES = (
+    *("reuse", "merge by values", "merge mixture", "reuse of some heads twice", "lazy", "lowrank of several k"),
+    *("span dense reused", "mixture tiled"),
+)
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -203,7 +208,53 @@ def test_what_is_said_is_what_runs(name, way, training, backend, monkeypatch):
         model.train(training)(images(case.grid))
     assert (len(fused), len(blocked)) == (kernels.count("fused"), kernels.count("blocked"))
     for block, layer in zip(model.blocks, layers, strict=True):
-        assert (layer is None) == (block.spec.word == "none")
+        assert (layer is None) == (not block.has_attention)
+
+
+@pytest.mark.parametrize("order", [(2.0, 1.5), (1.5, 2.0), (5.0, 4.0)], ids=["channel", "bias", "unfused"])
+def test_sizes_are_told_in_the_way_that_costs_least(order, monkeypatch):
+    costs = {KEY: [(7, 1.0, 3.0, 9.0, 9.0, *order)]}
+    case = CASES["merge in every layer"]
+    model, x = with_costs(monkeypatch, case, costs), images(case.grid)
+    wanted = [None] + [None if min(order) > 3.15 else ("bias", "channel")[order[1] < order[0]]] * 2
+    layers = layer_backends(model, Conditions(CPU, torch.float64, False, 2))
+    assert [layer.sizes for layer in layers if layer is not None] == wanted
+    assert {layer.kernel for layer in layers[1:] if layer is not None} == {"blocked" if min(order) > 3.15 else "fused"}
+    padded = counted(monkeypatch, maps, "padded_attention")
+    reference = case.reference(model)
+    with torch.no_grad():
+        found = model(x)
+    assert len(padded) == wanted.count("channel")
+    assert ("sizes by a" in sentence(model, Conditions(CPU, torch.float64, False, 2))) == (wanted[1] is not None)
+    torch.testing.assert_close(found, torch.stack([reference.logits(image) for image in x]), rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize(("device", "way"), [("cpu", "bias"), ("meta", "bias"), ("cuda", "channel")])
+def test_where_no_sizes_were_measured_a_gpu_has_them_in_a_channel(device, way):
+    settings = CASES["exact"].build().blocks[0].attn.settings._replace(training=False, costs=costs_of(1, 2, 9, 9))
+    found = policy.choose(policy.Call(device, torch.float32, 7, has_sizes=True), settings)
+    assert (found.kernel, found.sizes) == ("fused", way) and "nothing measured of sizes" in found.why_sizes
+
+
+def test_a_channel_for_sizes_is_counted_as_it_runs(monkeypatch):
+    case = CASES["merge in every layer"]
+    bias, channel = (
+        with_costs(monkeypatch, case, {KEY: [(7, 1.0, 3.0, 9.0, 9.0, *sized)]}) for sized in ((1.5, 2.0), (2.0, 1.5))
+    )
+    x = images(case.grid, num_images=1)
+    for model in (bias, channel):
+        assert 2 * sum(count_macs(model).values()) == torch_flops(model, x)[""]
+    left, heads = parse_plan(case.plan).patches_left(15), 5
+    more = 2 * heads * ((1 + left[1]) ** 2 + (1 + left[2]) ** 2)
+    assert sum(count_macs(channel).values()) - sum(count_macs(bias).values()) == more
+    assert count_macs(channel, theoretical=True) == count_macs(bias, theoretical=True)
+
+
+@pytest.mark.parametrize("mask", [{"is_causal": True}, {"attn_mask": torch.ones(16, 16, dtype=torch.bool)}])
+def test_a_mask_after_a_merge_is_refused(mask):
+    model = CASES["merge in every layer"].build()
+    with pytest.raises(ValueError, match=r"^a layer after a merge takes no attn_mask and no is_causal, since"):
+        model(images(), **mask)
 
 
 def test_the_sentence_gives_the_costs_that_decided(monkeypatch):

@@ -132,6 +132,16 @@ def test_what_no_plan_expresses_is_refused(name, said):
         convert(model, "exact*12")
 
 
+@pytest.mark.parametrize("plan", ["exact-3*3", "exact*2 exact/5", "exact/96*3", "linear exact*2", "exact*2 skip"])
+def test_what_is_converted_already_is_refused(plan):
+    word = next(str(spec) for spec in parse_plan(plan) if str(spec) != "exact")
+    said = f"is '{word}' already: give the model with exact attention, all tokens and all hidden units in every layer."
+    model = trained("vit_reuse_tiny_patch16_224", plan=plan)
+    for convert_it in (lambda: convert(model, "exact*3"), lambda: exact_copy(model)):
+        with pytest.raises(ValueError, match=re.escape(said)):
+            convert_it()
+
+
 def test_what_no_weight_shows_is_refused():
     for change in (
         lambda model: setattr(model.blocks[1].norm2, "eps", 1e-3),
@@ -180,6 +190,71 @@ def by_hand(model, plan, matches, images):
             x = x + block.ls1(attn.proj(attn.norm(mixed)))
         x = x + block.ls2(block.mlp(block.norm2(x)))
     return model.forward_head(model.norm(x))
+
+
+MIXTURE = "exact reuse:1-3/10 linear exact/0 skip none/5 exact-2"
+
+
+def test_what_is_new_touched_and_dropped_is_named():
+    conversion = convert(trained(depth=7), MIXTURE)
+    mlp = [f"mlp.{part}.{kind}" for part in ("fc1", "fc2") for kind in ("weight", "bias")]
+    norm1, norm2, qkv, proj = (
+        [f"{part}.{kind}" for kind in ("weight", "bias")] for part in ("norm1", "norm2", "attn.qkv", "attn.proj")
+    )
+    assert conversion.new == ("blocks.2.linear.weight", "blocks.2.linear.bias")
+    own = [f"attn.{part}.{kind}" for part in ("qk", "v", "proj") for kind in ("weight", "bias")]
+    assert conversion.touched == (*(f"blocks.1.{name}" for name in (*own, *mlp)), *(f"blocks.5.{name}" for name in mlp))
+    whole = {2: [*norm1, *norm2, *qkv, *proj, *mlp], 3: [*norm2, *mlp], 5: [*norm1, *qkv, *proj]}
+    wanted = {f"blocks.{layer}.{name}" for layer, names in {**whole, 4: whole[2]}.items() for name in names}
+    for layer, count in ((1, 10), (5, 5)):
+        wanted |= {f"blocks.{layer}.{name} (all but {count} units)" for name in mlp if name != "mlp.fc2.bias"}
+    wanted |= {f"blocks.1.attn.qkv.{kind} (all but attn.qk.{kind}, attn.v.{kind})" for kind in ("weight", "bias")}
+    assert len(conversion.dropped) == len(wanted) and set(conversion.dropped) == wanted
+
+
+@pytest.mark.parametrize("plan", ["exact-3*3", "exact/96*3", "exact*2 exact-5/96"])
+def test_fewer_tokens_and_as_many_units_touch_nothing(plan):
+    model = trained()
+    conversion = convert(model, plan)
+    assert (conversion.new, conversion.touched, conversion.dropped) == ((), (), ())
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in conversion.model.state_dict().items())
+
+
+@pytest.mark.parametrize(("plan", "around"), [
+    ("exact/10 linear none/5 skip exact/0 exact", "exact*6"),
+    ("exact-3/10 linear none/5 skip exact-2/0 exact", "exact-3 exact*3 exact-2 exact"),
+    ("exact linear reuse:2-5/10 skip exact/20 reuse/0", "exact none reuse:2-5 none exact reuse"),
+])
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("keywords", [{"init_values": 0.3, "qk_norm": True}, {"global_pool": "avg", "reg_tokens": 2}])
+@pytest.mark.filterwarnings("ignore:plan .* merges more than half")
+def test_layers_and_units_that_go_are_as_if_their_outputs_were_zero(plan, around, named, keywords):
+    """Of the original, in which they are made zero by hand, under a plan that has all layers and units."""
+    model = trained(depth=6, **keywords)
+    units = {layer: [*range(spec.hidden)] for layer, spec in enumerate(parse_plan(plan)) if spec.hidden}
+    converted = convert(model, plan, units=units if named else None).model
+    with torch.no_grad():
+        for layer, (block, spec) in enumerate(zip(model.blocks, parse_plan(plan), strict=True)):
+            fc1, fc2 = block.mlp.fc1.weight, block.mlp.fc2.weight
+            sizes = fc1.norm(dim=1) * fc2.norm(dim=0)
+            kept = units.get(layer, []) if named else sizes.topk(spec.hidden or 0).indices.tolist()
+            if spec.hidden:
+                fc2[:, [unit for unit in range(96) if unit not in kept]] = 0
+            for part in [block.attn.proj] * (not spec.has_attention) + [block.mlp.fc2] * (
+                spec.hidden == 0 or spec.word in ("linear", "skip")
+            ):
+                part.weight.zero_()
+                part.bias.zero_()
+    images = pixels(model)
+    wanted = convert(model, around).model
+    assert torch.allclose(converted(images), wanted(images))
+    assert torch.allclose(converted.forward_features(images), wanted.forward_features(images))
+
+
+def test_more_merged_tokens_than_half_are_refused_before_any_work(monkeypatch):
+    monkeypatch.setattr("vitreuse.compress.convert.exact_copy", lambda model: pytest.fail("work was done"))
+    with pytest.raises(ValueError, match="layer 0 is 'exact-9', but 16 patch tokens are left there"):
+        convert(trained(), "exact-9 exact*2")
 
 
 def test_heads_in_another_order_are_found():
@@ -263,6 +338,17 @@ def test_fitted_projections_come_nearer_and_are_the_same_again(options, monkeypa
     assert distance(fitted) < distance(pooled)
 
 
+def test_tokens_units_and_layers_that_go_leave_the_fit_as_it_is(monkeypatch):
+    """Each layer is fitted on the tokens of the original."""
+    monkeypatch.setattr("vitreuse.compress.convert.FIT_STEPS", 3)
+    model = trained(depth=5)
+    plans = ("exact lowrank:5 lowrank:9 exact*2", "linear lowrank:5/0 lowrank:9/7 exact-3 skip")
+    whole, less = (convert(model, plan) for plan in plans)
+    assert fit_projections(whole, [pixels(model)]) == fit_projections(less, [pixels(model)])
+    for key in whole.new:
+        assert torch.equal(whole.model.state_dict()[key], less.model.state_dict()[key])
+
+
 def test_one_projection_for_all_layers_is_not_fitted():
     conversion = convert(trained(), "lowrank:9*3", lowrank_sharing="layerwise")
     with pytest.raises(ValueError, match="choose the pooled start"):
@@ -343,6 +429,25 @@ def test_the_command_writes_a_folder_that_timm_loads(folder, tmp_path, capsys, m
     assert "give the model with exact attention" in capsys.readouterr().err
 
 
+def test_the_command_says_what_became_of_tokens_units_and_layers(folder, tmp_path, capsys):
+    argv = ("--plan", "exact-3/10 linear skip", "-o", tmp_path / "new", "--data", folder / "data")
+    assert command(folder, *argv) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    result = json.loads((tmp_path / "new" / "conversion.json").read_text())
+    assert result["new"] == ["blocks.1.linear.weight", "blocks.1.linear.bias"]
+    assert len(result["touched"]) == 4 and "blocks.2.mlp.fc1.weight" in result["dropped"]
+    assert (result["heads"], result["lowrank_start"], result["linear_start"], result["units"]) == (
+        None, None, "zero", "largest"
+    )
+    assert result["agreement"]["num_images"] == 5 and result["macs"][0] > 2 * result["macs"][1]
+    assert "2 new and 4 touched parameters, untrained, 27 dropped, by name in conversion.json" in told
+    assert "linear layers: zero" in told and "hidden units: those of the largest norms stay" in told
+    converted = timm.create_model(f"local-dir:{tmp_path / 'new'}", pretrained=True).eval()
+    assert str(converted.plan) == "exact-3/10 linear skip"
+    assert main(["convert", str(tmp_path / "new"), "--plan", "exact*3", "-o", str(tmp_path / "again")]) == 2
+    assert "layer 0 is 'exact-3/10' already: give the model with exact attention" in capsys.readouterr().err
+
+
 def read_images(folder, model):
     (target,) = resolve_targets([str(folder / "model")])
     return sample_images(target, model, folder / "data", 5).batches(5)
@@ -366,6 +471,10 @@ def test_what_is_done_is_what_is_asked_and_said(folder, argv, heads, start, tmp_
     (("--plan", "exact*4"), "plan has 4 layers, the model has 3"),
     (("--plan", "exact*3", "-o", "{tmp}/model"), "/model holds .* already: give a folder that is new or empty"),
     (("--plan", "exact*3", "--data", "{tmp}/empty"), "neither shards, nor class folders, nor images"),
+    (("--plan", "exact-9 exact*2"), "16 patch tokens are left there, of which at most 8 can merge"),
+    (("--plan", "exact/97 exact*2"), "layer 0 is 'exact/97', and trained are 96 hidden units for it: give /96 or less"),
+    (("--plan", "exact-3 reuse exact"), "the map of layer 0 is of the tokens before the merge in layer 0"),
+    (("--plan", "exact-3 linear skip", "--match-by", "error"), "--match-by has no effect on plan"),
     (("--plan", "exact*3", "--no-match-heads"), "--no-match-heads has no effect on plan 'exact[*]3'"),
     (("--plan", "exact reuse*2", "--lowrank-start", "pooled"), "--lowrank-start has no effect"),
     (("--plan", "exact reuse*2", "--match-by", "error"), "--match-by needs images"),

@@ -14,7 +14,7 @@ from storms.processes import Run
 from torch import nn
 
 from train.__main__ import main
-from train.heal import Healing, outputs_loss, plan_share
+from train.heal import Healing, _train_only, outputs_loss, plan_share
 from vitreuse.compress.head_matching import rows_of_heads
 from vitreuse.config import ConfigError
 from vitreuse.export.hub import save_hub_folder
@@ -142,6 +142,26 @@ ANNEALED = {
         "lowrank:7 reuse:1 none lowrank:7", distilled=True, keywords={"lowrank_sharing": "layerwise"}
     ),
     "without a class token": Case("span:3 none reuse", keywords={"class_token": False, "global_pool": "avg"}),
+    "hidden units": Case("exact/7 exact/0 span:3/30 reuse/3 none/5 lowrank:3/0 reuse:2/13 exact/2"),
+    "hidden units and scales": CASES["hidden extras"],
+    "linear and skip": CASES["linear and skip"],
+    "linear, two class tokens": CASES["linear distilled"],
+    "linear and skip, without a class token": CASES["linear average"],
+}
+# Plans that merge, and those whose layers merge alike and are exact.
+MERGING = {
+    "every word": (
+        "exact-3 exact reuse:2/7 linear exact-2/0 skip none/5 exact reuse",
+        "exact-3 exact*3 exact-2 exact*4",
+    ),
+    "by values": ("exact reuse-2 exact/3 skip reuse:2-3/0 linear", "exact reuse:0-2 exact*2 reuse:0-3 exact"),
+    "spans first": ("span:3 exact-4 linear", "exact exact-4 exact"),
+    "only the class rows at the end": ("exact-5 exact reuse/3", "exact-5 exact*2"),
+}
+KEYWORDS = {
+    "class token": {},
+    "scales": {"qk_norm": True, "scale_attn_norm": True, "scale_mlp_norm": True, "init_values": 0.1, "reg_tokens": 2},
+    "no class token": {"class_token": False, "global_pool": "avg"},
 }
 
 
@@ -178,6 +198,95 @@ def test_annealing_goes_from_the_original_to_the_plan(name):
     assert (model(batch) - expected).abs().max() > 0.01  # the two ends are apart
     between = healing(batch, 0.5)[0]
     assert all((between - end).abs().max() > 1e-3 for end in (expected, model(batch)))
+
+
+@pytest.mark.parametrize("keywords", KEYWORDS)
+@pytest.mark.parametrize("name", MERGING)
+def test_annealing_goes_from_exact_layers_that_merge_to_the_plan(name, keywords):
+    plan, exact = MERGING[name]
+    model, original = _converted(Case(plan, keywords=KEYWORDS[keywords]))
+    merging = Case(exact, keywords=KEYWORDS[keywords]).build(2).eval()
+    load_checkpoint(merging, original.state_dict())
+    healing = Healing(model, original)
+    (logits, outputs), (expected, merged) = healing(images(), 0.0), Healing(merging)(images(), 1.0)
+    torch.testing.assert_close(logits, expected)
+    assert all((logits - other).abs().max() > 1e-3 for other in (original(images()), model(images())))
+    for layer, output in outputs.items():
+        torch.testing.assert_close(output, merged[layer])
+    assert torch.equal(healing(images(), 1.0)[0], model(images()))
+
+
+@pytest.mark.parametrize("keywords", [{}, {"class_token": False, "global_pool": "avg"}])
+def test_equal_tokens_that_merge_change_neither_outputs_nor_logits(keywords):
+    """Of an image of two patches again and again, two of each in a row, without position embedding: only sizes keep the
+    merged ones from counting less, and each token of the original is compared with the one that it went to."""
+    plan = "exact-4 exact reuse:2-2/7 linear exact-2/0 skip none/5 exact reuse"
+    model, original = _converted(Case(plan, keywords={**keywords, "pos_embed": "none"}))
+    pair = torch.randn(2, 3, 2, 3, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    tiles = [[pair[(5 * row + column) // 2 % 2] for column in range(5)] for row in range(3)]
+    image = torch.cat([torch.cat(row, dim=2) for row in tiles], dim=1)[None]
+    healing = Healing(model, original)
+    logits, outputs = healing(image, 0.0)
+    torch.testing.assert_close(logits, original(image))
+    with recorded_attention(original) as calls:
+        original(image)
+    originals = {layer: call.output for layer, call in calls.items()}
+    assert outputs.keys() == {layer for layer, spec in enumerate(model.plan) if spec.has_attention}
+    assert all(outputs[layer].shape == originals[layer].shape for layer in outputs)
+    assert outputs_loss(outputs, originals) < 1e-20 < 1e-4 < outputs_loss(healing(image, 1.0)[1], originals)
+
+
+def test_outputs_of_merged_tokens_are_those_of_the_token_they_went_to():
+    model, _ = _converted(Case("exact-4 exact-3 exact reuse", keywords={"global_pool": "avg"}))
+    places: list[torch.Tensor] = []
+    for block in model.blocks[:2]:
+        block.merge.register_forward_hook(lambda _, args, output: places.append(output[2]))
+    with recorded_attention(model) as calls:
+        outputs = Healing(model)(images(), 1.0)[1]
+    for layer, output in outputs.items():
+        assert output.shape == (2, 16, 15)
+        went = places[min(layer, 2) - 1] if layer else torch.arange(16).expand(2, -1)
+        for image, token in ((image, token) for image in range(2) for token in range(16)):
+            assert torch.equal(output[image, token], calls[layer].output[image, went[image, token]])
+
+
+@pytest.mark.parametrize("name", ["every word", "linear and skip", "hidden units and scales"])
+def test_nothing_of_the_original_is_computed_once_the_plan_is_alone(name):
+    model, original = _converted(ANNEALED[name])
+    healing = Healing(model, original)
+
+    def die(*_: Any) -> None:
+        raise AssertionError
+
+    for module in original.modules():
+        module.register_forward_pre_hook(die)
+    with pytest.raises(AssertionError):
+        healing(images(), 0.99)
+    before = healing(images(), 1.0)[0]
+    with torch.no_grad():
+        for parameter in original.parameters():
+            parameter.fill_(torch.nan)
+    assert torch.equal(healing(images(), 1.0)[0], before) and not before.isnan().any()
+    parts = [part for block in model.blocks for part in (block, block.attn, getattr(block, "mlp", block))]
+    assert not any(part._forward_hooks or part._forward_pre_hooks for part in parts)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "chosen"),
+    [
+        ("new", {"blocks.0.linear.", "blocks.4.attn.key_proj"}),
+        ("touched", {
+            "blocks.0.linear.", "blocks.2.norm2.", "blocks.2.mlp.", "blocks.2.ls2.", "blocks.3.norm2.", "blocks.3.mlp.",
+            "blocks.3.ls2.", "blocks.4.norm1.", "blocks.4.attn.", "blocks.4.ls1.",
+        }),
+        ("all", {""}),
+    ],
+)  # fmt: skip
+def test_what_is_trained_is_what_the_plan_touches(parameters, chosen):
+    model = Case("linear skip exact/7 none/3 lowrank:3/0 exact exact-3", keywords={"init_values": 0.1}).build()
+    _train_only(model, parameters)
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == name.startswith(tuple(chosen)), name
 
 
 def test_annealing_trains_values_by_both_paths_and_the_old_maps_by_none():
@@ -225,9 +334,10 @@ def test_adapters_are_called():
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
-def test_every_parameter_has_a_gradient_at_every_share(share):
+@pytest.mark.parametrize("plan", [CASES["mixture"].plan, *(plan for plan, _ in MERGING.values())])
+def test_every_parameter_has_a_gradient_at_every_share(plan, share):
     """Else a run of several ranks would end at its second step."""
-    model, original = _converted(CASES["mixture"])
+    model, original = _converted(Case(plan))
     Healing(model, original)(images(), share)[0].sum().backward()
     assert not [name for name, parameter in model.named_parameters() if parameter.grad is None]
 
@@ -296,10 +406,11 @@ def healed(tmp_path, write):
     return arguments
 
 
-def test_healing_stopped_amid_annealing_goes_on_to_the_bit(tmp_path, healed, monkeypatch, capsys):
+@pytest.mark.parametrize("plan", ["lowrank:2 reuse:1 none", "linear exact-1/5 skip"])
+def test_healing_stopped_amid_annealing_goes_on_to_the_bit(tmp_path, healed, monkeypatch, capsys, plan):
     """Killed after step 4, of which 3 were saved, with 6 of annealing; what is left is the plan's model alone."""
     recipe = healed(
-        "lowrank:2 reuse:1 none", "train.heal={outputs: 0.5, anneal_epochs: 2}", "train.epochs=4",
+        plan, "train.heal={outputs: 0.5, anneal_epochs: 2}", "train.epochs=4",
         "train.accumulation_steps=2", "train.ema={decay: 0.5}", "model.keywords={drop_path_rate: 0.1}",
         "eval.every_epochs=2",
     )  # fmt: skip
@@ -321,16 +432,22 @@ def test_healing_stopped_amid_annealing_goes_on_to_the_bit(tmp_path, healed, mon
     assert main([*recipe, f"run_dir={killed.folder}"]) == 0
     killed.check_equals(whole)
     model: Any = resolve_targets([str(whole.folder)])[0].load()  # strictly: keys of the plan and no others
-    assert str(model.plan) == "lowrank:2 reuse:1 none" and model.blocks[1].attn.qk.out_features == 16
+    assert str(model.plan) == plan
+    assert model.blocks[1].attn.qk.out_features == 16 if "reuse" in plan else model.blocks[1].mlp.fc1.out_features == 5
 
 
 @pytest.mark.parametrize(
-    ("parameters", "moved"),
-    [("new", {"blocks.0.attn.key_proj"}), ("touched", {"blocks.0.attn.", "blocks.0.norm1.", "blocks.1.attn."})],
+    ("plan", "parameters", "moved"),
+    [
+        ("lowrank:2 reuse exact", "new", {"blocks.0.attn.key_proj"}),
+        ("lowrank:2 reuse exact", "touched", {"blocks.0.attn.", "blocks.0.norm1.", "blocks.1.attn."}),
+        ("linear exact-1/5 exact", "new", {"blocks.0.linear."}),
+        ("linear exact-1/5 exact", "touched", {"blocks.0.linear.", "blocks.1.mlp.", "blocks.1.norm2."}),
+    ],
 )
-def test_only_the_chosen_parameters_move_and_the_outputs_come_nearer(tmp_path, healed, parameters, moved):
+def test_only_the_chosen_parameters_move_and_the_outputs_come_nearer(tmp_path, healed, plan, parameters, moved):
     recipe = healed(
-        "lowrank:2 reuse exact", f"train.heal={{outputs: 5, parameters: {parameters}}}", "train.epochs=6",
+        plan, f"train.heal={{outputs: 5, parameters: {parameters}}}", "train.epochs=6",
         "eval.every_epochs=6", "train.distill.alpha=1",
     )  # fmt: skip
     assert main([*recipe, f"run_dir={tmp_path / 'run'}"]) == 0
@@ -364,6 +481,20 @@ def test_only_the_chosen_parameters_move_and_the_outputs_come_nearer(tmp_path, h
         ),
         ("exact*3", ["train.heal={anneal_epochs: 0.5}"], "has no effect on plan 'exact*3': set it to 0."),
         ("none*3", [], "train.heal.outputs has no effect on plan 'none*3', without attention: set it to 0."),
+        ("none linear skip", [], "outputs has no effect on plan 'none linear skip', without attention: set it to 0."),
+        (
+            "exact-1 exact*2",
+            ["train.heal={anneal_epochs: 0.5}"],
+            "no effect on plan 'exact-1 exact*2', which merges tokens at once: set it to 0.",
+        ),
+        ("exact-1 exact*2", ["train.heal.parameters=touched"], "under plan 'exact-1 exact*2': choose 'all'."),
+        ("skip exact*2", ["train.heal.parameters=touched"], "under plan 'skip exact*2': choose 'all'."),
+        ("exact/5 exact*2", ["train.heal.parameters=new"], "under plan 'exact/5 exact*2': choose 'touched' or 'all'."),
+        (
+            "exact-1 exact*2",
+            ["train.distill.teacher.name=local-dir:{tmp}/converted"],
+            "need a teacher whose layers are all 'exact', and its plan is 'exact-1 exact*2'",
+        ),
         (
             "exact reuse exact",
             [f"model={{name: vit_tiny_patch16_224, keywords: {json.dumps(SIZES)}}}"],
@@ -377,6 +508,7 @@ def test_only_the_chosen_parameters_move_and_the_outputs_come_nearer(tmp_path, h
     ],
 )
 def test_healing_that_cannot_be_is_one_sentence(tmp_path, healed, capsys, plan, overrides, sentence):
+    overrides = [text.replace("{tmp}", str(tmp_path)) for text in overrides]
     recipe = healed(plan, "train.heal={outputs: 1}", *overrides, f"run_dir={tmp_path / 'run'}")
     assert main(recipe) == 2
     told = capsys.readouterr().err.splitlines()[-1]

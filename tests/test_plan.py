@@ -368,11 +368,13 @@ def test_anchors_and_readers_follow_from_running_the_carry(plan):
         ("lazy", ["exact", "exact reuse", "exact reuse*2", "(exact reuse*2)*4", "(exact reuse*2)*8"]),
         ("lowrank", ["lowrank:64", "lowrank:64*2", "lowrank:64*3", "lowrank:64*12", "lowrank:64*24"]),
         ("mixspan", ["span:7", "span:7*2", "span:7*2 exact", "(span:7*2 exact)*4", "(span:7*2 exact)*8"]),
+        ("merge", ["exact-98", "exact-49*2", "exact-32*3", "exact-8*12", "exact-4*24"]),
     ],
 )
 def test_presets(method, texts):
     assert [str(preset_plan(method, depth)) for depth in (1, 2, 3, 12, 24)] == texts
     assert str(preset_plan("lazy", 7)) == "(exact reuse*2)*2 exact"
+    assert str(preset_plan("merge", 12, num_patches=576)) == "exact-24*12"
 
 
 @pytest.mark.parametrize("method", PRESETS)
@@ -384,7 +386,8 @@ def test_presets_exist_at_any_depth(method):
 def test_unknown_method_and_depth_without_a_plan():
     with pytest.raises(ValueError) as caught:
         preset_plan("lazzy", 12)
-    assert str(caught.value) == "unknown method 'lazzy', the methods are reuse, lazy, lowrank, mixspan, merge: try 'lazy'."
+    methods = "reuse, lazy, lowrank, mixspan, merge"
+    assert str(caught.value) == f"unknown method 'lazzy', the methods are {methods}: try 'lazy'."
     for make in (lambda depth: preset_plan("lazy", depth), lambda depth: parse_plan("exact", depth)):
         for depth in (0, 257):
             with pytest.raises(ValueError) as caught:

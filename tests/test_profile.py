@@ -58,6 +58,16 @@ def test_time_is_that_of_the_part_where_it_passes():
     assert parts["blocks.1.mlp"] > 0.5 * sum(parts.values())
 
 
+def test_a_merge_is_a_part_with_its_own_kinds_of_work():
+    rows, _, model = profile("vit_merge_tiny_patch16_224", plan="exact-5 exact-3 exact")
+    for layer, pairs in ((0, 24 * 25), (1, 22 * 22)):
+        found = {row["kind"]: row for row in rows if row["part"] == f"blocks.{layer}.merge"}
+        assert found.keys() >= {"products", "selection", "rows"}
+        share = 100 * pairs * 11 / sum(count_macs(model).values())
+        assert found["products"]["macs_percent"] == pytest.approx(share)
+    assert not any(row["part"] == "blocks.2.merge" for row in rows)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("costs", [(1.0, 2.0), (2.0, 1.0)], ids=["fused", "unfused"])
 def test_macs_sum_to_the_model(costs, dtype, monkeypatch):

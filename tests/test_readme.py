@@ -11,6 +11,8 @@ from train.__main__ import main as train
 from vitreuse.__main__ import main
 from vitreuse.config import load_config
 from vitreuse.cost.summary import describe
+from vitreuse.plan import PRESETS, parse_plan
+from vitreuse.plan.language import WORDS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -48,10 +50,20 @@ def test_the_python_runs(capsys):
 
 def test_the_ratios_are_computed():
     rows = re.findall(r"\| `([^`]*)` \| ([\d.]+) \| ([\d.]+) \|", README)
-    assert len(rows) == 5
+    assert len(rows) == 1 + len(PRESETS)
     for plan, macs_ratio, params_ratio in rows:
         found = describe("deit_small_patch16_224", plan)
         assert (f"{found['macs_ratio']:.3f}", f"{found['params_ratio']:.3f}") == (macs_ratio, params_ratio)
+
+
+def test_the_words_and_plans_are_those_of_the_language():
+    block = next(block for block in fenced("") if block.startswith("exact  "))
+    words, examples = block.split("\n\n")
+    specs = re.findall(r"^\S+", words, flags=re.MULTILINE)
+    assert [str(parse_plan(f"exact {spec}")[1]) for spec in specs] == specs
+    assert {parse_plan(f"exact {spec}")[1].word for spec in specs} == set(WORDS)
+    for plan in re.split(r" {2,}|\n", examples.strip()):
+        assert str(parse_plan(plan, 12, 6, 196)) == plan
 
 
 @pytest.mark.parametrize("argv", other_commands(True), ids=shlex.join)

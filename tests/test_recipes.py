@@ -27,12 +27,18 @@ FILES = {path.stem: path for path in sorted(FOLDER.glob("[!_]*.yaml"))}
 NUM_IMAGES = 1_281_167  # of ImageNet-1k for training
 NAME = re.compile(
     r"(?P<family>plain|deit|deit3|continual)_(?P<epochs>\d+)_(?P<size>tiny|small|base)(?P<distilled>_distilled)?"
-    r"(_(?P<px>\d+))?_(?P<plan>exact|reuse|lazy|lowrank|mixspan)"
+    r"(_(?P<px>\d+))?_(?P<plan>exact|reuse|lazy|lowrank|mixspan|merge)"
 )
 MODELS = {"plain": "vit", "deit": "deit", "deit3": "deit3", "continual": "deit"}  # timm's families
 FINE_TUNED = {"deit_300_base_384": 30, "deit3_800_small_384": 20, "deit3_400_base_224": 20, "deit3_800_base_224": 20}
 
-PAPERS = {"reuse": "2110.06821", "lazy": "2102.12702", "lowrank": "2006.04768", "mixspan": "2310.12442"}
+PAPERS = {
+    "reuse": "2110.06821",
+    "lazy": "2102.12702",
+    "lowrank": "2006.04768",
+    "mixspan": "2310.12442",
+    "merge": "2210.09461",
+}
 
 
 class Recipe(NamedTuple):
@@ -80,8 +86,8 @@ def parts(stem: str) -> dict[str, Any]:
     return match.groupdict()
 
 
-def plan_text(name: str) -> str:
-    return "exact*12" if name == "exact" else str(preset_plan(name, 12))
+def plan_text(name: str, image_size: int) -> str:
+    return "exact*12" if name == "exact" else str(preset_plan(name, 12, (image_size // 16) ** 2))
 
 
 @each_recipe
@@ -91,8 +97,9 @@ def test_the_name_says_model_plan_size_and_epochs(stem):
     method = "reuse" if named["plan"] == "exact" else named["plan"]
     family, tail = MODELS[named["family"]], f"{named['size']}{named['distilled'] or ''}_patch16_"
     assert config.model.name.startswith(f"{family}_{method}_{tail}")
-    assert str(model.plan) == config.model.plan == plan_text(named["plan"])
-    assert model.patch_embed.img_size == (int(named["px"] or 224),) * 2
+    image_size = int(named["px"] or 224)
+    assert str(model.plan) == config.model.plan == plan_text(named["plan"], image_size)
+    assert model.patch_embed.img_size == (image_size,) * 2
     assert model.num_classes == 1000
     recipe = stem.removesuffix(f"_{named['plan']}")
     assert RECIPES[stem].path.stem == f"{recipe}_exact"
@@ -197,7 +204,8 @@ def test_every_recipe_has_every_plan_or_says_how_to_get_it():
     headers = {recipe: RECIPES[f"{recipe}_exact"].header for recipe in plans}
     assert {recipe for recipe, text in headers.items() if "# Other plans: add model.plan=TEXT" in text} == single
     for recipe in single:
-        for plan in map(plan_text, PRESETS):
+        image_size = int(parts(f"{recipe}_exact")["px"] or 224)
+        for plan in (plan_text(name, image_size) for name in PRESETS):
             model: Any = load_config(FILES[f"{recipe}_exact"], [f"model.plan={plan}"]).model.create("meta")
             assert str(model.plan) == plan
 

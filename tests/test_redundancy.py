@@ -1,5 +1,6 @@
 """Similarity of maps: against maps written out naively, over all kinds of layer, fused or not."""
 
+import itertools
 import json
 
 import pytest
@@ -21,7 +22,8 @@ H, N = 2, 26
 def build(plan=None, **keywords):
     torch.manual_seed(0)
     name = "vit_tiny_patch16_224" if plan is None else "vit_reuse_tiny_patch16_224"
-    model = timm.create_model(name, **SIZES, **keywords, **({} if plan is None else {"plan": plan})).double().eval()
+    keywords = {**SIZES, **keywords, **({} if plan is None else {"plan": plan})}
+    model = timm.create_model(name, **keywords).double().eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.4)  # maps far from uniform
     return model
@@ -177,6 +179,38 @@ def test_only_maps_over_the_same_keys_are_compared():
     assert shared[:2, 2:].isnan().all()
 
 
+def test_maps_are_compared_between_the_same_merges_alone():
+    """Of merged tokens a map has fewer rows and columns, and no distance."""
+    model = build("exact exact-3 linear exact reuse-2 skip exact/5 exact/0 none", depth=9)
+    shapes = [made and tuple(made.weights.shape[-2:]) for made in attention_maps(model, images(2))]
+    assert shapes == [(26, 26), (26, 26), None, (23, 23), (23, 23), None, (21, 21), (21, 21), None]
+    found = measured(model, images(2), images(1))
+    groups = ({0, 1}, {3, 4}, {6, 7})
+    for first, second in itertools.product(range(9), range(9)):
+        alike = any({first, second} <= group for group in groups)
+        assert found.same_head[first, second].isnan() != alike and found.best_head[first, second].isnan() != alike
+    assert found.same_head[3, 4] == 1 and found.same_head[6, 7] < 0.98
+    assert found.distance.isnan().all(1).tolist() == [False] * 2 + [True] * 7
+    assert found.entropy.isnan().any(1).tolist() == [shape is None for shape in shapes]
+    unmerged = build("exact*2 linear exact reuse skip exact/5 exact/0 none", depth=9)
+    unmerged.load_state_dict(model.state_dict())
+    assert torch.equal(measured(unmerged, images(2), images(1)).distance[:2], found.distance[:2])
+
+
+def test_maps_of_merged_tokens_give_the_outputs_of_the_layers():
+    """By sizes, without which the map would be another."""
+    model, batch, outputs = build("exact-7 exact-3 exact reuse:1"), images(2), {}
+    for layer, block in enumerate(model.blocks):
+        def keep(attn, inputs, output, layer=layer):
+            outputs[layer] = attn, inputs[0], output[0]
+
+        block.attn.register_forward_hook(keep)
+    for (attn, x, y), made in zip(outputs.values(), attention_maps(model, batch), strict=True):
+        v = attn.v(x) if hasattr(attn, "v") else attn.qkv(x)[..., 44:]
+        mixed = made.weights @ v.unflatten(-1, (H, -1)).transpose(1, 2)
+        assert torch.allclose(attn.proj(mixed.transpose(1, 2).flatten(2)), y, atol=1e-10)
+
+
 def test_the_model_is_left_as_it_was():
     model = build("exact reuse lowrank:5 none").train()
     map_similarity(model, images(1))
@@ -215,6 +249,8 @@ def folder(tmp_path_factory):
         Image.effect_noise((20, 20), 40 + 40 * number).convert("RGB").save(root / f"photos/{number}.png")
     save_hub_folder(build().float(), root / "plain")
     save_hub_folder(build("exact reuse*2 none").float(), root / "reuse")
+    save_hub_folder(build("exact-3/5 linear exact reuse/0").float(), root / "merge")
+    save_hub_folder(build("linear*2 skip none/5").float(), root / "without")
     return root
 
 
@@ -258,6 +294,39 @@ def test_a_plan_that_reuses_has_no_damage(folder, capsys):
     assert result["layers"][1]["same_head"] == {"anchor": 0, "similarity": 1.0}
     assert result["layers"][3]["entropy"] is None and result["layers"][3]["best_head"] is None
     assert similarity(folder, "reuse") == 0
+
+
+@pytest.mark.parametrize(("name", "same_head"), [
+    ("merge", [[1, None, None, None], [None] * 4, [None, None, 1, 1], [None, None, 1, 1]]),
+    ("without", [[None] * 4] * 4),
+])
+def test_plans_of_tokens_units_and_layers_have_tables_and_pictures(folder, tmp_path, capsys, name, same_head):
+    assert similarity(folder, name, "--json", "-o", str(tmp_path)) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["same_head"] == same_head and result["damage"] == []
+    assert [pair["layer"] for pair in result["matched_heads"]] == [3] * (name == "merge")
+    assert (tmp_path / "similarity.png").read_bytes()[:4] == b"\x89PNG"
+    assert similarity(folder, name) == 0
+    cells = [line.split() for line in capsys.readouterr().out.splitlines() if line.split()[:1] in (["1"], ["3"])]
+    assert cells[0] == ["1", "-", "-", "-", "-"] and cells[1][2] == "-"
+
+
+@pytest.mark.parametrize("word", ["exact-8", "reuse-1", "span:3-2", "exact/5", "none/7", "reuse:1/0", "linear", "skip"])
+@pytest.mark.parametrize("command", ["similarity", "search"])
+def test_damage_of_more_than_attention_is_refused_in_a_sentence(folder, capsys, command, word):
+    argv = [command, str(folder / "plain"), "--data", str(folder / "photos"), "--words", f"exact,reuse,{word}"]
+    assert main(argv) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"{word} changes more than the attention of a layer" in error
+    assert "vitreuse convert takes it." in error
+
+
+@pytest.mark.parametrize("command", ["similarity", "search"])
+@pytest.mark.parametrize("name", ["merge", "without"])
+def test_damage_to_plans_of_more_than_attention_is_refused_in_a_sentence(folder, capsys, command, name):
+    assert main([command, str(folder / name), "--data", str(folder / "photos"), "--words", "exact,reuse"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "layers that are not exact, and damage is measured on exact ones alone" in error
 
 
 @pytest.mark.parametrize(("name", "argv", "said"), [

@@ -8,7 +8,7 @@ import torch
 
 from vitreuse.__main__ import main
 from vitreuse.attention import costs as attention_costs
-from vitreuse.attention.costs import COST_NAMES, RATE_NAMES, load_costs, load_rates
+from vitreuse.attention.costs import COST_NAMES, RATE_NAMES, SIZED_NAMES, load_costs, load_rates
 from vitreuse.cost import tune
 from vitreuse.cost.measure import Timing
 from vitreuse.cost.tune import measure_costs, measure_rates, write_costs
@@ -25,7 +25,7 @@ def small(tmp_path, monkeypatch):
 
 
 def test_costs_are_times_per_head_query_and_key(monkeypatch):
-    times_ms = dict(zip(COST_NAMES, (1.0, 2.0, 3.0, 4.0), strict=True))
+    times_ms = dict(zip((*COST_NAMES, *SIZED_NAMES), (1.0, 2.0, 3.0, 4.0, 5.0, 6.0), strict=True))
 
     def time_interleaved(calls, device, num_repeats):
         for call in calls.values():
@@ -85,7 +85,10 @@ def test_the_command_measures_writes_and_says_what_auto_chooses(capsys):
     for point in result["points"]:
         costs = point["costs_ns"]
         points = written[f"cpu {point['dtype']} {point['mode']}"]
-        assert (point["num_keys"], *costs.values()) in points and min(costs.values()) > 0
+        sized = point["sized_costs_ns"]
+        measured = (*costs.values(), *sized.values())
+        assert (point["num_keys"], *measured) in points and min(measured) > 0
+        assert sized.keys() == {*SIZED_NAMES} and sized[point["sizes"]] == min(sized.values())
         assert point["attention"] == ("fused" if costs["fused"] <= 1.05 * costs["unfused"] else "unfused")
         for readers, way in point["carried_by_readers"].items():
             uses = int(readers) + 1

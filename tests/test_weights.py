@@ -2,6 +2,7 @@
 
 import argparse
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -14,7 +15,7 @@ from vitreuse.compress.convert import convert
 from vitreuse.export.hub import pack_weights
 
 HEADS = 5
-TOKEN_PROJECTIONS = ("key_proj", "value_proj")
+ADDED = ("key_proj", "value_proj", ".linear.weight", ".linear.bias")
 
 
 def plain(case, grid=None, **more):
@@ -27,9 +28,8 @@ def plain(case, grid=None, **more):
         patch_size=PATCH_SIZE,
         embed_dim=15,
         depth=len(parse_plan(case.plan)),
-        mlp_ratio=2,
         dtype=torch.float64,
-        **{"num_heads": HEADS, "num_classes": 7, **keywords, **more},
+        **{"num_heads": HEADS, "num_classes": 7, "mlp_ratio": 2, **keywords, **more},
     )
     with torch.no_grad():
         for parameter in model.parameters():
@@ -50,22 +50,100 @@ def rows_kept(plain_state, layer, heads, parts, kind):
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_plain_checkpoint_fills_every_plan(name):
-    """All of it that the plan has a use for, and token projections are the only new keys."""
+    """All of it that the plan has a use for, and token projections and linear layers are the only new keys."""
     case = CASES[name]
-    checkpoint = state_of(plain(case))
-    model = case.build()
+    checkpoint = state_of(plain(case, mlp_ratio=3))  # 45 hidden units, more than any plan has
+    model = case.build(mlp_ratio=3)
     before = state_of(model)
     report = load_checkpoint(model, checkpoint)
     after = state_of(model)
-    projections = {key for key in after if key.endswith(TOKEN_PROJECTIONS)}
-    assert set(report.new) == projections
-    assert all(torch.equal(after[key], before[key]) for key in projections)
-    shared = {key for key in after if key in checkpoint}
+    added = {key for key in after if key.endswith(ADDED)}
+    assert set(report.new) == added
+    assert all(torch.equal(after[key], before[key]) for key in added)
+    cut = {key for layer, spec in enumerate(model.plan) if spec.hidden for key in units_of(after, layer)}
+    shared = {key for key in after if key in checkpoint} - cut
     assert all(torch.equal(after[key], checkpoint[key]) for key in shared)
     remade = {key for key in after if ".attn.v." in key or ".attn.qk." in key}
-    assert after.keys() == shared | remade | projections
+    assert after.keys() == shared | cut | remade | added
     gone = {key.split(" ")[0] for key in report.dropped}
     assert gone == checkpoint.keys() - shared
+
+
+def units_of(state, layer):
+    """For each entry of a layer's MLP that has hidden units, the dimension of these."""
+    names = {"fc1.weight": 0, "fc1.bias": 0, "norm.weight": 0, "norm.bias": 0, "fc2.weight": 1}
+    return {key: dim for name, dim in names.items() if (key := f"blocks.{layer}.mlp.{name}") in state}
+
+
+@pytest.mark.parametrize("name", ["hidden", "hidden extras", "hidden no bias", "merge mixture"])
+def test_the_largest_hidden_units_stay_in_their_order(name):
+    case = CASES[name]
+    checkpoint, model = state_of(plain(case, mlp_ratio=3)), case.build(mlp_ratio=3)
+    report, after = load_checkpoint(model, checkpoint), state_of(model)
+    for layer in [layer for layer, spec in enumerate(model.plan) if spec.hidden]:
+        fc1, fc2 = (checkpoint[f"blocks.{layer}.mlp.{part}.weight"].double().numpy() for part in ("fc1", "fc2"))
+        sizes = [np.linalg.norm(fc1[unit]) * np.linalg.norm(fc2[:, unit]) for unit in range(45)]
+        kept = sorted(sorted(range(45), key=lambda unit: -sizes[unit])[: model.plan[layer].hidden])
+        for key, dim in units_of(after, layer).items():
+            assert torch.equal(after[key], checkpoint[key].index_select(dim, torch.tensor(kept)))
+            assert f"{key} (all but {len(kept)} units)" in report.dropped
+
+
+def test_hidden_units_that_are_named_stay_in_the_order_that_is_said():
+    case = CASES["hidden extras"]
+    checkpoint, units = state_of(plain(case)), {0: [29, 0, 3, 17, 5, 2, 11], 4: (4, 3, 2, 1, 0)}
+    named, chosen = case.build(), case.build()
+    dropped = load_checkpoint(named, checkpoint, units=units).dropped
+    assert dropped == load_checkpoint(chosen, checkpoint).dropped
+    for layer in (0, 2, 4):
+        for key, dim in units_of(state_of(named), layer).items():
+            other = state_of(chosen)[key]
+            if layer in units:
+                other = checkpoint[key].index_select(dim, torch.tensor(units[layer]))
+            assert torch.equal(state_of(named)[key], other)
+
+
+@pytest.mark.parametrize(("plan", "units", "said"), [
+    ("exact/2*2", {0: [1]}, "layer 0 is 'exact/2' and keeps 2 different units of 0 to 29, and 1 are named."),
+    ("exact/2*2", {1: [1, 1]}, "layer 1 is 'exact/2' and keeps 2 different units of 0 to 29, and 1 is named twice."),
+    ("exact/2*2", {0: [1, 30]}, "and 30 is none of them."),
+    ("exact/2*2", {0: [-1, 3]}, "and -1 is none of them."),
+    ("exact/2 exact", {1: [1]}, "units of layer 1 are named, which is 'exact' and chooses none: leave them out."),
+    ("exact/2 exact/0", {1: []}, "units of layer 1 are named, which is 'exact/0' and chooses none: leave them out."),
+    ("exact/2 linear", {1: [1]}, "which is 'linear' and chooses none"),
+    ("exact/2*2", {2: [1, 3]}, "units of layer 2 are named, the model's layers are 0 to 1."),
+    ("exact exact/31", None, "layer 1 is 'exact/31', and trained are 30 hidden units for it: give /30 or less"),
+])
+def test_hidden_units_that_there_are_not_are_one_sentence(plan, units, said):
+    source, model = plain(Case("exact*2")), Case(plan).build()
+    before = state_of(model)
+    loads = (lambda: load_checkpoint(model, state_of(source), units=units), lambda: convert(source, plan, units=units))
+    for load in loads:
+        with pytest.raises(ValueError) as caught:
+            load()
+        assert said in str(caught.value)
+    assert all(torch.equal(value, before[key]) for key, value in state_of(model).items())
+
+
+def test_weights_of_fewer_hidden_units_say_that_the_plan_should_have_them():
+    source = Case("exact exact/5").build()
+    with pytest.raises(ValueError, match=r"fc1.weight is \(5, 15\) in the checkpoint .*/hidden in the plan"):
+        load_checkpoint(Case("exact*2").build(), state_of(source))
+
+
+def test_units_of_a_model_without_a_plan_are_refused():
+    source = plain(Case("exact"))
+    with pytest.raises(ValueError, match="units are of layers of a plan, VisionTransformer has none"):
+        load_checkpoint(source, state_of(source), units={0: [1]})
+
+
+def test_torchs_own_method_keeps_the_same_units():
+    """Of a plan with timm's keys, too."""
+    checkpoint = state_of(plain(Case("exact*2")))
+    ours, theirs = (Case("exact/7 exact").build(seed) for seed in (0, 1))
+    load_checkpoint(ours, checkpoint)
+    theirs.load_state_dict(checkpoint)
+    assert all(torch.equal(value, state_of(theirs)[key]) for key, value in state_of(ours).items())
 
 
 @pytest.mark.parametrize("bias", [True, False])

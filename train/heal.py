@@ -1,11 +1,13 @@
 """Healing: a converted model wins back, with its original as the teacher, the accuracy that the conversion cost.
 
-While a plan is annealed in, a converted layer's attention is (1 - a) times exact attention by the queries and keys that
-it had in the original, plus a times the plan's. Those queries and keys are constants: values and output projection are
-the layer's own and are trained by both. So the model has the plan's parameters and no others at every step, and with it
-its checkpoints, its moving average and what a run leaves; a is a function of the step alone.
+While a plan is annealed in, a part of each layer that it changes is (1 - a) times what it was in the original plus a
+times what the plan makes of it: attention, an MLP of fewer hidden units, and all of a linear or skipped layer. Of
+attention the old queries and keys are constants, while values and output projection are the layer's own and are trained
+by both; of all else the old part is a constant. So the model has the plan's parameters and no others at every step, and
+with it its checkpoints, its moving average and what a run leaves; a is a function of the step alone. Tokens merge from
+the first step on, since so many of them is a whole number: old attention weighs merged ones by their sizes.
 
-Shapes: B images, H heads, N tokens, C channels, D = C / H.
+Shapes: B images, H heads, N tokens, N0 tokens of the first layer, C channels, D = C / H.
 """
 
 from __future__ import annotations
@@ -21,9 +23,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitreuse.attention import Carry
+from vitreuse.attention.maps import Mask, log_sizes
 from vitreuse.config import ConfigError, HealConfig
-from vitreuse.model.checkpoint import TOKEN_PROJECTIONS
-from vitreuse.model.recording import project_heads, recorded_attention
+from vitreuse.model.block import all_tokens
+from vitreuse.model.plan_weights import ADDED
+from vitreuse.model.recording import AttentionCall, project_heads, recorded_attention
+from vitreuse.plan import EXACT
+from vitreuse.plan.language import WHOLE
 
 
 def create_healing(settings: HealConfig, model: Any, original: Any) -> Healing | None:
@@ -38,7 +44,7 @@ def create_healing(settings: HealConfig, model: Any, original: Any) -> Healing |
     if not settings.compares_layers:
         return None
     _check_original(model, original)
-    if settings.outputs and all(spec.word == "none" for spec in model.plan):
+    if settings.outputs and not any(spec.has_attention for spec in model.plan):
         raise ConfigError(f"train.heal.outputs has no effect on plan '{model.plan}', without attention: set it to 0.")
     return Healing(model, original if settings.anneal_epochs else None)
 
@@ -60,13 +66,16 @@ def _chosen(model: Any, parameters: str) -> set[str]:
     names = {name for name, _ in model.named_parameters()}
     if parameters == "all":
         return names
-    converted = [layer for layer, spec in enumerate(model.plan) if spec.word != "exact" and parameters == "touched"]
-    touched = tuple(f"blocks.{layer}.{part}." for layer in converted for part in ("norm1", "attn", "ls1"))
-    return {name for name in names if name.startswith(touched) or name.endswith(TOKEN_PROJECTIONS)}
+    touched: list[str] = []
+    for layer, spec in enumerate(model.plan) if parameters == "touched" else ():
+        parts = ("norm1", "attn", "ls1") if spec.word != "exact" else ()
+        parts += ("norm2", "mlp", "ls2") if spec.hidden is not None else ()
+        touched += [f"blocks.{layer}.{part}." for part in parts]
+    return {name for name in names if name.startswith(tuple(touched)) or name.endswith(ADDED)}
 
 
 def plan_share(step: int, num_steps: int) -> float:
-    """The plan's share a of the attention of converted layers in a step that comes after so many: 0, rising to 1."""
+    """The plan's share a of what it changes in the layers, in a step that comes after so many: 0, rising to 1."""
     return min(1.0, step / num_steps) if num_steps else 1.0
 
 
@@ -77,8 +86,8 @@ def _check_original(model: Any, original: Any) -> None:
     if found != shape:
         misfit = f"compare layers, and the teacher is {found} where the model is {shape}"
         cure = "give the model that it was converted from, or set both to 0"
-    elif any(spec.word != "exact" for spec in plan):
-        misfit = f"need a teacher with exact layers, and its plan is '{plan}'"
+    elif any(spec != EXACT for spec in plan):
+        misfit = f"need a teacher whose layers are all 'exact', and its plan is '{plan}'"
         cure = "give the model that was converted, or set both to 0"
     elif not isinstance(model.patch_drop, nn.Identity):
         misfit, cure = "need all tokens", "set model.keywords.patch_drop_rate to 0"
@@ -111,11 +120,11 @@ class Held(NamedTuple):
     """What a converted layer holds on to: a block of the original, whose modules are constants."""
 
     block: Any
-    order: list[int] | slice  # of its heads, as they stand in the converted layer
+    order: list[int] | slice  # of its heads, as they stand in the converted layer; all where that has no attention
 
 
 class Healing(nn.Module):
-    """A model of ours whose converted layers hold on to a part of the attention that they had in the original.
+    """A model of ours whose converted layers hold on to a part of what they were in the original.
 
     The original becomes a constant; without one the layers hold on to nothing.
 
@@ -129,58 +138,113 @@ class Healing(nn.Module):
         self.held: dict[int, Held] = {}  # by layer; a plain dict, so that the original is no part of this module
         if original is None:
             return
-        if all(spec.word == "exact" for spec in model.plan):
-            raise ConfigError(f"train.heal.anneal_epochs has no effect on plan '{model.plan}': set it to 0.")
+        changed = [spec.word != "exact" or spec.hidden is not None for spec in model.plan]
+        if not any(changed):
+            why = ", which merges tokens at once" if any(spec.merged for spec in model.plan) else ""
+            raise ConfigError(f"train.heal.anneal_epochs has no effect on plan '{model.plan}'{why}: set it to 0.")
         original.eval().requires_grad_(False)
         for layer, (block, old) in enumerate(zip(model.blocks, original.blocks, strict=True)):
-            if block.spec.word != "exact":
-                order = _order_of_values(old.attn, block.attn, layer) if block.has_attention else slice(None)
+            if changed[layer]:
+                is_other = block.has_attention and block.spec.word != "exact"
+                order = _order_of_values(old.attn, block.attn, layer) if is_other else slice(None)
                 self.held[layer] = Held(old, order)
 
     def forward(self, images: Tensor, share: float) -> tuple[Any, dict[int, Tensor]]:
-        """Logits as the model gives them, and its attention outputs, with the plan's share of the attention."""
+        """Logits as the model gives them, and its attention outputs, with the plan's share of what it changes.
+
+        Outputs are those of the tokens of the first layer, each that of the one that it was merged into; of the last
+        layer they may be the first rows alone, which never merge.
+        """
         with self._holding(share), recorded_attention(self.model) as calls:
             logits = self.model(images)
-        return logits, {layer: call.output for layer, call in calls.items()}
+        return logits, {layer: _of_all_tokens(call) for layer, call in calls.items()}
 
     @contextmanager
     def _holding(self, share: float) -> Iterator[None]:
-        """Mixes the old attention into that of converted layers inside the block; none at a share of 1."""
+        """Mixes the old parts into those of converted layers inside the block; none at a share of 1."""
         with ExitStack() as hooks:
             for layer, held in self.held.items() if share < 1 else ():
-                block = self.model.blocks[layer]
-                if block.has_attention:
-                    hook = block.attn.register_forward_hook(partial(_mix_attention, held, share))
-                else:
-                    hook = block.register_forward_pre_hook(partial(_add_attention, held, share))
-                hooks.callback(hook.remove)
+                for hook in _hold(self.model.blocks[layer], held, share):
+                    hooks.callback(hook.remove)
             yield
+
+
+def _of_all_tokens(call: AttentionCall) -> Tensor:
+    """An attention's output for each token of the first layer, or for the first rows where these alone are computed."""
+    _, carry, _, num_queries, *_ = call.inputs
+    return call.output if num_queries is not None else all_tokens(call.output, carry)
+
+
+def _hold(block: Any, held: Held, share: float) -> list[Any]:
+    """Hooks by which the parts of a layer that a plan changes are mixed with the old ones."""
+    spec = block.spec
+    if spec.word in WHOLE:
+        return [block.register_forward_hook(partial(_mix_layer, held, share))]
+    hooks = []
+    if not spec.has_attention:
+        hooks.append(block.register_forward_pre_hook(partial(_add_attention, held, share)))
+    elif spec.word != "exact":
+        hooks.append(block.attn.register_forward_hook(partial(_mix_attention, held, share)))
+    if spec.hidden == 0:
+        hooks.append(block.register_forward_hook(partial(_add_mlp, held, share)))
+    elif spec.hidden is not None:
+        hooks.append(block.mlp.register_forward_hook(partial(_mix_mlp, held, share)))
+    return hooks
 
 
 def _mix_attention(held: Held, share: float, attn: Any, args: Any, output: tuple[Tensor, Carry]) -> Any:
     """A hook that mixes the plan's share of an attention's output with the old attention."""
-    x, _, _, num_queries, *_ = args
-    return torch.lerp(_exact_output(held, attn, x, num_queries), output[0], share), output[1]
+    x, carry, _, num_queries, *_ = args
+    return torch.lerp(_exact_output(held, attn, x, num_queries, carry.sizes), output[0], share), output[1]
 
 
 def _add_attention(held: Held, share: float, block: Any, args: Any) -> Any:
     """A hook that adds the old attention, as far as the plan has no share yet, before a layer without attention."""
     x, carry, grid, num_queries, *rest = args
-    y = _exact_output(held, held.block.attn, held.block.norm1(x), num_queries)
-    return x[:, :num_queries] + (1 - share) * held.block.ls1(y), carry, grid, num_queries, *rest
+    rows = x[:, :num_queries] + (1 - share) * _old_attention(held, x, num_queries, carry)
+    return rows, carry, grid, num_queries, *rest
 
 
-def _exact_output(held: Held, attn: Any, x: Tensor, num_queries: int | None) -> Tensor:
+def _mix_mlp(held: Held, share: float, mlp: Any, args: Any, output: Tensor) -> Tensor:
+    """A hook that mixes the plan's share of an MLP's output with that of the old one, by the layer's own norm."""
+    return torch.lerp(held.block.mlp(args[0]), output, share)
+
+
+def _add_mlp(held: Held, share: float, block: Any, args: Any, output: tuple[Tensor, Carry]) -> Any:
+    """A hook that adds the old MLP, as far as the plan has no share yet, after a layer without one."""
+    return output[0] + (1 - share) * _old_mlp(held, output[0]), output[1]
+
+
+def _mix_layer(held: Held, share: float, block: Any, args: Any, output: tuple[Tensor, Carry]) -> Any:
+    """A hook that mixes the plan's share of a linear or skipped layer's output with that of the old layer."""
+    x, carry, _, num_queries, *_ = args
+    rows = x[:, :num_queries] + _old_attention(held, x, num_queries, carry)
+    return torch.lerp(rows + _old_mlp(held, rows), output[0], share), output[1]
+
+
+def _old_attention(held: Held, x: Tensor, num_queries: int | None, carry: Carry) -> Tensor:
+    """What the attention of the old layer adds to the first of its tokens (B, N, C)."""
+    return held.block.ls1(_exact_output(held, held.block.attn, held.block.norm1(x), num_queries, carry.sizes))
+
+
+def _old_mlp(held: Held, x: Tensor) -> Tensor:
+    """What the MLP of the old layer adds to tokens (B, N, C)."""
+    return held.block.ls2(held.block.mlp(held.block.norm2(x)))
+
+
+def _exact_output(held: Held, attn: Any, x: Tensor, num_queries: int | None, sizes: Tensor | None) -> Tensor:
     """Exact attention (B, num_queries, C) by the original's queries and keys on an attention's values and way out.
 
-    Tokens x (B, N, C) are normalised; the attention, of timm's or ours, may be the original's own. Both project all of
-    q, k and v, since modules are called: twice the products that it needs.
+    Tokens x (B, N, C) are normalised, and stand for as many of the first layer's as sizes (B, N) say, None for one
+    each; the attention, of timm's or ours, may be the original's own. Both project all of q, k and v, since modules are
+    called: twice the products that it needs.
     """
     old = held.block.attn
     q, k, _ = project_heads(old, x)
     q, k, v = q[:, held.order], k[:, held.order], project_heads(attn, x).v
     dropout_p = attn.attn_drop.p if attn.training else 0.0
-    mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=old.scale)
+    bias = log_sizes(Mask(sizes=sizes), q)
+    mixed = F.scaled_dot_product_attention(q, k, v, bias, dropout_p=dropout_p, scale=old.scale)
     return attn.proj_drop(attn.proj(attn.norm(mixed.transpose(1, 2).flatten(2)[:, :num_queries])))
 
 

@@ -1,4 +1,4 @@
-"""Vision transformers that exploit redundancy in attention: one plan per model, one attention spec per layer.
+"""Vision transformers that exploit redundancy in maps, tokens, hidden units and layers, by one plan per model.
 
 Importing registers the models: ``timm.create_model("vit_reuse_small_patch16_224", plan="exact reuse*6 exact*5")``.
 """

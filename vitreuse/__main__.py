@@ -12,7 +12,7 @@ COMMANDS = {module.__name__.rpartition(".")[2]: module for module in MODULES}
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; the exit code."""
-    description = "Vision transformers that exploit redundancy in attention."
+    description = "Vision transformers that exploit redundancy in maps, tokens, hidden units and layers."
     return run_command("vitreuse", description, COMMANDS, Parser(add_help=False), argv)
 
 

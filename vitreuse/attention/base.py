@@ -18,7 +18,8 @@ from timm.layers import register_notrace_function, use_fused_attn
 from torch import Tensor, nn
 
 from vitreuse.attention.costs import Costs
-from vitreuse.attention.maps import NO_MASK, Carried, Layout, Mask
+from vitreuse.attention.maps import Carried, Layout
+from vitreuse.attention.masks import NO_MASK, Mask
 from vitreuse.attention.policy import Call, Conditions, Settings, Way, choose
 from vitreuse.attention.tiles import span_pairs
 from vitreuse.plan import Plan, Spec

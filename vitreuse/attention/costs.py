@@ -8,7 +8,7 @@ Costs are nanoseconds per head, query and key, at 64 channels a head:
 and, unless they were measured before there were such, of keys that stand for several tokens:
     bias     attention by the fused kernel, sizes added to the logits
     channel  the same, sizes in one more channel of queries and keys
-costs.json beside this file has those measured for the project; ``vitreuse tune`` measures a device of yours. Both
+cost/costs.json has those measured for the project; ``vitreuse tune`` measures a device of yours. Both
 hold rates too, nanoseconds per multiply-add of the products outside attention, by which plan_costs.py predicts times:
     mlp      of a layer's MLP, with its norm, GELU and sum
     linear   of the projections into and out of attention, with their norm and sum
@@ -29,7 +29,7 @@ RATE_NAMES = ("mlp", "linear")
 Rates = dict[str, list[tuple[int, float, float]]]  # as costs, of channels of a token and the two rates; inference alone
 Point = tuple[float, ...]  # keys of a query, then the four costs, or six
 Costs = dict[str, list[Point]]  # by device type, dtype and mode, such as "cpu bfloat16 inference"
-SHIPPED_COSTS = Path(__file__).with_name("costs.json")
+SHIPPED_COSTS = Path(__file__).parents[1] / "cost" / "costs.json"
 
 
 def tuned_costs_path() -> Path:

@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from vitreuse.attention import maps
 from vitreuse.attention.base import Attention, AttentionConfig, Carry, split_heads
-from vitreuse.attention.maps import Mask
+from vitreuse.attention.masks import Mask
 from vitreuse.attention.submodules import is_plain_linear, linear_rows
 
 # queries, keys, values, key_proj, value_proj

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitreuse.attention import tiles
+from vitreuse.attention.masks import NO_MASK, Mask, checked, first_rows, log_sizes, mask_bias, over_heads
 from vitreuse.attention.policy import Call, Settings, choose
 from vitreuse.attention.submodules import dropout_rate
 
@@ -34,22 +35,6 @@ class Layout(NamedTuple):
     def is_tiled(self) -> bool:
         """Whether the window runs as tiles on this grid; otherwise as one dense map."""
         return self.width > 0 and not tiles.covers_grid(self.grid, self.width)
-
-
-class Mask(NamedTuple):
-    """Which keys a query sees, as torch's scaled_dot_product_attention takes it; of a window its ``span_bias``."""
-
-    attn_mask: Tensor | None = None  # True for what is seen, or a number added to the logits
-    is_causal: bool = False
-    sizes: Tensor | None = None  # (B, M), how many tokens each key stands for, whose logarithm is added to the logits
-
-    @property
-    def is_given(self) -> bool:
-        """Whether there is one."""
-        return self.attn_mask is not None or self.is_causal
-
-
-NO_MASK = Mask()
 
 
 class Carried(NamedTuple):
@@ -84,28 +69,6 @@ def softmax_map(q: Tensor, k: Tensor, scale: float, mask: Mask = NO_MASK) -> Ten
     return softmax_rows(logits.masked_fill(is_blind, 0.0)).masked_fill(is_blind, 0.0).to(q.dtype)
 
 
-def mask_bias(mask: Mask, logits: Tensor) -> Tensor | None:
-    """What a mask adds to logits (..., N, M) of the first N queries."""
-    if mask.is_causal:
-        return logits.new_full(logits.shape[-2:], float("-inf")).triu_(1)
-    attn_mask = first_rows(mask.attn_mask, logits.shape[-2])
-    if attn_mask is not None and attn_mask.dtype == torch.bool:
-        return torch.zeros_like(attn_mask, dtype=logits.dtype).masked_fill_(~attn_mask, float("-inf"))
-    return attn_mask
-
-
-def first_rows(attn_mask: Tensor | None, num_rows: int) -> Tensor | None:
-    """The part of a mask (..., N, M) or (..., 1, M) that the first ``num_rows`` queries need."""
-    if attn_mask is None or attn_mask.shape[-2] == 1:
-        return attn_mask
-    return attn_mask[..., :num_rows, :]
-
-
-def log_sizes(mask: Mask, like: Tensor) -> Tensor | None:
-    """What sizes add to logits, (B, 1, 1, M) in the dtype of ``like``; None where each key is one token."""
-    return None if mask.sizes is None else mask.sizes.log().to(like.dtype)[:, None, None]
-
-
 def scaled_logits(q: Tensor, k: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
     """q k^T * scale + bias, (..., N, M): one product over flat heads, without copies of transposed keys or scaled
     queries; the bias is (B, 1, 1, M)."""
@@ -115,11 +78,6 @@ def scaled_logits(q: Tensor, k: Tensor, scale: float, bias: Tensor | None = None
     beta, added = (0, q.new_empty((1, 1, 1))) if bias is None else (1, over_heads(bias, q))
     logits = torch.baddbmm(added, q.flatten(0, -3), k.flatten(0, -3).transpose(1, 2), beta=beta, alpha=scale)
     return logits.view(q.shape[:-1] + (k.shape[-2],))
-
-
-def over_heads(bias: Tensor, q: Tensor) -> Tensor:
-    """A bias (B, 1, 1, M) for each of the flat heads of queries (B, H, N, D): (B * H, 1, M)."""
-    return bias.expand(-1, q.shape[1], -1, -1).flatten(0, 1)
 
 
 def windowed_map(q: Tensor, k: Tensor, scale: float, bias: Tensor) -> Tensor:
@@ -223,19 +181,6 @@ def describe_call(
         is_traced=torch.jit.is_tracing(),
         has_sizes=mask.sizes is not None,
     )
-
-
-def checked(mask: Mask, v: Tensor) -> Mask:
-    """A mask in the dtype of the logits, unless it is a boolean one.
-
-    Raises:
-        ValueError: A mask and causal attention were asked for together, which torch refuses too.
-    """
-    if mask.attn_mask is None:
-        return mask
-    if mask.is_causal:
-        raise ValueError("attn_mask and is_causal=True exclude each other: put what is causal into attn_mask.")
-    return mask if mask.attn_mask.dtype == torch.bool else Mask(mask.attn_mask.to(v.dtype))
 
 
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, dropout: float, scale: float) -> Tensor:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from vitreuse.attention.base import AttentionConfig, Carry, CarryingAttention
-from vitreuse.attention.maps import Mask
+from vitreuse.attention.masks import Mask
 
 
 class NoAttention(CarryingAttention):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from vitreuse.attention import lowrank, maps, submodules
 from vitreuse.attention.base import Attention, AttentionConfig, Carry, split_heads
 from vitreuse.attention.lowrank import projected_length, projection_macs, tokens_first
-from vitreuse.attention.maps import Mask
+from vitreuse.attention.masks import Mask
 from vitreuse.attention.policy import Call, choose_carried
 from vitreuse.attention.submodules import is_plain_linear, linear_rows
 

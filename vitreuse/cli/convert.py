@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vitreuse.cli.console import add_output, add_plan, table_of, titled
 from vitreuse.cli.source import add_source_arguments, learning_split, load_model, load_sample, training_note
-from vitreuse.compress.convert import LOWRANK_STARTS, Conversion, convert, fit_projections
+from vitreuse.compress.convert import LOWRANK_STARTS, Conversion, convert, fit_projections, fitting_plan
 from vitreuse.compress.fidelity import agreement
 from vitreuse.compress.redundancy import measure_head_errors, measure_redundancy
 from vitreuse.cost.macs import count_macs, count_params
@@ -22,7 +22,7 @@ from vitreuse.io.durable import durable_folder, refuse_filled, write_durably
 from vitreuse.io.process import choose_device
 from vitreuse.io.progress import WorkProgress
 from vitreuse.model.copies import exact_copy
-from vitreuse.plan import Plan, parse_plan
+from vitreuse.plan import Plan
 from vitreuse.plan.options import POOLS, PROJECTIONS, SHARINGS
 
 HELP = "convert a trained ViT into a plan: a folder that timm.create_model loads"
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     target, model = load_model(args)
     model = model.to(device).eval()
     original = exact_copy(model)
-    plan = parse_plan(args.plan, len(original.blocks), original.blocks[0].attn.num_heads)
+    plan = fitting_plan(original, args.plan)
     _refuse_idle(args, plan)
     samples = _samples(args, target, model)
     how = _choose(args, plan, samples is not None)
@@ -86,10 +86,14 @@ class _How(NamedTuple):
     Attributes:
         heads: What heads of reuse layers are matched by, or "in order"; None in a plan without reuse.
         lowrank_start: What token projections start as; None where a plan has none with parameters.
+        linear_start: What linear layers start as; None where a plan has none.
+        units: Which hidden units stay; None where a plan does not choose.
     """
 
     heads: str | None
     lowrank_start: str | None
+    linear_start: str | None
+    units: str | None
 
 
 class _Samples(NamedTuple):
@@ -141,7 +145,12 @@ def _choose(args: argparse.Namespace, plan: Plan, has_images: bool) -> _How:
     can_fit = has_images and args.lowrank_sharing != "layerwise"
     start = args.lowrank_start or ("fitted" if can_fit else "pooled")
     has_projections = "lowrank" in words and args.lowrank_projection not in POOLS
-    return _How(heads if "reuse" in words else None, start if has_projections else None)
+    return _How(
+        heads if "reuse" in words else None,
+        start if has_projections else None,
+        "zero" if "linear" in words else None,
+        "largest" if any(spec.hidden for spec in plan) else None,
+    )
 
 
 def _convert(
@@ -189,7 +198,9 @@ def render(result: dict[str, Any]) -> Group:
 def _remarks(result: dict[str, Any]) -> list[str]:
     """What the table has no column for."""
     remarks = [] if result["training"] is None else [f"the original: {result['training']}"]
-    remarks += [f"{result['output']}: {len(result['new'])} new, {len(result['touched'])} touched parameters, untrained"]
+    numbers = {"new": "new and", "touched": "touched parameters, untrained,", "dropped": "dropped"}
+    said = " ".join(f"{len(result[key])} {text}" for key, text in numbers.items())
+    remarks.append(f"{result['output']}: {said}, by name in conversion.json")
     if result["agreement"] is not None:
         values = {name: value for name, value in result["agreement"].items() if value is not None}
         said = [form.format(values[name]) for name, form in AGREEMENT.items() if name in values]
@@ -201,4 +212,8 @@ def _remarks(result: dict[str, Any]) -> list[str]:
         remarks.append(f"heads of reuse layers: {by}")
     if result["lowrank_start"] is not None:
         remarks.append(f"token projections: {result['lowrank_start']}")
+    if result["linear_start"] is not None:
+        remarks.append("linear layers: zero, which is as if they were skipped")
+    if result["units"] is not None:
+        remarks.append("hidden units: those of the largest norms stay")
     return remarks

@@ -9,6 +9,7 @@ from rich.console import Group
 from vitreuse.cli.console import table_of, titled
 from vitreuse.cost.summary import describe
 from vitreuse.model.registry import plain_name
+from vitreuse.plan import PRESETS
 
 HELP = "list model names with their plans, parameters and MACs"
 
@@ -21,7 +22,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """The models that match the filter."""
     names = timm.list_models(args.filter, module="registry")
     if not names:
-        raise ValueError(f"no model matches {args.filter!r}: try '*reuse*', '*lazy*', '*lowrank*' or '*mixspan*'.")
+        examples = ", ".join(f"'*{method}*'" for method in PRESETS)
+        raise ValueError(f"no model matches {args.filter!r}: try {examples}.")
     return {"models": [_summary(name) for name in names]}
 
 

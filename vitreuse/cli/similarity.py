@@ -92,10 +92,11 @@ def _most_similar(similarity: Tensor) -> dict[str, Any] | None:
 def _matches(redundancy: Redundancy) -> list[dict[str, Any]]:
     """For each layer and each one before it, which of its heads matches each of the other's."""
     pairs = [(anchor, layer) for layer in range(len(redundancy.entropy)) for anchor in range(layer)]
+    can_match = redundancy.best_head.isfinite()
     return [
         {"layer": layer, "anchor": anchor, "heads": match_heads(redundancy.variation[anchor, layer])}
         for anchor, layer in pairs
-        if not redundancy.variation[anchor, layer].isnan().any()
+        if can_match[anchor, layer]
     ]
 
 

@@ -1,7 +1,8 @@
 """A trained ViT taken into a plan, before any training.
 
 Heads: the map that a reuse layer reads is mixed by the value head that suits it, and queries and keys go. Token
-projections start as pooling over the grid, or as what fits the attention of the original on images. All else stays.
+projections start as pooling over the grid, or as what fits the attention of the original on images. Hidden units: the
+largest stay, or those that are named. Linear layers begin as ones that do nothing. All else stays.
 
 Shapes: L layers, B images, H heads, N tokens, C channels.
 """
@@ -22,6 +23,7 @@ from vitreuse.attention.lowrank import grid_pooling, init_projection
 from vitreuse.compress.head_matching import match_plan, order_of_heads, rows_of_heads
 from vitreuse.model.checkpoint import load_checkpoint
 from vitreuse.model.copies import exact_copy, layers_of, untrained_copy
+from vitreuse.model.plan_weights import Units, refuse_more_units
 from vitreuse.model.recording import recorded_attention
 from vitreuse.plan import Plan, parse_plan
 
@@ -39,7 +41,7 @@ class Conversion:
         original: The model it was made of, as one of ours with exact layers.
         matches: By reuse layer, for each map that it reads, the head of the original that mixes it.
         new: Parameters that the original does not have: token projections and linear layers.
-        touched: Parameters of the original in attentions that are no longer exact, and in MLPs of other hidden units.
+        touched: Parameters of the original in attentions that are no longer exact, and in MLPs of fewer hidden units.
         dropped: What the plan has no use for.
     """
 
@@ -52,7 +54,13 @@ class Conversion:
 
 
 def convert(
-    model: Any, plan: str | Plan, distances: Tensor | None = None, *, pooled: bool = True, **options: Any
+    model: Any,
+    plan: str | Plan,
+    distances: Tensor | None = None,
+    *,
+    pooled: bool = True,
+    units: Units | None = None,
+    **options: Any,
 ) -> Conversion:
     """A trained ViT under a plan.
 
@@ -62,28 +70,48 @@ def convert(
         distances: (L, L, H, H), what it costs each head of the second layer to read the map of each head of the first,
             from measure_head_errors, or the variation of measure_redundancy; None leaves the heads in their order.
         pooled: Whether token projections start as pooling, rather than from torch's global generator.
+        units: By layer, the hidden units of its MLP that stay where the plan has fewer; see load_checkpoint.
         options: Further keywords of a model with a plan, such as lowrank_sharing.
 
     Raises:
         ValueError: The model is of another kind, or the plan does not suit it.
     """
-    num_heads = layers_of(model)[0].attn.num_heads
-    plan = parse_plan(str(plan), len(model.blocks), num_heads)
+    plan, num_heads = fitting_plan(model, plan), model.blocks[0].attn.num_heads
     original = exact_copy(model)
     converted = untrained_copy(model, plan, **options).eval()
     matches = match_plan(plan, num_heads, distances)
     state = original.state_dict()
     for layer, matched in matches.items():
         _reorder_heads(state, f"blocks.{layer}.attn.", order_of_heads(matched, num_heads))
-    report = load_checkpoint(converted, state, original.patch_embed.img_size)
+    report = load_checkpoint(converted, state, original.patch_embed.img_size, units)
     if pooled:
         pool_projections(converted.blocks, converted.key_proj)
-    changed = [layer for layer, spec in enumerate(plan) if spec.has_attention and spec.word != "exact"]
-    pruned = [layer for layer, spec in enumerate(plan) if spec.hidden is not None]
-    prefixes = (*(f"blocks.{layer}.attn." for layer in changed), *(f"blocks.{layer}.mlp." for layer in pruned))
-    names = [name for name, _ in converted.named_parameters() if name.startswith(prefixes)]
-    touched = tuple(name for name in names if name not in report.new)
+    touched = tuple(name for name in _touched(converted, original) if name not in report.new)
     return Conversion(converted, original, matches, report.new, touched, report.dropped)
+
+
+def fitting_plan(model: Any, plan: str | Plan) -> Plan:
+    """A plan that a trained ViT can be taken into.
+
+    Raises:
+        ValueError: The model is of another kind, the plan does not suit it, or has more hidden units than there are.
+    """
+    layers = layers_of(model)
+    plan = parse_plan(str(plan), len(layers), layers[0].attn.num_heads, model.patch_embed.num_patches)
+    for layer, (spec, block) in enumerate(zip(plan, layers, strict=True)):
+        refuse_more_units(layer, spec, block.mlp.fc1.out_features)
+    return plan
+
+
+def _touched(converted: Any, original: Any) -> list[str]:
+    """Parameters in attentions of a converted model that are not exact, and in MLPs of fewer hidden units."""
+    prefixes: list[str] = []
+    for layer, (block, old) in enumerate(zip(converted.blocks, original.blocks, strict=True)):
+        if block.has_attention and block.spec.word != "exact":
+            prefixes.append(f"blocks.{layer}.attn.")
+        if block.has_mlp and block.mlp.fc1.out_features != old.mlp.fc1.out_features:
+            prefixes.append(f"blocks.{layer}.mlp.")
+    return [name for name, _ in converted.named_parameters() if name.startswith(tuple(prefixes))]
 
 
 def _reorder_heads(state: dict[str, Tensor], prefix: str, order: list[int]) -> None:

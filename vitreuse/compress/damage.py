@@ -124,7 +124,7 @@ def check_specs(model: Any, specs: Sequence[Spec]) -> None:
     for spec in specs:
         if spec.merged or spec.hidden is not None or spec.word in WHOLE:
             raise ValueError(
-                f"{spec} changes more than the attention of a layer, and damage is measured of attention alone: leave it "
+                f"{spec} changes more than a layer's attention, and damage is measured of attention alone: leave it "
                 "out here, vitreuse convert takes it."
             )
         limit, size = limits.get(spec.word, (math.inf, ""))

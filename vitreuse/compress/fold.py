@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from vitreuse.attention import Carry, ExactAttention, ReuseAttention, SpanAttention
 from vitreuse.attention.base import CarryingAttention
-from vitreuse.attention.maps import Mask, log_sizes
+from vitreuse.attention.masks import Mask, log_sizes
 from vitreuse.model.block import InplaceMlp, LinearBlock, PlanBlocks
 from vitreuse.model.copies import adopted_layers
 

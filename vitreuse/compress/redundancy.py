@@ -29,10 +29,10 @@ class Redundancy:
 
     Attributes:
         variation: (L, L, H, H), total variation between each head of a layer and each head of another, 0 to 1; NaN
-            where the columns of one are not those of the other.
-        entropy: (L, H), mean entropy of the rows, in nats.
+            where the columns of one are not those of the other, as before and after a merge of tokens.
+        entropy: (L, H), mean entropy of the rows over the tokens that are left, in nats.
         distance: (L, H), from a query's patch to the patches that it attends to, weighted by the map over patches, in
-            patches; NaN where keys are no patches, as in low-rank layers.
+            patches; NaN where keys are no patches, as in low-rank layers and after a merge.
     """
 
     variation: Tensor

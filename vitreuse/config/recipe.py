@@ -154,7 +154,8 @@ class HealConfig:
     """How a converted model wins back accuracy from its original, the teacher of train.distill."""
 
     parameters: str = setting(
-        "what is trained. new: token projections; touched: those and the attention of layers that are not exact; all",
+        "what is trained. new: token projections and linear layers; touched: those, attention that is not exact and "
+        "MLPs of other hidden units; all",
         "all",
         choices=("new", "touched", "all"),
     )
@@ -165,7 +166,8 @@ class HealConfig:
         minimum=0,
     )
     anneal_epochs: float = setting(
-        "epochs, or a part of one, over which the plan's attention takes the place of the original's; 0 is at once",
+        "epochs, or a part of one, over which the plan's attention, MLPs and layers take the place of the original's; "
+        "0 is at once",
         0.0,
         minimum=0,
     )

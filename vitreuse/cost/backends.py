@@ -46,12 +46,15 @@ def sentence(model: Any, conditions: Conditions) -> str:
 
 
 def _grouped(layers: Sequence[Way]) -> list[str]:
-    """What is carried, then what computes the other layers, each with the number of layers and the reason."""
+    """What is carried, what computes the other layers, and how they are told sizes, each with the number of layers and
+    the reason."""
     names = {"map": "map", "qk": "(q, k)"}
     carried = Counter((layer.carried, layer.why_carried) for layer in layers if layer.carried is not None)
     kernels = Counter((layer.kernel, layer.why) for layer in layers if layer.kernel != "map")
     texts = [f"{names[way]} carried by {_counted(count, 'anchor')} ({why})" for (way, why), count in carried.items()]
-    return texts + [f"{way} in {_counted(count, 'layer')} ({why})" for (way, why), count in kernels.items()]
+    texts += [f"{way} in {_counted(count, 'layer')} ({why})" for (way, why), count in kernels.items()]
+    sizes = Counter((layer.sizes, layer.why_sizes) for layer in layers if layer.sizes is not None)
+    return texts + [f"sizes by a {way} in {_counted(count, 'layer')} ({why})" for (way, why), count in sizes.items()]
 
 
 def _counted(count: int, noun: str) -> str:

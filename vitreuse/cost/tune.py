@@ -19,13 +19,13 @@ from torch.nn import functional as F
 from vitreuse.attention.costs import COST_NAMES, RATE_NAMES, SIZED_NAMES, cost_key
 from vitreuse.attention.maps import (
     Layout,
-    Mask,
     apply_map,
     blocked_attention,
     fused_attention,
     padded_attention,
     softmax_map,
 )
+from vitreuse.attention.masks import Mask
 from vitreuse.cost.measure import Call, inference_call, time_interleaved
 from vitreuse.io.durable import write_durably
 

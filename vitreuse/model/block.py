@@ -17,6 +17,7 @@ from vitreuse.attention import ATTENTION, EMPTY_CARRY, AttentionConfig, Carry
 from vitreuse.attention.maps import overwrites
 from vitreuse.attention.submodules import is_watched
 from vitreuse.model import merge  # functions that a symbolic trace leaves whole are named by their file
+from vitreuse.plan import Spec
 from vitreuse.plan.language import num_mergeable
 
 
@@ -42,13 +43,8 @@ class PlanBlock(nn.Module):
         factory: dict[str, Any] = {"device": attention.device, "dtype": attention.dtype}
         self.spec = attention.spec
         self.has_attention = self.spec.has_attention
-        hidden = int(dim * mlp_ratio) if self.spec.hidden is None else self.spec.hidden
+        hidden = int(dim * mlp_ratio) if self.spec.hidden is None else _checked_hidden(self.spec, mlp_layer)
         self.has_mlp = hidden > 0 and self.spec.word != "skip"
-        if self.spec.hidden is not None and mlp_layer is not Mlp:
-            raise ValueError(
-                f"'{self.spec}' sets the hidden units of a layer, and those of mlp_layer={mlp_layer.__name__} may be "
-                f"gated: use timm's Mlp, or leave out '/{self.spec.hidden}'."
-            )
         self.norm1 = attention.norm_layer(dim, **factory) if self.has_attention else nn.Identity()
         self.attn = ATTENTION[attention.spec.word](attention)
         scales = bool(init_values and self.has_attention)
@@ -57,21 +53,11 @@ class PlanBlock(nn.Module):
         self.merge = merge.TokenMerging(self.spec.merged, attention.num_prefix_tokens) if self.spec.merged else None
 
         self.norm2, self.mlp, self.ls2, self.drop_path2 = (nn.Identity() for _ in range(4))
-        if not self.has_mlp:
-            return
-        self.norm2 = attention.norm_layer(dim, **factory)
-        mlp_class: type[Any] = InplaceMlp if mlp_layer is Mlp else mlp_layer
-        self.mlp = mlp_class(
-            in_features=dim,
-            hidden_features=hidden,
-            act_layer=act_layer,
-            norm_layer=attention.norm_layer if scale_mlp_norm else None,
-            bias=attention.proj_bias,
-            drop=attention.proj_drop,
-            **factory,
-        )
-        self.ls2 = LayerScale(dim, init_values=init_values, **factory) if init_values else nn.Identity()
-        self.drop_path2 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
+        if self.has_mlp:
+            self.norm2 = attention.norm_layer(dim, **factory)
+            self.mlp = _make_mlp(attention, hidden, act_layer, mlp_layer, scale_mlp_norm)
+            self.ls2 = LayerScale(dim, init_values=init_values, **factory) if init_values else nn.Identity()
+            self.drop_path2 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
 
     def forward(
         self,
@@ -130,6 +116,37 @@ class PlanBlock(nn.Module):
         fc1: Any = self.mlp.fc1
         fc2: Any = self.mlp.fc2
         return fc1, fc2
+
+
+def _checked_hidden(spec: Spec, mlp_layer: type[nn.Module]) -> int:
+    """The hidden units that a spec gives its layer.
+
+    Raises:
+        ValueError: The MLP may be gated.
+    """
+    if mlp_layer is not Mlp:
+        raise ValueError(
+            f"'{spec}' sets the hidden units of a layer, and those of mlp_layer={mlp_layer.__name__} may be gated: use "
+            f"timm's Mlp, or leave out '/{spec.hidden}'."
+        )
+    return spec.hidden or 0
+
+
+def _make_mlp(
+    attention: AttentionConfig, hidden: int, act_layer: type[nn.Module], mlp_layer: type[Any], has_norm: bool
+) -> nn.Module:
+    """timm's MLP of so many hidden units."""
+    mlp_class: Any = InplaceMlp if mlp_layer is Mlp else mlp_layer
+    return mlp_class(
+        in_features=attention.dim,
+        hidden_features=hidden,
+        act_layer=act_layer,
+        norm_layer=attention.norm_layer if has_norm else None,
+        bias=attention.proj_bias,
+        drop=attention.proj_drop,
+        device=attention.device,
+        dtype=attention.dtype,
+    )
 
 
 class LinearBlock(nn.Module):

@@ -1,8 +1,4 @@
-"""Checkpoints of plain ViTs loaded into a plan: what the plan has no use for is dropped, what it adds is new.
-
-A layer keeps timm's keys except that a reuse layer has no queries and keys for the heads it reuses (``attn.v``, and
-``attn.qk`` for the others) and a none layer has no attention at all.
-"""
+"""Checkpoints of plain ViTs loaded into a plan: what the plan has no use for is dropped, what it adds is new."""
 
 from __future__ import annotations
 
@@ -15,26 +11,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from timm.models import vision_transformer as timm_vit
 from timm.models._input import get_pretrained_grid_size
 from torch import Tensor, nn
 
-from vitreuse.attention import LowRankAttention, ReuseAttention
+from vitreuse.attention import LowRankAttention
 from vitreuse.attention.lowrank import at_grid, kernel_size
 from vitreuse.io.checkpoint_file import Weights, as_weights, read_weights
+from vitreuse.model.plan_weights import ADDED, TOKEN_PROJECTIONS, Units, in_plan, split_key
 
 Grid = tuple[int, int]
-TOKEN_PROJECTIONS = ("key_proj", "value_proj")
-ADDED = (*TOKEN_PROJECTIONS, ".linear.weight", ".linear.bias")  # what a plan adds to a plain checkpoint, by its end
 HEADS = ("head.", "head_dist.")
 PREFIX_TOKENS = ("cls_token", "dist_token", "reg_token")
 # What every input passes through; of all else, such as a decoder, a model without it computes the same.
 BODY = re.compile(
     r"(blocks|patch_embed|norm|norm_pre|fc_norm|attn_pool)\.|(pos_embed|cls_token|dist_token|reg_token|key_proj)$"
 )
-# Of the entries of an MLP the dimension that numbers its hidden units.
-UNITS_OF = {"mlp.fc1.weight": 0, "mlp.fc1.bias": 0, "mlp.norm.weight": 0, "mlp.norm.bias": 0, "mlp.fc2.weight": 1}
 _logger = logging.getLogger(__name__)
 
 
@@ -82,6 +74,7 @@ def load_checkpoint(
     model: nn.Module,
     checkpoint: str | Path | Mapping[str, Any] | Weights,
     img_size: int | tuple[int, int] | None = None,
+    units: Units | None = None,
 ) -> LoadReport:
     """Loads a checkpoint of a plain ViT, or of the same plan, into a model of ours, or of timm.
 
@@ -95,18 +88,22 @@ def load_checkpoint(
         img_size: The side, or (rows, columns), of the images in pixels that the checkpoint was trained at, where
             neither it nor the model's pretrained_cfg says so. Else patches that are as many as the model's are taken
             to lie as the model's do, and any others in a square.
+        units: By layer, the hidden units of the checkpoint that stay where the plan has fewer, in the order in which
+            they are to stand; of layers without, those of largest norm of fc1's row times norm of fc2's column stay.
 
     Raises:
         ValueError: The file holds no weights, a key is missing that the plan does not add, is unknown, or has another
-            shape; or the number of patches is no square, or not that of img_size.
+            shape; the number of patches is no square, or not that of img_size; or units are not those of a layer.
     """
     weights = as_weights(checkpoint) if isinstance(checkpoint, (Mapping, Weights)) else read_weights(checkpoint)
+    if units and not hasattr(model, "plan"):
+        raise ValueError(f"units are of layers of a plan, {type(model).__name__} has none: leave them out.")
     if not isinstance(model, timm_vit.VisionTransformer):
         load_exactly(model, weights.state)
         return LoadReport((), weights.left_out)
     if img_size is not None:
         weights = weights._replace(img_size=(img_size, img_size) if isinstance(img_size, int) else tuple(img_size))
-    adapted, dropped, source = adapt_state_dict(weights, model, is_size_certain=img_size is not None)
+    adapted, dropped, source = adapt_state_dict(weights, model, img_size is not None, units)
     own = model.state_dict()
     _refuse_other_model(adapted, own)
     nn.Module.load_state_dict(model, adapted, strict=False)  # by the plan's keys already
@@ -130,8 +127,13 @@ def _refuse_other_model(adapted: Mapping[str, Tensor], own: Mapping[str, Tensor]
         if value.shape != own[key].shape:
             raise ValueError(
                 f"{key} is {tuple(value.shape)} in the checkpoint and {tuple(own[key].shape)} in the model: "
-                "create the model with the checkpoint's sizes (num_classes, in_chans, embed_dim)."
+                f"create the model with the checkpoint's sizes (num_classes, in_chans, embed_dim{_of_units(key)})."
             )
+
+
+def _of_units(key: str) -> str:
+    """What else an entry depends on, where it has hidden units."""
+    return ", mlp_ratio, /hidden in the plan" if ".mlp." in key else ""
 
 
 def load_exactly(model: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -161,15 +163,20 @@ def in_plan_for_timm(state_dict: Mapping[str, Any], model: Any) -> Mapping[str, 
     leaves out of it, is logged.
     """
     own = model.state_dict()
-    if state_dict.keys() == own.keys():
+    if _shapes(state_dict) == _shapes(own):
         return state_dict
-    adapted, dropped = _in_plan(state_dict, model)
+    adapted, dropped = in_plan(state_dict, model)
     new = [key for key in own if key.endswith(ADDED) and key not in adapted]
     if new and "patch_embed.proj.weight" in adapted:
         _logger.warning("new, since the checkpoint is of a plain ViT: %s", _listed(tuple(new)))
         adapted |= {key: own[key] for key in new}
     _log_dropped(dropped)
     return adapted
+
+
+def _shapes(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """The shape of each entry; None of what is no tensor, which a module may keep too."""
+    return {key: getattr(value, "shape", None) for key, value in state_dict.items()}
 
 
 def _log_dropped(dropped: list[str]) -> None:
@@ -185,7 +192,7 @@ class _Source(NamedTuple):
 
 
 def adapt_state_dict(
-    weights: Weights, model: Any, is_size_certain: bool = False
+    weights: Weights, model: Any, is_size_certain: bool = False, units: Units | None = None
 ) -> tuple[dict[str, Tensor], list[str], _Source | None]:
     """A checkpoint with the keys and shapes of a ViT and its plan, what was dropped of it, and the grid that it is of.
 
@@ -204,7 +211,7 @@ def adapt_state_dict(
         key: _resampled(value, key, model, source) if key.endswith(TOKEN_PROJECTIONS) else value
         for key, value in kept.items()
     }
-    adapted, of_plan = _in_plan(resampled, model)
+    adapted, of_plan = in_plan(resampled, model, units)
     return adapted, [*of_plan, *dropped], source
 
 
@@ -228,67 +235,6 @@ def _patch_size(state: Mapping[str, Tensor]) -> tuple[int, ...] | None:
     return None if weight is None or weight.ndim != 4 else tuple(weight.shape[-2:])
 
 
-def _in_plan(state: Mapping[str, Tensor], model: Any) -> tuple[dict[str, Tensor], list[str]]:
-    """A state dict by the keys of a model's plan, and what the plan has no use for."""
-    adapted: dict[str, Tensor] = {}
-    dropped: list[str] = []
-    for key, value in state.items():
-        layer, name = _split_key(key)
-        if layer is None or layer >= len(model.blocks):
-            adapted[key] = value
-            continue
-        block = model.blocks[layer]
-        kept = _layer_entries(block, name, _of_kept_units(block, name, value, state, f"blocks.{layer}.mlp."))
-        adapted.update({f"blocks.{layer}.{new_name}": part for new_name, part in kept.items()})
-        if name not in kept:
-            dropped.append(key if not kept else f"{key} (all but {', '.join(sorted(kept))})")
-        elif kept[name].shape != value.shape:
-            dropped.append(f"{key} (all but {block.spec.hidden} units)")
-    return adapted, dropped
-
-
-def _of_kept_units(block: Any, name: str, value: Tensor, state: Mapping[str, Tensor], prefix: str) -> Tensor:
-    """An entry of an MLP for the units that a plan keeps, of largest norm of fc1's row times norm of fc2's column."""
-    dim = UNITS_OF.get(name)
-    num_kept = block.spec.hidden
-    if dim is None or not num_kept or value.shape[dim] <= num_kept:
-        return value
-    norms = state[f"{prefix}fc1.weight"].float().norm(dim=1) * state[f"{prefix}fc2.weight"].float().norm(dim=0)
-    units = norms.sort(descending=True, stable=True).indices[:num_kept].sort().values
-    return value.index_select(dim, units)
-
-
-def _split_key(key: str) -> tuple[Any, str]:
-    """Layer index and name within the layer; None for a key outside the layers."""
-    match = re.fullmatch(r"blocks\.(\d+)\.(.+)", key)
-    return (int(match[1]), match[2]) if match else (None, key)
-
-
-def _layer_entries(block: Any, name: str, value: Tensor) -> dict[str, Tensor]:
-    """What a layer keeps of one entry of its plain checkpoint, by its own names."""
-    attn = block.attn
-    if not block.has_attention and name.startswith(("norm1.", "attn.", "ls1.")):
-        return {}
-    if not block.has_mlp and name.startswith(("norm2.", "mlp.", "ls2.")):
-        return {}
-    if isinstance(attn, ReuseAttention):
-        if name.startswith("attn.qkv."):
-            return _reuse_entries(attn, name.removeprefix("attn.qkv."), value)
-        if attn.qk is None and name.startswith(("attn.q_norm.", "attn.k_norm.")):
-            return {}
-    return {name: value}
-
-
-def _reuse_entries(attn: ReuseAttention, name: str, value: Tensor) -> dict[str, Tensor]:
-    """The rows of a fused projection that a reuse layer has: its own heads' q and k, and all of v."""
-    q, k, v = value.chunk(3)
-    entries = {f"attn.v.{name}": v}
-    if attn.qk is not None:
-        first_own = attn.num_reused_heads * attn.head_dim
-        entries[f"attn.qk.{name}"] = torch.cat([q[first_own:], k[first_own:]])
-    return entries
-
-
 def _resampled(projection: Tensor, key: str, model: Any, source: _Source | None) -> Tensor:
     """A token projection at the model's grid, unchanged where the model has no such projection."""
     attn = _projecting(model, key)
@@ -303,7 +249,7 @@ def _resampled(projection: Tensor, key: str, model: Any, source: _Source | None)
 
 def _projecting(model: Any, key: str) -> LowRankAttention | None:
     """The low-rank layer that a token projection is of, the first one of the model's own projection."""
-    layer, _ = _split_key(key)
+    layer, _ = split_key(key)
     blocks = model.blocks if layer is None else model.blocks[layer : layer + 1]
     return next((block.attn for block in blocks if isinstance(block.attn, LowRankAttention)), None)
 

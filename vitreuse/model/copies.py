@@ -122,7 +122,7 @@ def read_keywords(model: Any) -> tuple[str, dict[str, Any]]:
 
 
 def layers_of(model: Any) -> list[Any]:
-    """The layers of a ViT whose attention is exact.
+    """The layers of a ViT that is exact: with full attention, all tokens and all hidden units in every layer.
 
     Raises:
         ValueError: It is no such model.
@@ -136,7 +136,10 @@ def layers_of(model: Any) -> list[Any]:
     layers: list[Any] = list(model.blocks)
     for number, layer in enumerate(layers):
         if isinstance(layer, (PlanBlock, LinearBlock)) and layer.spec != EXACT:
-            raise ValueError(f"layer {number} is '{layer.spec}' already: give the model with exact attention in all.")
+            raise ValueError(
+                f"layer {number} is '{layer.spec}' already: give the model with exact attention, all tokens and all "
+                "hidden units in every layer."
+            )
         for name, kinds in KINDS.items():
             part = layer.get_submodule(name)
             if type(part) not in kinds:

@@ -101,8 +101,11 @@ def warn_if_cut(plan: Plan, num_patches: int) -> None:
     """Warns where images have fewer patch tokens than a plan merges; once under Python's filter, whoever calls."""
     if torch.compiler.is_compiling() or not any(spec.merged for spec in plan):
         return
-    if plan.patches_left(num_patches)[-1] > num_patches - sum(spec.merged for spec in plan):
-        warn(f"plan '{plan}' merges more than half of the patch tokens that are left: r is cut to half.", stacklevel=1)
+    for layer, (spec, left) in enumerate(zip(plan, plan.patches_left(num_patches), strict=False)):
+        if spec.merged > num_mergeable(spec.merged, left):
+            said = f"layer {layer} of plan '{plan}' merges {spec.merged} tokens and images of this size leave it {left}"
+            warn(f"{said}: half of them merge there, and as many as can in later layers.", stacklevel=1)
+            return
 
 
 @torch.no_grad()
@@ -199,5 +202,5 @@ def rows_of_images(x: Tensor, numbers: Tensor) -> Tensor:
 
 def _in_batch(numbers: Tensor, num_tokens: int) -> Tensor:
     """Numbers (B, n) of tokens of each image as numbers (B * n,) of those of the whole batch."""
-    first = torch.arange(numbers.shape[0], device=numbers.device)[:, None] * num_tokens
-    return (numbers + first).flatten()
+    first = torch.arange(0, numbers.shape[0] * num_tokens, num_tokens, device=numbers.device)
+    return (numbers + first[:, None]).flatten()

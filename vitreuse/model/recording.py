@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from vitreuse.attention import Attention, LowRankAttention, ReuseAttention
 from vitreuse.attention.base import split_heads
-from vitreuse.attention.maps import Mask, join_heads, softmax_map
+from vitreuse.attention.maps import join_heads, softmax_map
+from vitreuse.attention.masks import Mask
 from vitreuse.attention.tiles import neighbourhood_bias
 
 

@@ -75,7 +75,7 @@ EXACT = Spec("exact")
 
 @dataclass(frozen=True)
 class Plan:
-    """One attention spec per layer, first layer first; `str(plan)` is the shortest text that parses to it.
+    """One spec per layer, first layer first; `str(plan)` is the shortest text that parses to it.
 
     Raises:
         ValueError: A spec breaks the rules of its word, a reuse layer has no map before it, or there is no layer.
