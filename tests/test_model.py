@@ -474,7 +474,10 @@ def test_a_pruned_model_knows_what_its_layers_merge():
     assert model(images()).shape == (2, 16, 15) and model.blocks(model.embed(images())[0], num_queries=1).shape[1] == 1
 
 
-CUT = "plan 'exact-5 exact-3 exact' merges more than half of the patch tokens that are left: r is cut to half."
+CUT = (
+    "layer 0 of plan 'exact-5 exact-3 exact' merges 5 tokens and images of this size leave it {left}: half of them "
+    "merge there, and as many as can in later layers."
+)
 SMALLER = {
     "dynamic": lambda model, x: model(x),
     "all tokens": lambda model, x: model.forward_features(x),
@@ -492,7 +495,7 @@ def test_smaller_images_merge_half_and_are_warned_of_once(how, grid):
         warnings.resetwarnings()  # to Python's own filter, once a place
         for run in (SMALLER[how], SMALLER[how], *SMALLER.values()) if how != "set" else (SMALLER[how],) * 2:
             run(model, x)
-    assert [str(warning.message) for warning in caught] == [CUT]
+    assert [str(warning.message) for warning in caught] == [CUT.format(left=grid[0] * grid[1])]
     cut = Case({(2, 3): "exact-3 exact-1 exact", (1, 2): "exact-1 exact*2", (1, 1): "exact*3"}[grid], grid).build()
     state = {key: value for key, value in model.state_dict().items() if key != "pos_embed"}
     cut.load_state_dict({**state, "pos_embed": cut.pos_embed})
