@@ -37,7 +37,7 @@ def test_merging_is_its_definition_layer_after_layer(num_prefix, num_merged):
         keys = torch.randn(3, 2, x.shape[1], 4, dtype=torch.float64)
         merging = choose_merging(keys.mean(1, dtype=torch.float32), num_prefix, num_merged)
         x, sizes = merge(x, sizes, merging)
-        places = merging.moved.gather(1, places)
+        places = merging.moved().gather(1, places)
         found = [naive(w, k, s, num_prefix, num_merged) for (w, s, _), k in zip(wanted, keys, strict=True)]
         wanted = [(w, s, [moved[p] for p in old[2]]) for (w, s, moved), old in zip(found, wanted, strict=True)]
     for image, (tokens, of_sizes, of_places) in enumerate(wanted):
@@ -50,7 +50,7 @@ def test_merging_is_its_definition_layer_after_layer(num_prefix, num_merged):
 def test_of_equals_the_first_merges_into_the_first():
     merging = choose_merging(torch.ones(1, 8, 2), 2, 2)
     assert merging.merged.tolist() == [[2, 4]] and merging.kept.tolist() == [[0, 1, 3, 5, 6, 7]]
-    assert merging.into.tolist() == [[2, 2]] and merging.moved.tolist() == [[0, 1, 2, 2, 2, 3, 4, 5]]
+    assert merging.into.tolist() == [[2, 2]] and merging.moved().tolist() == [[0, 1, 2, 2, 2, 3, 4, 5]]
 
 
 @pytest.mark.parametrize("num_tokens", [3, 4, 5, 12])

@@ -76,7 +76,7 @@ class VariedMerging(TokenMerging):
         sizes = torch.ones(x.shape[:2], device=x.device) if sizes is None else sizes
         merging = self.choose(x if self.variant.likeness == "tokens" else likeness)
         x, sizes = merge(x, sizes, merging)
-        return x, sizes, merging.moved if places is None else merging.moved.gather(1, places)
+        return x, sizes, merging.moved() if places is None else merging.moved().gather(1, places)
 
     def choose(self, likeness: Tensor) -> Merging:
         """Which tokens merge into which."""

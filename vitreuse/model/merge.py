@@ -177,8 +177,8 @@ def are_decided(model: nn.Module, images: Tensor) -> Tensor:
 
 def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
     """A context whose products are of the dtype of their factors."""
-    is_possible = torch.amp.is_autocast_available(device_type)
-    return torch.autocast(device_type, enabled=False) if is_possible else nullcontext()
+    is_on = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return torch.autocast(device_type, enabled=False) if is_on else nullcontext()
 
 
 def merge(x: Tensor, sizes: Tensor, merging: Merging) -> tuple[Tensor, Tensor]:
@@ -191,8 +191,8 @@ def merge(x: Tensor, sizes: Tensor, merging: Merging) -> tuple[Tensor, Tensor]:
     sizes = sizes.gather(1, kept).scatter_add_(1, into, gone_sizes)
     share = (gone_sizes / sizes.gather(1, into)).to(x.dtype)
     left, gone, rows = rows_of_images(x, kept), rows_of_images(x, merged), _in_batch(into, kept.shape[1])
-    change = (gone - left.index_select(0, rows)) * share.view(-1, 1)
-    return left.index_add_(0, rows, change).unflatten(0, kept.shape), sizes
+    change = gone.sub_(left.index_select(0, rows)).mul_(share.view(-1, 1))
+    return left.index_add_(0, rows, change).view(kept.shape + (-1,)), sizes
 
 
 @torch.fx.wrap
@@ -209,5 +209,7 @@ def rows_of_images(x: Tensor, numbers: Tensor) -> Tensor:
 
 def _in_batch(numbers: Tensor, num_tokens: int) -> Tensor:
     """Numbers (B, n) of tokens of each image as numbers (B * n,) of those of the whole batch."""
+    if type(numbers.shape[0]) is int and numbers.shape[0] == 1:
+        return numbers[0]
     first = torch.arange(0, numbers.shape[0] * num_tokens, num_tokens, device=numbers.device)
     return (numbers + first[:, None]).flatten()
