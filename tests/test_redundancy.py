@@ -317,7 +317,7 @@ def test_damage_of_more_than_attention_is_refused_in_a_sentence(folder, capsys, 
     argv = [command, str(folder / "plain"), "--data", str(folder / "photos"), "--words", f"exact,reuse,{word}"]
     assert main(argv) == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and f"{word} changes more than the attention of a layer" in error
+    assert error.count("\n") == 1 and f"{word} changes more than a layer's attention" in error
     assert "vitreuse convert takes it." in error
 
 

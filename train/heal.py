@@ -163,10 +163,17 @@ class Healing(nn.Module):
     def _holding(self, share: float) -> Iterator[None]:
         """Mixes the old parts into those of converted layers inside the block; none at a share of 1."""
         with ExitStack() as hooks:
+            hooks.callback(self.model.blocks[0].register_forward_pre_hook(_ask_for_places).remove)
             for layer, held in self.held.items() if share < 1 else ():
                 for hook in _hold(self.model.blocks[layer], held, share):
                     hooks.callback(hook.remove)
             yield
+
+
+def _ask_for_places(block: Any, args: Any) -> Any:
+    """A hook by which the first layer, and so all, say where tokens go, as a model that pools class tokens need not."""
+    x, carry, *rest = args
+    return x, carry._replace(wants_places=True), *rest
 
 
 def _of_all_tokens(call: AttentionCall) -> Tensor:

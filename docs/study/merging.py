@@ -71,7 +71,9 @@ class VariedMerging(TokenMerging):
         super().__init__(num_merged, num_prefix_tokens)
         self.variant = variant
 
-    def forward(self, x: Tensor, likeness: Tensor, sizes: Tensor | None, places: Tensor | None) -> Any:
+    def forward(
+        self, x: Tensor, likeness: Tensor, sizes: Tensor | None, places: Tensor | None, wants_places: bool = True
+    ) -> Any:
         """As the library's."""
         sizes = torch.ones(x.shape[:2], device=x.device) if sizes is None else sizes
         merging = self.choose(x if self.variant.likeness == "tokens" else likeness)
@@ -94,7 +96,7 @@ class VariedMerging(TokenMerging):
         order = rank.scatter(1, merged, 3 * num_tokens).argsort(dim=1, stable=True)
         moved = order.argsort(1)
         into = moved.gather(1, tied)
-        return Merging(order[:, : num_tokens - self.num_merged], merged, into, moved.scatter(1, merged, into))
+        return Merging(order[:, : num_tokens - self.num_merged], merged, into)
 
 
 @contextmanager

@@ -24,8 +24,8 @@ WITHOUT_PRODUCTS = """
     any avg_pool1d avg_pool2d batch_norm bernoulli_ clamp clamp_min clone cumsum div div_ exp expand_as fill_ gelu
     group_norm index_add_ index_select layer_norm le lift_fresh linalg_vector_norm log logical_and logical_not
     logical_or lt max_pool1d max_pool2d maximum mean minimum movedim mul mul_ ne neg new_ones ones_like pad pow
-    repeat rms_norm rsqrt rsub scatter_ scatter_add_ sigmoid silu softmax sort sqrt sub sum tanh unflatten unfold
-    upsample_bicubic2d upsample_bilinear2d view_as where
+    repeat rms_norm rsqrt rsub scatter_ scatter_add_ sigmoid silu softmax sort sqrt sub sub_ sum tanh unflatten
+    unfold upsample_bicubic2d upsample_bilinear2d view_as where
 """
 
 

@@ -192,7 +192,7 @@ def merge(x: Tensor, sizes: Tensor, merging: Merging) -> tuple[Tensor, Tensor]:
     share = (gone_sizes / sizes.gather(1, into)).to(x.dtype)
     left, gone, rows = rows_of_images(x, kept), rows_of_images(x, merged), _in_batch(into, kept.shape[1])
     change = gone.sub_(left.index_select(0, rows)).mul_(share.view(-1, 1))
-    return left.index_add_(0, rows, change).view(kept.shape + (-1,)), sizes
+    return left.index_add_(0, rows, change).view(kept.shape + x.shape[2:]), sizes
 
 
 @torch.fx.wrap
