@@ -7,6 +7,7 @@ unless a span needs a grid that is worth tiling.
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from reference import WORDS as WRITTEN
 from reference import Reference
@@ -133,7 +134,6 @@ NO_CLASS = {"class_token": False, "global_pool": "avg"}
 EXTRAS = {"qk_norm": True, "scale_attn_norm": True, "scale_mlp_norm": True, "init_values": 0.1}
 
 
-
 def _width_cases() -> dict[str, Case]:
     """MLPs of other widths and none at all, linear layers and skipped ones."""
     return {
@@ -223,9 +223,20 @@ CASES |= {word: Case(f"{word} reuse:2 exact {word} reuse") for word in WORDS if 
 SMALL_CASES = {name: case for name, case in CASES.items() if case.grid == (3, 5)}
 
 
-def with_backends(cases: dict[str, Case]) -> list[tuple[str, str]]:
-    """Names of cases with each backend that a test should run them with."""
-    return [(name, backend) for name, case in cases.items() for backend in backends(case)]
+# Of layers of other widths and of merging those that make test runs; make proof runs the others, too.
+QUICK = (
+    *("linear and skip", "hidden extras", "merge in every layer", "merge by values of some heads"),
+    *("merge mixture by values", "merge distilled", "merge extras"),
+)
+SLOW = {*_width_cases(), *_merge_cases()} - {*QUICK}
+
+
+def with_backends(cases: dict[str, Case]) -> list[Any]:
+    """Names of cases with each backend that a test should run them with, as pytest's parameters."""
+    marks = {name: [pytest.mark.proof] if name in SLOW else [] for name in cases}
+    return [
+        pytest.param(name, backend, marks=marks[name]) for name, case in cases.items() for backend in backends(case)
+    ]
 
 
 def backends(case: Case) -> tuple[str, ...]:

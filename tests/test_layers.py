@@ -114,10 +114,10 @@ def tokens_of(model: Any) -> int:
 
 
 FIRST_ROWS = [  # where tokens merge, those that never do
-    (name, backend, num_queries)
-    for name, backend in with_backends(CASES)
+    pytest.param(*case.values, num_queries, marks=case.marks)
+    for case in with_backends(CASES)
     for num_queries in (1, 4)
-    if num_queries <= CASES[name].num_prefix_tokens or not CASES[name].num_merged
+    if num_queries <= CASES[case.values[0]].num_prefix_tokens or not CASES[case.values[0]].num_merged
 ]
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from cases import CASES, PATCH_SIZE, Case, image_size, images, with_backends
+from cases import CASES, PATCH_SIZE, Case, backends, image_size, images
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 
@@ -166,8 +166,7 @@ def test_reuse_layers_keep_the_rows_of_their_own_heads(bias):
 
 
 def test_a_plan_reads_its_own_checkpoint():
-    for name, backend in with_backends(CASES):
-        case = CASES[name]
+    for case, backend in ((case, backend) for case in CASES.values() for backend in backends(case)):
         model, other = case.build(reuse_backend=backend), case.build(seed=1, reuse_backend=backend)
         report = load_checkpoint(other, state_of(model))
         assert (report.new, report.dropped) == ((), ())
