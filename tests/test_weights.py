@@ -166,7 +166,8 @@ def test_reuse_layers_keep_the_rows_of_their_own_heads(bias):
 
 
 def test_a_plan_reads_its_own_checkpoint():
-    for case, backend in ((case, backend) for case in CASES.values() for backend in backends(case)):
+    pairs = [(case, backend) for case in CASES.values() for backend in backends(case)]
+    for case, backend in pairs:
         model, other = case.build(reuse_backend=backend), case.build(seed=1, reuse_backend=backend)
         report = load_checkpoint(other, state_of(model))
         assert (report.new, report.dropped) == ((), ())
