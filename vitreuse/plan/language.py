@@ -234,16 +234,20 @@ def _check_specs(specs: tuple[Spec, ...], num_heads: int | None = None, num_patc
         raise Flaw("plan is empty", "exact")
     if len(specs) > MAX_LAYERS:
         raise Flaw(f"plan has {len(specs)} layers, more than the {MAX_LAYERS} it can have", _text(specs[:MAX_LAYERS]))
-    state = _State(None, None, None, num_patches)
+    state, problem, repaired = _State(None, None, None, num_patches), None, []
     for layer, spec in enumerate(specs):
         subject = f"layer {layer} is {quoted(str(spec))}, but"
         if broken := _broken_rule(spec, num_heads):
-            rule, valid = broken
-            raise Flaw(f"{subject} {rule}", _text(valid if other == spec else other for other in specs))
-        if broken := _broken_order(spec, state):
-            rule, valid = broken
-            raise Flaw(f"{subject} {rule}", _text((*specs[:layer], valid, *specs[layer + 1 :])))
+            if problem is None:
+                raise Flaw(f"{subject} {broken[0]}", _text(broken[1] if other == spec else other for other in specs))
+            repaired += specs[layer:]
+            break
+        while broken := _broken_order(spec, state):
+            problem, spec = problem or f"{subject} {broken[0]}", broken[1]
+        repaired.append(spec)
         state = state.after(layer, spec)
+    if problem is not None:
+        raise Flaw(problem, _text(repaired))
 
 
 class _State(NamedTuple):
@@ -290,7 +294,7 @@ def _broken_rule(spec: Spec, num_heads: int | None) -> tuple[str, Spec] | None:
 
 def _broken_order(spec: Spec, state: _State) -> tuple[str, Spec] | None:
     """The rule that a spec breaks by what comes before it and the nearest spec that keeps it; None for a valid one."""
-    exact = replace(spec, word="exact", number=None)
+    exact = Spec("exact", None, spec.merged, spec.hidden)
     if spec.word == "reuse" and state.anchor is None:
         return "no layer before it has a map", exact
     if state.merge is not None and spec.word in ON_GRID:
@@ -319,7 +323,7 @@ def _sentence(text: str, flaw: Flaw, *sizes: int | None) -> str:
     """One sentence on a flaw, ending in the valid plan that is reached by repairing one flaw after the other."""
     depth, num_heads, num_patches = sizes or (None, None, None)
     problem, valid = flaw.problem, shortest_text(["exact"] * (depth or 1))
-    for _ in range(2 * MAX_LAYERS):
+    for _ in range(20):
         try:
             valid = shortest_text(map(str, _read(flaw.repaired, depth, num_heads, num_patches)))
             break
