@@ -151,7 +151,7 @@ def test_a_vmapped_model_agrees_in_inference(name, backend):
 
 
 @pytest.mark.parametrize(("name", "backend"), with_backends(CASES))
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float16, marks=pytest.mark.proof)])
 def test_all_of_a_model_on_a_gpu_stays_there(name, backend, dtype, monkeypatch):
     """In shapes, types and devices alone, as no GPU is needed for."""
     monkeypatch.setattr("vitreuse.attention.policy.memory_bytes", lambda device_type: 2**34)
