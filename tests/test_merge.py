@@ -2,8 +2,10 @@
 
 import pytest
 import torch
-from cases import CASES, images
+from cases import CASES, Case, images
+from timm.layers import GluMlp, SwiGLU
 
+from vitreuse.model import merge as merging_file
 from vitreuse.model.merge import are_decided, choice_margins, choose_merging, merge, unmerge
 
 
@@ -76,3 +78,30 @@ def test_images_of_equal_patches_are_undecided_where_tokens_merge(name):
     x[1] = 0.5
     assert are_decided(model, x).tolist() == [True, name == "exact", True]
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_layer_that_merges_does_not_run_alone():
+    block = Case("exact-2 exact").build().blocks[0]
+    with pytest.raises(ValueError, match=r"^'exact-2' merges tokens, whose sizes the next layer needs: call the whole"):
+        block(torch.zeros(1, 16, 15, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("kind", [SwiGLU, GluMlp])
+def test_hidden_units_of_an_mlp_that_is_gated_are_refused_and_all_other_words_run(kind):
+    with pytest.raises(ValueError, match=rf"'exact/0' sets the hidden units of a layer.* mlp_layer={kind.__name__} may"):
+        Case("exact/0 exact").build(mlp_layer=kind)
+    model = Case("exact-2 linear exact skip none").build(mlp_layer=kind)
+    assert model(images()).isfinite().all()
+
+
+def test_places_are_kept_only_where_all_tokens_are_asked_for(monkeypatch):
+    model, gathered = Case("exact-2 exact-3 exact").build(), []
+    monkeypatch.setattr(merging_file, "unmerge", lambda x, places: gathered.append(places) or unmerge(x, places))
+    outputs = []
+    for block in model.blocks[:2]:
+        block.merge.register_forward_hook(lambda module, args, output: outputs.append(output[2]))
+    model(images())
+    assert outputs == [None, None] and not gathered
+    tokens = model.forward_features(images())
+    assert tokens.shape[1] == 16 and len(gathered) == 1  # at the end
+    assert [places.shape[1] for places in outputs[2:]] == [16, 16]
