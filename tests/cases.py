@@ -225,8 +225,8 @@ SMALL_CASES = {name: case for name, case in CASES.items() if case.grid == (3, 5)
 
 # Of layers of other widths and of merging those that make test runs; make proof runs the others, too.
 QUICK = (
-    *("linear and skip", "hidden extras", "merge in every layer", "merge by values of some heads"),
-    *("merge mixture by values", "merge distilled", "merge extras"),
+    *("merge in every layer", "merge by values of some heads", "merge mixture by values"),
+    *("merge distilled", "merge extras"),
 )
 SLOW = {*_width_cases(), *_merge_cases()} - {*QUICK}
 

@@ -77,7 +77,11 @@ def test_compiled_for_several_image_sizes_outputs_stay(plan):
             assert_close(compiled(images(grid)), model(images(grid)))
 
 
-EXPORTED = [(name, backend) for name, _ in [*REPRESENTATIVE[:5], *REPRESENTATIVE[-2:]] for backend in ("auto", "qk")]
+EXPORTED = [
+    *((name, backend) for name, _ in REPRESENTATIVE[:5] for backend in ("auto", "qk")),
+    *((name, "auto") for name, _ in REPRESENTATIVE[-2:]),
+    *(pytest.param(name, "qk", marks=pytest.mark.proof) for name, _ in REPRESENTATIVE[-2:]),
+]
 
 
 @pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.proof)])
