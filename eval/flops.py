@@ -174,7 +174,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(args: Namespace) -> dict[str, Any]:
     """Counts and memory of every target at every image size."""
-    targets, device = resolve_targets(args.targets, args.plan), choose_device(args.device)
+    targets, device = resolve_targets(args.targets, args.plan, args.image_size or [None]), choose_device(args.device)
     models = [count(target, size, args.dtype, device) for target in targets for size in args.image_size or [None]]
     return {"command": "flops", "device": device_name(device), "dtype": args.dtype, "models": models}
 

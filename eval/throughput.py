@@ -276,7 +276,7 @@ def run(args: Namespace) -> dict[str, Any]:
         )
     if args.threads:
         torch.set_num_threads(args.threads)
-    targets = resolve_targets(args.targets, args.plan)
+    targets = resolve_targets(args.targets, args.plan, args.image_size or [None])
     device = choose_device(args.device)
     result: dict[str, Any] = {"command": "throughput", "machine": describe_machine(device), "rows": [], "profiles": []}
     settings: Any = product(args.image_size or [None], args.dtype, args.mode)

@@ -5,6 +5,7 @@ import torch
 from cases import CASES, Case, images
 from timm.layers import GluMlp, SwiGLU
 
+from vitreuse.export.networks import resolve_targets
 from vitreuse.model import merge as merging_file
 from vitreuse.model.merge import are_decided, choice_margins, choose_merging, merge, unmerge
 
@@ -105,3 +106,12 @@ def test_places_are_kept_only_where_all_tokens_are_asked_for(monkeypatch):
     tokens = model.forward_features(images())
     assert tokens.shape[1] == 16 and len(gathered) == 1  # at the end
     assert [places.shape[1] for places in outputs[2:]] == [16, 16]
+
+
+def test_a_plan_may_fit_the_images_that_it_is_measured_on_alone():
+    name, plan = "vit_tiny_patch16_224", "exact-20*12"
+    (target,) = resolve_targets([name], [plan], [272])
+    assert str(target.model.plan) == plan
+    for sizes in ([None], [272, 224]):
+        with pytest.raises(ValueError, match=r"layer 9 is 'exact-20', but 16 patch tokens are left there, of which"):
+            resolve_targets([name], [plan], sizes)

@@ -138,13 +138,15 @@ def _json_object(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def resolve_targets(texts: Sequence[str], plans: Sequence[str] = ()) -> list[Target]:
+def resolve_targets(
+    texts: Sequence[str], plans: Sequence[str] = (), image_sizes_px: Sequence[int | None] = (None,)
+) -> list[Target]:
     """One target per text, labelled by its last part, or in full where that is taken twice.
 
-    With plans, one per text and plan instead of its own, labelled by the plan too.
+    With plans, one per text and plan instead of its own, labelled by the plan too, which suits images of each size.
 
     Raises:
-        ValueError: A text is no target, a plan is none of the target's depth, or one of them stands twice.
+        ValueError: A text is no target, a plan is none of the target's depth or patches, or one of them stands twice.
     """
     for text, count in Counter((*texts, *plans)).items():
         if count > 1:
@@ -155,13 +157,14 @@ def resolve_targets(texts: Sequence[str], plans: Sequence[str] = ()) -> list[Tar
         target if counts[target.label] == 1 else replace(target, label=text)
         for target, text in zip(targets, texts, strict=True)
     ]
-    return [_planned(target, plan) for target in labelled for plan in plans] if plans else labelled
+    return [_planned(target, plan, image_sizes_px) for target in labelled for plan in plans] if plans else labelled
 
 
-def _planned(target: Target, plan: str) -> Target:
+def _planned(target: Target, plan: str, image_sizes_px: Sequence[int | None]) -> Target:
     """The same network under another plan; of a plain model's name, ours."""
     model = replace(target.model, name=variant_of(target.model.name), plan=plan)
-    model.create("meta")  # refuses a wrong plan before any work is done
+    for size_px in image_sizes_px:
+        resized(model, size_px).create("meta")  # refuses a wrong plan before any work is done
     return Target(f"{target.label}, {plan}", model)
 
 
