@@ -113,5 +113,5 @@ def test_a_plan_may_fit_the_images_that_it_is_measured_on_alone():
     (target,) = resolve_targets([name], [plan], [272])
     assert str(target.model.plan) == plan
     for sizes in ([None], [272, 224]):
-        with pytest.raises(ValueError, match=r"layer 9 is 'exact-20', but 16 patch tokens are left there, of which"):
+        with pytest.raises(ValueError, match=r"layer 8 is 'exact-20', but 36 patch tokens are left there, of which"):
             resolve_targets([name], [plan], sizes)
