@@ -221,7 +221,10 @@ def test_images_whose_merges_rounding_decides_are_left_out(merging, tmp_path, ca
     monkeypatch.setattr("vitreuse.export.programs.pack_torch", lambda *_: b"")
     shift = torch.zeros(8, 1)
     shift[which] = 0.1
-    other = lambda images: model(images) + shift[: len(images)]  # noqa: E731
+
+    def other(images):
+        return model(images) + shift[: len(images)]
+
     monkeypatch.setattr("vitreuse.export.programs.load_torch", lambda _: other)
     assert main(["export", str(merging), "-o", str(tmp_path), "--format", "torch"]) == code
     told = capsys.readouterr()
@@ -296,7 +299,10 @@ def test_a_program_with_other_logits_is_not_kept(reused, tmp_path, capsys, monke
     model = timm.create_model(f"local-dir:{reused}", pretrained=True).eval()
     monkeypatch.setattr("vitreuse.export.programs.trace", lambda *_: None)
     monkeypatch.setattr("vitreuse.export.programs.pack_torch", lambda *_: b"")
-    other = lambda images: model(images) + wrong * (len(images) > 1)  # noqa: E731
+
+    def other(images):
+        return model(images) + wrong * (len(images) > 1)
+
     monkeypatch.setattr("vitreuse.export.programs.load_torch", lambda _: other)
     assert main(["export", str(reused), "-o", str(tmp_path), "--format", "torch"]) == 2
     told = capsys.readouterr().err
