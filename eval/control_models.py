@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
-from eval.flops import model_macs
 from vitreuse.config import ModelConfig
 from vitreuse.cost.summary import LARGEST
 from vitreuse.export.networks import exact_model
+from vitreuse.model.keywords import mlp_ratio
 from vitreuse.plan import MAX_LAYERS, PRESETS, Plan, Spec, parse_plan, preset_plan
 from vitreuse.plan.language import ON_GRID, WHOLE, num_mergeable
 
@@ -194,11 +194,10 @@ def _widened(plan: Plan, factor: float) -> Plan:
 
 def _shape(exact: ModelConfig) -> Shape:
     model = on_meta(exact)
-    model_macs(model)  # refuses parts without a closed form
     layer, width, stem = model.blocks[0], model.embed_dim, model.patch_embed
     step = math.lcm(layer.attn.num_heads, 4)  # channels: heads divide them, and fixed sines and cosines come in fours
-    mlp_ratio = layer.mlp.fc1.out_features / width
-    return Shape(width, len(model.blocks), mlp_ratio, stem.grid_size, step, stem.patch_size)
+    ratio = mlp_ratio(layer.mlp)
+    return Shape(width, len(model.blocks), ratio, stem.grid_size, step, stem.patch_size)
 
 
 def on_meta(model: ModelConfig) -> Any:

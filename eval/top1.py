@@ -29,7 +29,7 @@ from eval.distributed import Ranks, joined
 from eval.predictions import Answers, Predictions, answers
 from eval.sets import NUM_CLASSES, SETS, Labelled
 from eval.table import Column, csv_text, to_rich
-from vitreuse.cli.console import add_allow, add_count, add_output, local_path
+from vitreuse.cli.console import add_allow, add_count, add_image_size, add_output, local_path
 from vitreuse.config import DataConfig
 from vitreuse.cost.measure import describe_machine
 from vitreuse.data import find_split, open_split, prepare_source
@@ -122,6 +122,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     weights.add_argument("--checkpoint", type=local_path, metavar="FILE", help="weights of a name or config")
     weights.add_argument("--pretrained", action="store_true", help="the weights that timm publishes under a name")
     add_output(parser, "write predictions, classes and card of each target")
+    add_image_size(parser)
     add_count(parser, "--batch-size", 256, "images per forward pass")
     parser.add_argument("--num-workers", type=int, default=0, help="decoding processes; default: %(default)s")
 
@@ -136,7 +137,7 @@ def run(args: Namespace) -> dict[str, Any]:
         with ranks.together():
             if args.subset and args.set is None:
                 raise ValueError("--subset has no effect without --set, which says how many images there are.")
-            targets = resolve_targets(args.targets)
+            targets = [target.at(args.image_size) for target in resolve_targets(args.targets)]
             own = [target.config.data.root for target in targets if target.config]
             refuse_idle_allow(args.allow, [args.data] if args.data else own)
             if args.output is not None:

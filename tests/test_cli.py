@@ -161,7 +161,7 @@ def test_shards_are_written_described_and_verified(capsys, tmp_path):
         ),
         (
             ["plan", "exact*12", "--model", "resnet50"],
-            "vitreuse plan: no model 'resnet50' that takes a plan: the nearest is ",
+            "vitreuse plan: resnet50 takes no plan, since it is no VisionTransformer of timm: give a plain ViT",
         ),
         (
             ["plan", "exact*12", "--image-size", "5"],

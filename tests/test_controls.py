@@ -353,7 +353,6 @@ def test_a_control_that_is_the_config_itself_has_no_file(tmp_path, capsys, monke
         ({"name": "vit_tiny_patch16_224", "plan": "null"}, "vit_tiny_patch16_224 has no plan to control"),
         ({"plan": "exact*2"}, "plan 'exact*2' is exact everywhere, a control itself: give one that is not."),
         ({"weights": "weights: runs/x/model.safetensors"}, "starts from runs/x/model.safetensors, which fits no model"),
-        ({"keywords": "global_pool: map"}, "global_pool='map' has no closed form"),
     ],
 )
 def test_what_has_no_controls_is_refused_in_one_sentence(settings, sentence, tmp_path, capsys):

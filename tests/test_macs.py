@@ -118,8 +118,3 @@ def test_carried_queries_and_keys_are_multiplied_again():
     again = sum(vitreuse.count_macs(pairs).values()) - sum(vitreuse.count_macs(maps).values())
     assert again == 8 * 197**2 * 192
     assert vitreuse.count_macs(pairs, theoretical=True) == vitreuse.count_macs(maps, theoretical=True)
-
-
-def test_an_attention_pool_has_no_closed_form():
-    with pytest.raises(ValueError, match="global_pool='map' has no closed form: use token, avg"):
-        vitreuse.count_macs(build("vit_reuse_tiny_patch16_224", global_pool="map"))

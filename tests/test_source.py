@@ -56,8 +56,8 @@ def test_a_name_alone_has_timms_weights(folder, monkeypatch):
 
 
 @pytest.mark.parametrize(("argv", "said"), [
-    (["swin_tiny_patch4_window7_224"], "is a SwinTransformer, whose attention takes no plan: give a vit, deit"),
-    (["resnet18"], "resnet18 is a ResNet, whose attention takes no plan: give a vit, deit"),
+    (["swin_tiny_patch4_window7_224"], "takes no plan, since it is no VisionTransformer of timm: give a plain ViT"),
+    (["resnet18"], "resnet18 takes no plan, since it is no VisionTransformer of timm"),
     (["vit_reuse_tiny_patch16_224"], "neither a file nor pretrained weights of timm"),
     ([NAME, "--checkpoint", "{tmp}/hub/model.safetensors"], "does not fit vit_tiny_patch16_224: .* has no blocks"),
     (["vit_small_patch16_224", "--checkpoint", "{tmp}/weights.safetensors"], "the checkpoint's sizes"),

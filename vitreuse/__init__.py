@@ -11,6 +11,7 @@ from vitreuse.compress.search import search
 from vitreuse.cost.macs import count_macs, count_params
 from vitreuse.model import registry
 from vitreuse.model.checkpoint import LoadReport, load_checkpoint
+from vitreuse.model.create import create_model
 from vitreuse.model.recording import attention_maps
 from vitreuse.model.vit import PlanVisionTransformer, PlanVisionTransformerDistilled
 from vitreuse.plan import PRESETS, Plan, Spec, parse_plan, preset_plan
@@ -28,6 +29,7 @@ __all__ = [
     "convert",
     "count_macs",
     "count_params",
+    "create_model",
     "fit_projections",
     "fold",
     "load_checkpoint",

@@ -13,7 +13,6 @@ from vitreuse.cost.measure import inference_call, time_interleaved
 from vitreuse.export.hub import plan_text
 from vitreuse.io.process import choose_device
 from vitreuse.model.preprocessing import example
-from vitreuse.model.registry import variant_of
 
 HELP = "measure each step of vitreuse.fold, alone and all together"
 NEEDS = {"centring": ("norm_affine",)}  # steps that do nothing without others
@@ -65,8 +64,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def _model(args: argparse.Namespace) -> Any:
     """The model in float32, with no bias, norm or scale that an identity would leave out of the proof."""
     keywords = {} if args.image_size is None else {"img_size": args.image_size}
-    name = args.name if args.plan is None else variant_of(args.name)
-    model: Any = ModelConfig(name=name, plan=args.plan, keywords=keywords).create()
+    model: Any = ModelConfig(name=args.name, plan=args.plan, keywords=keywords).create()
     fold(model, ())  # refuses a model that cannot be folded, before anything else is asked of it
     for parameter in model.parameters():
         if parameter.ndim == 1:

@@ -21,7 +21,7 @@ SUMMED = {  # the parts of a layer whose MACs are shown as one number, by its he
     "values": ("values",),
     "proj": ("proj",),
     "merge": ("merge",),
-    "mlp": ("fc1", "fc2"),
+    "mlp": ("fc1", "fc1_g", "fc1_x", "fc2"),
     "linear": ("linear",),
 }
 STRIP = 12  # characters that stand for all tokens

@@ -131,8 +131,8 @@ def _presets(specs: Sequence[Spec], depth: int) -> dict[str, Plan]:
 
 def _conversion(args: argparse.Namespace, source: Source, chosen: Candidate) -> str:
     """The command that goes on from here."""
-    given = {"--checkpoint": args.checkpoint, "--data": args.data}
-    options = [part for name, path in given.items() if path is not None for part in (name, str(path))]
+    given = {"--checkpoint": args.checkpoint, "--image-size": args.image_size, "--data": args.data}
+    options = [part for name, value in given.items() if value is not None for part in (name, str(value))]
     folder = f"{source.target.label}-{args.metric}-{args.budget:g}"
     return shlex.join(["vitreuse", "convert", args.model, *options, "--plan", str(chosen.plan), "-o", folder])
 

@@ -14,7 +14,7 @@ import torch
 from timm.models import VisionTransformer
 from torch import Tensor
 
-from vitreuse.cli.console import add_count, add_device, local_path
+from vitreuse.cli.console import add_count, add_device, add_image_size, local_path
 from vitreuse.compress.damage import Change, measure_damage
 from vitreuse.compress.redundancy import Redundancy, measure_redundancy
 from vitreuse.data import DataError, choose_split, find_split, open_images, prepare_source
@@ -24,6 +24,7 @@ from vitreuse.export.networks import Target, resolve_targets
 from vitreuse.io.process import choose_device
 from vitreuse.io.progress import WorkProgress
 from vitreuse.model.class_names import names_of
+from vitreuse.model.keywords import unsupported
 from vitreuse.model.preprocessing import evaluation_transform, image_mode
 from vitreuse.plan import Spec, parse_plan
 
@@ -35,10 +36,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     meaning = "a name, with timm's weights or --checkpoint; a run folder or a hub folder, with its own"
     parser.add_argument("model", metavar="MODEL", help=meaning)
     parser.add_argument("--checkpoint", type=local_path, metavar="FILE", help="a file of weights, of a name or config")
+    add_image_size(parser)
 
 
 def load_model(args: argparse.Namespace) -> tuple[Target, Any]:
-    """What the arguments name, and its model with weights.
+    """What the arguments name, and its model with weights, for images of the size that they give.
 
     Raises:
         ValueError: The model is no ViT of timm or ours, or has no weights.
@@ -46,10 +48,9 @@ def load_model(args: argparse.Namespace) -> tuple[Target, Any]:
     (target,) = resolve_targets([args.model])
     model = target.model.create("meta")  # before its weights are fetched
     if not isinstance(model, VisionTransformer):
-        raise ValueError(
-            f"{target.label} is a {type(model).__name__}, whose attention takes no plan: give a vit, deit, deit3 or "
-            "dino model of timm, such as vit_small_patch16_224, or one of vitreuse."
-        )
+        raise unsupported(model, "is no VisionTransformer of timm")
+    target = target.at(args.image_size)
+    target.model.create("meta")
     is_of_timm = target.is_name and args.checkpoint is None
     return target, target.load_pretrained() if is_of_timm else target.load(args.checkpoint)
 

@@ -22,7 +22,8 @@ from vitreuse.attention import LowRankAttention
 from vitreuse.attention.lowrank import grid_pooling, init_projection
 from vitreuse.compress.head_matching import match_plan, order_of_heads, rows_of_heads
 from vitreuse.model.checkpoint import load_checkpoint
-from vitreuse.model.copies import exact_copy, layers_of, untrained_copy
+from vitreuse.model.copies import exact_copy, untrained_copy
+from vitreuse.model.keywords import layers_of
 from vitreuse.model.plan_weights import Units, refuse_more_units
 from vitreuse.model.recording import recorded_attention
 from vitreuse.plan import Plan, parse_plan
@@ -99,7 +100,7 @@ def fitting_plan(model: Any, plan: str | Plan) -> Plan:
     layers = layers_of(model)
     plan = parse_plan(str(plan), len(layers), layers[0].attn.num_heads, model.patch_embed.num_patches)
     for layer, (spec, block) in enumerate(zip(plan, layers, strict=True)):
-        refuse_more_units(layer, spec, block.mlp.fc1.out_features)
+        refuse_more_units(layer, spec, block.mlp.fc2.in_features)
     return plan
 
 
@@ -109,7 +110,7 @@ def _touched(converted: Any, original: Any) -> list[str]:
     for layer, (block, old) in enumerate(zip(converted.blocks, original.blocks, strict=True)):
         if block.has_attention and block.spec.word != "exact":
             prefixes.append(f"blocks.{layer}.attn.")
-        if block.has_mlp and block.mlp.fc1.out_features != old.mlp.fc1.out_features:
+        if block.has_mlp and block.mlp.fc2.in_features != old.mlp.fc2.in_features:
             prefixes.append(f"blocks.{layer}.mlp.")
     return [name for name, _ in converted.named_parameters() if name.startswith(tuple(prefixes))]
 

@@ -3,6 +3,7 @@
 import inspect
 import re
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import timm
@@ -13,6 +14,7 @@ from torch import nn
 from vitreuse.config.strict_yaml import setting
 from vitreuse.io.errors import ConfigError, nearest
 from vitreuse.io.urls import refuse_url
+from vitreuse.model.create import create_model
 from vitreuse.model.vit import PlanVisionTransformer
 
 LOCAL_DIR = "local-dir:"  # as timm spells the name of a hub folder on disk
@@ -26,7 +28,7 @@ class ModelConfig:
         "a model name that timm.list_models() knows, or local-dir:DIR, the model of a run folder or a hub folder with "
         "its plan, keywords and weights; plan and keywords given beside it lie over its own"
     )
-    plan: str | None = setting("attention plan, one spec per layer; null for the model's own", None)
+    plan: str | None = setting("plan, one spec per layer, of any plain ViT of timm too; null for the model's own", None)
     keywords: dict = setting("further keywords of timm.create_model")
     weights: str | None = setting(
         "what training starts from: a file of weights, a run folder, a hub folder, or a name of "
@@ -57,12 +59,12 @@ class ModelConfig:
         if not timm.is_model(self.name):
             hint = nearest(self.name, timm.list_models()) or ", timm.list_models() has the names."
             raise ConfigError(f"model.name {self.name!r} is not a model of timm or vitreuse{hint}")
-        keywords = self.keywords if self.plan is None else {**self.keywords, "plan": self.plan}
+        make = timm.create_model if self.plan is None else partial(create_model, plan=self.plan)
         try:
             with torch.device(device or "cpu"):
-                model = timm.create_model(self.name, **keywords)
+                model = make(self.name, **self.keywords)
         except Exception as error:  # timm's answers to a bad keyword are of every kind, ZeroDivisionError among them
-            reason = str(error) or f"timm refuses one of its keywords, {', '.join(keywords)}."
+            reason = str(error) or f"timm refuses one of its keywords, {', '.join(self.keywords)}."
             said = _unknown_keyword(self.name, error) or f"model {self.name!r} cannot be built: {reason}"
             raise ConfigError(said) from error
         if self.pos_embed == "sincos2d":

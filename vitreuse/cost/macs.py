@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from timm.layers import AttentionPoolPrr
 from torch import nn
 
 
@@ -21,7 +22,7 @@ def count_macs(
         theoretical: Count a carried map and exact neighbourhoods instead of the products that run on this device.
 
     Raises:
-        ValueError: A part that has no closed form, such as an attention pool.
+        ValueError: The model has no plan.
     """
     _check(model)
     grid = model.patch_embed.grid_size if image_size is None else model.patch_embed.dynamic_feat_size(_pair(image_size))
@@ -31,6 +32,7 @@ def count_macs(
         num_queries = model.num_class_rows if is_last and model.reads_class_rows else None
         for part, macs in block.macs(grid, num_queries, theoretical).items():
             parts[f"blocks.{index}.{part}"] = macs
+    parts |= _pool(model, grid[0] * grid[1])
     for name, head in _heads(model).items():
         parts[name] = head.in_features * head.out_features
     return parts
@@ -47,12 +49,27 @@ def _heads(model: Any) -> dict[str, nn.Linear]:
     return {name: head for name, head in found.items() if isinstance(head, nn.Linear)}
 
 
+def _pool(model: Any, num_patches: int) -> dict[str, int]:
+    """What timm's attention pools multiply: one latent query, or all tokens with themselves and nothing projected."""
+    pool = model.attn_pool
+    if pool is None:
+        return {}
+    num_tokens = num_patches + (model.num_prefix_tokens if model.pool_include_prefix else 0)
+    if isinstance(pool, AttentionPoolPrr):
+        return {"attn_pool.mixing": 2 * num_tokens**2 * model.embed_dim}
+    rows = {"kv": num_tokens}
+    parts = {
+        f"attn_pool.{name}": rows.get(name, pool.latent_len) * part.in_features * part.out_features
+        for name, part in pool.named_modules()
+        if isinstance(part, nn.Linear)
+    }
+    return {**parts, "attn_pool.mixing": 2 * pool.latent_len * num_tokens * model.embed_dim}
+
+
 def _check(model: Any) -> None:
     if not hasattr(model, "plan"):
         name = type(model).__name__
         raise ValueError(f"{name} has no plan and so no closed form: count it with vitreuse.cost.counters.")
-    if model.attn_pool is not None:
-        raise ValueError(f"global_pool={model.global_pool!r} has no closed form: use token, avg, avgmax or max.")
 
 
 def _pair(size: int | tuple[int, int]) -> tuple[int, int]:

@@ -28,7 +28,7 @@ from vitreuse.attention.tiles import tile_size
 from vitreuse.cost.backends import layer_backends
 from vitreuse.cost.macs import count_macs
 from vitreuse.cost.measure import saved_storages
-from vitreuse.model.copies import read_keywords
+from vitreuse.model.keywords import read_keywords
 from vitreuse.model.preprocessing import example
 from vitreuse.plan import Plan, Spec
 
@@ -147,7 +147,7 @@ def _nanoseconds(model: Any, conditions: Conditions) -> list[int]:
             assert way is not None
             totals[layer] += macs / COST_CHANNELS * _attention_ns(attn, way, cost_at(costs[key], _row_length(attn)))
         elif kind != "logits":
-            totals[layer] += macs * (mlp_ns if kind in ("fc1", "fc2") else linear_ns)
+            totals[layer] += macs * (mlp_ns if ".mlp." in part else linear_ns)
     return [round(total) for total in totals]
 
 

@@ -7,11 +7,11 @@ from bisect import bisect_right
 from collections.abc import Mapping
 from typing import Any
 
-import timm
+import torch
 
 from vitreuse.cost.macs import count_macs, count_params
-from vitreuse.model.registry import variant_of
-from vitreuse.model.vit import PlanVisionTransformer
+from vitreuse.model.create import create_model
+from vitreuse.model.keywords import mlp_ratio
 
 PARTS = ("width", "mlp")  # of a model that may grow
 LARGEST = 8  # times what the model has; most plans save less
@@ -23,7 +23,7 @@ def describe(
     """Parameters and MACs of a plan in a model, as a whole and per layer and part, beside those of the exact plan.
 
     Args:
-        name: A model of ours, or timm's plain model of one.
+        name: A model of ours, or a plain ViT of timm.
         plan: A plan, the model's own when None.
         image_size: Side in pixels, the model's own when None.
         keywords: Further ones of the model; the exact plan's, which it is compared with, is made without them.
@@ -56,14 +56,11 @@ def describe(
 
 def model_on_meta(
     name: str, plan: str | None, image_size: int | None, keywords: Mapping[str, Any] | None = None
-) -> PlanVisionTransformer:
+) -> Any:
     """The model on the meta device, where initialising it would only take time; arguments as for describe."""
     size = {} if image_size is None else {"img_size": image_size}
-    model = timm.create_model(
-        variant_of(name), plan=plan, device="meta", weight_init="skip", **size, **(keywords or {})
-    )
-    assert isinstance(model, PlanVisionTransformer)
-    return model
+    with torch.device("meta"):
+        return create_model(name, plan, weight_init="skip", **size, **(keywords or {}))
 
 
 def _layer(model: Any, layer: int, macs: dict[str, int], exact_macs: dict[str, int]) -> dict[str, Any]:
@@ -77,7 +74,7 @@ def _layer(model: Any, layer: int, macs: dict[str, int], exact_macs: dict[str, i
         "anchor": model.plan.anchors[layer],
         "tokens": model.num_prefix_tokens + patches,
         "merged": patches - left,
-        "hidden": block.mlp.fc1.out_features if block.has_mlp else 0,
+        "hidden": block.mlp.fc2.in_features if block.has_mlp else 0,
         "theoretical_macs": parts,
         "macs_ratio": sum(parts.values()) / sum(_parts(exact_macs, layer).values()),
     }
@@ -93,7 +90,7 @@ def equal_macs(name: str, plan: str | None, part: str, image_size: int | None = 
     """The keyword by which a plan's model is as large as the MACs of the exact plan allow.
 
     Args:
-        name: A model of ours, or timm's plain model of one.
+        name: A model of ours, or a plain ViT of timm.
         plan: A plan, the model's own when None.
         part: "width" for embed_dim, with a multiple of 4 channels for each of as many heads; "mlp" for mlp_ratio, in
             steps of 1/16.
@@ -127,7 +124,7 @@ def _measure(exact: Any, part: str) -> tuple[str, int | float, float]:
     layer = exact.blocks[0]
     if part == "width":
         return "embed_dim", 4 * layer.attn.num_heads, exact.embed_dim
-    return "mlp_ratio", 1 / 16, layer.mlp.fc1.out_features / exact.embed_dim
+    return "mlp_ratio", 1 / 16, mlp_ratio(layer.mlp)
 
 
 def _macs(model: Any) -> int:

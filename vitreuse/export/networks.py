@@ -1,10 +1,12 @@
 """What a command is pointed at: a model name, a config, a run folder or a hub folder, each a network to be built."""
 
+from __future__ import annotations
+
 import json
 import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +20,12 @@ from vitreuse.export.hub import CONFIG, WEIGHTS, is_hub_folder, read_hub_folder
 from vitreuse.io.checkpoint_file import Weights, read_weights
 from vitreuse.io.errors import nearest, nearest_path
 from vitreuse.io.process import print_note
-from vitreuse.model.checkpoint import LoadReport, load_checkpoint, load_exactly
+from vitreuse.model.checkpoint import LoadReport, load_checkpoint
 from vitreuse.model.class_names import name_classes, read_names
-from vitreuse.model.registry import default_cfgs, plain_name, variant_of
+from vitreuse.model.registry import GATED_MLPS, default_cfgs, plain_name
 from vitreuse.plan import parse_plan
-from vitreuse.plan.options import PlanOptions
+from vitreuse.plan.options import PLAN_KEYWORDS
 
-PLAN_KEYWORDS = tuple(field.name for field in fields(PlanOptions))
 OWN_KEYWORDS = (*PLAN_KEYWORDS, "norm_eps")  # that timm's own models do not have
 
 
@@ -47,6 +48,10 @@ class Target:
     def crop_pct(self) -> float | None:
         """The share of the resized image that the evaluation of an experiment crops; None for the model's own."""
         return None if self.config is None else self.config.eval.crop_pct
+
+    def at(self, image_size_px: int | None) -> Target:
+        """The same network built for another image size; itself where none is given."""
+        return self if image_size_px is None else replace(self, model=resized(self.model, image_size_px))
 
     def load(self, checkpoint: Path | None = None) -> nn.Module:
         """The model with the weights of a file; by default those a run left, its newest checkpoint, or a hub folder's.
@@ -100,8 +105,8 @@ class Target:
         """The model with the weights that timm publishes under its name; raises as pretrained_weights does."""
         if not self.is_name:
             raise ValueError(f"{self.label} is no model name, and --pretrained means timm's weights: leave it out.")
-        model = self.model.create()
-        load_exactly(model, pretrained_weights(self.model.name))
+        weights, model = pretrained_weights(self.model.name), self.model.create()
+        load_checkpoint(model, weights)
         return model
 
     def _own_weights(self) -> Path:
@@ -161,8 +166,8 @@ def resolve_targets(
 
 
 def _planned(target: Target, plan: str, image_sizes_px: Sequence[int | None]) -> Target:
-    """The same network under another plan; of a plain model's name, ours."""
-    model = replace(target.model, name=variant_of(target.model.name), plan=plan)
+    """The same network under another plan."""
+    model = replace(target.model, plan=plan)
     for size_px in image_sizes_px:
         resized(model, size_px).create("meta")  # refuses a wrong plan before any work is done
     return Target(f"{target.label}, {plan}", model)
@@ -228,6 +233,8 @@ def plain_model(model: ModelConfig) -> ModelConfig:
     """timm's own model of the same size and keywords, which ours is measured against."""
     name = plain_name(model.name) if model.name in default_cfgs else model.name
     keywords = {key: value for key, value in model.keywords.items() if key not in OWN_KEYWORDS}
+    if (mlp_layer := keywords.get("mlp_layer")) in GATED_MLPS:
+        keywords["mlp_layer"] = GATED_MLPS[mlp_layer]
     return replace(model, name=name, plan=None, keywords=keywords)
 
 

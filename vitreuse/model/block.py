@@ -107,29 +107,23 @@ class PlanBlock(nn.Module):
             num_rows -= num_mergeable(self.spec.merged, num_patches)
         if not self.has_mlp:
             return parts
-        fc1, fc2 = self._mlp()
-        parts["mlp.fc1"] = num_rows * fc1.in_features * fc1.out_features
-        parts["mlp.fc2"] = num_rows * fc2.in_features * fc2.out_features
+        for name, part in self.mlp.named_modules():
+            if isinstance(part, nn.Linear):  # fc1, of a gated MLP perhaps two of them, and fc2
+                parts[f"mlp.{name}"] = num_rows * part.in_features * part.out_features
         return parts
 
-    def _mlp(self) -> tuple[nn.Linear, nn.Linear]:
-        if type(self.mlp) is not InplaceMlp:
-            raise ValueError(f"mlp_layer={type(self.mlp).__name__} has no closed form: use timm's Mlp.")
-        fc1: Any = self.mlp.fc1
-        fc2: Any = self.mlp.fc2
-        return fc1, fc2
 
-
-def _checked_hidden(spec: Spec, mlp_layer: type[nn.Module]) -> int:
+def _checked_hidden(spec: Spec, mlp_layer: Any) -> int:
     """The hidden units that a spec gives its layer.
 
     Raises:
         ValueError: The MLP may be gated.
     """
     if mlp_layer is not Mlp:
+        kind = getattr(mlp_layer, "func", mlp_layer).__name__  # SwiGLUPacked is a partial
         raise ValueError(
-            f"'{spec}' sets the hidden units of a layer, and those of mlp_layer={mlp_layer.__name__} may be gated: use "
-            f"timm's Mlp, or leave out '/{spec.hidden}'."
+            f"'{spec}' sets the hidden units of a layer, and those of mlp_layer={kind} may be gated: use timm's Mlp, or "
+            f"leave out '/{spec.hidden}'."
         )
     return spec.hidden or 0
 

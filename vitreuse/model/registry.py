@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from timm.layers import LayerNorm, get_norm_layer, to_2tuple
+from timm.layers import GluMlp, LayerNorm, SwiGLU, SwiGLUPacked, get_norm_layer, to_2tuple
 from timm.models import (
     build_model_with_cfg,
     generate_default_cfgs,
@@ -21,7 +21,6 @@ from timm.models import (
 )
 from torch import nn
 
-from vitreuse.io.errors import closest
 from vitreuse.model.checkpoint import checkpoint_filter_fn
 from vitreuse.model.vit import PlanVisionTransformer, PlanVisionTransformerDistilled
 from vitreuse.plan import PRESETS, preset_plan
@@ -43,6 +42,7 @@ RESOLUTIONS: dict[str, dict[str, tuple[int, ...]]] = {
     "deit": {"tiny": (224,), "small": (224,), "base": (224, 384)},
     "deit3": {"small": (224, 384), "base": (224, 384), "large": (224, 384)},
 }
+GATED_MLPS = {"swiglu": SwiGLU, "swiglu_packed": SwiGLUPacked, "glu": GluMlp}  # by names, which JSON can hold
 DISTILLED_SIZES = ("tiny", "small", "base")
 
 
@@ -51,19 +51,11 @@ def plain_name(name: str) -> str:
     return _PLAIN_NAMES[name]
 
 
-def variant_of(name: str) -> str:
-    """One of our names for the plain model that ``name`` is, or is a variant of.
-
-    Raises:
-        ValueError: Neither a name of ours nor the plain model of one.
-    """
+def variant_of(name: str) -> str | None:
+    """One of our names for the plain model that ``name`` is, or is a variant of; None of any other."""
     if name in _PLAIN_NAMES:
         return name
-    for variant, plain in _PLAIN_NAMES.items():
-        if plain == name:
-            return variant
-    near = closest(name, [*_PLAIN_NAMES, *_PLAIN_NAMES.values()], likeness=0.0)
-    raise ValueError(f"no model {name!r} that takes a plan: the nearest is {near!r}, 'vitreuse models' lists ours.")
+    return next((variant for variant, plain in _PLAIN_NAMES.items() if plain == name), None)
 
 
 def _name_table() -> dict[str, tuple[str, str, dict[str, Any]]]:
@@ -98,16 +90,22 @@ def _create(
     method: str,
     out_indices: Any = 3,
     norm_eps: float | None = None,
+    mlp_layer: str | Any = None,
     **kwargs: Any,
 ) -> nn.Module:
     """Builds a registered model with its method's preset plan, or another plan.
 
-    ``norm_eps`` is of all norms: JSON, and so a hub folder, cannot hold timm's ``norm_layer=partial(...)``.
+    ``norm_eps`` is of all norms and ``mlp_layer`` may be one of GATED_MLPS: JSON, and so a hub folder, cannot hold
+    timm's ``norm_layer=partial(...)`` and classes.
     """
     if plan is None:
         plan = str(preset_plan(method, kwargs["depth"], _num_patches(name, kwargs)))
     if norm_eps is not None:
         kwargs["norm_layer"] = partial(get_norm_layer(kwargs.get("norm_layer")) or LayerNorm, eps=norm_eps)
+        if kwargs.get("embed_norm_layer") is not None:
+            kwargs["embed_norm_layer"] = partial(get_norm_layer(kwargs["embed_norm_layer"]), eps=norm_eps)
+    if mlp_layer is not None:
+        kwargs["mlp_layer"] = _mlp_class(mlp_layer)
     return build_model_with_cfg(
         PlanVisionTransformerDistilled if distilled else PlanVisionTransformer,
         name,
@@ -117,6 +115,19 @@ def _create(
         plan=plan,
         **kwargs,
     )
+
+
+def _mlp_class(mlp_layer: str | Any) -> Any:
+    """A kind of MLP by its name, or itself.
+
+    Raises:
+        ValueError: No such name.
+    """
+    if not isinstance(mlp_layer, str):
+        return mlp_layer
+    if mlp_layer not in GATED_MLPS:
+        raise ValueError(f"mlp_layer={mlp_layer!r} is none of {', '.join(GATED_MLPS)}: give one, or a class.")
+    return GATED_MLPS[mlp_layer]
 
 
 def _num_patches(name: str, kwargs: Mapping[str, Any]) -> int:

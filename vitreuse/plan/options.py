@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from warnings import warn
 
 from vitreuse.plan import Plan
@@ -59,6 +59,9 @@ class PlanOptions:
             if getattr(self, name) != default:
                 warn(f"{name}={getattr(self, name)!r} has no effect on plan '{plan}': leave it out.", stacklevel=4)
         return PlanOptions(**{**self.__dict__, **defaults})
+
+
+PLAN_KEYWORDS = tuple(field.name for field in fields(PlanOptions))
 
 
 def warn_if_map_is_carried(options: PlanOptions, attn_drop_rate: float) -> None:
