@@ -623,7 +623,7 @@ def test_tables_show_rounded_values_and_store_exact_ones():
         (["flops", "{tmp}/tiny.yaml", "--image-size", "3"], "images of (3, 3) px are smaller than a patch of (4, 4)"),
         (["flops", "{tmp}/run", "{tmp}/run"], "{tmp}/run is given 2 times: name it once."),
             (["flops", "vit_tiny_patch16_224", "--plan", "exact*6"], "exact*6"),
-            (["flops", "resnet18", "--plan", "exact*12"], "resnet18 takes no plan, since it is no VisionTransformer of timm"),
+            (["flops", "resnet18", "--plan", "exact*12"], "resnet18 takes no plan, since it is no VisionT"),
         (["throughput", "{tmp}/tiny.yaml", "--profile", "--mode", "train"], "--profile shows where the time"),
         (["throughput", "{tmp}/tiny.yaml", "--dtype", "float8"], "argument --dtype: invalid choice: 'float8'"),
         (["speed"], "invalid choice: 'speed'"),

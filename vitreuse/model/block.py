@@ -122,8 +122,8 @@ def _checked_hidden(spec: Spec, mlp_layer: Any) -> int:
     if mlp_layer is not Mlp:
         kind = getattr(mlp_layer, "func", mlp_layer).__name__  # SwiGLUPacked is a partial
         raise ValueError(
-            f"'{spec}' sets the hidden units of a layer, and those of mlp_layer={kind} may be gated: use timm's Mlp, or "
-            f"leave out '/{spec.hidden}'."
+            f"'{spec}' sets the hidden units of a layer, and those of mlp_layer={kind} may be gated: use timm's Mlp, "
+            f"or leave out '/{spec.hidden}'."
         )
     return spec.hidden or 0
 
