@@ -31,6 +31,9 @@ AGREEMENT = {
     "equal_top1": "{:.2f} % equal top-1",
     "kl_divergence_nats": "KL divergence {:.4f} nats",
     "cosine": "cosine of features {:.4f}",
+    "worst_cosine": "{:.4f} in the worst tenth",
+    "patch_cosine": "of patch tokens {:.4f}",
+    "worst_patch_cosine": "{:.4f} in the worst tenth",
 }
 
 

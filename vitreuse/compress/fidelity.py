@@ -1,4 +1,7 @@
-"""How far a converted model still says what the original says, image by image."""
+"""How far a converted model still says what the original says, image by image.
+
+Shapes: B images, N tokens (prefix tokens first), C channels.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from timm.models import VisionTransformer
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -22,7 +26,10 @@ class Agreement:
         num_images: How many were compared.
         equal_top1: Percent of images of which both models say the same class.
         kl_divergence_nats: Divergence of the original's probabilities from the converted model's.
-        cosine: Similarity of the features of models without classes.
+        cosine: Similarity of the features of models without classes: of the class token, or of what else they pool.
+        worst_cosine: The same over the tenth of the images in which it is least.
+        patch_cosine: Similarity of their patch tokens, a mean over the tokens of an image.
+        worst_patch_cosine: The same over the tenth of the images in which it is least.
         original_top1: Percent of images whose label the original says.
         converted_top1: The same of the converted model.
     """
@@ -31,6 +38,9 @@ class Agreement:
     equal_top1: float | None = None
     kl_divergence_nats: float | None = None
     cosine: float | None = None
+    worst_cosine: float | None = None
+    patch_cosine: float | None = None
+    worst_patch_cosine: float | None = None
     original_top1: float | None = None
     converted_top1: float | None = None
 
@@ -51,18 +61,45 @@ def agreement(original: Any, converted: Any, batches: Iterable[tuple[Tensor, Ten
     device = next(original.parameters()).device
     rows: dict[str, list[Tensor]] = defaultdict(list)
     for images, labels in batches:
-        wanted, found = original(images.to(device)), converted(images.to(device))
-        if original.num_classes > 0 and wanted.ndim == 2:
-            compared = _of_classes(wanted, found, labels.to(device), has_labels)
+        seen = images.to(device)
+        if original.num_classes > 0:
+            compared = _of_classes(original(seen), converted(seen), labels.to(device), has_labels)
         else:
-            compared = {"cosine": F.cosine_similarity(wanted.flatten(1), found.flatten(1))}
+            compared = feature_cosines(original, converted, seen)
         for name, values in compared.items():
             rows[name].append(values.double())
     if not rows:
         raise ValueError("there are no images to compare on: give at least one.")
     columns = {name: torch.cat(values) for name, values in rows.items()}
-    num_images = len(next(iter(columns.values())))
-    return Agreement(num_images, **{name: float(column.mean()) for name, column in columns.items()})
+    means = {name: float(column.mean()) for name, column in columns.items()}
+    worst = {f"worst_{name}": worst_tenth(column) for name, column in columns.items() if name.endswith("cosine")}
+    return Agreement(len(next(iter(columns.values()))), **means, **worst)
+
+
+def feature_cosines(original: Any, converted: Any, images: Tensor) -> dict[str, Tensor]:
+    """For each image (B,) how alike the features of two ViTs are, and how alike their patch tokens.
+
+    Features are what a head would read: the class token, or the tokens pooled; of other models their answers.
+    """
+    if not isinstance(original, VisionTransformer):
+        return {"cosine": F.cosine_similarity(original(images).flatten(1), converted(images).flatten(1))}
+    wanted, found = original.forward_features(images), converted.forward_features(images)
+    return token_cosines(original, wanted, converted, found)
+
+
+def token_cosines(original: Any, wanted: Tensor, converted: Any, found: Tensor) -> dict[str, Tensor]:
+    """The cosines of feature_cosines, of the tokens (B, N, C) after the final norms of two ViTs."""
+    features, others = (of.forward_head(tokens, pre_logits=True) for of, tokens in ((original, wanted), (converted, found)))
+    patches, other_patches = (tokens[:, original.num_prefix_tokens :] for tokens in (wanted, found))
+    return {
+        "cosine": F.cosine_similarity(features.flatten(1).float(), others.flatten(1).float()),
+        "patch_cosine": F.cosine_similarity(patches.float(), other_patches.float(), dim=-1).mean(1),
+    }
+
+
+def worst_tenth(values: Tensor) -> float:
+    """The mean of the least tenth of some numbers, of at least one."""
+    return float(values.sort().values[: max(1, len(values) // 10)].mean())
 
 
 def _of_classes(wanted: Tensor, found: Tensor, labels: Tensor, has_labels: bool) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from vitreuse.data.datasets import CACHE_ROOT, FolderDataset, ShardDataset, open_images, open_split
 from vitreuse.data.decode import Decoder, Sample, decode_image, decode_tensor
+from vitreuse.data.holdout import Part, open_without_labels, split_apart
 from vitreuse.data.shards.build import BuildSettings, build_shards
 from vitreuse.data.shards.folder import EncodedSample, shards_info, verify_shards, write_shard, write_shards
 from vitreuse.data.shards.index import build_index, load_index
@@ -20,6 +21,7 @@ __all__ = [
     "Decoder",
     "EncodedSample",
     "FolderDataset",
+    "Part",
     "Sample",
     "Shard",
     "ShardDataset",
@@ -34,8 +36,10 @@ __all__ = [
     "load_index",
     "open_images",
     "open_split",
+    "open_without_labels",
     "prepare_source",
     "shards_info",
+    "split_apart",
     "usable_cpus",
     "verify_shards",
     "write_shard",

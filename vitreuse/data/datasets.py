@@ -221,7 +221,9 @@ def open_split(
     return dataset
 
 
-def open_images(folder: str | Path, mode: str | None = None) -> ShardDataset | FolderDataset:
+def open_images(
+    folder: str | Path, mode: str | None = None, decode: Decoder = decode_image
+) -> ShardDataset | FolderDataset:
     """Opens a folder of indexed shards, of class folders, or of images alone, whose labels are -1.
 
     Raises:
@@ -230,13 +232,13 @@ def open_images(folder: str | Path, mode: str | None = None) -> ShardDataset | F
     folder = Path(folder)
     if not folder.is_dir():
         raise DataError(f"no folder {folder}: give one that has images.")
-    dataset = _open_labelled(folder, mode, decode_image)
+    dataset = _open_labelled(folder, mode, decode)
     if dataset is not None:
         return dataset
     root, _ = find_labelled(DiskFolder(str(folder)), folder.name)
     if not root.level().images:
         raise DataError(f"{folder} has neither shards, nor class folders, nor images: give a folder that has.")
-    return FolderDataset(root.place, mode, is_labelled=False)
+    return FolderDataset(root.place, mode, decode, is_labelled=False)
 
 
 def list_classes(folder: Path) -> list[str]:

@@ -103,7 +103,7 @@ def _create(
     if norm_eps is not None:
         kwargs["norm_layer"] = partial(get_norm_layer(kwargs.get("norm_layer")) or LayerNorm, eps=norm_eps)
         if kwargs.get("embed_norm_layer") is not None:
-            kwargs["embed_norm_layer"] = partial(get_norm_layer(kwargs["embed_norm_layer"]), eps=norm_eps)
+            kwargs["embed_norm_layer"] = partial(get_norm_layer(kwargs["embed_norm_layer"]) or LayerNorm, eps=norm_eps)
     if mlp_layer is not None:
         kwargs["mlp_layer"] = _mlp_class(mlp_layer)
     return build_model_with_cfg(
