@@ -18,7 +18,7 @@ from vitreuse.export.hub import CONFIG, WEIGHTS, is_hub_folder, read_hub_folder
 from vitreuse.io.checkpoint_file import Weights, read_weights
 from vitreuse.io.errors import nearest, nearest_path
 from vitreuse.io.process import print_note
-from vitreuse.model.checkpoint import LoadReport, load_checkpoint, load_exactly
+from vitreuse.model.checkpoint import LoadReport, load_checkpoint
 from vitreuse.model.class_names import name_classes, read_names
 from vitreuse.model.registry import default_cfgs, plain_name, variant_of
 from vitreuse.plan import parse_plan
@@ -30,13 +30,18 @@ OWN_KEYWORDS = (*PLAN_KEYWORDS, "norm_eps")  # that timm's own models do not hav
 
 @dataclass(frozen=True)
 class Target:
-    """A network and its label in tables, with its experiment and the folder of its weights where there are any."""
+    """A network and its label in tables, with its experiment and the folder of its weights where there are any.
+
+    Attributes:
+        given_name: The name of the model that was given, where another plan has made it one of ours.
+    """
 
     label: str
     model: ModelConfig
     config: Config | None = None
     run_dir: Path | None = None
     hub_dir: Path | None = None
+    given_name: str | None = None
 
     @property
     def is_name(self) -> bool:
@@ -97,11 +102,18 @@ class Target:
         return replace(self.model, keywords={**self.model.keywords, "num_classes": num_classes})
 
     def load_pretrained(self) -> nn.Module:
-        """The model with the weights that timm publishes under its name; raises as pretrained_weights does."""
+        """The model with the weights that timm publishes under its name, resampled to its image size.
+
+        Raises:
+            ValueError: As pretrained_weights does; or its plan leaves some of them out, or adds to them.
+        """
         if not self.is_name:
             raise ValueError(f"{self.label} is no model name, and --pretrained means timm's weights: leave it out.")
-        model = self.model.create()
-        load_exactly(model, pretrained_weights(self.model.name))
+        model, name = self.model.create(), self.given_name or self.model.name
+        report = load_checkpoint(model, pretrained_weights(name))
+        _refuse_plain(report)
+        if said := report.said(model):
+            print_note(f"{name}: {'; '.join(said)}.")
         return model
 
     def _own_weights(self) -> Path:
@@ -161,11 +173,11 @@ def resolve_targets(
 
 
 def _planned(target: Target, plan: str, image_sizes_px: Sequence[int | None]) -> Target:
-    """The same network under another plan; of a plain model's name, ours."""
+    """The same network and its weights under another plan; of a plain model's name, ours."""
     model = replace(target.model, name=variant_of(target.model.name), plan=plan)
     for size_px in image_sizes_px:
         resized(model, size_px).create("meta")  # refuses a wrong plan before any work is done
-    return Target(f"{target.label}, {plan}", model)
+    return replace(target, label=f"{target.label}, {plan}", model=model, given_name=target.model.name)
 
 
 def _resolve(text: str) -> Target:
