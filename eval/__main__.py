@@ -1,12 +1,12 @@
-"""`python -m eval {top1|throughput|flops|compare|controls|report} TARGET...`"""
+"""`python -m eval {top1|knn|throughput|flops|compare|controls|report} TARGET...`"""
 
 import sys
 from collections.abc import Sequence
 
-from eval import compare, controls, flops, report, throughput, top1
+from eval import compare, controls, flops, knn, report, throughput, top1
 from vitreuse.cli.console import Parser, add_device, run_command
 
-MODULES = (top1, throughput, flops, compare, controls, report)
+MODULES = (top1, knn, throughput, flops, compare, controls, report)
 COMMANDS = {module.__name__.removeprefix("eval."): module for module in MODULES}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from eval.table import csv_text
 from vitreuse.cost.measure import top_classes
+from vitreuse.io.durable import write_durably
 from vitreuse.io.file_names import to_bytes
 
 NUM_BINS = 15  # of confidence, as Guo et al. have them
@@ -23,7 +25,8 @@ class Answers(NamedTuple):
 
     Attributes:
         labels: (B,), int64; or (B, L) where an image has several, of which some may stand in a row twice.
-        classes: (B, 5), or as many as there are; the most probable first, -1 where a logit is NaN.
+        classes: (B, 5), or as many as there are; the most probable first, -1 where a logit is NaN, and in the
+            place of a class that no neighbour votes for.
         probabilities: (B,), float32, of the first class; 0 where a logit is NaN.
     """
 
@@ -130,3 +133,11 @@ class Predictions:
         columns = zip(self.keys, self._label_texts(), self.probabilities.tolist(), self.classes.tolist(), strict=True)
         lines = ((key, label, f"{share:.6f}", " ".join(map(str, classes))) for key, label, share, classes in columns)
         return csv_text([("key", "label", "probability", "top5"), *lines])
+
+
+def write_tables(stem: Path, found: Predictions, class_names: Sequence[str]) -> None:
+    """Writes STEM.predictions.csv, a line per image, and STEM.classes.csv, how many of each class are right."""
+    lines = [(number, class_names[number], n, right, 100 * right / n) for number, n, right in found.by_class()]
+    classes = csv_text([("class", "name", "n", "correct", "accuracy"), *lines])
+    for name, text in (("predictions", found.to_csv()), ("classes", classes)):
+        write_durably(Path(f"{stem}.{name}.csv"), to_bytes(text))

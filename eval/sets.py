@@ -12,13 +12,14 @@ from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from statistics import mean
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from timm.data import ImageNetInfo, RealLabelsImagenet
 from torch import Tensor, nn
 
+from eval.labelled import Labelled
 from vitreuse.data import FolderDataset, ShardDataset
 from vitreuse.data.labels import Renumbered, are_numbers, listed, numbered_as, places
 
@@ -46,14 +47,6 @@ ALEXNET_ERRORS = {
 CORRUPTED_SPLITS = tuple(f"{corruption}/{severity}" for corruption in ALEXNET_ERRORS for severity in range(1, 6))
 Source = ShardDataset | FolderDataset
 _imagenet = cache(ImageNetInfo)  # which reads timm's files
-
-
-class Labelled(Protocol):
-    """A map-style data set of image, label and key, as vitreuse.data.open_split returns it; or with several labels."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, number: int, /) -> tuple[Any, Any, str]: ...
 
 
 class NamedSet(NamedTuple):

@@ -192,7 +192,7 @@ def _rank(rank: int, folder: str, run: str, ports: dict[int, list[int]]) -> None
     """One of three real processes, in groups of 2, 3 and 1; what it finds goes to a file, an error to the parent."""
     torch.set_num_threads(1)
     found = {}
-    for world_size, (first_port, second_port) in ports.items():
+    for world_size, (first_port, second_port, third_port) in ports.items():
         if rank < world_size:
             os.environ.update(MASTER_ADDR="localhost", RANK=str(rank), WORLD_SIZE=str(world_size))
             os.environ["MASTER_PORT"] = str(first_port)
@@ -200,6 +200,8 @@ def _rank(rank: int, folder: str, run: str, ports: dict[int, list[int]]) -> None
                 found[world_size] = _count_as(ranks)
             os.environ["MASTER_PORT"] = str(second_port)
             found[f"printed by {world_size}"] = _many_images(folder, run, world_size)
+            os.environ["MASTER_PORT"] = str(third_port)
+            found[f"neighbours by {world_size}"] = _neighbours(folder, run, world_size)
     Path(folder, f"{rank}.json").write_text(json.dumps(found))
 
 
@@ -211,12 +213,21 @@ def _many_images(folder: str, run: str, world_size: int) -> str:
     return output.getvalue()
 
 
-def _write_many_images(folder: Path) -> None:
-    """10,000 images of three classes and 64 greys: 39 batches and a short one, which 3 ranks cannot share evenly."""
+def _neighbours(folder: str, run: str, world_size: int) -> str:
+    """What the command prints of 101 images among 211, in batches of 17; its files go to FOLDER/knn/WORLD_SIZE."""
+    with redirect_stdout(io.StringIO()) as output:
+        output_folder = str(Path(folder, "knn", str(world_size)))
+        options = ["--data", f"{folder}/many", "--split", "test", "--batch-size", "17", "-o", output_folder]
+        main(["knn", run, *options, "--json", "--device", "cpu"])
+    return output.getvalue()
+
+
+def _write_many_images(folder: Path, num_images: int) -> None:
+    """Images of three classes and 64 greys: 10,000 are 39 batches and a short one, not evenly shared by 3 ranks."""
     greys = [io.BytesIO() for _ in range(64)]
     for grey, content in enumerate(greys):
         Image.new("L", (12, 12), 4 * grey).save(content, "PNG")
-    samples = (EncodedSample(f"{i:05d}", greys[i % 64].getvalue(), "png", i % 3) for i in range(10_000))
+    samples = (EncodedSample(f"{i:05d}", greys[i % 64].getvalue(), "png", i % 3) for i in range(num_images))
     write_shards(samples, folder, ("dark", "grey", "light"), 4000)
 
 
@@ -239,8 +250,9 @@ def free_port() -> int:
 
 def test_any_number_of_ranks_counts_every_image_once(tmp_path, experiment):
     run = str(make_run(tmp_path / "run", experiment))
-    _write_many_images(tmp_path / "many" / "val")
-    ports = {world_size: [free_port(), free_port()] for world_size in (2, 3, 1)}
+    for split, num_images in (("val", 10_000), ("train", 211), ("test", 101)):
+        _write_many_images(tmp_path / "many" / split, num_images)
+    ports = {world_size: [free_port() for _ in range(3)] for world_size in (2, 3, 1)}
     mp.spawn(_rank, (str(tmp_path), run, ports), nprocs=3)
     ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(3)]
     alone = [
@@ -254,6 +266,7 @@ def test_any_number_of_ranks_counts_every_image_once(tmp_path, experiment):
         refused = f"{world_size} ranks answered {num_own} of 4 batches, {world_size * num_own} in all: "
         assert refusal == refused + "a set must have an image, and each must be answered once."
     assert_equal_results_of_many_images(tmp_path, ranks)
+    assert_equal_neighbours(tmp_path, ranks)
 
 
 def assert_equal_results_of_many_images(folder: Path, ranks: list[dict]) -> None:
@@ -269,6 +282,17 @@ def assert_equal_results_of_many_images(folder: Path, ranks: list[dict]) -> None
     num_correct = sum(line[3].split()[0] == line[1] for line in lines)
     assert (row["n"], row["top1"]) == (10_000, num_correct / 100)
     assert len({line[3] for line in lines}) > 1  # else every share would count alike
+
+
+def assert_equal_neighbours(folder: Path, ranks: list[dict]) -> None:
+    """The same numbers, and the same files to the byte, from 1, 2 and 3 ranks; only the first prints."""
+    printed = [[ranks[rank].get(f"neighbours by {world_size}", "") for rank in range(3)] for world_size in (1, 2, 3)]
+    assert printed[0][0] and printed == [[printed[0][0], "", ""]] * 3
+    (row,) = json.loads(printed[0][0])["rows"]
+    assert (row["num_memory"], row["n"]) == (211, 101)
+    files = [{path.name: path.read_bytes() for path in (folder / "knn" / str(size)).iterdir()} for size in (1, 2, 3)]
+    assert {*files[0]} == {"run.knn.predictions.csv", "run.knn.classes.csv"}
+    assert files[0] == files[1] == files[2]
 
 
 def _refused_rank(rank: int, folder: str, run: str, ports: list[int]) -> None:

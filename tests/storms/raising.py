@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-import eval.top1
+import eval.labelled
 import train.checkpoint
 from train.__main__ import run_as_program
 from train.loop import _Loop
@@ -92,7 +92,7 @@ if rank == sys.argv[1]:
     elif place == "evaluation":
         _Loop._predict = raising(_Loop._predict, enough)
     elif place == "evaluation_worker":
-        eval.top1._Images.__getitem__ = raising(eval.top1._Images.__getitem__, lambda *_: next(calls) > step)
+        eval.labelled._Images.__getitem__ = raising(eval.labelled._Images.__getitem__, lambda *_: next(calls) > step)
     elif place == "saving" and rank == "0":
         train.checkpoint._write = raising(train.checkpoint._write, enough, after=True)
     elif place == "saving":

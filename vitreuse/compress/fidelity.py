@@ -89,7 +89,7 @@ def feature_cosines(original: Any, converted: Any, images: Tensor) -> dict[str, 
 
 def token_cosines(original: Any, wanted: Tensor, converted: Any, found: Tensor) -> dict[str, Tensor]:
     """The cosines of feature_cosines, of the tokens (B, N, C) after the final norms of two ViTs."""
-    features, others = (of.forward_head(tokens, pre_logits=True) for of, tokens in ((original, wanted), (converted, found)))
+    features, others = original.forward_head(wanted, pre_logits=True), converted.forward_head(found, pre_logits=True)
     patches, other_patches = (tokens[:, original.num_prefix_tokens :] for tokens in (wanted, found))
     return {
         "cosine": F.cosine_similarity(features.flatten(1).float(), others.flatten(1).float()),

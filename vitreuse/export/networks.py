@@ -102,11 +102,18 @@ class Target:
         return replace(self.model, keywords={**self.model.keywords, "num_classes": num_classes})
 
     def load_pretrained(self) -> nn.Module:
-        """The model with the weights that timm publishes under its name; raises as pretrained_weights does."""
+        """The model with the weights that timm publishes under its name, resampled to its image size.
+
+        Raises:
+            ValueError: As pretrained_weights does; or its plan leaves some of them out, or adds to them.
+        """
         if not self.is_name:
             raise ValueError(f"{self.label} is no model name, and --pretrained means timm's weights: leave it out.")
         weights, model = pretrained_weights(self.model.name), self.model.create()
-        load_checkpoint(model, weights)
+        report = load_checkpoint(model, weights)
+        _refuse_plain(report)
+        if said := report.said(model):
+            print_note(f"{self.model.name}: {'; '.join(said)}.")
         return model
 
     def _own_weights(self) -> Path:
@@ -166,11 +173,11 @@ def resolve_targets(
 
 
 def _planned(target: Target, plan: str, image_sizes_px: Sequence[int | None]) -> Target:
-    """The same network under another plan."""
+    """The same network and its weights under another plan."""
     model = replace(target.model, plan=plan)
     for size_px in image_sizes_px:
         resized(model, size_px).create("meta")  # refuses a wrong plan before any work is done
-    return Target(f"{target.label}, {plan}", model)
+    return replace(target, label=f"{target.label}, {plan}", model=model)
 
 
 def _resolve(text: str) -> Target:

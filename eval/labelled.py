@@ -1,0 +1,152 @@
+"""Labelled images before a model: the arguments that name both, a split opened, its batches shared among ranks."""
+
+import os
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import track
+from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader, Dataset
+
+from eval.distributed import Ranks
+from vitreuse.cli.console import add_allow, add_count, local_path
+from vitreuse.config import DataConfig
+from vitreuse.data import FolderDataset, ShardDataset, open_split, prepare_source
+from vitreuse.export.networks import Target
+from vitreuse.io.file_names import printable
+from vitreuse.io.process import print_note
+from vitreuse.io.urls import refuse_idle_allow
+from vitreuse.model.preprocessing import Transform, image_mode
+
+ALONE = Ranks()
+Answer = TypeVar("Answer")
+
+
+class Labelled(Protocol):
+    """A map-style data set of image, label and key, as vitreuse.data.open_split returns it; or with several labels."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, number: int, /) -> tuple[Any, Any, str]: ...
+
+
+def answered(
+    answer: Callable[[Tensor, Tensor, Sequence[str]], Answer],
+    dataset: Labelled,
+    *,
+    transform: Transform,
+    ranks: Ranks = ALONE,
+    batch_size: int = 256,
+    num_workers: int = 0,
+    worker_init_fn: Callable[[int], None] | None = None,
+    progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+) -> list[Answer]:
+    """The answer to each batch of a data set, in order: rank r takes batches r, r + world_size, ..., nothing is padded.
+
+    An image is computed in the same batch under any number of ranks, so that they agree to the bit. Several ranks call
+    this together; their answers are gathered once, at the end, and every rank returns the same. A rank may hold none.
+
+    Args:
+        answer: What is said of images (B, channels, rows, columns) on the rank's device, their labels and their keys;
+            called in inference mode. It should be on the CPU.
+
+    Raises:
+        ValueError: The ranks together did not answer each image once, or what answer raises.
+    """
+    images, batches = _Images(dataset, transform), [*BatchSampler(range(len(dataset)), batch_size, drop_last=False)]
+    own = range(ranks.rank, len(batches), ranks.world_size)
+    share = [batches[number] for number in own]
+    loader = DataLoader(images, batch_sampler=share, num_workers=num_workers, worker_init_fn=worker_init_fn)
+    found: list[tuple[int, Answer]] = []  # and the number of their batch
+    with ranks.together(), torch.inference_mode():
+        ranks.settle()
+        for number, (inputs, labels, keys) in zip(own, progress(loader), strict=True):
+            found.append((number, answer(inputs.to(ranks.device), labels, keys)))
+    found = sorted(chain(*ranks.gather(found)), key=lambda batch: batch[0])
+    numbers = [number for number, _ in found]
+    if not numbers or numbers != [*range(len(batches))]:
+        raise ValueError(
+            f"{ranks.world_size} ranks answered {len(set(numbers))} of {len(batches)} batches, {len(numbers)} in all: "
+            "a set must have an image, and each must be answered once."
+        )
+    return [batch for _, batch in found]
+
+
+class _Images(Dataset[tuple[Tensor, Any, str]]):
+    """A data set's images as the model's inputs."""
+
+    def __init__(self, dataset: Labelled, transform: Transform) -> None:
+        self.dataset, self.transform = dataset, transform
+
+    def __getitem__(self, number: int) -> tuple[Tensor, Any, str]:
+        image, label, key = self.dataset[number]
+        return self.transform(image), label, key
+
+
+def shown(target: Target, ranks: Ranks) -> Callable[[Iterable[Any]], Iterable[Any]]:
+    """Shows on standard error, of the main rank alone, how many batches of a target's images are answered."""
+    label = escape(printable(target.label))
+    return partial(track, description=label, console=Console(stderr=True), disable=not ranks.is_main)
+
+
+def add_data(parser: ArgumentParser, folders: str) -> None:
+    """Declares --data, a folder with these folders or its URL, and the kinds of URL that are allowed."""
+    text = f"folder with {folders}, or its URL; default: the run's own data"
+    parser.add_argument("--data", type=os.path.expanduser, metavar="DIR", help=text)
+    add_allow(parser)
+
+
+def add_weights(parser: ArgumentParser) -> None:
+    """Declares --checkpoint and --pretrained, of which one may be given."""
+    weights = parser.add_mutually_exclusive_group()
+    weights.add_argument("--checkpoint", type=local_path, metavar="FILE", help="weights of a name or config")
+    weights.add_argument("--pretrained", action="store_true", help="the weights that timm publishes under a name")
+
+
+def add_batches(parser: ArgumentParser) -> None:
+    """Declares how images are read and computed."""
+    add_count(parser, "--batch-size", 256, "images per forward pass")
+    parser.add_argument("--num-workers", type=int, default=0, help="decoding processes; default: %(default)s")
+
+
+def refuse_idle(args: Namespace, targets: Sequence[Target]) -> None:
+    """Raises ConfigError where --allow is given and neither --data nor a run's own data are a URL of that kind."""
+    own = [target.config.data.root for target in targets if target.config]
+    refuse_idle_allow(args.allow, [args.data] if args.data else own)
+
+
+def load(target: Target, args: Namespace) -> Any:
+    """The model with the weights that the arguments name; raises as Target.load and load_pretrained do."""
+    return target.load_pretrained() if args.pretrained else target.load(args.checkpoint)
+
+
+def unfinished(target: Target, args: Namespace) -> str | None:
+    """What is to be known of how far these weights were trained, where they are those that a run left."""
+    return None if args.checkpoint is not None or args.pretrained else target.unfinished
+
+
+def data_root(target: Target, args: Namespace) -> str:
+    """The folder or URL of --data or, without it, of the data that a target was trained on."""
+    if args.data is not None:
+        return args.data
+    if target.config is None:
+        raise ValueError(f"{target.label} is a model name, which knows no data: give --data DIR.")
+    if target.config.data.source is not None:
+        prepare_source(target.config.data.source, Path(target.config.data.folder))
+    return target.config.data.folder
+
+
+def open_for(target: Target, model: Any, root: str, split: str, args: Namespace) -> ShardDataset | FolderDataset:
+    """A split of images such as a model takes; what is left out of it is said on standard error."""
+    cache_root = DataConfig.cache_root if target.config is None else target.config.data.cache_root
+    dataset = open_split(root, split, image_mode(model), cache_root=cache_root, allow=args.allow)
+    for note in dataset.notes:
+        print_note(note)
+    return dataset
