@@ -13,6 +13,7 @@ import numpy as np
 
 from eval.card import NAME, Card, read_card
 from vitreuse.cli.console import local_path
+from vitreuse.config import load_config
 from vitreuse.data.labels import difference
 from vitreuse.export.networks import Target, plain_model, resolve_targets
 
@@ -102,6 +103,8 @@ def _card_files(path: Path) -> list[Path]:
 def _way_to_a_card(run_dir: Path) -> str:
     try:
         status = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))["status"]
+        if not load_config(run_dir / "config.yaml").train.reads_labels:
+            return "its training read no labels, so that nothing is known of accuracy; eval knn measures its features."
     except (OSError, ValueError, LookupError):
         return "it has no whole run.json either, go on with python -m train."
     if status == "completed":

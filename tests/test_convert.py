@@ -420,7 +420,8 @@ def test_the_command_writes_a_folder_that_timm_loads(folder, tmp_path, capsys, m
     assert result["params"] == [sum(p.numel() for p in of.parameters()) for of in (model, converted)]
     (images, labels) = next(iter(read_images(folder, model)))
     measured = asdict(agreement(model, converted, [(images, labels)], has_labels=True))
-    assert result["agreement"].pop("cosine") is measured.pop("cosine") is None
+    for name in ("cosine", "worst_cosine", "patch_cosine", "worst_patch_cosine"):
+        assert result["agreement"].pop(name) is measured.pop(name) is None
     assert result["agreement"] == pytest.approx(measured, rel=1e-4)
     capsys.readouterr()
     assert main(["convert", str(tmp_path / "new"), "--plan", "exact*3", "-o", str(tmp_path / "again")]) == 2

@@ -197,7 +197,7 @@ def test_a_run_killed_in_an_evaluation_has_saved_its_epoch(config_path, tmp_path
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr("train.loop.predict", die)
+        patch.setattr("train.loop.look", die)
         assert main([*recipe, f"run_dir={killed.folder}"]) == 1
     assert killed.saved_step == killed.last_step > 0
     assert main([*recipe, f"run_dir={killed.folder}"]) == 0
@@ -363,7 +363,7 @@ PLACES = {
     "in the loss": "train.trainer.Trainer._loss",
     "in an update": "train.trainer.Trainer._update",
     "in the loader": "train.pipeline.TrainingImages.__getitems__",
-    "in an evaluation": "train.loop.predict",
+    "in an evaluation": "train.loop.look",
     "while saving": "train.checkpoint._write",
     "while logging": "train.run.RunFolder.log",
     "while finishing": "train.run.pack_weights",
@@ -423,7 +423,7 @@ class _SlowImages:
 def test_a_signal_in_an_evaluation_does_not_kill_its_workers(config_path):
     config = load_config(config_path, ["data.num_workers=1"])
     loop = _Loop(_trainer(config), _SlowImages(), RunFolder(Path("unused"), config), StopSignal())
-    assert loop._predict(loop.trainer.model).n == 7
+    assert loop._look(loop.trainer.model).figures["n"] == 7
 
 
 @pytest.mark.parametrize("name", ["cosine", "tanh", "poly", "wsd"])

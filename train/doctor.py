@@ -31,7 +31,8 @@ from torch.utils.data import Subset
 from eval.distributed import Ranks, joined
 from train import verdicts
 from train.checkpoint import Checkpoints
-from train.experiment import Experiment, checkpoint_is_due, evaluation_is_due, predict, remarks, set_up
+from train.experiment import Experiment, checkpoint_is_due, evaluation_is_due, remarks, set_up
+from train.findings import look
 from train.pipeline import Batch
 from train.run import RunFolder
 from train.trainer import Trainer
@@ -40,7 +41,7 @@ from vitreuse.attention.policy import memory_bytes
 from vitreuse.cli.console import fitted
 from vitreuse.config import Config, ConfigError
 from vitreuse.cost.measure import device_name, peak_process_memory_mib, time_interleaved
-from vitreuse.data import DataError, ShardDataset
+from vitreuse.data import DataError, Part, ShardDataset
 from vitreuse.io.durable import nearest_folder
 from vitreuse.io.file_names import for_terminal
 from vitreuse.io.process import DONE, WRONG_INPUT, OtherRankError
@@ -83,7 +84,8 @@ def _examine(experiment: Experiment, folder: RunFolder, ranks: Ranks) -> Iterato
     check, done = _run_folder(folder, trainer, ranks)
     yield check
     yield _data(experiment)
-    yield verdicts.judge_classes(remarks(experiment.train_set, experiment.val_set))
+    if config.train.reads_labels:
+        yield verdicts.judge_classes(remarks(experiment.train_set, experiment.val_set))
     if config.data.shuffle_window is not None and isinstance(experiment.train_set, ShardDataset):
         num_readers = ranks.world_size * max(config.data.num_workers, 1)
         yield verdicts.judge_shards(len(experiment.train_set.shard_sizes), num_readers)
@@ -143,8 +145,10 @@ def _run_folder(folder: RunFolder, trainer: Trainer, ranks: Ranks) -> tuple[Chec
 
 def _data(experiment: Experiment) -> Check:
     train_set, val_set = experiment.train_set, experiment.val_set
-    classes = f"{len(train_set.class_names):,} classes"
-    numbers = f"{len(train_set):,} images of {classes} to train on, {len(val_set):,} to validate with"
+    classes = f" of {len(train_set.class_names):,} classes" if train_set.class_names else ", without labels,"
+    numbers = f"{len(train_set):,} images{classes} to train on, {len(val_set):,} to validate with"
+    if isinstance(train_set, Part):
+        return Check("data", OK, f"{numbers}, in {train_set.folder}.")
     if not isinstance(train_set, ShardDataset):
         return Check("data", OK, f"{numbers}, in class folders.")
     index = f"the index of {len(train_set.shard_sizes)} shards is whole"
@@ -244,7 +248,8 @@ def _evaluation_seconds(experiment: Experiment, ranks: Ranks) -> float:
     batch_size = config.eval.batch_size * ranks.world_size
     num_images = min(len(val_set), NUM_EVALUATED * max(config.data.num_workers, 1) * batch_size)
     start = time.perf_counter()
-    predict(config, trainer.final_model, Subset(val_set, range(num_images)), ranks)
+    teacher = trainer.objective.feature_teacher
+    look(config, trainer.final_model, teacher, Subset(val_set, range(num_images)), ranks)
     num_models = 1 if trainer.ema is None else 2  # the raw weights too
     return (time.perf_counter() - start) * num_models * len(val_set) / num_images
 

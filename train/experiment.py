@@ -4,24 +4,23 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from timm.models import VisionTransformer
 
 from eval.distributed import Ranks
-from eval.predictions import Predictions
-from eval.top1 import Labelled, evaluate
-from train.pipeline import ignore_stop_signals, restored_generators, train_decoder
-from train.sharding import unsharded
-from train.trainer import DivergedError, Trainer
+from train.pipeline import restored_generators, train_decoder
+from train.trainer import Trainer
 from train.weights import start_from, weight_files
 from vitreuse.config import Config, ConfigError
-from vitreuse.data import ShardDataset, open_split, prepare_source
+from vitreuse.data import ShardDataset, open_split, open_without_labels, prepare_source
 from vitreuse.data.labels import are_numbers, listed, numbered_as
 from vitreuse.io.process import print_note
+from vitreuse.io.urls import url_kind
 from vitreuse.model.class_names import name_classes
-from vitreuse.model.preprocessing import check_answers, evaluation_transform, image_mode, image_settings
+from vitreuse.model.preprocessing import check_answers, image_mode, image_settings
 
 REMARKS = {  # by whether a class has images to train on and images to validate with
     (False, True): "no image to train on, only some to validate with: no model can learn",
@@ -55,19 +54,30 @@ def set_up(config: Config, ranks: Ranks, allow: Collection[str] = ()) -> Experim
             prepare_source(config.data.source, config.data.folder)
     with ranks.together():
         settings, mode = image_settings(model), image_mode(model)
-        _check_model(model, settings, config.model.name, ranks.device)
-        where = {"cache_root": config.data.cache_root, "allow": allow}
-        train_set = open_split(config.data.folder, "train", mode, train_decoder(config), **where)
-        val_set = open_split(config.data.folder, "val", mode, **where)
+        reads_labels = config.train.reads_labels
+        if reads_labels:
+            _check_model(model, settings, config.model.name, ranks.device)
+        train_set, val_set = _open_sets(config, mode, allow)
         for note in (*train_set.notes, *val_set.notes):
             print_note(note)
-        val_set = numbered_as(val_set, train_set.class_names, str(train_set.folder), "give both the same classes")
         _check_numbers(train_set, val_set)
         _check_shuffled(config, train_set)
         if config.model.weights is not None:
-            print_note(start_from(model, config.model.weights, train_set.class_names))
-        name_classes(model, train_set.class_names)
+            print_note(start_from(model, config.model.weights, train_set.class_names if reads_labels else None))
+        if reads_labels:
+            name_classes(model, train_set.class_names)
         return Experiment(Trainer(config, model, train_set, settings, ranks), train_set, val_set)
+
+
+def _open_sets(config: Config, mode: str, allow: Collection[str]) -> tuple[Any, Any]:
+    """The images to train on and those to validate with, of one numbering of classes; or with no labels at all."""
+    data, decode = config.data, train_decoder(config)
+    if not config.train.reads_labels and url_kind(data.folder) is None:
+        return open_without_labels(Path(data.folder), mode, decode)
+    where = {"cache_root": data.cache_root, "allow": allow}
+    train_set = open_split(data.folder, "train", mode, decode, **where)
+    val_set = open_split(data.folder, "val", mode, **where)
+    return train_set, numbered_as(val_set, train_set.class_names, str(train_set.folder), "give both the same classes")
 
 
 def inputs(experiment: Experiment) -> dict[str, str]:
@@ -91,23 +101,6 @@ def _check_shuffled(config: Config, train_set: Any) -> None:
     if window is not None and not isinstance(train_set, ShardDataset):
         unfit = f"data.shuffle_window {window} is for shards and {config.data.folder} has class folders"
         raise ConfigError(f"{unfit}: set it to null, or write shards with vitreuse shards build.")
-
-
-def predict(config: Config, model: torch.nn.Module, val_set: Labelled, ranks: Ranks) -> Predictions:
-    """What a model says of the validation set as an experiment measures it, by all ranks together.
-
-    Raises:
-        DivergedError: Of some images it says nothing: their logits are not finite.
-    """
-    with unsharded(model):
-        transform, batch_size = evaluation_transform(model, config.eval.crop_pct), config.eval.batch_size
-        loading = {"num_workers": config.data.num_workers, "worker_init_fn": ignore_stop_signals}
-        found = evaluate(model, val_set, transform=transform, ranks=ranks, batch_size=batch_size, **loading)
-    if found.num_not_finite:
-        which = f"the logits of {found.num_not_finite} of {found.n} validation images are not finite"
-        cure = "lower train.optimizer.lr, or look at these images and at the weights"
-        raise DivergedError(f"{which}, so that no accuracy would mean anything: {cure}.")
-    return found
 
 
 def evaluation_is_due(config: Config, step: int, steps_per_epoch: int) -> bool:

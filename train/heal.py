@@ -32,7 +32,7 @@ from vitreuse.plan import EXACT
 from vitreuse.plan.language import WHOLE
 
 
-def create_healing(settings: HealConfig, model: Any, original: Any) -> Healing | None:
+def create_healing(settings: HealConfig, model: Any, original: Any, asks_tokens: bool) -> Healing | None:
     """Leaves in training what healing trains; what compares layers with the original's, where the settings ask for it.
 
     Raises:
@@ -46,7 +46,7 @@ def create_healing(settings: HealConfig, model: Any, original: Any) -> Healing |
     _check_original(model, original)
     if settings.outputs and not any(spec.has_attention for spec in model.plan):
         raise ConfigError(f"train.heal.outputs has no effect on plan '{model.plan}', without attention: set it to 0.")
-    return Healing(model, original if settings.anneal_epochs else None)
+    return Healing(model, original if settings.anneal_epochs else None, asks_tokens)
 
 
 def _train_only(model: Any, parameters: str) -> None:
@@ -132,9 +132,9 @@ class Healing(nn.Module):
         ConfigError: No layer is converted, or the values of one are not the original's.
     """
 
-    def __init__(self, model: Any, original: Any = None):
+    def __init__(self, model: Any, original: Any = None, asks_tokens: bool = False):
         super().__init__()
-        self.model = model
+        self.model, self.asks_tokens = model, asks_tokens
         self.held: dict[int, Held] = {}  # by layer; a plain dict, so that the original is no part of this module
         if original is None:
             return
@@ -150,14 +150,15 @@ class Healing(nn.Module):
                 self.held[layer] = Held(old, order)
 
     def forward(self, images: Tensor, share: float) -> tuple[Any, dict[int, Tensor]]:
-        """Logits as the model gives them, and its attention outputs, with the plan's share of what it changes.
+        """Logits as the model gives them, or all tokens if these are asked for, and its attention outputs, with the
+        plan's share of what it changes.
 
         Outputs are those of the tokens of the first layer, each that of the one that it was merged into; of the last
         layer they may be the first rows alone, which never merge.
         """
         with self._holding(share), recorded_attention(self.model) as calls:
-            logits = self.model(images)
-        return logits, {layer: _of_all_tokens(call) for layer, call in calls.items()}
+            said = self.model.forward_features(images) if self.asks_tokens else self.model(images)
+        return said, {layer: _of_all_tokens(call) for layer, call in calls.items()}
 
     @contextmanager
     def _holding(self, share: float) -> Iterator[None]:

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from eval.distributed import joined
-from eval.predictions import Predictions
 from train.distributed import StopSignal, ended_with_others, kill_workers, reason
-from train.experiment import checkpoint_is_due, evaluation_is_due, inputs, predict, remarks, set_up
+from train.experiment import checkpoint_is_due, evaluation_is_due, inputs, remarks, set_up
+from train.findings import Findings, look
 from train.mfu import Mfu
 from train.reference import Reference
 from train.run import RunFolder, run_facts
@@ -28,6 +28,8 @@ from vitreuse.cost.backends import sentence
 from vitreuse.cost.measure import peak_process_memory_mib
 from vitreuse.io.process import print_note
 from vitreuse.io.progress import WorkProgress
+
+RAW = ("top1", "top5", "cosine", "patch_cosine")  # what is noted of raw weights beside their moving average
 
 
 def train(config: Config, run_dir: Path, command: str, allow: Collection[str] = ()) -> bool:
@@ -96,7 +98,7 @@ class _Loop:
     ):
         self.trainer, self.val_set, self.folder, self.stop = trainer, val_set, folder, stop
         self.config, self.ranks = trainer.config, trainer.ranks
-        self.measured: tuple[Predictions, dict[str, float]] | None = None  # the newest evaluation
+        self.measured: tuple[Findings, dict[str, float]] | None = None  # the newest evaluation, and all its figures
         self.reference = reference  # None of every rank but the main one
         self.pace = _Pace()
         self.mfu = Mfu(self.config, self.ranks)
@@ -221,7 +223,7 @@ class _Loop:
         objective = self.trainer.objective
         if objective.record_kind is None or self._record(0, objective.record_kind):
             return
-        facts = objective.facts_before(self.trainer.final_model, lambda network: self._predict(network).top1)
+        facts = objective.facts_before(self.trainer.final_model, self._look)
         if self.ranks.is_main:
             self.folder.log(objective.record_kind, step=0, epoch=0, **facts.values)
             self.progress.line(facts.sentence)
@@ -232,44 +234,44 @@ class _Loop:
         is_due = evaluation_is_due(self.config, counters.step, self.trainer.batches.steps_per_epoch)
         self.measured = self._evaluate() if is_due else None
         if self.ranks.is_main:
-            figures, top1 = {}, ""
+            figures, score = {}, ""
             if self.measured:
-                _, figures = self.measured
-                self.folder.checkpoints.rate(counters.step, figures["top1"])
-                top1 = f", top-1 {figures['top1']:.2f} %"
+                found, figures = self.measured
+                self.folder.checkpoints.rate(counters.step, found.score)
+                score = f", {found.text}"
             facts = {"train_loss": loss, "bad_images": len(counters.bad_images), **figures}
             self.folder.log("epoch", step=counters.step, epoch=epoch, **facts)
             shown = "not finite" if loss is None else f"{loss:.4f}"
             self.progress.reach(counters.step)
-            self.progress.line(f"epoch {epoch}/{self.config.train.epochs}, loss {shown}{top1}")
+            self.progress.line(f"epoch {epoch}/{self.config.train.epochs}, loss {shown}{score}")
 
-    def _evaluate(self) -> tuple[Predictions, dict[str, float]]:
-        """What the model that the run would leave now says, and its accuracy; with an average the raw weights' too."""
-        found = self._predict(self.trainer.final_model)
-        figures = found.figures
+    def _evaluate(self) -> tuple[Findings, dict[str, float]]:
+        """What is found of the model that the run would leave now; with a moving average, of the raw weights too."""
+        found = self._look(self.trainer.final_model)
+        figures = {**found.figures}
         if self.trainer.ema is not None:
-            raw = self._predict(self.trainer.model)
-            figures |= {"raw_top1": raw.top1, "raw_top5": raw.top5}
+            raw = self._look(self.trainer.model).figures
+            figures |= {f"raw_{name}": raw[name] for name in RAW if name in raw}
         return found, figures
 
-    def _predict(self, model: torch.nn.Module) -> Predictions:
-        return predict(self.config, model, self.val_set, self.ranks)
+    def _look(self, model: torch.nn.Module) -> Findings:
+        return look(self.config, model, self.trainer.objective.feature_teacher, self.val_set, self.ranks)
 
     def _finish(self) -> None:
         self.trainer.check_updated()
-        predictions, measured = self.measured or self._evaluate()  # resumed after the last step, nothing was measured
+        found, measured = self.measured or self._evaluate()  # resumed after the last step, nothing was measured
         objective, counters = self.trainer.objective, self.trainer.counters
         before = None if objective.record_kind is None else self._record(0, objective.record_kind)
         weights = self.trainer.final_weights()
         if not self.ranks.is_main:
             return
-        facts = objective.facts_after(before, measured["top1"])
+        facts = objective.facts_after(before, found)
         if facts.sentence:
             print_note(facts.sentence)
         seconds = round(counters.seconds, 3)
         figures = {"skipped": counters.skipped, "seconds": seconds, **measured, **facts.values}
         self.folder.log("final", step=counters.step, epoch=self.trainer.epoch, **figures)
-        self.folder.finish(self.trainer.final_model, weights, predictions, seconds)
+        self.folder.finish(self.trainer.final_model, weights, found.predictions, seconds)
 
 
 def _finite(number: float) -> float | None:

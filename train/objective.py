@@ -6,17 +6,19 @@ under all of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from train.distill import Teacher, create_teacher, distillation_loss
+from train.distill import Teacher, create_teacher, distillation_loss, features_loss
+from train.findings import Findings, Look
 from train.heal import create_healing, outputs_loss, plan_share
 from train.recipe import create_criterion
 from vitreuse.config import Config, DistillConfig, HealConfig
+from vitreuse.model.checkpoint import HEADS
 from vitreuse.model.recording import recorded_attention
 
 
@@ -34,10 +36,12 @@ class Objective(nn.Module):
     """The loss by the recipe's criterion alone; a module around the model, of which each rank has a replica."""
 
     record_kind: str | None = None  # of the record with facts_before, if there is one
+    feature_teacher: Teacher | None = None  # whose features the model is measured by, where no label is read
 
-    def __init__(self, config: Config, model: nn.Module):
+    def __init__(self, config: Config, model: Any):
         super().__init__()
-        self.model, self.criterion = model, create_criterion(config)
+        self.model: Any = model
+        self.criterion = create_criterion(config)
         self.constants: dict[str, nn.Module] = {}  # networks that the loss reads and nobody trains, by name
         self.precision = getattr(torch, config.train.precision)
 
@@ -51,30 +55,39 @@ class Objective(nn.Module):
         """The recipe's precision, for forward passes alone."""
         return torch.autocast(images.device.type, self.precision, enabled=self.precision != torch.float32)
 
-    def facts_before(self, model: nn.Module, top1: Callable[[nn.Module], float]) -> Facts:
-        """What is recorded before the first step of the model that the run would leave; ``top1`` measures a network."""
+    def facts_before(self, model: nn.Module, look: Look) -> Facts:
+        """What is recorded before the first step of the model that the run would leave; ``look`` measures a network."""
         return NOTHING
 
-    def facts_after(self, before: Mapping[str, Any] | None, top1: float) -> Facts:
-        """What is recorded at the end, by the record of facts_before and the top-1 of the model that the run leaves."""
+    def facts_after(self, before: Mapping[str, Any] | None, found: Findings) -> Facts:
+        """What is recorded at the end, by the record of facts_before and what is found of the model that is left."""
         return NOTHING
 
 
 class DistillationObjective(Objective):
     """The criterion mixed with the loss against a teacher; of a model's two heads the last learns from the teacher."""
 
-    def __init__(self, config: Config, model: nn.Module, settings: DistillConfig, teacher: Teacher):
+    def __init__(self, config: Config, model: Any, settings: DistillConfig, teacher: Teacher):
         super().__init__(config, model)
         self.settings, self.teacher = settings, teacher  # which is no module: nobody trains, saves or replicates it
         self.constants = {"teacher": teacher.model}
+        self.asks_tokens = settings.kind == "features"
+        self.feature_teacher = teacher if self.asks_tokens else None
 
     def forward(self, images: Tensor, targets: Tensor, step: int) -> Tensor:
         with self.autocast(images):
-            logits, answers = self.model(images), self.teacher(images)
-        return self.mixed_loss(logits, answers, targets)
+            said = self.model.forward_features(images) if self.asks_tokens else self.model(images)
+            answers = self.answers(images)
+        return self.mixed_loss(said, answers, targets)
+
+    def answers(self, images: Tensor) -> Tensor:
+        """What the teacher says of images: logits, or all tokens."""
+        return self.teacher.tokens(images) if self.asks_tokens else self.teacher(images)
 
     def mixed_loss(self, logits: Any, answers: Tensor, targets: Tensor) -> Tensor:
         """The loss of what the model and the teacher say; a model with a distillation token says two things."""
+        if self.asks_tokens:
+            return features_loss(self.model, logits, self.teacher.model, answers)
         heads, alpha = logits if isinstance(logits, tuple) else (logits,), self.settings.alpha
         taught = distillation_loss(heads[-1].float(), answers.float(), self.settings)
         return (1 - alpha) * self.criterion(heads[0].float(), targets) + alpha * taught
@@ -90,35 +103,35 @@ class HealingObjective(DistillationObjective):
     ):
         super().__init__(config, model, settings, teacher)
         self.weight, self.num_annealed_steps = heal.outputs, round(heal.anneal_epochs * epoch_steps)
-        self.healing = create_healing(heal, model, teacher.model)
+        self.healing = create_healing(heal, model, teacher.model, self.asks_tokens)
 
     def forward(self, images: Tensor, targets: Tensor, step: int) -> Tensor:
         if self.healing is None:
             return super().forward(images, targets, step)
         watched = recorded_attention(self.teacher.model) if self.weight else nullcontext({})
         with self.autocast(images), watched as calls:
-            logits, outputs = self.healing(images, plan_share(step, self.num_annealed_steps))
-            answers = self.teacher(images)
-        loss = self.mixed_loss(logits, answers, targets)
+            said, outputs = self.healing(images, plan_share(step, self.num_annealed_steps))
+            answers = self.answers(images)
+        loss = self.mixed_loss(said, answers, targets)
         if not self.weight:
             return loss
         return loss + self.weight * outputs_loss(outputs, {layer: call.output for layer, call in calls.items()})
 
-    def facts_before(self, model: nn.Module, top1: Callable[[nn.Module], float]) -> Facts:
-        own, teacher = top1(model), top1(self.teacher.model)
-        sentence = f"top-1 {teacher:.2f} % of the teacher, {own:.2f} % before healing"
-        return Facts({"teacher_top1": teacher, "before_top1": own}, sentence)
+    def facts_before(self, model: nn.Module, look: Look) -> Facts:
+        own, teacher = look(model), look(self.teacher.model)
+        sentence = f"{teacher.text} of the teacher, {own.text} before healing"
+        return Facts({f"teacher_{own.name}": teacher.score, f"before_{own.name}": own.score}, sentence)
 
-    def facts_after(self, before: Mapping[str, Any] | None, top1: float) -> Facts:
+    def facts_after(self, before: Mapping[str, Any] | None, found: Findings) -> Facts:
         """The share of what was lost that is regained; of a model that had lost nothing none is known."""
         if before is None:
             return NOTHING
-        teacher, own = before["teacher_top1"], before["before_top1"]
-        share = 100 * (top1 - own) / (teacher - own) if teacher > own else None
+        teacher, own = (before[f"{when}_{found.name}"] for when in ("teacher", "before"))
+        share = 100 * (found.score - own) / (teacher - own) if teacher > own else None
         regained = "nothing had been lost" if share is None else f"{share:.0f} % of what was lost is regained"
-        tops = f"{teacher:.2f} % of the teacher, {own:.2f} % before healing, {top1:.2f} % after"
-        values = {"teacher_top1": teacher, "before_top1": own, "regained_percent": share}
-        return Facts(values, f"top-1 {tops}: {regained}.")
+        scores = f"{found.form.format(teacher)} of the teacher, {found.form.format(own)} before healing"
+        values = {f"teacher_{found.name}": teacher, f"before_{found.name}": own, "regained_percent": share}
+        return Facts(values, f"{scores}, {found.text} after: {regained}.")
 
 
 def create_objective(
@@ -133,6 +146,9 @@ def create_objective(
     if distill is None:
         return Objective(config, model)
     teacher = create_teacher(distill, model, settings, class_names)
+    if not config.train.reads_labels:
+        for name, parameter in model.named_parameters():  # no gradient reaches a head
+            parameter.requires_grad_(parameter.requires_grad and not name.startswith(HEADS))
     if heal is None:
         return DistillationObjective(config, model, distill, teacher)
     return HealingObjective(config, model, distill, teacher, heal, steps_per_epoch)

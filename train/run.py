@@ -7,8 +7,8 @@ RUN_DIR/config.yaml         the resolved experiment
         tensorboard/ wandb/ with train.loggers: the same records, for those programs
         checkpoints/        see checkpoint.py
         model.safetensors   at the end: the weights, with name, plan and keywords as metadata
-        predictions.csv     at the end: what the model says of each validation image
-        card.json           at the end: all that eval compare and eval report need of the run
+        predictions.csv     at the end, where labels are read: what the model says of each validation image
+        card.json           at the end, where labels are read: all that eval compare and eval report need of the run
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from vitreuse.export.hub import WEIGHTS, pack_weights, plan_text
 from vitreuse.io.durable import TEMPORARY_FILES, exclusive_lock, sync, write_durably
 from vitreuse.io.file_names import to_bytes
 from vitreuse.io.process import print_note
-from vitreuse.model.class_names import names_of
+from vitreuse.model.class_names import Names, names_of
 
 LOCK_FILE = ".lock"
 PACKAGES = ("vitreuse", "torch", "torchvision", "timm", "numpy", "webdataset")
@@ -182,14 +182,23 @@ class RunFolder:
             sync(path)
         self.checkpoints.save(state, step)
 
-    def finish(self, model: nn.Module, weights: dict[str, Tensor], predictions: Predictions, seconds: float) -> None:
-        """Leaves the model's weights, what it says of the validation set, the run's card, and the status completed.
+    def finish(
+        self, model: nn.Module, weights: dict[str, Tensor], predictions: Predictions | None, seconds: float
+    ) -> None:
+        """Leaves the model's weights and the status completed; what it says of the validation set and the run's card,
+        where labels were read.
 
         The seconds are those of training, over all starts of the run.
         """
         settings, class_names = self.config.model, names_of(model)
         content = pack_weights(weights, settings.name, plan_text(model), settings.keywords, class_names)
         write_durably(self.path / WEIGHTS, content)
+        if predictions is not None:
+            self._write_card(predictions, class_names, seconds)
+        self.describe(status="completed")
+
+    def _write_card(self, predictions: Predictions, class_names: Names | None, seconds: float) -> None:
+        settings = self.config.model
         write_durably(self.path / "predictions.csv", to_bytes(predictions.to_csv()))
         record, data = self._record(), self.config.data
         facts = {key: record.get(key) for key in ("command", "git_commit", "versions", "hardware")}
@@ -199,7 +208,6 @@ class RunFolder:
         name, facts = self.path.resolve().name, {**facts, "seconds": seconds}
         made = card.make_card(name, settings, split, predictions, facts, self.config, class_names)
         made.write(self.path / card.NAME)
-        self.describe(status="completed")
 
 
 def _is_known(line: bytes, step: int) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import ChainMap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from eval.distributed import Ranks
 from train.distributed import replicated
+from train.findings import DivergedError
 from train.objective import create_objective
 from train.order import RankBatches, Stream, seed_sequence
 from train.pipeline import Batch, Normalize, create_loader, create_mixup, seed_generators, training_images
@@ -24,10 +25,6 @@ from train.sharding import check_shardable, gradients_kept, part_like, part_of, 
 from vitreuse.config import Config, ConfigError
 from vitreuse.data import DataError
 from vitreuse.model.class_names import LABEL_NAMES, names_of, pack_names
-
-
-class DivergedError(RuntimeError):
-    """Training that leads nowhere: weights, logits, or the losses and gradients of many steps, are not finite."""
 
 
 @dataclass
@@ -69,7 +66,7 @@ class Trainer:
     def __init__(self, config: Config, model: Any, samples: Any, settings: dict[str, Any], ranks: Ranks):
         recipe = config.train
         self.config, self.model, self.ranks, self.counters = config, model, ranks, Counters()
-        _check_fit(config, len(samples.class_names), model.num_classes, ranks.world_size)
+        _check_fit(config, samples.class_names, model.num_classes, ranks.world_size)
         check_shardable(recipe)
         order = (recipe.seed, samples.shard_sizes, recipe.global_batch_size, config.data.shuffle_window, recipe.repeats)
         must_be_even = recipe.mixup is not None  # timm's Mixup pairs the images of a batch
@@ -308,10 +305,11 @@ class Trainer:
             self.scaler.load_state_dict(state["scaler"])
 
 
-def _check_fit(config: Config, num_dataset_classes: int, num_model_classes: int, world_size: int) -> None:
-    if num_dataset_classes != num_model_classes:
-        found = f"{config.data.folder} has {num_dataset_classes} classes and the model {num_model_classes}"
-        raise ConfigError(f"{found}: set model.keywords.num_classes to {num_dataset_classes}.")
+def _check_fit(config: Config, class_names: Sequence[str], num_model_classes: int, world_size: int) -> None:
+    num_classes = len(class_names)
+    if config.train.reads_labels and num_classes != num_model_classes:
+        found = f"{config.data.folder} has {num_classes} classes and the model {num_model_classes}"
+        raise ConfigError(f"{found}: set model.keywords.num_classes to {num_classes}.")
     batch_size = config.train.global_batch_size
     if config.train.mixup is not None and batch_size % (2 * world_size):
         must = f"train.global_batch_size {batch_size} must be a multiple of {2 * world_size}"

@@ -133,8 +133,9 @@ class DistillConfig:
 
     teacher: ModelConfig = setting("which network teaches, weights included; its classes are the model's")
     kind: str = setting(
-        "soft: its probabilities; hard: its most probable class; token: that class, by the distillation token's head",
-        choices=("soft", "hard", "token"),
+        "soft: its probabilities; hard: its most probable class; token: that class, by the distillation token's head; "
+        "features: its class token and patch tokens at the output, by their cosines, so that no label is read",
+        choices=("soft", "hard", "token", "features"),
     )
     alpha: float = setting("share of the teacher's part in the loss", 0.5, above=0, maximum=1)
     temperature: float = setting("divides the logits of both under kind soft", 3.0, above=0)
@@ -145,6 +146,8 @@ class DistillConfig:
                 "teacher.weights is missing: an untrained teacher has nothing to teach, give a file, a folder or a "
                 "name of timm.list_pretrained()."
             )
+        if self.kind == "features" and self.alpha != DistillConfig.alpha:
+            raise ConfigError(f"alpha {self.alpha:g} has no effect under kind 'features': leave it out.")
         if self.kind != "soft" and self.temperature != DistillConfig.temperature:
             raise ConfigError(f"temperature {self.temperature:g} has no effect under kind {self.kind!r}: leave it out.")
 
@@ -278,9 +281,30 @@ class TrainConfig:
             )
         if self.heal is not None:
             self._check_heal(self.heal)
+        if not self.reads_labels:
+            self._check_without_labels()
         if self.accumulation_steps > self.global_batch_size:
             raise ConfigError(
                 f"accumulation_steps {self.accumulation_steps} is more than the batch of {self.global_batch_size}."
+            )
+
+    @property
+    def reads_labels(self) -> bool:
+        """Whether training and its evaluation read labels."""
+        return self.distill is None or self.distill.kind != "features"
+
+    def _check_without_labels(self) -> None:
+        excluded = {
+            "mixup": self.mixup is not None,
+            "loss": self.loss != LossConfig(),
+            "resolution": self.resolution is not None,
+            "compile": self.compile,
+            "strategy: fsdp2": self.strategy == "fsdp2",
+        }
+        for setting_name in (name for name, is_on in excluded.items() if is_on):
+            raise ConfigError(
+                f"distill.kind 'features' compares the tokens of two models at one size, by no label, and excludes "
+                f"{setting_name}: leave that out, or choose another kind."
             )
 
     def _check_share(self, epochs: float, what_is_left: str) -> None:
