@@ -303,6 +303,21 @@ def test_head_errors_are_those_of_the_layers_output(keywords):
     assert not errors[2, 1].any()
 
 
+@pytest.mark.parametrize("keywords", [{"reg_tokens": 2}, {"global_pool": "avg"}])
+def test_head_errors_of_a_sample_of_rows_are_right_in_the_mean_over_draws(keywords):
+    """Of an image that comes 401 times, each time with rows of its own; all of them where patches are no more."""
+    model = exact_copy(trained(**keywords))
+    progress = WorkProgress("", "", 401, enabled=False)
+    image = pixels(model)[:1]
+    wanted = measure_head_errors(model, [(image,)], progress)
+    found = measure_head_errors(model, [(image.expand(401, -1, -1, -1),)], progress, num_rows=7)
+    assert torch.allclose(found, wanted, rtol=0.1)
+    reads_few = "global_pool" not in keywords
+    assert torch.allclose(found[:, 2], wanted[:, 2], rtol=1e-4) == reads_few
+    assert not torch.allclose(found[0, 1], wanted[0, 1], rtol=1e-4)
+    assert torch.equal(measure_head_errors(model, [(image,)], progress, num_rows=16), wanted)
+
+
 @pytest.mark.parametrize("sharing", ["none", "headwise", "key_value", "layerwise"])
 def test_token_projections_start_as_pooling(sharing):
     model = trained()
@@ -464,6 +479,16 @@ def test_what_is_done_is_what_is_asked_and_said(folder, argv, heads, start, tmp_
     result = json.loads(capsys.readouterr().out)
     assert (result["heads"], result["lowrank_start"]) == (heads, start)
     assert (result["agreement"] is None) == ("--data" not in argv)
+    assert result["rows"] == ([17, 17] if heads == "variation" else None)
+
+
+@pytest.mark.parametrize("by", ["error", "variation"])
+def test_heads_are_matched_by_the_rows_that_are_asked_for(folder, by, tmp_path, capsys):
+    argv = ["--plan", "exact reuse*2", "-o", tmp_path / "new", "--data", folder / "data", "--match-by", by, "--rows", 3]
+    assert command(folder, *argv) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert f"heads of reuse layers: matched by {by} of each image's maps 4 of 17 rows" in told
+    assert json.loads((tmp_path / "new" / "conversion.json").read_text())["rows"] == [4, 17]
 
 
 @pytest.mark.parametrize(("argv", "said"), [
@@ -477,6 +502,9 @@ def test_what_is_done_is_what_is_asked_and_said(folder, argv, heads, start, tmp_
     (("--plan", "exact*3", "--no-match-heads"), "--no-match-heads has no effect on plan 'exact[*]3'"),
     (("--plan", "exact reuse*2", "--lowrank-start", "pooled"), "--lowrank-start has no effect"),
     (("--plan", "exact reuse*2", "--match-by", "error"), "--match-by needs images"),
+    (("--plan", "exact reuse*2", "--rows", "7"), "--rows needs images"),
+    (("--plan", "exact*3", "--rows", "7"), "--rows has no effect on plan"),
+    (("--plan", "exact reuse*2", "--rows", "7", "--no-match-heads"), "--rows has no effect on plan"),
     (("--plan", "lowrank:4*3", "--lowrank-start", "fitted"), "--lowrank-start fitted needs images.*give --data DIR"),
     (("--plan", "exact*3", "--checkpoint", "{tmp}/empty"), "cannot be read as weights"),
 ])

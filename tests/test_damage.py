@@ -39,10 +39,10 @@ def silent():
     return WorkProgress("", "images", 1, enabled=False)
 
 
-def measured(model, batch, specs=SPECS, batch_size=2):
+def measured(model, batch, specs=SPECS, batch_size=2, **rows):
     batches = [(images,) for images in batch.split(batch_size)]
     redundancy = measure_redundancy(model, batches, silent())
-    return measure_damage(model, batches, specs, redundancy, silent()), redundancy
+    return measure_damage(model, batches, specs, redundancy, silent(), **rows), redundancy
 
 
 def observed(model, batch, signs):
@@ -132,6 +132,59 @@ def test_batches_change_nothing_and_the_model_is_left_as_it_was():
     assert alone == pytest.approx(together, rel=1e-6)
     assert model.training and not any(parameter.requires_grad for parameter in model.parameters())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("keywords", [
+    {"init_values": 0.5, "reg_tokens": 3},
+    {"class_token": False, "global_pool": "avg"},
+], ids=["token", "avg"])
+def test_a_sample_of_rows_is_right_in_the_mean_over_draws(keywords):
+    """Of an image that comes 151 times, each time with rows of its own."""
+    model, many = build(**keywords), images(1).expand(151, -1, -1, -1)
+    redundancy, specs = measure_redundancy(model, [(images(1),)], silent()), words("reuse,lowrank:5,none")
+    found, expected = (
+        measure_damage(model, [(many,)], specs, redundancy, silent(), num_rows) for num_rows in (7, None)
+    )
+    assert found == pytest.approx(expected, rel=0.2, abs=1e-12)
+    errors = [found[change] / damage - 1 for change, damage in expected.items() if damage]
+    assert abs(sum(errors)) / len(errors) < 0.04
+
+
+@pytest.mark.parametrize("plan", [None, "exact*3"])
+def test_a_sample_holds_all_rows_that_token_pooling_reads(plan):
+    """Which are those of prefix tokens: in the last layer there is no error of sampling."""
+    model = build(plan, reg_tokens=2)
+    found, expected = measured(model, images(), num_rows=3)[0], measured(model, images())[0]
+    for change, damage in expected.items():
+        if change.layer == L - 1:
+            assert found[change] == pytest.approx(damage, rel=1e-6)
+        elif damage:
+            assert found[change] != pytest.approx(damage, rel=1e-6)
+
+
+def test_a_sample_of_rows_ranks_changes_as_all_rows_do():
+    from scipy.stats import spearmanr
+
+    model = build(init_values=0.5)
+    expected = [*measured(model, images(3), batch_size=3)[0].values()]
+    for seed in range(3):
+        found = [*measured(model, images(3), batch_size=3, num_rows=13, seed=seed)[0].values()]
+        assert found != expected and spearmanr(found, expected).statistic > 0.95
+
+
+def test_all_rows_are_looked_at_where_there_are_no_more():
+    model = build()
+    default, *others = (measured(model, images(), **rows)[0] for rows in ({}, {"num_rows": None}, {"num_rows": 25}))
+    assert all(found == default for found in others)
+
+
+def test_a_seed_decides_the_rows_and_the_batch_does_not():
+    model = build()
+    alone, together, another = (
+        measured(model, images(5), batch_size=size, num_rows=7, seed=seed)[0] for size, seed in ((1, 0), (5, 0), (5, 1))
+    )
+    assert alone == pytest.approx(together, rel=1e-6)
+    assert another != pytest.approx(together, rel=1e-3)
 
 
 def test_a_model_without_a_head_is_measured_by_its_features():

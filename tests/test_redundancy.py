@@ -10,6 +10,7 @@ from PIL import Image
 
 from vitreuse.__main__ import main
 from vitreuse.compress.redundancy import Redundancy, map_similarity, measure_redundancy
+from vitreuse.compress.row_sample import draw_rows
 from vitreuse.cost.measure import peak_memory_mib
 from vitreuse.export.hub import save_hub_folder
 from vitreuse.io.progress import WorkProgress
@@ -26,6 +27,15 @@ def build(plan=None, **keywords):
     model = timm.create_model(name, **keywords).double().eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.4)  # maps far from uniform
+    return model
+
+
+def peaked(plan=None, **keywords):
+    """The same with maps of few keys a row."""
+    model = build(plan, **keywords)
+    with torch.no_grad():
+        for block in model.blocks:
+            block.attn.qkv.weight[:44] *= 4  # queries and keys
     return model
 
 
@@ -46,8 +56,9 @@ def naive_maps(model, batch):
     return found
 
 
-def measured(model, *batches):
-    return measure_redundancy(model, [(batch, None) for batch in batches], WorkProgress("", "images", 1, enabled=False))
+def measured(model, *batches, **rows):
+    progress = WorkProgress("", "images", 1, enabled=False)
+    return measure_redundancy(model, [(batch, None) for batch in batches], progress, **rows)
 
 
 def naive_similarity(maps):
@@ -211,6 +222,78 @@ def test_maps_of_merged_tokens_give_the_outputs_of_the_layers():
         assert torch.allclose(attn.proj(mixed.transpose(1, 2).flatten(2)), y, atol=1e-10)
 
 
+def test_rows_are_those_of_prefix_tokens_and_of_patches_that_each_image_draws():
+    sample = draw_rows(101, 23, 3, 5, torch.Generator().manual_seed(0))
+    for num_tokens in (26, 19):  # before and after a merge
+        rows, counts = sample.rows(num_tokens), sample.counts(num_tokens)
+        assert rows.shape == (101, 8) and torch.equal(rows[:, :3], torch.arange(3).expand(101, 3))
+        assert (rows.diff() > 0).all() and rows.max() == num_tokens - 1
+        assert counts[:3].tolist() == [1, 1, 1] and counts.sum() == pytest.approx(num_tokens)
+        drawn = rows[:, 3:].flatten().bincount(minlength=num_tokens)[3:]
+        assert drawn.min() * (num_tokens - 3) / 505 > 0.5 and drawn.max() * (num_tokens - 3) / 505 < 1.6  # about evenly
+    assert torch.equal(sample.rows(8), torch.arange(8).expand(101, 8)) and sample.counts(8).tolist() == [1] * 8
+
+
+@pytest.mark.parametrize(("plan", "keywords"), [
+    (None, {"qk_norm": True}),
+    ("exact reuse:1-3 exact reuse:1", {"reg_tokens": 2}),
+    ("span:3 reuse:1 exact none", {}),
+    ("lowrank:5 reuse:1 lowrank:7 reuse", {}),
+])
+def test_rows_of_maps_are_those_of_whole_maps(plan, keywords):
+    model, batch = build(plan, **keywords), images(3)
+    sample = draw_rows(3, 25, model.num_prefix_tokens, 7, torch.Generator().manual_seed(0))
+    for part, whole in zip(attention_maps(model, batch, sample.rows), attention_maps(model, batch), strict=True):
+        assert (part is None) == (whole is None)
+        if part is not None:
+            rows = sample.rows(part.num_tokens)
+            assert part.keys == whole.keys and part.weights.shape[2] == 7 + model.num_prefix_tokens
+            expected = whole.weights.take_along_dim(rows[:, None, :, None], dim=2)
+            torch.testing.assert_close(part.weights, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("plan", [None, "exact exact-3 exact exact"])
+def test_a_sample_of_rows_is_right_in_the_mean_over_draws(plan):
+    """Of an image that comes 401 times, each time with rows of its own; the distance, a ratio, is so nearly."""
+    model = peaked(plan, reg_tokens=3)
+    found, expected = measured(model, images(1).expand(401, -1, -1, -1), num_rows=7), measured(model, images(1))
+    for name, tolerance in (("variation", 0.008), ("entropy", 0.02), ("distance", 0.1)):
+        assert torch.allclose(getattr(found, name), getattr(expected, name), atol=tolerance, equal_nan=True), name
+
+
+def test_a_sample_of_half_the_rows_of_peaked_maps_errs_by_less_than_a_twentieth():
+    """In the variation, a mean over 5 images, between any two heads."""
+    model, batch = peaked(), images(5)
+    expected = measured(model, batch)
+    assert expected.entropy.mean() < 1.5  # of at most log(26) = 3.3
+    errors = [(measured(model, batch, num_rows=13, seed=seed).variation - expected.variation).abs().max().item()
+              for seed in range(10)]
+    assert min(errors) > 0.01 and max(errors) < 0.05
+
+
+@pytest.mark.parametrize("num_rows", [None, 25, 10**9])
+def test_all_rows_are_looked_at_where_there_are_no_more(num_rows):
+    model = build("span:3 reuse:1-3 exact reuse")
+    found, default = measured(model, images(2), num_rows=num_rows, seed=3), measured(model, images(2))
+    for name in ("variation", "entropy", "distance"):
+        assert torch.equal(getattr(found, name).nan_to_num(-1), getattr(default, name).nan_to_num(-1))
+
+
+def test_a_seed_decides_the_rows_and_the_batch_does_not(monkeypatch):
+    model, batch = build("exact exact-3 exact exact"), images(5)
+    together, apart = measured(model, batch, num_rows=7), measured(model, batch[:2], batch[2:], num_rows=7)
+    monkeypatch.setattr("vitreuse.compress.redundancy.MAP_NUMBERS", 1)
+    for other in (apart, measured(model, batch, num_rows=7)):
+        assert torch.allclose(together.variation, other.variation, atol=1e-6, equal_nan=True)
+    another = measured(model, batch, num_rows=7, seed=1)
+    assert not torch.allclose(together.variation, another.variation, atol=1e-3, equal_nan=True)
+
+
+def test_no_rows_is_one_sentence():
+    with pytest.raises(ValueError, match="num_rows is 0: give 1 or more rows of patches per image, or None for all"):
+        measured(build(), images(1), num_rows=0)
+
+
 def test_the_model_is_left_as_it_was():
     model = build("exact reuse lowrank:5 none").train()
     map_similarity(model, images(1))
@@ -279,6 +362,18 @@ def test_the_table_is_readable(folder, capsys):
     assert max(len(line.rstrip()) for line in lines) <= 100
     heading = "layer entropy distance same head best head reuse lowrank:12 span:3 none"
     assert lines[2].split() == heading.split()
+
+
+def test_rows_that_were_looked_at_are_told(folder, capsys):
+    assert similarity(folder, "plain", "--words", "none", "--rows", "7") == 0
+    assert "of each image's maps 8 of 26 rows" in capsys.readouterr().out
+    rows = {}
+    for given in ("7", "100"):
+        assert similarity(folder, "plain", "--words", "none", "--rows", given, "--json") == 0
+        rows[given] = json.loads(capsys.readouterr().out)["rows"]
+    assert rows == {"7": [8, 26], "100": [26, 26]}
+    assert similarity(folder, "plain", "--words", "none") == 0
+    assert "of each image's maps" not in capsys.readouterr().out
 
 
 def test_words_are_few_enough_for_the_model_by_default(folder, capsys):

@@ -237,6 +237,7 @@ def test_the_command_finds_the_same_plan_every_time(folder, capsys, tmp_path):
     assert results[1] == found == json.loads((tmp_path / "search.json").read_text())
     assert (tmp_path / "front.png").read_bytes().startswith(b"\x89PNG")
     assert found["words"] == ["exact", "reuse", "lowrank:5", "span:3", "none"]
+    assert found["rows"][0] == found["rows"][1]
     chosen = parse_plan(found["chosen"]["plan"], DEPTH)
     assert found["chosen"] in found["front"] and found["chosen"]["share"] <= 0.8
     assert found["chosen"]["cost"] == sum(count_macs(build("class token", chosen), theoretical=True).values())
@@ -264,8 +265,9 @@ def test_a_plan_is_chosen_on_images_to_learn_from(folder, capsys, tmp_path):
 
 
 def test_the_table_shows_a_dozen_rows_and_the_command_to_go_on_with(folder, capsys):
-    assert main(argv(folder, "--budget", "0.8", "--words", "exact,none,reuse")) == 0
+    assert main(argv(folder, "--budget", "0.8", "--words", "exact,none,reuse", "--rows", "5")) == 0
     shown = capsys.readouterr().out
+    assert "of each image's maps 6 of " in shown
     assert shown.count("chosen") == 1 and "lowrank" not in shown
     assert "first and last layer" in shown and "exact reuse*2 exact" in shown
     assert shown.splitlines()[-1].startswith(f"vitreuse convert {folder / 'hub'} --data")

@@ -10,10 +10,18 @@ from rich.console import Group
 from torch import Tensor
 
 from vitreuse.cli.console import add_output, add_plan, table_of, titled
-from vitreuse.cli.source import add_source_arguments, learning_split, load_model, load_sample, training_note
+from vitreuse.cli.source import (
+    add_source_arguments,
+    learning_split,
+    load_model,
+    load_sample,
+    rows_remarks,
+    training_note,
+)
 from vitreuse.compress.convert import LOWRANK_STARTS, Conversion, convert, fit_projections, fitting_plan
 from vitreuse.compress.fidelity import agreement
 from vitreuse.compress.redundancy import measure_head_errors, measure_redundancy
+from vitreuse.compress.row_sample import NUM_ROWS, count_rows
 from vitreuse.cost.macs import count_macs, count_params
 from vitreuse.data.samples import ImageSample
 from vitreuse.export.hub import save_hub_folder
@@ -68,6 +76,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "training": training_note(args, target),
         "plan": str(plan),
         **how._asdict(),
+        "rows": count_rows(original, args.rows or NUM_ROWS) if how.heads in DISTANCES else None,
         "matches": conversion.matches,
         "fits": fits,
         **{key: list(getattr(conversion, key)) for key in ("new", "touched", "dropped")},
@@ -112,9 +121,9 @@ def _refuse_idle(args: argparse.Namespace, plan: Plan) -> None:
     words = {spec.word for spec in plan}
     idle: dict[str, Any] = {}
     if "reuse" not in words:
-        idle |= {"--no-match-heads": args.no_match_heads, "--match-by": args.match_by}
+        idle |= {"--no-match-heads": args.no_match_heads, "--match-by": args.match_by, "--rows": args.rows}
     if args.no_match_heads:
-        idle["--match-by"] = args.match_by
+        idle |= {"--match-by": args.match_by, "--rows": args.rows}
     if "lowrank" not in words:
         idle |= {"--lowrank-sharing": args.lowrank_sharing, "--lowrank-projection": args.lowrank_projection}
     if "lowrank" not in words or args.lowrank_projection in POOLS:
@@ -139,7 +148,7 @@ def _choose(args: argparse.Namespace, plan: Plan, has_images: bool) -> _How:
     Raises:
         ValueError: It takes images, and there are none.
     """
-    asked = {"--match-by": args.match_by, "--lowrank-start fitted": args.lowrank_start == "fitted"}
+    asked = {"--match-by": args.match_by, "--rows": args.rows, "--lowrank-start fitted": args.lowrank_start == "fitted"}
     for flag, needs_images in asked.items():
         if needs_images and not has_images:
             raise ValueError(f"{flag} needs images and {args.model} is no run, which would know some: give --data DIR.")
@@ -175,11 +184,11 @@ def _convert(
 
 def _distances(args: argparse.Namespace, original: Any, by: str, sample: ImageSample) -> Tensor:
     """Distances (L, L, H, H) between the heads of each two layers, measured on images."""
-    batches = sample.batches(args.batch_size)
+    batches, rows = sample.batches(args.batch_size), (args.rows or NUM_ROWS, args.seed)
     with WorkProgress("matching heads", "images", len(sample)) as progress:
         if by == "variation":
-            return measure_redundancy(original, batches, progress).variation
-        return measure_head_errors(original, batches, progress)
+            return measure_redundancy(original, batches, progress, *rows).variation
+        return measure_head_errors(original, batches, progress, *rows)
 
 
 def _agreement(args: argparse.Namespace, model: Any, converted: Any, sample: ImageSample) -> dict[str, Any]:
@@ -213,6 +222,7 @@ def _remarks(result: dict[str, Any]) -> list[str]:
     if result["heads"] is not None:
         by = "in their order" if result["heads"] == "in order" else f"matched by {result['heads']}"
         remarks.append(f"heads of reuse layers: {by}")
+        remarks += rows_remarks(result["rows"])
     if result["lowrank_start"] is not None:
         remarks.append(f"token projections: {result['lowrank_start']}")
     if result["linear_start"] is not None:

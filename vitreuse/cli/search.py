@@ -13,8 +13,9 @@ from rich.console import Group
 
 from vitreuse.cli.console import add_dtype, add_output, table_of, titled
 from vitreuse.cli.plots import front_plot, prepare_folder
-from vitreuse.cli.source import Source, add_source_arguments, default_words, load_source, measure, words
+from vitreuse.cli.source import Source, add_source_arguments, default_words, load_source, measure, rows_remarks, words
 from vitreuse.compress.damage import check_specs
+from vitreuse.compress.row_sample import count_rows
 from vitreuse.compress.search import Candidate, least_cost, score, search
 from vitreuse.cost.plan_costs import METRICS, PlanCosts, plan_costs
 from vitreuse.io.durable import write_durably
@@ -78,6 +79,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "budget": args.budget,
         "words": [str(spec) for spec in specs],
         "num_images": len(source.sample),
+        "rows": count_rows(source.model, source.num_rows),
         "split": source.split,
         "chosen": _row(found.chosen, exact),
         "protected": None if found.protected is None else _row(found.protected, exact),
@@ -157,7 +159,7 @@ def render(result: dict[str, Any]) -> Group:
     table.add_section()
     for method, row in result["presets"].items():
         table.add_row(method, *_cells(row))
-    return titled(title, table, _protection(result), result["command"])
+    return titled(title, table, _protection(result), *rows_remarks(result["rows"]), result["command"])
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, str, str]:

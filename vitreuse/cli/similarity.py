@@ -10,10 +10,11 @@ from torch import Tensor
 
 from vitreuse.cli.console import add_output, table_of, titled
 from vitreuse.cli.plots import heatmaps, prepare_folder
-from vitreuse.cli.source import Source, add_source_arguments, default_words, load_source, measure, words
+from vitreuse.cli.source import Source, add_source_arguments, default_words, load_source, measure, rows_remarks, words
 from vitreuse.compress.damage import Change, check_specs, has_exact_layers
 from vitreuse.compress.head_matching import match_heads
 from vitreuse.compress.redundancy import Redundancy
+from vitreuse.compress.row_sample import count_rows
 from vitreuse.export.hub import plan_text
 from vitreuse.io.durable import write_durably
 from vitreuse.plan import EXACT
@@ -48,6 +49,7 @@ def _result(source: Source, redundancy: Redundancy, damage: Mapping[Change, floa
         "training": source.training,
         "plan": plan_text(source.model),
         "num_images": len(source.sample),
+        "rows": count_rows(source.model, source.num_rows),
         "layers": [_layer(number, redundancy, damage) for number in range(len(redundancy.entropy))],
         **{name: _numbers(getattr(redundancy, name)) for name in ("same_head", "best_head", "entropy", "distance")},
         "matched_heads": _matches(redundancy),
@@ -110,6 +112,7 @@ def _numbers(matrix: Tensor) -> list[list[float | None]]:
 
 def render(result: dict[str, Any]) -> Group:
     remarks = [
+        *rows_remarks(result["rows"]),
         "entropy in nats, distance in patches, means over heads",
         "same head, best head: the earlier layer of most alike maps, 0 to 1, as they stand and matched",
     ]

@@ -14,9 +14,10 @@ import torch
 from timm.models import VisionTransformer
 from torch import Tensor
 
-from vitreuse.cli.console import add_count, add_device, add_image_size, local_path
+from vitreuse.cli.console import add_count, add_device, add_image_size, local_path, positive
 from vitreuse.compress.damage import Change, measure_damage
 from vitreuse.compress.redundancy import Redundancy, measure_redundancy
+from vitreuse.compress.row_sample import NUM_ROWS
 from vitreuse.data import DataError, choose_split, find_split, open_images, prepare_source
 from vitreuse.data.labels import numbered_as
 from vitreuse.data.samples import ImageSample
@@ -135,6 +136,8 @@ class Source(NamedTuple):
     device: torch.device
     batch_size: int
     training: str | None  # see training_note
+    num_rows: int  # of patches, see measure_redundancy
+    seed: int  # of these
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The images (B, channels, rows, columns) and their labels (B,), on the CPU."""
@@ -145,6 +148,11 @@ def add_source_arguments(parser: argparse.ArgumentParser, split: str | None = "v
     """Declares MODEL and its weights, the images, by default of that split, and the device."""
     add_model_arguments(parser)
     add_image_arguments(parser, split=split)
+    meaning = (
+        "patches of each image, drawn by --seed, whose rows of the attention maps are looked at, beside all class and "
+        f"register tokens; default: {NUM_ROWS}, all where there are fewer"
+    )
+    parser.add_argument("--rows", type=positive, metavar="N", help=meaning)
     add_device(parser)
 
 
@@ -154,7 +162,22 @@ def load_source(args: argparse.Namespace) -> Source:
     target, model = load_model(args)
     split = args.split or learning_split(target, args.data)
     sample = load_sample(args, target, model, split)
-    return Source(target, model.to(device).eval(), sample, split, device, args.batch_size, training_note(args, target))
+    return Source(
+        target,
+        model.to(device).eval(),
+        sample,
+        split,
+        device,
+        args.batch_size,
+        training_note(args, target),
+        args.rows or NUM_ROWS,
+        args.seed,
+    )
+
+
+def rows_remarks(rows: tuple[int, int] | None) -> list[str]:
+    """What a table says of the rows of maps that were looked at, of how many, where they are not all."""
+    return [f"of each image's maps {rows[0]:,} of {rows[1]:,} rows"] if rows and rows[0] < rows[1] else []
 
 
 def words(text: str) -> tuple[Spec, ...]:
@@ -174,9 +197,10 @@ def default_words(model: Any) -> tuple[Spec, ...]:
 
 def measure(source: Source, specs: Sequence[Spec] | None) -> tuple[Redundancy, dict[Change, float]]:
     """How redundant a model is, and the damage of each change of a layer to one of the specs; no damage for None."""
+    model, rows = source.model, (source.num_rows, source.seed)
     with WorkProgress("similarity", "images", len(source.sample)) as progress:
-        redundancy = measure_redundancy(source.model, source.batches(), progress)
+        redundancy = measure_redundancy(model, source.batches(), progress, *rows)
     if specs is None:
         return redundancy, {}
     with WorkProgress("damage", "images", len(source.sample)) as progress:
-        return redundancy, measure_damage(source.model, source.batches(), specs, redundancy, progress)
+        return redundancy, measure_damage(model, source.batches(), specs, redundancy, progress, *rows)

@@ -7,9 +7,10 @@ much that matters is told by the gradient of the model's own output, in one back
 
 The gradient is that of the logits summed with random signs. Were the errors of tokens and channels independent and
 small, this would be the relative squared error of the logits; they are not, so that it ranks changes, single ones and
-whole plans by their sum, and forecasts no error. What else was tried is in experiments.md.
+whole plans by their sum, and forecasts no error. What else was tried is in experiments.md. Where there are many tokens
+a sample of them stands for all, without bias (row_sample.py).
 
-Shapes: B images, N tokens, M keys, C channels, H heads, D head dim.
+Shapes: B images, N tokens, R query rows, M keys, C channels, H heads, D head dim.
 """
 
 from __future__ import annotations
@@ -26,13 +27,15 @@ from timm.layers import Attention as TimmAttention
 from timm.models.vision_transformer import Block
 from torch import Tensor
 
+from vitreuse.attention import ExactAttention
 from vitreuse.compress.convert import pool_projections
 from vitreuse.compress.head_matching import match_heads
 from vitreuse.compress.redundancy import Batches, Redundancy, mean_over_images
+from vitreuse.compress.row_sample import NUM_ROWS, RowSample
 from vitreuse.io.progress import WorkProgress
 from vitreuse.model.block import PlanBlock, PlanBlocks
 from vitreuse.model.copies import adopted_layers
-from vitreuse.model.recording import attentions, dense_map, recorded_attention
+from vitreuse.model.recording import AttentionCall, attentions, dense_map, project_map, recorded_attention
 from vitreuse.plan import EXACT, Spec
 from vitreuse.plan.language import WHOLE
 
@@ -54,7 +57,13 @@ class Change(NamedTuple):
 
 
 def measure_damage(
-    model: Any, batches: Batches, specs: Sequence[Spec], redundancy: Redundancy, progress: WorkProgress
+    model: Any,
+    batches: Batches,
+    specs: Sequence[Spec],
+    redundancy: Redundancy,
+    progress: WorkProgress,
+    num_rows: int | None = NUM_ROWS,
+    seed: int = 0,
 ) -> dict[Change, float]:
     """The damage of each change that the specs allow, in one pass that holds a few images' maps at a time.
 
@@ -67,9 +76,10 @@ def measure_damage(
         specs: What a layer may become.
         redundancy: What was measured on this model, for the heads that match.
         progress: Told how many images are done.
+        num_rows, seed: Of the rows whose errors are looked at, as measure_redundancy takes them.
 
     Raises:
-        ValueError: The model is not exact, a spec does not fit it, or there are no images.
+        ValueError: The model is not exact, a spec does not fit it, or there are no images, or no rows.
     """
     check_specs(model, specs)
     if len(redundancy.entropy) != len(model.blocks):
@@ -84,12 +94,12 @@ def measure_damage(
     signs = torch.Generator().manual_seed(0)
     kinds = cache(partial(_layers_by_kind, model, specs))
 
-    def measure(images: Tensor) -> tuple[Tensor, Tensor]:
-        layers, logits = _observe(model, images, signs)
+    def measure(images: Tensor, sample: RowSample) -> tuple[Tensor, Tensor]:
+        layers, logits = _observe(model, images, sample, signs)
         grid = model.patch_embed.dynamic_feat_size(images.shape[-2:])
         return _errors(changes, layers, kinds(grid), orders), logits.double().square().sum()
 
-    errors, size = mean_over_images(model, batches, progress, measure)
+    errors, size = mean_over_images(model, batches, progress, measure, num_rows, seed)
     return dict(zip(changes, (errors / size).tolist(), strict=True))
 
 
@@ -157,23 +167,32 @@ def _layers_by_kind(model: Any, specs: Sequence[Spec], grid: tuple[int, int]) ->
 
 
 class _Layer(NamedTuple):
-    """An attention at work: the tokens (B, N, C) that it is given, and the gradient of the signed sum of logits by the
-    first rows (B, rows, C) of its output, as many as are computed."""
+    """An attention at work.
+
+    Attributes:
+        attn: The attention.
+        tokens: (B, N, C), that it is given.
+        rows: (B, R), numbers of the rows of its output that are looked at, of those that are computed.
+        gradient: (B, R, C), of the signed sum of logits by these, times the root of how many rows each stands for.
+    """
 
     attn: Any
     tokens: Tensor
+    rows: Tensor
     gradient: Tensor
 
 
 class _Mixture(NamedTuple):
-    """A map (B, H, rows, M), the values (B, H, M, D), and the values mixed by it, (B, H, rows, D)."""
+    """A map (B, H, R, M), the values (B, H, M, D), and the values mixed by it, (B, H, R, D)."""
 
     weights: Tensor
     values: Tensor
     mixed: Tensor
 
 
-def _observe(model: Any, images: Tensor, signs: torch.Generator) -> tuple[list[_Layer], Tensor]:
+def _observe(
+    model: Any, images: Tensor, sample: RowSample, signs: torch.Generator
+) -> tuple[list[_Layer], Tensor]:
     """Each attention at work, and the logits, which are the features of a model without a head."""
     with torch.enable_grad(), recorded_attention(model) as calls:
         logits = model(images.clone().requires_grad_())
@@ -181,7 +200,16 @@ def _observe(model: Any, images: Tensor, signs: torch.Generator) -> tuple[list[_
         outputs = [call.output for call in calls.values()]
         gradients = torch.autograd.grad((logits * drawn.to(logits)).sum(), outputs)
     layers = zip(model.blocks, calls.values(), gradients, strict=True)
-    return [_Layer(block.attn, call.inputs[0].detach(), gradient) for block, call, gradient in layers], logits.detach()
+    return [_layer(block.attn, call, gradient, sample) for block, call, gradient in layers], logits.detach()
+
+
+def _layer(attn: Any, call: AttentionCall, gradient: Tensor, sample: RowSample) -> _Layer:
+    """An attention at work, whose output has the gradient (B, N, C), or of its first rows where no others are computed:
+    those of prefix tokens."""
+    tokens = call.inputs[0].detach()
+    rows = sample.rows(tokens.shape[1])[:, : gradient.shape[1]]
+    counts = sample.counts(tokens.shape[1])[: rows.shape[1], None].to(gradient)
+    return _Layer(attn, tokens, rows, gradient.take_along_dim(rows[..., None], dim=1) * counts.sqrt())
 
 
 @torch.no_grad()
@@ -193,7 +221,7 @@ def _errors(
 ) -> Tensor:
     """For each change the sum over images, tokens and channels of (gradient * error)^2."""
     made = [
-        {spec: _mixture(layer, of[number].attn) for spec, of in kinds.items()} for number, layer in enumerate(layers)
+        _mixtures(layer, {spec: of[number].attn for spec, of in kinds.items()}) for number, layer in enumerate(layers)
     ]
     unchanged = [_output(layer, own[EXACT].mixed) for layer, own in zip(layers, made, strict=True)]
     found = []
@@ -205,10 +233,17 @@ def _errors(
     return torch.stack(found)
 
 
-def _mixture(layer: _Layer, kind: Any) -> _Mixture:
-    """A layer's own map and values, made as an attention of another kind makes them."""
-    weights, values = dense_map(kind, layer.tokens, kind.grid, layer.gradient.shape[1])
-    return _Mixture(weights, values, weights @ values)
+def _mixtures(layer: _Layer, kinds: Mapping[Spec, Any]) -> dict[Spec, _Mixture]:
+    """A layer's own map and values, made as attentions of other kinds make them."""
+    found, projected = {}, {}
+    for spec, attn in kinds.items():
+        source = EXACT if type(attn).project is ExactAttention.project else spec  # as a span's, which differs by a mask
+        if source not in projected:
+            projected[source] = project_map(attn, layer.tokens, attn.grid)
+        q, k, v = projected[source]
+        weights = dense_map(attn, q, k, attn.grid, layer.rows)
+        found[spec] = _Mixture(weights, v, weights @ v)
+    return found
 
 
 def _changed(change: Change, made: list[dict[Spec, _Mixture]], orders: dict[Change, list[int]]) -> Tensor:
@@ -223,5 +258,5 @@ def _changed(change: Change, made: list[dict[Spec, _Mixture]], orders: dict[Chan
 
 
 def _output(layer: _Layer, mixed: Tensor) -> Tensor:
-    """What the attention makes of mixed values, (B, rows, C)."""
+    """What the attention makes of mixed values, (B, R, C)."""
     return layer.attn.proj(layer.attn.norm(mixed.transpose(1, 2).flatten(2)))

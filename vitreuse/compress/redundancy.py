@@ -1,22 +1,27 @@
 """How alike the attention maps of a model's layers are, and what it costs to read another's: what reuse lives on.
 
-All that is measured is a mean over images, of which a few at a time are looked at.
+All that is measured is a mean over images, of which a few at a time are looked at, and over rows of their maps, which
+are sampled where there are many (row_sample.py).
 
-Shapes: L layers, B images, H heads, N queries, M keys, C channels, D head dim.
+Shapes: L layers, B images, H heads, N tokens, R query rows, M keys, C channels, D head dim.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import combinations_with_replacement
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vitreuse.compress.head_matching import match_heads
+from vitreuse.compress.row_sample import NUM_ROWS, RowSample, count_rows, draw_rows
 from vitreuse.io.progress import WorkProgress
-from vitreuse.model.recording import attention_maps, attentions, project_heads, recorded_attention
+from vitreuse.model.recording import attention_maps, attentions, dense_map, project_map, recorded_attention
 
 Batches = Iterable[Any]  # of images (B, channels, rows, columns) and whatever else, as a loader or ImageSample has them
 MAP_NUMBERS = 2**23  # of all maps computed at a time, 32 MiB; carried ones come on top, and one image may have more
@@ -55,21 +60,26 @@ class Redundancy:
 
 
 @torch.inference_mode()
-def measure_redundancy(model: Any, batches: Batches, progress: WorkProgress) -> Redundancy:
+def measure_redundancy(
+    model: Any, batches: Batches, progress: WorkProgress, num_rows: int | None = NUM_ROWS, seed: int = 0
+) -> Redundancy:
     """How alike, how spread and how local the maps of a model are, in one pass that holds a few images' maps at a time.
 
     A reuse layer has its anchor's map, so that the two are 1 alike. Maps of low-rank layers that project the tokens
-    each in its own way cannot be compared.
+    each in its own way cannot be compared. The sample of rows leaves all means unbiased but the distance, which is a
+    ratio of two and nearly so.
 
     Args:
         model: One of timm's ViTs, fused or not, or one with a plan, on any device; its mode is restored.
         batches: Of images first.
         progress: Told how many images are done.
+        num_rows: Patches of each image whose rows of the maps are looked at, beside all prefix tokens; all when None.
+        seed: Of their choice.
 
     Raises:
-        ValueError: No ViT, an attention of another kind, or no images.
+        ValueError: No ViT, an attention of another kind, no images, or no rows.
     """
-    means = mean_over_images(model, batches, progress, lambda images: _measured(model, images))
+    means = mean_over_images(model, batches, progress, partial(_measured, model), num_rows, seed)
     return Redundancy(*(mean.float() for mean in means))
 
 
@@ -85,7 +95,9 @@ def map_similarity(model: nn.Module, images: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def measure_head_errors(model: Any, batches: Batches, progress: WorkProgress) -> Tensor:
+def measure_head_errors(
+    model: Any, batches: Batches, progress: WorkProgress, num_rows: int | None = NUM_ROWS, seed: int = 0
+) -> Tensor:
     """Squared error of a layer's attention, a mean over images, when one head reads the map of an earlier layer's head.
 
     Unlike a distance between maps it does not count differences where values are alike or are hardly read. Only the
@@ -95,20 +107,26 @@ def measure_head_errors(model: Any, batches: Batches, progress: WorkProgress) ->
         model: With exact attention in all layers, as copies.exact_copy makes it; its mode is restored.
         batches: Of images first.
         progress: Told how many images are done.
+        num_rows, seed: Of the rows that are looked at, as measure_redundancy takes them.
 
     Returns:
         (L, L, H, H): at [anchor, layer, i, j] head j of a layer reads the map of head i of the anchor layer; 0 where
         the anchor does not come before the layer.
 
     Raises:
-        ValueError: There are no images.
+        ValueError: There are no images, or no rows.
     """
-    (errors,) = mean_over_images(model, batches, progress, lambda images: [_reading_errors(model, images)])
+    (errors,) = mean_over_images(model, batches, progress, partial(_reading_errors, model), num_rows, seed)
     return errors.float()
 
 
 def mean_over_images(
-    model: Any, batches: Batches, progress: WorkProgress, measure: Callable[[Tensor], Sequence[Tensor]]
+    model: Any,
+    batches: Batches,
+    progress: WorkProgress,
+    measure: Callable[[Tensor, RowSample], Sequence[Tensor]],
+    num_rows: int | None,
+    seed: int,
 ) -> list[Tensor]:
     """Means over all images, on the CPU, of numbers that are measured on a few images at a time.
 
@@ -116,20 +134,25 @@ def mean_over_images(
         model: Its mode is restored.
         batches: Of images first.
         progress: Told how many images are done.
-        measure: Gives the sums over some images on the model's device, so few that all their maps have MAP_NUMBERS.
+        measure: Gives the sums over some images on the model's device, so few that the rows that are looked at of all
+            their maps have MAP_NUMBERS.
+        num_rows, seed: Of the rows that are looked at, as measure_redundancy takes them.
 
     Raises:
-        ValueError: The model is none that attentions takes, or there are no images.
+        ValueError: The model is none that attentions takes, there are no images, or no rows.
     """
     own = [attn for attn in attentions(model) if attn is not None]
-    num_tokens = model.num_prefix_tokens + model.patch_embed.num_patches
-    size = max(1, MAP_NUMBERS // (sum(attn.num_heads for attn in own) * num_tokens**2 or 1))
+    looked_at, num_tokens = count_rows(model, num_rows)
+    size = max(1, MAP_NUMBERS // (sum(attn.num_heads for attn in own) * looked_at * num_tokens or 1))
+    generator = torch.Generator().manual_seed(seed)
     device, was_training = next(model.parameters()).device, model.training
     sums, count = [], 0
     model.eval()
     try:
         for few in (few for images, *_ in batches for few in images.split(size)):
-            parts = [part.double().cpu() for part in measure(few.to(device))]
+            grid = model.patch_embed.dynamic_feat_size(few.shape[-2:])
+            sample = draw_rows(len(few), math.prod(grid), model.num_prefix_tokens, num_rows, generator)
+            parts = [part.double().cpu() for part in measure(few.to(device), sample.to(device))]
             sums = [total + part for total, part in zip(sums, parts, strict=True)] if count else parts
             count += len(few)
             progress.reach(count)
@@ -140,53 +163,58 @@ def mean_over_images(
     return [total / count for total in sums]
 
 
-def _measured(model: Any, images: Tensor) -> list[Tensor]:
+def _measured(model: Any, images: Tensor, sample: RowSample) -> list[Tensor]:
     """Variation, entropy and distance, as Redundancy has them, summed over images."""
-    maps = attention_maps(model, images)
-    grid = model.patch_embed.dynamic_feat_size(images.shape[-2:])
-    places = torch.cartesian_prod(*(torch.arange(size, device=images.device) for size in grid)).float()
-    distances = torch.cdist(places, places)  # between patches
+    maps = attention_maps(model, images, sample.rows)
     known = {layer: of for layer, of in enumerate(maps) if of is not None}
     num_heads = max((of.weights.shape[1] for of in known.values()), default=0)
-    variation = distances.new_full((len(maps), len(maps), num_heads, num_heads), torch.nan)
-    entropy, distance = (distances.new_full((len(maps), num_heads), torch.nan) for _ in range(2))
-    for layer, (weights, keys) in known.items():
-        entropy[layer] = torch.special.entr(weights.float()).sum(-1).mean((0, 2))
-        if keys == "tokens":
-            patches = weights[:, :, -len(places) :, -len(places) :].float()
-            distance[layer] = ((patches * distances).sum((2, 3)) / patches.sum((2, 3))).mean(0)
-    for keys in {of.keys for of in known.values()}:
-        alike = [layer for layer, of in known.items() if of.keys == keys]
-        members = torch.tensor(alike, device=images.device)
-        variation[members[:, None], members] = _variation([known[layer].weights for layer in alike])
-    return [len(images) * part for part in (variation, entropy, distance)]
+    variation = images.new_full((len(maps), len(maps), num_heads, num_heads), torch.nan, dtype=torch.float32)
+    entropy, distance = (variation.new_full((len(maps), num_heads), torch.nan) for _ in range(2))
+    distances = _distances(model, images, sample)
+    for layer, of in known.items():
+        entropy[layer] = sample.mean(torch.special.entr(of.weights.float()).sum(-1), of.num_tokens).sum(0)
+        if of.keys == "tokens":
+            patches = of.weights[:, :, model.num_prefix_tokens :, model.num_prefix_tokens :].float()
+            distance[layer] = ((patches * distances).sum((2, 3)) / patches.sum((2, 3))).sum(0)
+    by_row = {layer: of.weights.float().transpose(1, 2).contiguous() for layer, of in known.items()}  # (B, R, H, M)
+    for first, second in combinations_with_replacement(known, 2):
+        if known[first].keys == known[second].keys:
+            between = torch.cdist(by_row[first], by_row[second], p=1).permute(0, 2, 3, 1) / 2
+            found = sample.mean(between, known[first].num_tokens).sum(0)
+            variation[first, second], variation[second, first] = found, found.T
+    return [variation, entropy, distance]
 
 
-def _variation(maps: list[Tensor]) -> Tensor:
-    """Total variation between the rows of each head of each map and each of each other, (layers, layers, H, H)."""
-    rows = torch.cat(maps, dim=1).float().transpose(1, 2).flatten(0, 1)  # (B * N, layers * H, M)
-    between = torch.cdist(rows, rows, p=1).mean(0) / 2
-    return between.unflatten(1, (len(maps), -1)).unflatten(0, (len(maps), -1)).transpose(1, 2)
+def _distances(model: Any, images: Tensor, sample: RowSample) -> Tensor:
+    """From the patches whose rows are looked at to all patches, in patches: (B, 1, R - P, patches)."""
+    grid = model.patch_embed.dynamic_feat_size(images.shape[-2:])
+    places = torch.cartesian_prod(*(torch.arange(size, device=images.device) for size in grid)).float()
+    num_prefix = model.num_prefix_tokens
+    return torch.cdist(places, places)[sample.rows(num_prefix + len(places))[:, num_prefix:] - num_prefix][:, None]
 
 
-def _reading_errors(model: Any, images: Tensor) -> Tensor:
+def _reading_errors(model: Any, images: Tensor, sample: RowSample) -> list[Tensor]:
     """What measure_head_errors returns, as a sum over images."""
     with recorded_attention(model) as calls:
-        maps = [made.weights for made in attention_maps(model, images) if made is not None]
-    errors = images.new_zeros(len(maps), len(maps), maps[0].shape[1], maps[0].shape[1])
+        model.forward_features(images)
+    num_tokens = calls[0].inputs[0].shape[1]
+    rows, counts = sample.rows(num_tokens), sample.counts(num_tokens).to(images)
+    errors = images.new_zeros(len(calls), len(calls), *[model.blocks[0].attn.num_heads] * 2)
+    maps: list[Tensor] = []
     for layer, block in enumerate(model.blocks):
-        values = _values(block, calls[layer].inputs[0])
-        rows = model.num_class_rows if block is model.blocks[-1] and model.reads_class_rows else None
-        own = maps[layer][:, :, :rows] @ values
+        q, k, v = project_map(block.attn, calls[layer].inputs[0], block.attn.grid)
+        maps.append(dense_map(block.attn, q, k, block.attn.grid, rows))
+        read_rows = model.num_class_rows if block is model.blocks[-1] and model.reads_class_rows else None
+        values = v @ _turn(block).mT
+        own = maps[layer][:, :, :read_rows] @ values
         for anchor in range(layer):
-            read = torch.einsum("binm,bjmd->bijnd", maps[anchor][:, :, :rows], values)
-            errors[anchor, layer] = (read - own[:, None]).square().sum((0, 3, 4))
-    return errors
+            read = torch.einsum("binm,bjmd->bijnd", maps[anchor][:, :, :read_rows], values)
+            errors[anchor, layer] = (read - own[:, None]).square().sum((0, 4)) @ counts[:read_rows]
+    return [errors]
 
 
-def _values(block: Any, x: Tensor) -> Tensor:
-    """A layer's values (B, H, N, D), turned so that they are as long as what the output projection makes of them."""
+def _turn(block: Any) -> Tensor:
+    """What turns a layer's values (H, D, D) so that they are as long as what the output projection makes of them."""
     columns = block.attn.proj.weight.unflatten(1, (block.attn.num_heads, -1)).transpose(0, 1)  # (H, C, D)
     scale = getattr(block.ls1, "gamma", None)
-    turned = torch.linalg.qr(columns if scale is None else scale[:, None] * columns).R  # |R v| = |W v|
-    return project_heads(block.attn, x).v @ turned.mT
+    return torch.linalg.qr(columns if scale is None else scale[:, None] * columns).R  # |R v| = |W v|

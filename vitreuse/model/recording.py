@@ -3,12 +3,12 @@
 Fused kernels never show their maps, so whoever wants one computes it again from what an attention was given. Works on
 timm's layers and on ours; nothing is changed but hooks, which are gone at the end of the block.
 
-Shapes: B images, N tokens, M keys, C channels, H heads, D head dim.
+Shapes: B images, N tokens, M keys, R query rows, C channels, H heads, D head dim.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
@@ -42,12 +42,14 @@ class AttentionMap(NamedTuple):
     """The map of one layer.
 
     Attributes:
-        weights: (B, H, N, M), in the order of the heads of the values that it mixes.
+        weights: (B, H, N, M), of R rows (B, H, R, M), in the order of the heads of the values that it mixes.
         keys: What the columns stand for: maps of equal keys can be compared.
+        num_tokens: N, the rows of the whole map.
     """
 
     weights: Tensor
     keys: Hashable
+    num_tokens: int
 
 
 @contextmanager
@@ -97,8 +99,15 @@ def attentions(model: nn.Module) -> list[Any]:
     return found
 
 
-def attention_maps(model: Any, images: Tensor) -> list[AttentionMap | None]:
+def attention_maps(
+    model: Any, images: Tensor, choose_rows: Callable[[int], Tensor] | None = None
+) -> list[AttentionMap | None]:
     """The map of each layer, over all tokens, in one forward pass; None of a layer without attention.
+
+    Args:
+        model: One of timm's ViTs or ours.
+        images: (B, channels, rows, columns).
+        choose_rows: Gives, for a number of tokens, the numbers (B, R) of the rows that are computed; all when None.
 
     Raises:
         ValueError: The model is none that attentions takes.
@@ -109,47 +118,65 @@ def attention_maps(model: Any, images: Tensor) -> list[AttentionMap | None]:
         model.forward_features(images)
     handed: Any = None  # what the newest layer with a map hands on
     for layer, call in calls.items():
-        maps[layer], handed = _map(layer, own[layer], call.inputs, handed)
+        maps[layer], handed = _map(layer, own[layer], call.inputs, handed, choose_rows)
     return maps
+
+
+def project_map(attn: Any, x: Tensor, grid: tuple[int, int], layerwise_proj: Tensor | None = None) -> Heads:
+    """What the map of an attention is made of, and the values that it mixes, after any projection along the tokens.
+
+    Keys and values are (B, H, M, D). Not of a reuse layer, which is handed its map.
+    """
+    if isinstance(attn, TimmAttention):
+        return project_heads(attn, x)
+    q, k, v, *_ = attn.project(x, None, grid, layerwise_proj)
+    return Heads(attn.q_norm(q), attn.k_norm(k), v)
 
 
 def dense_map(
     attn: Any,
-    x: Tensor,
+    q: Tensor,
+    k: Tensor,
     grid: tuple[int, int],
-    num_rows: int | None = None,
-    layerwise_proj: Tensor | None = None,
+    rows: Tensor | None = None,
     sizes: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The map (B, H, rows, M) that an attention computes, zero outside a span, and its values (B, H, M, D)."""
-    if isinstance(attn, TimmAttention):
-        q, k, v = project_heads(attn, x)
-        return softmax_map(q[:, :, :num_rows], k, attn.scale), v
-    q, k, v, *_ = attn.project(x, num_rows, grid, layerwise_proj)
-    return softmax_map(attn.q_norm(q), attn.k_norm(k), attn.scale, _mask(attn, x, grid, sizes)), v
+) -> Tensor:
+    """The map (B, H, R, M) that an attention makes of queries and keys, zero outside a span.
+
+    Args:
+        attn: The attention, of timm's or ours.
+        q, k: (B, H, N, D) and (B, H, M, D), normalised.
+        grid: The (rows, columns) of patches.
+        rows: Numbers (B, R) of the rows that are computed; all when None.
+        sizes: (B, M), how many tokens each key stands for.
+    """
+    mask = Mask(sizes=sizes)
+    if getattr(attn, "width", 0) > 0:
+        bias = neighbourhood_bias(grid, attn.width, attn.num_prefix_tokens, q.dtype, q.device)
+        mask = Mask(bias if rows is None else bias[rows][:, None])
+    return softmax_map(q if rows is None else q.take_along_dim(rows[:, None, :, None], dim=2), k, attn.scale, mask)
 
 
-def _mask(attn: Attention, x: Tensor, grid: tuple[int, int], sizes: Tensor | None) -> Mask:
-    """The mask that keeps a map over all keys to the windows of an attention, or weighs keys by sizes."""
-    if attn.width == 0:
-        return Mask(sizes=sizes)
-    return Mask(neighbourhood_bias(grid, attn.width, attn.num_prefix_tokens, x.dtype, x.device))
-
-
-def _map(layer: int, attn: Any, inputs: Any, handed: AttentionMap) -> tuple[AttentionMap, AttentionMap]:
+def _map(
+    layer: int, attn: Any, inputs: Any, handed: AttentionMap, choose_rows: Callable[[int], Tensor] | None
+) -> tuple[AttentionMap, AttentionMap]:
     """A layer's map as its values read it, and as it hands it on; its anchor's is what was handed to it."""
+    x = inputs[0]
+    rows = None if choose_rows is None else choose_rows(x.shape[1])
     if isinstance(attn, TimmAttention):
-        made = AttentionMap(dense_map(attn, inputs[0], (0, 0))[0], "tokens")
+        q, k, _ = project_map(attn, x, (0, 0))
+        made = AttentionMap(dense_map(attn, q, k, (0, 0), rows), "tokens", x.shape[1])
         return made, made
-    x, carry, grid = inputs[0], inputs[1], inputs[2] or attn.grid
+    carry, grid = inputs[1], inputs[2] or attn.grid
     if isinstance(attn, ReuseAttention):
         own = attn.own_queries_and_keys(x, None, carry.key_proj)
         if own is None:
             return handed, handed
-        computed = softmax_map(*own, attn.scale, _mask(attn, x, grid, carry.sizes))
+        computed = dense_map(attn, *own, grid, rows, carry.sizes)
         read, given = join_heads(handed.weights, computed, attn.num_reused_heads)
         return handed._replace(weights=read), handed._replace(weights=given)
-    made = AttentionMap(dense_map(attn, x, grid, None, carry.layerwise_proj, carry.sizes)[0], _keys(layer, attn))
+    q, k, _ = project_map(attn, x, grid, carry.layerwise_proj)
+    made = AttentionMap(dense_map(attn, q, k, grid, rows, carry.sizes), _keys(layer, attn), x.shape[1])
     return made, made
 
 
