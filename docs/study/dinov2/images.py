@@ -104,7 +104,7 @@ def composites(
     for number in range(len(cutouts) * per_object):
         rng = np.random.default_rng([*seed, number])
         cutout = cutouts[number // per_object]
-        image = composite(cutout.image, backgrounds[rng.integers(len(backgrounds))], size_px, rng)
+        image = composite(cutout.image, backgrounds[int(rng.integers(len(backgrounds)))], size_px, rng)
         yield f"{cutout.name}/{number % per_object}.jpg", image
 
 

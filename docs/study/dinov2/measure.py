@@ -81,13 +81,16 @@ class Original:
         self.batch_size = QUALITY_BATCH[image_size_px]
         self.model, self.head = trained(image_size_px, global_pool=""), SaliencyHead()
         self.tokens = {test: torch.cat([*self.features(self.model, folder)]) for test, folder in TESTS.items()}
-        self.maps = {test: torch.cat([*map(self.maps_of, tokens.split(self.batch_size))]) for test, tokens in self.tokens.items()}
+        self.maps = {test: torch.cat([*map(self.maps_of, self._split(tokens))]) for test, tokens in self.tokens.items()}
 
     @torch.inference_mode()
     def features(self, model: Any, folder: str) -> Iterator[Tensor]:
         """Tokens (B, N, C) after the final norm, batch by batch."""
         for images, _ in images_of(folder.format(px=self.image_size_px), self.model).batches(self.batch_size):
             yield model.forward_features(images)
+
+    def _split(self, values: Tensor) -> tuple[Tensor, ...]:
+        return values.split(self.batch_size)
 
     def maps_of(self, tokens: Tensor) -> Tensor:
         """Saliency maps (B, rows, columns) of tokens (B, N, C)."""
@@ -96,13 +99,14 @@ class Original:
     def agreement(self, model: Any, test: str) -> tuple[Agreement, Tensor]:
         """How near another model is on a test, and its class tokens (B, C)."""
         parts, classes = [], []
-        expected = zip(self.tokens[test].split(self.batch_size), self.maps[test].split(self.batch_size), strict=True)
+        expected = zip(self._split(self.tokens[test]), self._split(self.maps[test]), strict=True)
         for found, (tokens, maps) in zip(self.features(model, TESTS[test]), expected, strict=True):
             cosine, maps_like = F.cosine_similarity(found, tokens, dim=-1), likeness(self.maps_of(found), maps)
             parts.append(torch.stack([cosine[:, 0], cosine[:, 1:].mean(1), *maps_like]))
             classes.append(found[:, 0])
-        of_class, of_patches, difference, overlap = torch.cat(parts, dim=1).double()
-        means = (of_class.mean(), _worst(of_class), of_patches.mean(), _worst(of_patches), difference.mean(), overlap.mean())
+        of_class, of_patches, *of_maps = torch.cat(parts, dim=1).double()
+        cosines = (of_class.mean(), _worst(of_class), of_patches.mean(), _worst(of_patches))
+        means = (*cosines, *(values.mean() for values in of_maps))
         return Agreement(*map(float, means)), torch.cat(classes)
 
 

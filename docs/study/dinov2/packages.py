@@ -53,8 +53,8 @@ def unpack_debian(data: Path = DATA, which: Callable[[str], str | None] = shutil
 def _call(*command: str, folder: Path | None = None) -> None:
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        raise ValueError(f"{' '.join(command[:2])} ended with exit code {done.returncode}, {last.rstrip('.')}: mend that.")
+        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1].rstrip(".")
+        raise ValueError(f"{' '.join(command[:2])} ended with exit code {done.returncode}: {last}.")
 
 
 def package_folder(name: str) -> Path:

@@ -65,7 +65,7 @@ def _positions(graph: onnx.GraphProto, arrays: Mapping[str, np.ndarray]) -> np.n
     of_patches = [name for node in graph.node if node.op_type == "Reshape" for name in node.input[:1] if name in arrays]
     found = [arrays[name] for name in (*of_class, *of_patches) if arrays[name].shape[-1:] == (width,)]
     if [array.shape[:-1] for array in found[:1]] != [(1, 1)] or len(found) != 2:
-        raise ValueError(f"the ONNX file has {len(found)} position embeddings where 2 were expected: it is another model.")
+        raise ValueError(f"the ONNX file has {len(found)} position embeddings where 2 were expected: it is of another.")
     return np.concatenate(found, axis=1)
 
 
