@@ -130,8 +130,7 @@ def quality(original: Original, word: str, plan: str) -> Line:
     composites, queries = original.agreement(model, "composites")
     photographs, _ = original.agreement(model, "photographs")
     memory = torch.cat([tokens[:, 0].clone() for tokens in original.features(model, MEMORY)])
-    labels = (labels_of(folder.format(px=original.image_size_px)) for folder in (MEMORY, TESTS["composites"]))
-    remembered, expected = labels
+    folders = [folder.format(px=original.image_size_px) for folder in (MEMORY, TESTS["composites"])]
     return {
         "image_size_px": original.image_size_px,
         "word": word,
@@ -139,7 +138,7 @@ def quality(original: Original, word: str, plan: str) -> Line:
         "macs": macs,
         "composites": asdict(composites),
         "photographs": asdict(photographs),
-        "knn_top1": nearest_neighbours_top1(memory, remembered, queries, expected),
+        "knn_top1": nearest_neighbours_top1(memory, labels_of(folders[0]), queries, labels_of(folders[1])),
     }
 
 
