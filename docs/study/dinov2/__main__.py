@@ -23,7 +23,7 @@ from vitreuse.io.durable import write_durably
 PROGRAM, WRONG_INPUT = "python -m docs.study.dinov2", 2
 COLUMNS = (
     Column("plan", "plan"),
-    Column("share", "MACs", ".3f"),
+    Column("share", "MACs / exact", ".3f"),
     Column("speedup", "speed-up", ".2f"),
     Column("spread_percent", "spread (%)", ".0f"),
     *(
