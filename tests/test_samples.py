@@ -64,3 +64,19 @@ def test_wrong_folders_are_one_sentence(target, tmp_path):
     ):
         with pytest.raises(DataError, match=said):
             sample_images(target, model, root, 5)
+
+
+@pytest.mark.parametrize(("number", "asked", "size"), [(11, 4, 4), (11, 7, 5), (2, 9, 1)])
+def test_what_is_learned_from_is_not_shown(target, number, asked, size, tmp_path):
+    draw(tmp_path / "photos", number)
+    sample = sample_images(target, target.model.create("meta"), tmp_path / "photos", asked, seed=3)
+    shown, learned = sample.apart()
+    assert len(shown) == len(learned) == size and not {*shown.numbers} & {*learned.numbers}
+    assert {*shown.numbers} <= {*sample.numbers} and shown.numbers == sorted(shown.numbers)
+    assert [*map(len, (images for images, _ in learned.batches(size)))] == [size]
+
+
+def test_one_image_is_not_both_learned_from_and_shown(target, tmp_path):
+    draw(tmp_path / "photos", 1)
+    with pytest.raises(DataError, match="has 1 image, and none is both learned from and shown: add more"):
+        sample_images(target, target.model.create("meta"), tmp_path / "photos", 5).apart()

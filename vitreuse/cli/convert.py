@@ -134,11 +134,13 @@ def _refuse_idle(args: argparse.Namespace, plan: Plan) -> None:
 
 
 def _samples(args: argparse.Namespace, target: Target, model: Any) -> _Samples | None:
-    """The images to measure on, and those to learn from, of the split train if there is one; None without images."""
+    """The images to measure on, and others to learn from, of the split train if there is one; None without images."""
     if args.data is None and target.config is None:
         return None
     shown = load_sample(args, target, model, args.split)
     split = learning_split(target, args.data, args.split)
+    if split == args.split:
+        return _Samples(*shown.apart(), f"other images of {split}")
     return _Samples(shown, load_sample(args, target, model, split), split)
 
 

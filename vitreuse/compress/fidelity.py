@@ -5,6 +5,7 @@ Shapes: B images, N tokens (prefix tokens first), C channels.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -99,7 +100,7 @@ def token_cosines(original: Any, wanted: Tensor, converted: Any, found: Tensor) 
 
 def worst_tenth(values: Tensor) -> float:
     """The mean of the least tenth of some numbers, of at least one."""
-    return float(values.sort().values[: max(1, len(values) // 10)].mean())
+    return float(values.sort().values[: math.ceil(len(values) / 10)].mean())
 
 
 def _of_classes(wanted: Tensor, found: Tensor, labels: Tensor, has_labels: bool) -> dict[str, Tensor]:

@@ -4,11 +4,16 @@ Commands that measure on a few images, or learn from them, take one: similarity,
 evaluation, which see every image, do not.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator
+from copy import copy
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from vitreuse.io.errors import DataError
 
 
 class ImageSample:
@@ -28,10 +33,29 @@ class ImageSample:
     def __init__(
         self, dataset: Any, transform: Callable[..., Tensor], num_images: int, seed: int = 0, remark: str | None = None
     ):
-        self.dataset, self.transform, self.remark = dataset, transform, remark
+        self.dataset, self.transform, self.seed, self.remark = dataset, transform, seed, remark
         self.class_names: tuple[str, ...] = dataset.class_names if remark is None else ()
         chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:num_images]
         self.numbers: list[int] = chosen.sort().values.tolist()
+
+    def apart(self) -> tuple[ImageSample, ImageSample]:
+        """Two samples of the same set that share no image: this one and as many others, or halves of a small set.
+
+        Raises:
+            DataError: The set has one image.
+        """
+        total, num_images = len(self.dataset), len(self)
+        if total < 2:
+            only = f"{self.dataset.folder} has {total} image"
+            raise DataError(f"{only}, and none is both learned from and shown: add more.")
+        drawn = torch.randperm(total, generator=torch.Generator().manual_seed(self.seed))
+        size = min(num_images, total // 2)
+        return self._of(drawn[:size]), self._of(drawn[size : 2 * size])
+
+    def _of(self, numbers: Tensor) -> ImageSample:
+        other = copy(self)
+        other.numbers = numbers.sort().values.tolist()
+        return other
 
     def __len__(self) -> int:
         return len(self.numbers)
