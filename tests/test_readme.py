@@ -28,14 +28,14 @@ def commands():
     return [shlex.split(line, comments=True) for line in lines if line.strip()]
 
 
-def five_commands():
+def five_commands(model):
     """Those for a trained model, of which each takes what the one before has left."""
-    (block,) = [block for block in fenced("sh") if "vitreuse similarity" in block]
+    (block,) = [block for block in fenced("sh") if f"vitreuse similarity {model}" in block]
     return [shlex.split(line) for line in block.splitlines()]
 
 
 def other_commands(is_ours):
-    five = five_commands()
+    five = [*five_commands("runs/demo/exact"), *five_commands("vit_small_patch14_dinov2")]
     return [argv for argv in commands() if argv not in five and (argv[0] == ".venv/bin/vitreuse") is is_ours]
 
 
@@ -88,14 +88,21 @@ def test_the_five_commands_make_a_trained_model_faster(tmp_path, monkeypatch, ca
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     assert train(["configs/digits/exact.yaml", "train.epochs=3", "run_dir=runs/demo/exact"]) == 0
-    for argv in five_commands():
+    five = five_commands("runs/demo/exact")
+    for argv in five:
         run, arguments = (main, argv[1:]) if argv[0] == ".venv/bin/vitreuse" else (train, argv[3:])
         assert run(arguments) == 0, argv
     assert " % before healing, " in capsys.readouterr().err
     exported = timm.create_model(f"local-dir:{tmp_path / 'runs/exported'}", pretrained=True)
-    assert str(exported.plan) in shlex.join(five_commands()[2])
+    assert str(exported.plan) in shlex.join(five[2])
     teacher, healed = (load_config(tmp_path / "configs/digits" / f"{name}.yaml").train for name in ("exact", "heal"))
     assert healed.epochs <= teacher.epochs / 10 and healed.global_batch_size == teacher.global_batch_size
+
+
+def test_both_models_go_through_the_same_five_commands():
+    digits, real = (five_commands(model) for model in ("runs/demo/exact", "vit_small_patch14_dinov2"))
+    assert [argv[:2] for argv in digits] == [argv[:2] for argv in real]
+    assert str(load_config(ROOT / real[3][3], real[3][4:]).train.distill.teacher.name) == real[0][2]
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/training.md", "docs/evaluation.md", "experiments.md"])

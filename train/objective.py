@@ -118,9 +118,10 @@ class HealingObjective(DistillationObjective):
         return loss + self.weight * outputs_loss(outputs, {layer: call.output for layer, call in calls.items()})
 
     def facts_before(self, model: nn.Module, look: Look) -> Facts:
-        own, teacher = look(model), look(self.teacher.model)
-        sentence = f"{teacher.text} of the teacher, {own.text} before healing"
-        return Facts({f"teacher_{own.name}": teacher.score, f"before_{own.name}": own.score}, sentence)
+        own = look(model)
+        teacher = 1.0 if self.asks_tokens else look(self.teacher.model).score  # whose features are its own
+        sentence = f"{own.form.format(teacher)} of the teacher, {own.text} before healing"
+        return Facts({f"teacher_{own.name}": teacher, f"before_{own.name}": own.score}, sentence)
 
     def facts_after(self, before: Mapping[str, Any] | None, found: Findings) -> Facts:
         """The share of what was lost that is regained; of a model that had lost nothing none is known."""
