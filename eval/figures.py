@@ -65,9 +65,8 @@ def name_points(axes: Any, points: Sequence[Point], fontsize: float = 9) -> None
     taken += [line.get_window_extent() for line in axes.lines]
     for point, spot in zip(points, spots, strict=True):
         line = {"arrowstyle": "-", "color": "0.6", "linewidth": 0.7, "shrinkA": 0, "shrinkB": 8}
-        pixels = {"xycoords": "figure pixels", "textcoords": "figure pixels"}
-        form = {"fontsize": fontsize, "ha": "center", "va": "center", "arrowprops": line, **pixels}
-        label = axes.annotate(point.name, spot, spot, **form)
+        centred = {"xycoords": "figure pixels", "textcoords": "figure pixels", "ha": "center", "va": "center"}
+        label = axes.annotate(point.name, spot, spot, fontsize=fontsize, arrowprops=line, **centred)
         half_size = label.get_window_extent().size / 2 + pixels_per_pt
         centre = _free_place(spot, half_size, taken, axes.get_window_extent(), pixels_per_pt)
         label.set_position(centre)
