@@ -180,7 +180,7 @@ def test_the_weighted_nearest_decide():
         nearest = sorted(range(47), key=lambda number: -similarity[number])[:20]
         votes = [sum(np.exp(similarity[n] / 0.07) for n in nearest if labels[n] == c) for c in range(3)]
         right += int(np.argmax(votes)) == int(label)
-    found = measure.nearest_neighbours_top1(memory, labels, queries, expected)
+    found = measure.knn_top1(memory, labels, queries, expected)
     assert 0 < right < 13 and found == pytest.approx(100 * right / 13)
 
 

@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 from docs.study.dinov2 import ablation, figures
+from docs.study.dinov2.commands import measure_healed, run_commands
 from docs.study.dinov2.images import SIZES_PX, build
 from docs.study.dinov2.measure import QUALITY, SPEED, SPEED_BATCH, Line, Original, complete, quality, read_lines, speed
 from docs.study.dinov2.packages import HERE, unpack_debian
@@ -105,6 +106,8 @@ def main() -> int:
         else:
             measure_missing()
             show()
+            run_commands()
+            measure_healed()
     except (ValueError, OSError) as error:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
         return WRONG_INPUT

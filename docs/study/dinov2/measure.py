@@ -8,7 +8,6 @@ Shapes: B images, N tokens, C channels; token 0 is the class token.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,8 +20,10 @@ from torch.nn import functional as F
 from docs.study.dinov2.packages import DATA, HERE
 from docs.study.dinov2.saliency import SaliencyHead, likeness
 from docs.study.dinov2.weights import trained
+from eval.knn import knn_votes
 from eval.throughput import fused_attention
 from vitreuse import convert, count_macs
+from vitreuse.compress.fidelity import worst_tenth
 from vitreuse.cost.measure import describe_machine, inference_call, time_interleaved
 from vitreuse.data import open_images
 from vitreuse.data.samples import ImageSample
@@ -31,10 +32,8 @@ from vitreuse.model.preprocessing import evaluation_transform, example
 QUALITY, SPEED = HERE / "quality.jsonl", HERE / "speed.jsonl"
 TESTS = {"composites": "{px}-test/val", "photographs": "{px}-photographs"}
 MEMORY = "{px}-test/train"
-WORST = 0.1  # of the images
 QUALITY_BATCH = {224: 16, 518: 4}
 SPEED_BATCH, SPEED_REPEATS = {224: 8, 518: 2}, {224: 10, 518: 5}
-NEIGHBOURS, TEMPERATURE = 20, 0.07
 CPU = torch.device("cpu")
 
 Line = dict[str, Any]
@@ -105,21 +104,14 @@ class Original:
             parts.append(torch.stack([cosine[:, 0], cosine[:, 1:].mean(1), *maps_like]))
             classes.append(found[:, 0])
         of_class, of_patches, *of_maps = torch.cat(parts, dim=1).double()
-        cosines = (of_class.mean(), _worst(of_class), of_patches.mean(), _worst(of_patches))
+        cosines = (of_class.mean(), worst_tenth(of_class), of_patches.mean(), worst_tenth(of_patches))
         means = (*cosines, *(values.mean() for values in of_maps))
         return Agreement(*map(float, means)), torch.cat(classes)
 
 
-def _worst(values: Tensor) -> Tensor:
-    """The mean of the lowest tenth, of one value at least."""
-    return values.sort().values[: math.ceil(WORST * len(values))].mean()
-
-
-def nearest_neighbours_top1(memory: Tensor, labels: Tensor, queries: Tensor, expected: Tensor) -> float:
-    """Percent of queries (B, C) whose class the weighted nearest of a memory (M, C) say, after DINO."""
-    similarity, nearest = (F.normalize(queries, dim=1) @ F.normalize(memory, dim=1).T).topk(NEIGHBOURS)
-    votes = torch.zeros(len(queries), int(labels.max()) + 1)
-    votes.scatter_add_(1, labels[nearest], (similarity / TEMPERATURE).exp())
+def knn_top1(memory: Tensor, labels: Tensor, queries: Tensor, expected: Tensor) -> float:
+    """Percent of queries (B, C) whose class the weighted nearest of a memory (M, C) say, as eval knn does."""
+    votes = knn_votes(memory, labels, queries, int(labels.max()) + 1)
     return 100 * float((votes.argmax(1) == expected).double().mean())
 
 
@@ -138,7 +130,7 @@ def quality(original: Original, word: str, plan: str) -> Line:
         "macs": macs,
         "composites": asdict(composites),
         "photographs": asdict(photographs),
-        "knn_top1": nearest_neighbours_top1(memory, labels_of(folders[0]), queries, labels_of(folders[1])),
+        "knn_top1": knn_top1(memory, labels_of(folders[0]), queries, labels_of(folders[1])),
     }
 
 
