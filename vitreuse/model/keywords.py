@@ -148,8 +148,7 @@ def _shape(model: Any) -> dict[str, Any]:
 
 def mlp_ratio(mlp: Any) -> float:
     """The mlp_ratio of which timm makes an MLP, rounding down; a packed one counts its gates among the units."""
-    read: Any = mlp.fc1.out_features if type(mlp) is GluMlp else mlp.fc2.in_features
-    hidden, dim = int(read), int(mlp.fc2.out_features)
+    hidden, dim = mlp.fc2.in_features * (2 if isinstance(mlp, GluMlp) else 1), mlp.fc2.out_features
     ratio = hidden / dim
     return ratio if int(dim * ratio) == hidden else math.nextafter(ratio, math.inf)
 
