@@ -303,6 +303,7 @@ def test_head_errors_are_those_of_the_layers_output(keywords):
     assert not errors[2, 1].any()
 
 
+@pytest.mark.proof
 @pytest.mark.parametrize("keywords", [{"reg_tokens": 2}, {"global_pool": "avg"}])
 def test_head_errors_of_a_sample_of_rows_are_right_in_the_mean_over_draws(keywords):
     """Of an image that comes 401 times, each time with rows of its own; all of them where patches are no more."""

@@ -162,6 +162,7 @@ def test_a_sample_holds_all_rows_that_token_pooling_reads(plan):
             assert found[change] != pytest.approx(damage, rel=1e-6)
 
 
+@pytest.mark.proof
 def test_a_sample_of_rows_ranks_changes_as_all_rows_do():
     from scipy.stats import spearmanr
 

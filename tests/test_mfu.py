@@ -54,9 +54,12 @@ def test_a_plain_model_is_counted_too(load):
     assert Mfu(plain, Ranks()).percent({(8, 8): 1}, seconds=1) == pytest.approx(6 * MACS_OF_TIMMS / 3e7)
 
 
-@pytest.mark.parametrize(
-    "override", ["train.freeze=[blocks]", "train.precision=float16", "model.keywords.global_pool=map"]
-)
+def test_an_attention_pool_is_counted(load):
+    used = [Mfu(load(f"model.keywords.global_pool={pool}"), Ranks()).percent({(8, 8): 1}, 1) for pool in ("avg", "map")]
+    assert used[1] > used[0]
+
+
+@pytest.mark.parametrize("override", ["train.freeze=[blocks]", "train.precision=float16"])
 def test_what_cannot_be_counted_has_no_utilization(load, override):
     assert Mfu(load(override), Ranks()).percent({(8, 8): 1}, seconds=1) is None
 
