@@ -176,7 +176,7 @@ def test_what_takes_no_plan_is_refused_by_its_name(name, said):
 @pytest.mark.parametrize(
     "command",
     [
-        ["vitreuse", "plan", "exact-8*12", "--model", "vit_small_patch14_dinov2", "--image-size", "98"],
+        ["vitreuse", "plan", "exact-2*12", "--model", "vit_small_patch14_dinov2", "--image-size", "98"],
         ["eval", "flops", "vit_small_patch14_dinov2", "--plan", "exact-2*12", "--image-size", "98"],
         ["eval", "flops", "vit_base_patch32_clip_224.openai", "--plan", "exact-2*12"],
     ],
