@@ -10,7 +10,9 @@ import timm
 import torch
 
 import vitreuse
+from vitreuse import measure_damage, measure_redundancy, parse_plan
 from vitreuse.cost.counters import fvcore_macs, torch_flops
+from vitreuse.io.progress import WorkProgress
 from vitreuse.model.keywords import REASONS, read_keywords
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -187,3 +189,23 @@ def test_commands_take_any_name(command):
     result = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0, result.stderr
     assert "exact" in result.stdout
+
+
+@pytest.mark.parametrize("name", [of for of, _ in FAMILIES.values()], ids=FAMILIES)
+@pytest.mark.proof
+def test_every_family_is_measured_converted_and_folded(name):
+    plain, _ = pair(name)
+    plain = plain.float()
+    images = torch.randn(3, 3, *plain.patch_embed.img_size, generator=torch.Generator().manual_seed(1))
+    progress = WorkProgress("x", "images", 3, enabled=False)
+    redundancy = measure_redundancy(plain, [(images,)], progress)
+    assert redundancy.entropy.isfinite().all()
+    damage = measure_damage(plain, [(images,)], parse_plan("none span:3").specs, redundancy, progress)
+    assert all(amount > 0 for change, amount in damage.items() if change.layer < 2)  # a class row sees all of a window
+    converted = vitreuse.convert(plain, "exact-2 none exact").model
+    with torch.no_grad():
+        expected = converted(images)
+        assert expected.shape == plain(images).shape and not torch.equal(expected, plain(images))
+        assert (vitreuse.fold(converted)(images) - expected).abs().max() <= 1e-4 * expected.abs().max()
+        same = vitreuse.convert(plain, "exact*3").model(images)
+        assert (same - plain(images)).abs().max() <= 1e-5 * same.abs().max()
