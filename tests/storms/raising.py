@@ -90,7 +90,7 @@ if rank == sys.argv[1]:
     elif place == "loader":
         TrainingImages.__getitems__ = raising(TrainingImages.__getitems__, lambda *_: next(calls) > step)
     elif place == "evaluation":
-        _Loop._predict = raising(_Loop._predict, enough)
+        _Loop._look = raising(_Loop._look, enough)
     elif place == "evaluation_worker":
         eval.labelled._Images.__getitem__ = raising(eval.labelled._Images.__getitem__, lambda *_: next(calls) > step)
     elif place == "saving" and rank == "0":
