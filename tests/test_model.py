@@ -80,6 +80,7 @@ def test_compiled_for_several_image_sizes_outputs_stay(plan):
 EXPORTED = [
     *((name, backend) for name, _ in REPRESENTATIVE[:5] for backend in ("auto", "qk")),
     *((name, "auto") for name, _ in REPRESENTATIVE[-2:]),
+    *((name, "auto") for name in ("merge average", "merge average without class")),  # which return all tokens
     *(pytest.param(name, "qk", marks=pytest.mark.proof) for name, _ in REPRESENTATIVE[-2:]),
 ]
 

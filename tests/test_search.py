@@ -187,8 +187,9 @@ def tuned(tmp_path, monkeypatch):
     return write
 
 
-def test_latency_is_products_at_their_rates_and_pairs_at_their_costs(tuned):
-    tuned(costs=[[5, 700, 900, 800, 100]], rates=[[8, 3, 1], [24, 5, 3]])  # 16 channels: 4 and 2
+@pytest.mark.parametrize("of_sizes", [[], [740, 790]], ids=["without sizes", "with sizes"])
+def test_latency_is_products_at_their_rates_and_pairs_at_their_costs(tuned, of_sizes):
+    tuned(costs=[[5, 700, 900, 800, 100, *of_sizes]], rates=[[8, 3, 1], [24, 5, 3]])  # 16 channels: 4 and 2
     costs = plan_costs.plan_costs(build("class token"), SPECS, "latency")
     tokens, dim, pairs = 17, 16, 2 * 17 * 17 * 8 / 64  # of 2 heads of 8 channels
     mlp, projection = 8 * tokens * dim**2 * 4, tokens * dim**2 * 2
@@ -200,6 +201,13 @@ def test_latency_is_products_at_their_rates_and_pairs_at_their_costs(tuned):
     assert costs.layers[1, LOWRANK, None] == round(mlp + low_rank)
     assert costs.layers[3, NONE, None] == mlp / tokens  # of the class row alone
     assert costs.rest == 16 * 12 * dim * 2 + dim * 5 * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_latency_goes_by_the_costs_that_ship(dtype, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    costs = plan_costs.plan_costs(build("class token"), SPECS, "latency", dtype=dtype)
+    assert all(cost > 0 for cost in costs.layers.values())
 
 
 @pytest.mark.parametrize("parts", [{}, {"costs": [[5, 7, 9, 8, 1]]}], ids=["another dtype", "an old file"])

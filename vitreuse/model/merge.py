@@ -43,7 +43,7 @@ class Merging(NamedTuple):
     def moved(self) -> Tensor:
         """(B, N), the place after of every token."""
         places = torch.arange(self.kept.shape[1], device=self.kept.device).expand_as(self.kept)
-        moved = self.kept.new_zeros(len(self.kept), self.kept.shape[1] + self.merged.shape[1])
+        moved = self.kept.new_zeros(self.kept.shape[0], self.kept.shape[1] + self.merged.shape[1])
         return moved.scatter_(1, self.kept, places).scatter_(1, self.merged, self.into)
 
 
