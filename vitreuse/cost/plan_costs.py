@@ -163,7 +163,8 @@ def _attention_ns(attn: Attention, way: Way, costs: tuple[float, ...]) -> float:
     """Nanoseconds per head, query and key."""
     fused, unfused, make, apply, *of_sizes = costs
     if way.sizes is not None and of_sizes:
-        fused = dict(zip(("bias", "channel"), of_sizes, strict=True))[way.sizes]
+        by_bias, by_channel = of_sizes
+        fused = by_bias if way.sizes == "bias" else by_channel
     if way.kernel == "map":
         made = attn.own_dim / attn.dim if isinstance(attn, ReuseAttention) else 1.0  # share of the heads
         return made * make + apply
