@@ -171,6 +171,7 @@ def mixed(tmp_path_factory):
     return folder, json.loads(output.getvalue())["rows"]
 
 
+@pytest.mark.proof
 def test_a_plan_of_tokens_hidden_units_and_layers_has_controls_of_these(mixed):
     _, rows = mixed
     every, plans = ("macs", "params", "latency_ms"), {row["control"]: row["plan"] for row in rows}
@@ -184,6 +185,7 @@ def test_a_plan_of_tokens_hidden_units_and_layers_has_controls_of_these(mixed):
     assert (keywords["smaller_image"], keywords["wider"]) == ({"img_size"}, {"embed_dim"})
 
 
+@pytest.mark.proof
 def test_they_cost_what_their_files_say(mixed):
     folder, rows = mixed
     measures = {"macs": count_macs, "params": count_params, "latency_ms": work}
@@ -209,6 +211,7 @@ def test_no_narrower_mlp_and_no_smaller_image_beside_it_is_closer(name, keyword,
             assert (beside - row["reached"]) * change > 0
 
 
+@pytest.mark.proof
 def test_the_data_have_the_size_of_the_smaller_image(mixed):
     folder, rows = mixed
     (row,) = (row for row in rows if (row["control"], row["quantity"]) == ("smaller_image", "macs"))

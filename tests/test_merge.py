@@ -1,6 +1,7 @@
 """Merging of tokens against its definition, image by image and token by token."""
 
 import pytest
+import timm
 import torch
 from cases import CASES, Case, images
 from timm.layers import GluMlp, SwiGLU
@@ -115,3 +116,9 @@ def test_a_plan_may_fit_the_images_that_it_is_measured_on_alone():
     for sizes in ([None], [272, 224]):
         with pytest.raises(ValueError, match=r"layer 8 is 'exact-20', but 36 patch tokens are left there, of which"):
             resolve_targets([name], [plan], sizes)
+
+
+def test_a_preset_that_merges_nothing_says_so():
+    with pytest.warns(UserWarning, match="vit_merge_tiny_patch16_224 merges nothing: its images have fewer than two"):
+        small = timm.create_model("vit_merge_tiny_patch16_224", img_size=64)
+    assert str(small.plan) == "exact*12"

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
+from warnings import warn
 
 from timm.layers import GluMlp, LayerNorm, SwiGLU, SwiGLUPacked, get_norm_layer, to_2tuple
 from timm.models import (
@@ -99,7 +100,11 @@ def _create(
     timm's ``norm_layer=partial(...)`` and classes.
     """
     if plan is None:
-        plan = str(preset_plan(method, kwargs["depth"], _num_patches(name, kwargs)))
+        preset = preset_plan(method, kwargs["depth"], _num_patches(name, kwargs))
+        if method == "merge" and not any(spec.merged for spec in preset):
+            few = f"{name} merges nothing: its images have fewer than two patches for each of {len(preset)} layers"
+            warn(f"{few}. Give a plan, such as 'exact-1 exact*{len(preset) - 1}'.", stacklevel=2)
+        plan = str(preset)
     if norm_eps is not None:
         kwargs["norm_layer"] = partial(get_norm_layer(kwargs.get("norm_layer")) or LayerNorm, eps=norm_eps)
         if kwargs.get("embed_norm_layer") is not None:
