@@ -190,6 +190,13 @@ def test_the_loss_and_the_agreement_by_hand(tmp_path):
     assert least == pytest.approx((worst(classes), worst(patches)), abs=1e-5)
 
 
+def test_a_model_that_classifies_each_token_agrees_by_its_features(tmp_path):
+    original, converted = models(tmp_path, num_classes=5, global_pool="")
+    images = torch.randn(2, 3, 28, 28)
+    found = agreement(original.eval(), converted, [(images, torch.zeros(2))], has_labels=False)
+    assert found.equal_top1 is None and 0 < found.patch_cosine < 1 and 0 < found.cosine < 1
+
+
 def worst(cosines):
     """Of 13 images, the mean of the worst two."""
     return sum(sorted(cosines)[:2]) / 2

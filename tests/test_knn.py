@@ -66,8 +66,11 @@ def test_votes_are_those_of_a_loop_and_of_scikit_learn(num_neighbours, temperatu
     found = knn_votes(memory, labels, queries, 3, num_neighbours, temperature)
     naive = naive_votes(memory, labels, queries, 3, num_neighbours, temperature)
     np.testing.assert_allclose(shares(found), shares(naive), rtol=1e-4)
-    weights: Any = lambda distances: np.exp((1 - distances) / temperature)  # noqa: E731
-    peer = KNeighborsClassifier(num_neighbours, weights=weights, metric="cosine", algorithm="brute")
+
+    def weights(distances):
+        return np.exp((1 - distances) / temperature)
+
+    peer: Any = KNeighborsClassifier(num_neighbours, weights=weights, metric="cosine", algorithm="brute")
     peer.fit(memory.double(), labels)
     np.testing.assert_allclose(shares(found)[:, ::2], peer.predict_proba(queries.double()), rtol=1e-4)
     assert (found[:, 1] == 0).all() and (found.sum(1) >= 1).all()

@@ -63,9 +63,10 @@ def agreement(original: Any, converted: Any, batches: Iterable[tuple[Tensor, Ten
     rows: dict[str, list[Tensor]] = defaultdict(list)
     for images, labels in batches:
         seen = images.to(device)
-        if original.num_classes > 0:
-            compared = _of_classes(original(seen), converted(seen), labels.to(device), has_labels)
-        else:
+        wanted = original(seen) if original.num_classes > 0 else None
+        if wanted is not None and wanted.ndim == 2:
+            compared = _of_classes(wanted, converted(seen), labels.to(device), has_labels)
+        else:  # no classes, or of each token its own
             compared = feature_cosines(original, converted, seen)
         for name, values in compared.items():
             rows[name].append(values.double())
