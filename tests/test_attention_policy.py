@@ -4,6 +4,7 @@ import itertools
 import json
 
 import pytest
+import timm
 import torch
 from cases import CASES, images
 from torch.nn import functional as F
@@ -269,3 +270,15 @@ def test_the_sentence_gives_the_costs_that_decided(monkeypatch):
         "unfused in 3 layers (span of 3), unfused in 1 layer (1.00 against 2.00 ns a pair)"
     )
     assert "nothing measured for cpu bfloat16 train" in sentence(model, Conditions(CPU, torch.bfloat16, True))
+
+
+def test_the_sentence_stays_short_where_each_layer_has_its_own_costs(monkeypatch):
+    points = [(3, 1.0, 4.0, 9.0, 9.0, 1.5, 2.0), (16, 2.0, 8.0, 9.0, 9.0, 2.5, 3.0)]
+    monkeypatch.setattr("vitreuse.model.vit.load_costs", lambda: {KEY: points})
+    shape = {"img_size": 30, "patch_size": (6, 10), "depth": 4, "embed_dim": 10, "num_heads": 2, "num_classes": 3}
+    model = timm.create_model("vit_merge_tiny_patch16_224", plan="exact-2*4", **shape).eval()  # 16, 14, 12, 10 keys
+    assert sentence(model, Conditions(CPU, torch.float32, False)) == (
+        "attention on cpu in float32, inference: fused in 4 layers (2.00 against 8.00 ns a pair in the first, "
+        "2.04 against 6.15 ns a pair in the last), sizes by a bias in 3 layers (2.35 against 2.85 ns a pair in the "
+        "first, 2.04 against 2.54 ns a pair in the last)"
+    )

@@ -6,12 +6,14 @@ built for and without a mask.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Any
 
 from vitreuse.attention import Attention
 from vitreuse.attention.policy import READS_MAP, Conditions, Way
+
+MAX_REASONS = 2  # of one way, each said
 
 
 def layer_backends(model: Any, conditions: Conditions) -> list[Way | None]:
@@ -49,12 +51,27 @@ def _grouped(layers: Sequence[Way]) -> list[str]:
     """What is carried, what computes the other layers, and how they are told sizes, each with the number of layers and
     the reason."""
     names = {"map": "map", "qk": "(q, k)"}
-    carried = Counter((layer.carried, layer.why_carried) for layer in layers if layer.carried is not None)
-    kernels = Counter((layer.kernel, layer.why) for layer in layers if layer.kernel != "map")
-    texts = [f"{names[way]} carried by {_counted(count, 'anchor')} ({why})" for (way, why), count in carried.items()]
-    texts += [f"{way} in {_counted(count, 'layer')} ({why})" for (way, why), count in kernels.items()]
-    sizes = Counter((layer.sizes, layer.why_sizes) for layer in layers if layer.sizes is not None)
-    return texts + [f"sizes by a {way} in {_counted(count, 'layer')} ({why})" for (way, why), count in sizes.items()]
+    carried = [(names[layer.carried], layer.why_carried) for layer in layers if layer.carried is not None]
+    kernels = [(layer.kernel, layer.why) for layer in layers if layer.kernel != "map"]
+    sizes = [(f"sizes by a {layer.sizes}", layer.why_sizes) for layer in layers if layer.sizes is not None]
+    texts = [f"{way} carried by {_counted(count, 'anchor')} ({why})" for way, why, count in _with_reasons(carried)]
+    others = [*_with_reasons(kernels), *_with_reasons(sizes)]
+    return texts + [f"{way} in {_counted(count, 'layer')} ({why})" for way, why, count in others]
+
+
+def _with_reasons(ways: Sequence[tuple[str, str]]) -> list[tuple[str, str, int]]:
+    """Each way with its reason and its number of layers; of many reasons, as where tokens merge, the first and last."""
+    reasons: dict[str, Counter[str]] = defaultdict(Counter)
+    for way, why in ways:
+        reasons[way][why] += 1
+    found = []
+    for way, counts in reasons.items():
+        if len(counts) > MAX_REASONS:
+            first, *_, last = counts
+            found.append((way, f"{first} in the first, {last} in the last", counts.total()))
+        else:
+            found += [(way, why, count) for why, count in counts.items()]
+    return found
 
 
 def _counted(count: int, noun: str) -> str:
