@@ -444,19 +444,22 @@ def test_the_command_writes_a_folder_that_timm_loads(folder, tmp_path, capsys, m
     assert "give the model with exact attention" in capsys.readouterr().err
 
 
-def test_the_command_says_what_became_of_tokens_units_and_layers(folder, tmp_path, capsys):
+@pytest.mark.parametrize("is_fitted", [True, False])
+def test_the_command_says_what_became_of_tokens_units_and_layers(folder, is_fitted, tmp_path, capsys):
     argv = ("--plan", "exact-3/10 linear skip", "-o", tmp_path / "new", "--data", folder / "data")
-    assert command(folder, *argv) == 0
+    assert command(folder, *argv, *([] if is_fitted else ["--no-fit"])) == 0
     told = " ".join(capsys.readouterr().out.split())
     result = json.loads((tmp_path / "new" / "conversion.json").read_text())
     assert result["new"] == ["blocks.1.linear.weight", "blocks.1.linear.bias"]
     assert len(result["touched"]) == 4 and "blocks.2.mlp.fc1.weight" in result["dropped"]
-    assert (result["heads"], result["lowrank_start"], result["linear_start"], result["units"]) == (
-        None, None, "zero", "largest"
-    )
+    assert (result["heads"], result["lowrank_start"], result["units"]) == (None, None, "of most variance")
+    parts = [[0, "mlp"], [1, "linear"], [2, "mean"]] if is_fitted else []
+    assert [[fit["layer"], fit["part"]] for fit in result["layer_fits"]] == parts
+    assert (result["layers"], result["linear_start"]) == (("fitted",) * 2 if is_fitted else ("as they come", "zero"))
     assert result["agreement"]["num_images"] == 5 and result["macs"][0] > 2 * result["macs"][1]
     assert "2 new and 4 touched parameters, untrained, 27 dropped, by name in conversion.json" in told
-    assert "linear layers: zero" in told and "hidden units: those of the largest norms stay" in told
+    assert ("linear layers: zero" in told) != is_fitted == ("of images that were not fitted" in told)
+    assert "hidden units: those of most variance stay" in told
     converted = timm.create_model(f"local-dir:{tmp_path / 'new'}", pretrained=True).eval()
     assert str(converted.plan) == "exact-3/10 linear skip"
     assert main(["convert", str(tmp_path / "new"), "--plan", "exact*3", "-o", str(tmp_path / "again")]) == 2

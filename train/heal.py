@@ -272,10 +272,10 @@ def _order_of_values(old: Any, attn: Any, layer: int) -> list[int]:
 
 @torch.no_grad()
 def _value_heads(attn: Any) -> Tensor:
-    """What each head makes of every channel, and the projection of what it gives, (H, numbers); equal heads are one."""
+    """What each head makes of every channel, (H, numbers), which a conversion leaves as it was; equal heads are one."""
     was_training = attn.training
     attn.eval()
     channels = torch.eye(attn.proj.in_features).to(next(attn.parameters()))
-    values, taken_out = project_heads(attn, channels[None]).v[0], attn.proj(channels)
+    values = project_heads(attn, channels[None]).v[0]
     attn.train(was_training)
-    return torch.cat([values.flatten(1), taken_out.unflatten(0, (len(values), -1)).flatten(1)], dim=1)
+    return values.flatten(1)

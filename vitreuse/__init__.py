@@ -3,6 +3,7 @@
 Importing registers the models: ``timm.create_model("vit_reuse_small_patch16_224", plan="exact reuse*6 exact*5")``.
 """
 
+from vitreuse.compress.closed_form import fit_layers
 from vitreuse.compress.convert import convert, fit_projections
 from vitreuse.compress.damage import measure_damage
 from vitreuse.compress.fold import fold
@@ -30,6 +31,7 @@ __all__ = [
     "count_macs",
     "count_params",
     "create_model",
+    "fit_layers",
     "fit_projections",
     "fold",
     "load_checkpoint",

@@ -131,10 +131,10 @@ def table_of(headings: Iterable[str], rows: Iterable[Iterable[str]], text: Colle
     return table
 
 
-def titled(title: str, table: Table, *remarks: str) -> Group:
-    """A table under its title and over remarks, which may be wider than it is."""
+def titled(title: str, table: Table, *below: str | Table) -> Group:
+    """A table under its title and over others and remarks, which may be wider than it is."""
     above = [Text(title, "table.title")] if title else []
-    return Group(*above, table, *(Text(remark, "table.caption") for remark in remarks))
+    return Group(*above, table, *(Text(part, "table.caption") if isinstance(part, str) else part for part in below))
 
 
 def positive(text: str) -> int:

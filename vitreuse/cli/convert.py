@@ -2,11 +2,14 @@
 
 import argparse
 import json
+from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from rich.console import Group
+from rich.table import Table
 from torch import Tensor
 
 from vitreuse.cli.console import add_output, add_plan, table_of, titled
@@ -18,8 +21,10 @@ from vitreuse.cli.source import (
     rows_remarks,
     training_note,
 )
+from vitreuse.compress.closed_form import ASIDE, LayerFit, fit_layers
 from vitreuse.compress.convert import LOWRANK_STARTS, Conversion, convert, fit_projections, fitting_plan
 from vitreuse.compress.fidelity import agreement
+from vitreuse.compress.hidden_units import contributing_units
 from vitreuse.compress.redundancy import measure_head_errors, measure_redundancy
 from vitreuse.compress.row_sample import NUM_ROWS, count_rows
 from vitreuse.cost.macs import count_macs, count_params
@@ -30,7 +35,7 @@ from vitreuse.io.durable import durable_folder, refuse_filled, write_durably
 from vitreuse.io.process import choose_device
 from vitreuse.io.progress import WorkProgress
 from vitreuse.model.copies import exact_copy
-from vitreuse.plan import Plan
+from vitreuse.plan import EXACT, Plan
 from vitreuse.plan.options import POOLS, PROJECTIONS, SHARINGS
 
 HELP = "convert a trained ViT into a plan: a folder that timm.create_model loads"
@@ -54,6 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     meaning = "match by the error of the layer's output, or by the total variation of the maps; default: error"
     parser.add_argument("--match-by", choices=DISTANCES, help=meaning)
     meaning = "what token projections start as; default: fitted on images, where there are any, else pooled"
+    meaning = "leave layers as they come out of the original; default: fitted in closed form, where there are images"
+    parser.add_argument("--no-fit", action="store_true", help=meaning)
     parser.add_argument("--lowrank-start", choices=LOWRANK_STARTS, help=meaning)
     parser.add_argument("--lowrank-sharing", choices=SHARINGS, help="what shares a token projection")
     parser.add_argument("--lowrank-projection", choices=PROJECTIONS, help="how tokens are projected")
@@ -69,8 +76,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     plan = fitting_plan(original, args.plan)
     _refuse_idle(args, plan)
     samples = _samples(args, target, model)
-    how = _choose(args, plan, samples is not None)
-    conversion, fits = _convert(args, original, plan, how, samples)
+    how = _choose(args, plan, 0 if samples is None else len(samples.learned))
+    conversion, fits, layer_fits = _convert(args, original, plan, how, samples)
     result = {
         "name": target.label,
         "training": training_note(args, target),
@@ -79,6 +86,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "rows": count_rows(original, args.rows or NUM_ROWS) if how.heads in DISTANCES else None,
         "matches": conversion.matches,
         "fits": fits,
+        "layer_fits": [asdict(fit) for fit in layer_fits],
         **{key: list(getattr(conversion, key)) for key in ("new", "touched", "dropped")},
         "macs": [sum(count_macs(of, theoretical=True).values()) for of in (original, conversion.model)],
         "params": [count_params(of) for of in (original, conversion.model)],
@@ -98,12 +106,14 @@ class _How(NamedTuple):
     Attributes:
         heads: What heads of reuse layers are matched by, or "in order"; None in a plan without reuse.
         lowrank_start: What token projections start as; None where a plan has none with parameters.
+        layers: What layers that the plan changes are, "fitted" to the original's tokens or "as they come" out of it.
         linear_start: What linear layers start as; None where a plan has none.
         units: Which hidden units stay; None where a plan does not choose.
     """
 
     heads: str | None
     lowrank_start: str | None
+    layers: str | None
     linear_start: str | None
     units: str | None
 
@@ -128,6 +138,8 @@ def _refuse_idle(args: argparse.Namespace, plan: Plan) -> None:
         idle |= {"--lowrank-sharing": args.lowrank_sharing, "--lowrank-projection": args.lowrank_projection}
     if "lowrank" not in words or args.lowrank_projection in POOLS:
         idle["--lowrank-start"] = args.lowrank_start
+    if all(spec == EXACT for spec in plan):
+        idle["--no-fit"] = args.no_fit
     for flag, given in idle.items():
         if given:
             raise ValueError(f"{flag} has no effect on plan '{plan}' beside the other arguments: leave it out.")
@@ -144,44 +156,62 @@ def _samples(args: argparse.Namespace, target: Target, model: Any) -> _Samples |
     return _Samples(shown, load_sample(args, target, model, split), split)
 
 
-def _choose(args: argparse.Namespace, plan: Plan, has_images: bool) -> _How:
-    """What is asked for, else the best that images allow.
+def _choose(args: argparse.Namespace, plan: Plan, num_images: int) -> _How:
+    """What is asked for, else the best that so many images allow.
 
     Raises:
         ValueError: It takes images, and there are none.
     """
     asked = {"--match-by": args.match_by, "--rows": args.rows, "--lowrank-start fitted": args.lowrank_start == "fitted"}
     for flag, needs_images in asked.items():
-        if needs_images and not has_images:
+        if needs_images and not num_images:
             raise ValueError(f"{flag} needs images and {args.model} is no run, which would know some: give --data DIR.")
     words = {spec.word for spec in plan}
-    heads = (args.match_by or DISTANCES[0]) if has_images and not args.no_match_heads else "in order"
-    can_fit = has_images and args.lowrank_sharing != "layerwise"
+    heads = (args.match_by or DISTANCES[0]) if num_images and not args.no_match_heads else "in order"
+    can_fit = num_images > 0 and args.lowrank_sharing != "layerwise"
     start = args.lowrank_start or ("fitted" if can_fit else "pooled")
     has_projections = "lowrank" in words and args.lowrank_projection not in POOLS
+    is_fitted = num_images >= ASIDE and not args.no_fit
+    units = "of most variance" if num_images else "of the largest norms"
     return _How(
         heads if "reuse" in words else None,
         start if has_projections else None,
-        "zero" if "linear" in words else None,
-        "largest" if any(spec.hidden for spec in plan) else None,
+        None if all(spec == EXACT for spec in plan) else "fitted" if is_fitted else "as they come",
+        ("fitted" if is_fitted else "zero") if "linear" in words else None,
+        units if any(spec.hidden for spec in plan) else None,
     )
 
 
 def _convert(
     args: argparse.Namespace, original: Any, plan: Plan, how: _How, samples: _Samples | None
-) -> tuple[Conversion, dict[int, tuple[float, float]]]:
-    """The conversion, and what a fit of its projections gained by layer."""
+) -> tuple[Conversion, dict[int, tuple[float, float]], list[LayerFit]]:
+    """The conversion, what a fit of its projections gained by layer, and what those of its layers did."""
     options = {key: getattr(args, key) for key in ("lowrank_sharing", "lowrank_projection") if getattr(args, key)}
-    distances = None
-    if samples is not None and how.heads in DISTANCES:
-        distances = _distances(args, original, how.heads, samples.learned)
+    if samples is None:
+        torch.manual_seed(args.seed)
+        return convert(original, plan, pooled=how.lowrank_start != "random", **options), {}, []
+    distances = _distances(args, original, how.heads, samples.learned) if how.heads in DISTANCES else None
+    units = contributing_units(original, plan, _images(args, samples.learned))
     torch.manual_seed(args.seed)
-    conversion = convert(original, plan, distances, pooled=how.lowrank_start != "random", **options)
-    if samples is None or how.lowrank_start != "fitted":
-        return conversion, {}
-    batches = (images for images, _ in samples.learned.batches(args.batch_size))
-    with WorkProgress("fitting", "layers", sum(spec.word == "lowrank" for spec in plan)) as progress:
-        return conversion, fit_projections(conversion, batches, args.seed, lambda _: progress.reach(progress.done + 1))
+    conversion = convert(original, plan, distances, pooled=how.lowrank_start != "random", units=units, **options)
+    fits, layer_fits = {}, []
+    if how.lowrank_start == "fitted":
+        with WorkProgress("fitting", "projections", sum(spec.word == "lowrank" for spec in plan)) as progress:
+            reach = partial(_one_more, progress)
+            fits = fit_projections(conversion, _images(args, samples.learned), args.seed, reach)
+    if how.layers == "fitted":
+        with WorkProgress("fitting", "layers", len(plan)) as progress:
+            layer_fits = fit_layers(conversion, _images(args, samples.learned), progress)
+    return conversion, fits, layer_fits
+
+
+def _images(args: argparse.Namespace, sample: ImageSample) -> Iterator[Tensor]:
+    """The images of a sample, batch by batch, without their labels."""
+    return (images for images, _ in sample.batches(args.batch_size))
+
+
+def _one_more(progress: WorkProgress, _: int) -> None:
+    progress.reach(progress.done + 1)
 
 
 def _distances(args: argparse.Namespace, original: Any, by: str, sample: ImageSample) -> Tensor:
@@ -206,7 +236,15 @@ def render(result: dict[str, Any]) -> Group:
         top1 = found.get(f"{name}_top1")
         rows.append((name, f"{macs / 1e9:.4g}", f"{params / 1e6:.2f}", "-" if top1 is None else f"{top1:.2f}"))
     table = table_of(("", "GMACs", "M params", "top-1 (%)"), rows, ("",))
-    return titled(f"{result['name']} as '{result['plan']}'", table, *_remarks(result))
+    fits = [_layer_fits(result["layer_fits"])] if result["layer_fits"] else []
+    return titled(f"{result['name']} as '{result['plan']}'", table, *fits, *_remarks(result))
+
+
+def _layer_fits(fits: list[dict[str, Any]]) -> Table:
+    """What each fit left of the error, which is that of the tokens over what the original's layer adds to them."""
+    headings = ("layer", "fitted", "error before (%)", "after (%)")
+    rows = [(str(fit["layer"]), fit["part"], *(f"{100 * fit[key]:.3g}" for key in ("before", "after"))) for fit in fits]
+    return table_of(headings, rows, ("fitted",))
 
 
 def _remarks(result: dict[str, Any]) -> list[str]:
@@ -227,8 +265,10 @@ def _remarks(result: dict[str, Any]) -> list[str]:
         remarks += rows_remarks(result["rows"])
     if result["lowrank_start"] is not None:
         remarks.append(f"token projections: {result['lowrank_start']}")
-    if result["linear_start"] is not None:
+    if result["layers"] == "fitted":
+        remarks.append("layers: fitted to the original's tokens; the errors are of images that were not fitted")
+    if result["linear_start"] == "zero":
         remarks.append("linear layers: zero, which is as if they were skipped")
     if result["units"] is not None:
-        remarks.append("hidden units: those of the largest norms stay")
+        remarks.append(f"hidden units: those {result['units']} stay")
     return remarks

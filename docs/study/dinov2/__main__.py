@@ -2,6 +2,7 @@
 
     python -m docs.study.dinov2                # all that is missing, then tables and figures
     python -m docs.study.dinov2 --ablation     # what each choice in merging is worth: ablation.md
+    python -m docs.study.dinov2 --ranking      # the layers that plans.py changes first: ranking.md
 """
 
 from __future__ import annotations
@@ -11,10 +12,10 @@ import sys
 from functools import partial
 from typing import Any
 
-from docs.study.dinov2 import ablation, figures
+from docs.study.dinov2 import ablation, figures, measure, ranking
 from docs.study.dinov2.commands import measure_healed, run_commands
 from docs.study.dinov2.images import SIZES_PX, build
-from docs.study.dinov2.measure import QUALITY, SPEED, SPEED_BATCH, Line, Original, complete, quality, read_lines, speed
+from docs.study.dinov2.measure import QUALITY, SPEED, Line, read_lines
 from docs.study.dinov2.packages import HERE, unpack_debian
 from docs.study.dinov2.plans import ATTENTION_PLAN, EXACT, plans
 from docs.study.dinov2.weights import checkpoint
@@ -49,13 +50,15 @@ def measure_missing() -> None:
         words = {plan: word for word, plan in plans(size_px)}
         wanted = [(size_px, plan) for plan in words]
         if any(key not in read_lines(QUALITY) for key in wanted):
-            original = Original(size_px)
-            complete(QUALITY, wanted, partial(_quality, original, words))
-        complete(SPEED, wanted, speed)
+            original = measure.Original(size_px)
+            measure.complete(QUALITY, wanted, partial(_quality, original, words))
+        if any(key not in read_lines(SPEED) for key in wanted):
+            print(f"timing {len(words)} plans at {size_px} px in turns, some minutes", flush=True)
+            measure.append(SPEED, measure.speeds(size_px, [*words]))
 
 
-def _quality(original: Original, words: dict[str, str], _: int, plan: str) -> Line:
-    return quality(original, words[plan], plan)
+def _quality(original: measure.Original, words: dict[str, str], _: int, plan: str) -> Line:
+    return measure.quality(original, words[plan], plan)
 
 
 def joined(size_px: int) -> list[Line]:
@@ -79,8 +82,8 @@ def show() -> None:
             machine = rows[0]["machine"]
             where = ", ".join(str(machine[key]) for key in ("device", "date"))
             caption = (
-                f"{size_px} px, float32, batch {SPEED_BATCH[size_px]}, {machine['threads']} threads. {where}, torch "
-                f"{machine['torch']}, timm {machine['timm']}."
+                f"{size_px} px, float32, batch {measure.SPEED_BATCH[size_px]}, {machine['threads']} threads. "
+                f"{where}, torch {machine['torch']}, timm {machine['timm']}."
             )
             tables.append(f"## {size_px} px\n\n" + to_markdown([_flat(row) for row in rows], COLUMNS, caption))
             figures.quality_figure(rows, caption, HERE / f"quality_{size_px}.png")
@@ -96,13 +99,17 @@ def _flat(row: Line) -> dict[str, Any]:
 def main() -> int:
     """Runs the study; the exit code."""
     parser = argparse.ArgumentParser(prog=PROGRAM, description="A trained DINOv2 under every word.")
-    parser.add_argument("--ablation", action="store_true", help="measure the choices in merging instead: ablation.md")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--ablation", action="store_true", help="measure the choices in merging instead: ablation.md")
+    instead.add_argument("--ranking", action="store_true", help="rank layers by what words lose instead: ranking.md")
     args = parser.parse_args()
     try:
         build(unpack_debian())
         checkpoint()
         if args.ablation:
             ablation.main()
+        elif args.ranking:
+            ranking.main()
         else:
             measure_missing()
             show()

@@ -1,8 +1,7 @@
 """Each word of the language at three strengths, in a DINOv2 of 12 layers, without anything that has to be trained.
 
-A word that goes into some layers only goes into those that lose least by it: each was put into one layer after the
-other, and the layers are listed by how near the patch tokens of 8 composites of the training split, at 224 px, stay to
-the original's. A `linear` that was not trained does nothing, as `skip` does: it costs a product more.
+A word that goes into some layers only goes into those that lose least by it, one layer changed at a time, as ranking.py
+finds. A `linear` that was not trained does nothing, as `skip` does: it costs a product more.
 """
 
 from __future__ import annotations

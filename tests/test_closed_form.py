@@ -1,0 +1,252 @@
+"""Layers fitted in closed form: the algebra against naive sums, and models whose best weights are known."""
+
+import pytest
+import timm
+import torch
+from cases import randomized
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from vitreuse import convert, parse_plan
+from vitreuse.attention import Carry
+from vitreuse.compress.closed_form import _row_weights, fit_layers, merged_alike
+from vitreuse.compress.hidden_units import contributing_units
+from vitreuse.compress.ridge import NormalEquations, best_fit
+from vitreuse.io.progress import WorkProgress
+from vitreuse.io.spool import Spool
+
+SIZES = {"depth": 3, "embed_dim": 24, "num_heads": 3, "img_size": 20, "patch_size": 4, "num_classes": 5}
+
+
+def trained(**keywords):
+    """A small model of timm whose every parameter is random, in float64."""
+    torch.manual_seed(1)
+    return randomized(timm.create_model("vit_tiny_patch16_224", **{**SIZES, **keywords})).double().eval()
+
+
+def pixels(num_images, seed=2):
+    return torch.randn(num_images, 3, 20, 20, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def fitted(model, plan, num_images=48, batch_size=7, **keywords):
+    conversion = convert(model, plan, **keywords)
+    with WorkProgress("fitting", "layers", len(model.blocks), enabled=False) as progress:
+        return conversion, fit_layers(conversion, pixels(num_images).split(batch_size), progress)
+
+
+@torch.no_grad()
+def distance(model, other):
+    """Squared error of all tokens on images that were in no fit, over their square."""
+    images = pixels(16, seed=3)
+    wanted = model.forward_features(images)
+    return float((other.forward_features(images) - wanted).square().sum() / wanted.square().sum())
+
+
+def rows(num_rows, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    features, errors = (torch.randn(num_rows, width, generator=generator, dtype=torch.float64) for width in (5, 3))
+    return features, errors, torch.rand(num_rows, generator=generator, dtype=torch.float64) + 0.5
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+@given(strength=st.sampled_from([0.0, 1e-3, 1.0, 50.0]), cut=st.integers(1, 30))
+def test_normal_equations_are_those_of_all_rows(has_bias, strength, cut):
+    features, errors, weights = rows(31)
+    parts = [
+        NormalEquations.of(*(values[own] for values in (features, errors, weights)), has_bias)
+        for own in (slice(cut), slice(cut, None))
+    ]
+    equations = parts[0] + parts[1]
+    design = F.pad(features, (0, 1), value=1.0) if has_bias else features
+    penalty = strength * (weights[:, None] * features.square()).sum(0).mean()
+    root, held = weights.sqrt()[:, None], penalty.sqrt() * torch.eye(5, design.shape[1], dtype=torch.float64)
+    wanted = torch.cat([root * errors, errors.new_zeros(5, 3)])
+    naive = torch.linalg.lstsq(torch.cat([root * design, held]), wanted).solution
+    found = equations.solve(strength)
+    torch.testing.assert_close(found, naive)
+    left = (weights[:, None] * (errors - design @ found).square()).sum()
+    assert equations.error(found) == pytest.approx(float(left))
+
+
+def test_a_feature_that_is_another_one_leaves_a_solution():
+    features, errors, weights = rows(31)
+    features[:, 4] = features[:, 0]
+    equations = NormalEquations.of(features, errors, weights, has_bias=True)
+    less = NormalEquations.of(features[:, :4], errors, weights, has_bias=True)
+    assert equations.error(equations.solve(0.0)) == pytest.approx(less.error(less.solve(0.0)))
+
+
+def test_rows_aside_choose_the_strength_and_whether_anything_is_done():
+    features, noise, weights = rows(12)
+    many = rows(4000, seed=1)
+    fitted = NormalEquations.of(features, noise, weights, has_bias=True)
+    assert best_fit(fitted, NormalEquations.of(*many, has_bias=True)) is None  # noise teaches nothing
+    matrix = torch.randn(5, 3, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    noisy = NormalEquations.of(features, features @ matrix + noise, weights, has_bias=True)
+    aside = NormalEquations.of(many[0], many[0] @ matrix, many[2], has_bias=True)
+    found = best_fit(noisy, aside)
+    errors = {strength: aside.error(noisy.solve(strength)) for strength in (1e-5, 1e-1, 1e2)}
+    assert found is not None and found.after <= min(errors.values()) < found.before == aside.energy
+    assert found.strength not in (1e-5, 1e2)
+
+
+def test_tokens_are_averaged_as_they_merged():
+    places = torch.tensor([[0, 1, 1, 2, 1, 2], [0, 1, 2, 2, 2, 2]])
+    sizes = torch.stack([torch.bincount(own, minlength=3) for own in places])
+    x = torch.randn(2, 6, 4)
+    found = merged_alike(x, Carry(sizes=sizes, places=places))
+    for image, place in ((0, 1), (0, 2), (1, 2)):
+        torch.testing.assert_close(found[image, place], x[image, places[image] == place].mean(0))
+    assert merged_alike(x, Carry()) is x
+
+
+def test_a_spool_gives_back_what_was_put_in_and_leaves_nothing():
+    with Spool() as spool:
+        for number in range(3):
+            spool.append((torch.full((2,), number), Carry()))
+        spool.replace(lambda value: (value[0] + 5, value[1]))
+        assert [int(tensor[0]) for tensor, _ in spool] == [5, 6, 7] and len(spool) == 3
+        folder = spool._path(0).parent
+        assert folder.exists()
+    assert not folder.exists()
+
+
+def test_an_exact_plan_is_left_alone():
+    conversion, found = fitted(trained(), "exact*3")
+    assert found == [] and distance(conversion.original, conversion.model) == 0
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("init_values", [None, 0.3])
+def test_attention_that_says_the_same_of_all_tokens_is_a_bias(layer, init_values):
+    """Values that are a bias alone: what a none layer leaves out is constant, and nothing is lost."""
+    model = trained(init_values=init_values)
+    with torch.no_grad():
+        model.blocks[layer].attn.qkv.weight[48:] = 0
+    plan = " ".join("none" if number == layer else "exact" for number in range(3))
+    assert distance(model, convert(model, plan).model) > 1e-3
+    conversion, found = fitted(model, plan)
+    assert distance(model, conversion.model) < 1e-20
+    mended = [(after, "mlp") for after in range(layer, 3)]
+    assert [(fit.layer, fit.part) for fit in found] == [(layer, "mean"), *mended]
+    assert found[0].after < 1e-20 < found[0].before
+
+
+def test_the_mean_passes_a_skipped_layer_by():
+    model = trained()
+    with torch.no_grad():
+        for block in model.blocks[1:]:
+            block.attn.qkv.weight[48:] = 0
+            block.mlp.fc2.weight[:] = 0
+    conversion, found = fitted(model, "exact skip*2")
+    assert distance(model, conversion.model) < 1e-20
+    assert [fit.part for fit in found] == ["mean", "mean"]
+
+
+def test_a_layer_that_adds_nothing_is_skipped_for_nothing():
+    model = trained()
+    with torch.no_grad():
+        for parameter in (*model.blocks[1].attn.proj.parameters(), *model.blocks[1].mlp.fc2.parameters()):
+            parameter[:] = 0
+    conversion, found = fitted(model, "exact skip exact")
+    assert distance(model, conversion.model) < 1e-20 and found[0].before == 0
+
+
+@pytest.mark.parametrize("class_token", [True, False])
+def test_no_mean_is_written_where_a_norm_follows_or_tokens_are_left_out(class_token):
+    kinds = {"pre_norm": True} if class_token else {"no_embed_class": True}
+    _, found = fitted(trained(**kinds), "none exact*2")
+    assert [fit.part for fit in found] == ["mlp"] * 3
+
+
+@pytest.mark.parametrize("init_values", [None, 0.3])
+def test_units_that_say_what_others_say_can_go(init_values):
+    """Of pairs of equal units one each is kept: the refit writes twice as much through it."""
+    model = trained(init_values=init_values)
+    with torch.no_grad():
+        for mlp in (block.mlp for block in model.blocks):
+            for parameter in (mlp.fc1.weight, mlp.fc1.bias):
+                parameter[48:] = parameter[:48]
+    units = {1: [*range(48)]}
+    assert distance(model, convert(model, "exact exact/48 exact", units=units).model) > 1e-3
+    conversion, found = fitted(model, "exact exact/48 exact", units=units)
+    assert distance(model, conversion.model) < 1e-7  # the least ridge is no zero
+    assert [(fit.layer, fit.part) for fit in found] == [(1, "mlp"), (2, "mlp")]
+
+
+def test_a_layer_that_is_affine_becomes_linear():
+    """Attention to the token itself cannot be had, so none: an MLP without its nonlinearity, behind no norm."""
+    model = trained()
+    block = model.blocks[1]
+    with torch.no_grad():
+        block.attn.proj.weight[:] = block.attn.proj.bias[:] = 0
+        block.mlp.fc2.weight[:] = 0
+    conversion, found = fitted(model, "exact linear exact")
+    assert distance(model, conversion.model) < 1e-12 and found[0].part == "linear"
+    torch.testing.assert_close(conversion.model.blocks[1].linear.bias, block.mlp.fc2.bias)
+
+
+def test_prefix_tokens_count_together_as_much_as_all_patches():
+    sizes = torch.tensor([[1.0, 1, 3, 2, 1], [1, 1, 1, 4, 1]])
+    weights = _row_weights(torch.zeros(2, 5, 4), sizes, 2)
+    assert weights.tolist() == [[3, 3, 3, 2, 1], [3, 3, 1, 4, 1]]
+    assert torch.equal(_row_weights(torch.zeros(2, 5, 4), None, 0), torch.ones(2, 5))
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        "exact linear exact",
+        "exact exact/24 exact",
+        "linear exact/24 exact",
+        "exact reuse exact",
+        "span:3*2 exact",
+        "lowrank:7*3",
+        "exact-4 exact-3 exact-2",
+        "exact reuse-4 exact-3",
+        "exact-4 linear exact/30",
+        "exact/0 exact-5/0 exact",
+    ],
+)
+def test_what_was_fitted_is_nearer_on_other_images(plan):
+    model = trained()
+    before = distance(model, convert(model, plan).model)
+    conversion, found = fitted(model, plan, num_images=96)
+    assert distance(model, conversion.model) < before
+    assert found and all(fit.after <= fit.before for fit in found)
+
+
+def test_neither_batches_nor_the_original_matter():
+    model = trained()
+    wanted = {name: value.clone() for name, value in model.state_dict().items()}
+    (first, found), (second, again) = (fitted(model, "exact-4 linear exact/30", 48, size) for size in (7, 48))
+    assert all(torch.equal(value, wanted[name]) for name, value in model.state_dict().items())
+    for name, value in first.model.state_dict().items():
+        torch.testing.assert_close(value, second.model.state_dict()[name], rtol=1e-6, atol=1e-9)
+    assert [fit.strength for fit in found] == [fit.strength for fit in again]
+    assert all(parameter.requires_grad for parameter in first.model.parameters())
+
+
+def test_few_images_are_refused():
+    with pytest.raises(ValueError, match=r"^3 images are too few: one of 4 decides, so give 4 or more\.$"):
+        fitted(trained(), "exact linear exact", num_images=3)
+
+
+def test_units_that_say_most_stay():
+    """Against a loop; a unit that is always the same says nothing that the bias could not."""
+    model = trained()
+    with torch.no_grad():
+        model.blocks[1].mlp.fc1.weight[[3, 50]] = 0
+        model.blocks[1].mlp.fc1.bias[[3, 50]] = 9
+    seen = []
+    hook = model.blocks[1].mlp.fc2.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.no_grad():
+        model(pixels(6))
+    hook.remove()
+    hidden, columns = seen[0].flatten(0, 1), model.blocks[1].mlp.fc2.weight.detach().T
+    said = {unit: float(hidden[:, unit].var() * columns[unit].square().sum()) for unit in range(96)}
+    wanted = sorted(sorted(said, key=lambda unit: -said[unit])[:90])
+    found = contributing_units(model, parse_plan("exact exact/90 exact/96"), pixels(6).split(4))
+    assert found == {1: wanted} and not {3, 50} & {*wanted}
+    assert contributing_units(model, parse_plan("exact*3"), []) == {}

@@ -1,0 +1,273 @@
+"""A converted model fitted to its original without a gradient, layer after layer, on what those before really give.
+
+A layer of the converted model gets the tokens z that it really has there. What it should hand on is what the original
+has behind that layer, x', merged alike, so that a fit also mends what came before. What moves is the matrix that writes
+into the tokens, by ridge regression of the error that is left on what that matrix reads:
+    attention   its output projection, to the original's tokens between attention and MLP, where it is not exact
+    mlp         its second matrix, to those behind the layer, from the first layer on that the plan changes
+    linear      the matrix of a linear layer
+    mean        what a none or skip layer leaves out, on the average: in the last bias before it, and where there is no
+                layer before it in the position embedding, so that it costs nothing
+How strong the ridge is, and whether a fit stays at all, is decided on whole images that were not fitted. The errors of
+an image's prefix tokens count together as much as those of its patches. What each of these is worth: experiments.md.
+
+Shapes: B images, N0 tokens of the first layer, N that are left, C channels, F inputs of a matrix, R rows.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from vitreuse.attention import EMPTY_CARRY, Carry
+from vitreuse.compress.convert import Conversion
+from vitreuse.compress.ridge import NormalEquations, best_fit
+from vitreuse.io.progress import WorkProgress
+from vitreuse.io.spool import Spool
+from vitreuse.plan import EXACT
+
+ASIDE = 4  # every fourth image is not fitted: it decides
+LEAST_SCALE = 1e-6  # of a LayerScale, below which nothing can be written through it
+
+
+@dataclass(frozen=True)
+class LayerFit:
+    """What a fit was worth, on the images that were kept aside.
+
+    Attributes:
+        layer: The layer's number.
+        part: attention, mlp, linear or mean.
+        strength: Of the ridge, as NormalEquations.solve takes it; None where no fit helped and none was kept.
+        before: Squared error of the tokens, over the square of what the original's layer adds to them.
+        after: The same with the fit.
+    """
+
+    layer: int
+    part: str
+    strength: float | None
+    before: float
+    after: float
+
+
+class _State(NamedTuple):
+    """Some images before a layer; of the original what that layer makes of them, too.
+
+    Attributes:
+        is_aside: (B,), which of them are kept aside.
+        original: (B, N0, C), the original's tokens.
+        middle: (B, N0, C), those between its attention and MLP.
+        after: (B, N0, C), those behind it.
+        tokens: (B, N, C), those of the converted model.
+        carry: What its layers before hand on.
+        grid: The (rows, columns) of patches where it is not the built one.
+    """
+
+    is_aside: Tensor
+    original: Tensor
+    middle: Tensor
+    after: Tensor
+    tokens: Tensor
+    carry: Carry
+    grid: tuple[int, int] | None
+
+
+class _Pass(NamedTuple):
+    """What a layer makes of tokens: rows (B, N, C) between attention and merge, tokens behind it, and the carry."""
+
+    middle: Tensor
+    after: Tensor
+    carry: Carry
+
+
+class _Writer(NamedTuple):
+    """What writes into the tokens: a matrix, or a bias alone, and the LayerScale (C,) behind it if there is one."""
+
+    linear: Any | None
+    bias: Tensor | None
+    scale: Tensor | None
+
+    def add(self, update: Tensor) -> None:
+        """Adds an update (F, C) of what is written, whose last row is the bias where there is one."""
+        if self.scale is not None:
+            update = (update / self.scale).where(self.scale.abs() > LEAST_SCALE, 0.0)
+        if self.linear is not None:
+            self.linear.weight.add_(update[: self.linear.in_features].T)
+        if self.bias is not None:
+            self.bias.add_(update[-1])
+
+
+@torch.no_grad()
+def fit_layers(conversion: Conversion, batches: Iterable[Tensor], progress: WorkProgress) -> list[LayerFit]:
+    """Takes the layers that a plan changes to what best gives back the original's tokens; the model changes.
+
+    Args:
+        conversion: What convert returned.
+        batches: Images (B, channels, rows, columns), each once; every fourth is kept aside. Their tokens lie in a
+            temporary folder, some four times N C numbers an image, so that memory does not grow with them.
+        progress: Told the number of layers that are done.
+
+    Returns:
+        What each fit was worth, in the order in which they were made.
+
+    Raises:
+        ValueError: There are fewer than four images.
+    """
+    model, original = conversion.model, conversion.original
+    found: list[LayerFit] = []
+    with Spool() as states:
+        num_images = 0
+        for images in batches:
+            states.append(_start(model, original, images.to(next(model.parameters()).device), num_images))
+            num_images += len(images)
+        if num_images < ASIDE:
+            raise ValueError(f"{num_images} images are too few: one of {ASIDE} decides, so give {ASIDE} or more.")
+        is_changed = False
+        for layer, (block, old) in enumerate(zip(model.blocks, original.blocks, strict=True)):
+            states.replace(partial(_with_original, old))
+            is_changed = is_changed or block.spec != EXACT
+            for part in _parts_of(block) if is_changed else ():
+                writer = _writer(model, layer, part)
+                if writer is not None:
+                    found.append(_fit(block, layer, part, writer, states))
+            states.replace(partial(_behind, block))
+            progress.reach(layer + 1)
+    return found
+
+
+def _parts_of(block: Any) -> list[str]:
+    """What is fitted of a layer, in order; of exact attention nothing where an MLP follows that is fitted."""
+    if block.spec.word == "linear":
+        return ["linear"]
+    parts = [] if block.has_attention else ["mean"]
+    parts += ["attention"] if block.has_attention and not (block.spec.word == "exact" and block.has_mlp) else []
+    return [*parts, "mlp"] if block.has_mlp else parts
+
+
+def _writer(model: Any, layer: int, part: str) -> _Writer | None:
+    """What a part of a layer writes with; None of a mean that no bias before the layer can take."""
+    block = model.blocks[layer]
+    if part == "mean":
+        return _bias_before(model, layer)
+    if part == "linear":
+        return _Writer(block.linear, block.linear.bias, None)
+    linear, scale = (block.attn.proj, block.ls1) if part == "attention" else (block.mlp.fc2, block.ls2)
+    return _Writer(linear, linear.bias, getattr(scale, "gamma", None))
+
+
+def _bias_before(model: Any, layer: int) -> _Writer | None:
+    """The last bias that is added to all tokens before a layer; None where there is none."""
+    for before in reversed(range(layer)):
+        block = model.blocks[before]
+        parts = {"linear": block.spec.word == "linear", "mlp": block.has_mlp, "attention": block.has_attention}
+        part = next((part for part, is_there in parts.items() if is_there), None)
+        if part is not None:
+            writer = _writer(model, before, part)
+            return None if writer is None or writer.bias is None else writer._replace(linear=None)
+    reaches_all = model.pos_embed is not None and not model.no_embed_class and isinstance(model.norm_pre, nn.Identity)
+    return _Writer(None, model.pos_embed, None) if reaches_all else None
+
+
+def _start(model: Any, original: Any, images: Tensor, first: int) -> _State:
+    """Images before the first layer, the number of the first of them given."""
+    is_aside = torch.arange(first, first + len(images)) % ASIDE == ASIDE - 1
+    tokens, grid = model.embed(images)
+    theirs, _ = original.embed(images)
+    carry = EMPTY_CARRY._replace(layerwise_proj=model.key_proj)
+    return _State(is_aside, theirs, theirs, theirs, tokens, carry, grid)
+
+
+def _with_original(old: Any, state: _State) -> _State:
+    """A state with what a layer of the original makes of its tokens."""
+    seen = _run(old, state.original, EMPTY_CARRY, state.grid)
+    return state._replace(middle=seen.middle, after=seen.after)
+
+
+def _behind(block: Any, state: _State) -> _State:
+    """The state behind a layer."""
+    seen = _run(block, state.tokens, state.carry, state.grid)
+    return state._replace(original=state.after, tokens=seen.after, carry=seen.carry)
+
+
+def _run(block: Any, tokens: Tensor, carry: Carry, grid: tuple[int, int] | None) -> _Pass:
+    """A layer at work, with the rows between its attention and what comes next: its merge or its MLP."""
+    merging = getattr(block, "merge", None)
+    following = merging if merging is not None else block.norm2 if block.has_mlp else None
+    with _inputs_of(following) as inputs:
+        after, handed = block(tokens, carry, grid)
+    return _Pass(inputs[0] if inputs else after, after, handed)
+
+
+@contextmanager
+def _inputs_of(module: nn.Module | None) -> Iterator[list[Tensor]]:
+    """Fills what it gives with the first argument of each call of a module inside the block; of none with nothing."""
+    inputs: list[Tensor] = []
+    with ExitStack() as hooks:
+        if module is not None:
+            hook = module.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+            hooks.callback(hook.remove)
+        yield inputs
+
+
+def _fit(block: Any, layer: int, part: str, writer: _Writer, states: Spool) -> LayerFit:
+    """Fits a part of a layer, and keeps the fit if it helps on the images that are kept aside."""
+    sums: dict[bool, NormalEquations] = {}
+    added = 0.0
+    for state in states:
+        features, errors, sizes = _observe(block, part, writer, state)
+        weights = _row_weights(errors, sizes, block.attn.num_prefix_tokens)
+        added += _added(state, block.attn.num_prefix_tokens)
+        for is_aside in (False, True):
+            chosen = state.is_aside == is_aside
+            rows = (values[chosen].flatten(0, 1) for values in (features, errors, weights))
+            own = NormalEquations.of(*rows, has_bias=writer.bias is not None)
+            sums[is_aside] = sums[is_aside] + own if is_aside in sums else own
+    fit = best_fit(sums[False], sums[True])
+    added = max(added, sys.float_info.min)  # of a layer that adds nothing
+    before = sums[True].energy / added
+    if fit is None:
+        return LayerFit(layer, part, None, before, before)
+    writer.add(fit.update)
+    if part == "mean":
+        states.replace(lambda state: state._replace(tokens=state.tokens + fit.update[-1].to(state.tokens)))
+    return LayerFit(layer, part, fit.strength, before, fit.after / added)
+
+
+def _observe(block: Any, part: str, writer: _Writer, state: _State) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What a writer reads, (B, N, F), the error (B, N, C) that is left where it writes, and the sizes (B, N) there."""
+    wanted = state.middle if block.has_mlp and part != "mlp" else state.after
+    if writer.linear is None:
+        return state.tokens[..., :0], merged_alike(wanted, state.carry) - state.tokens, state.carry.sizes
+    with _inputs_of(writer.linear) as inputs:
+        seen = _run(block, state.tokens, state.carry, state.grid)
+    found, carry = (seen.middle, state.carry) if part == "attention" else (seen.after, seen.carry)
+    return inputs[0], merged_alike(wanted, carry) - found, carry.sizes
+
+
+def merged_alike(x: Tensor, carry: Carry) -> Tensor:
+    """The tokens (B, N, C) of the first layer's (B, N0, C), each the mean of those that are in its place."""
+    if carry.places is None or carry.sizes is None:
+        return x
+    sums = x.new_zeros(x.shape[0], carry.sizes.shape[1], x.shape[2])
+    return sums.scatter_add_(1, carry.places[..., None].expand_as(x), x) / carry.sizes[..., None].to(x)
+
+
+def _row_weights(tokens: Tensor, sizes: Tensor | None, num_prefix_tokens: int) -> Tensor:
+    """How much the error of each token counts, (B, N): of a patch as many times as it stands for patches, and of prefix
+    tokens together as much as of all patches."""
+    weights = tokens.new_ones(tokens.shape[:2]) if sizes is None else sizes.to(tokens)
+    prefix, patches = weights.split([num_prefix_tokens, weights.shape[1] - num_prefix_tokens], dim=1)
+    together = patches.sum(1, keepdim=True) / max(1, num_prefix_tokens)
+    return torch.cat([together.expand_as(prefix), patches], dim=1)
+
+
+def _added(state: _State, num_prefix_tokens: int) -> float:
+    """The square of what the original's layer adds to the images that are kept aside, weighed as errors are."""
+    added = (state.after - state.original)[state.is_aside]
+    return float((added.square().sum(-1) * _row_weights(added, None, num_prefix_tokens)).sum())

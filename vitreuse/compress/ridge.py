@@ -1,0 +1,79 @@
+"""Ridge regression by normal equations that are summed up batch by batch: memory does not grow with the images.
+
+Shapes: R rows, F features, the last of them constant where there is a bias, C outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+STRENGTHS = tuple(10.0**power for power in range(-5, 3))
+
+
+@dataclass(frozen=True)
+class NormalEquations:
+    """All that least squares need to know of features and errors: sums over rows, in float64.
+
+    Attributes:
+        gram: (F, F), of the features with each other.
+        cross: (F, C), of the features with the errors.
+        energy: The sum of the squared errors.
+        num_penalized: How many features a penalty holds back: all but the constant one.
+    """
+
+    gram: Tensor
+    cross: Tensor
+    energy: float
+    num_penalized: int
+
+    @classmethod
+    def of(cls, features: Tensor, errors: Tensor, weights: Tensor, has_bias: bool) -> NormalEquations:
+        """Those of rows: features (R, F) without the constant one, errors (R, C), how much each row counts (R,)."""
+        root = weights.double().sqrt()[:, None]
+        errors, design = errors.double() * root, features.double() * root
+        if has_bias:
+            design = torch.cat([design, root], dim=1)
+        return cls(design.T @ design, design.T @ errors, float(errors.square().sum()), features.shape[1])
+
+    def __add__(self, other: NormalEquations) -> NormalEquations:
+        """Those of the rows of both."""
+        gram, cross = self.gram + other.gram, self.cross + other.cross
+        return NormalEquations(gram, cross, self.energy + other.energy, self.num_penalized)
+
+    def solve(self, strength: float) -> Tensor:
+        """The update (F, C) of least squared error and size; the bias may be of any size.
+
+        A strength of 1 weighs the square of an update as much as the mean square of a feature does.
+        """
+        penalty = torch.zeros_like(self.gram[0])
+        penalized = self.gram.diagonal()[: self.num_penalized]
+        penalty[: self.num_penalized] = strength * penalized.mean()
+        damped = self.gram + penalty.diag()
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        return torch.linalg.pinv(damped) @ self.cross if failed else torch.cholesky_solve(self.cross, factor)
+
+    def error(self, update: Tensor) -> float:
+        """The sum of the squared errors that an update (F, C) leaves."""
+        return self.energy + float((update * (self.gram @ update - 2 * self.cross)).sum())
+
+
+@dataclass(frozen=True)
+class Fit:
+    """An update (F, C), the strength of its ridge, and the squared errors without it and with it on other rows."""
+
+    update: Tensor
+    strength: float
+    before: float
+    after: float
+
+
+def best_fit(fitted: NormalEquations, aside: NormalEquations, strengths: Sequence[float] = STRENGTHS) -> Fit | None:
+    """The update whose strength leaves the least error on rows that were kept aside; None where none helps there."""
+    updates = {strength: fitted.solve(strength) for strength in strengths}
+    strength = min(strengths, key=lambda each: aside.error(updates[each]))
+    after = aside.error(updates[strength])
+    return Fit(updates[strength], strength, aside.energy, after) if after < aside.energy else None
