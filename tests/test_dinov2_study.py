@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import vitreuse
-from docs.study.dinov2 import images, measure, packages, saliency, weights
+from docs.study.dinov2 import commands, images, measure, packages, saliency, weights
 from vitreuse.io.transformers_names import renamed
 
 SHAPE = {"img_size": 28, "depth": 2, "embed_dim": 12, "num_heads": 2, "mlp_ratio": 2, "num_classes": 0}
@@ -208,3 +209,19 @@ def test_what_is_measured_is_not_measured_again(tmp_path):
         with pytest.raises(KeyboardInterrupt):
             measure.complete(tmp_path / "lines.jsonl", wanted, make)
     assert made == ["a", "b", "b"] and list(measure.read_lines(tmp_path / "lines.jsonl")) == [(7, "a")]
+
+
+def test_no_value_of_merged_tokens_is_nearer_than_their_mean_direction(monkeypatch):
+    original, pixels = tiny(), torch.randn(3, 3, 28, 28, generator=torch.Generator().manual_seed(0))
+    sample = SimpleNamespace(batches=lambda size: [(part, None) for part in pixels.split(size)])
+    monkeypatch.setattr(commands, "images_of", lambda folder, model: sample)
+    with torch.no_grad():
+        tokens = original.forward_features(pixels)
+        one = vitreuse.convert(original, "exact-1 exact").model
+        found = torch.nn.functional.cosine_similarity(one.forward_features(pixels), tokens, dim=-1)[:, 1:].mean()
+    study = SimpleNamespace(image_size_px=28, batch_size=2, tokens={"composites": tokens})
+    best, all_apart = (
+        commands.best_of_merged(study, vitreuse.convert(original, plan).model, "composites")
+        for plan in ("exact-1 exact", "exact*2")
+    )
+    assert found < best < 1 - 1e-4 < all_apart == pytest.approx(1)
