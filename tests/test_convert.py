@@ -510,6 +510,9 @@ def test_heads_are_matched_by_the_rows_that_are_asked_for(folder, by, tmp_path, 
     (("--plan", "exact*3", "--rows", "7"), "--rows has no effect on plan"),
     (("--plan", "exact reuse*2", "--rows", "7", "--no-match-heads"), "--rows has no effect on plan"),
     (("--plan", "lowrank:4*3", "--lowrank-start", "fitted"), "--lowrank-start fitted needs images.*give --data DIR"),
+    (("--plan", "exact*3", "--no-fit"), "--no-fit has no effect on plan"),
+    (("--plan", "exact linear exact", "--no-fit"), "--no-fit has no effect on 0 images, fitting takes 4"),
+    (("--plan", "linear*3", "--no-fit", "--data", "{tmp}/data", "--images", "3"), "has no effect on 3 images"),
     (("--plan", "exact*3", "--checkpoint", "{tmp}/empty"), "cannot be read as weights"),
 ])
 def test_wrong_input_is_one_sentence(folder, argv, said, tmp_path, capsys):

@@ -160,12 +160,14 @@ def _choose(args: argparse.Namespace, plan: Plan, num_images: int) -> _How:
     """What is asked for, else the best that so many images allow.
 
     Raises:
-        ValueError: It takes images, and there are none.
+        ValueError: It takes images, and there are none or too few.
     """
     asked = {"--match-by": args.match_by, "--rows": args.rows, "--lowrank-start fitted": args.lowrank_start == "fitted"}
     for flag, needs_images in asked.items():
         if needs_images and not num_images:
             raise ValueError(f"{flag} needs images and {args.model} is no run, which would know some: give --data DIR.")
+    if args.no_fit and num_images < ASIDE:
+        raise ValueError(f"--no-fit has no effect on {num_images} images, fitting takes {ASIDE} or more: leave it out.")
     words = {spec.word for spec in plan}
     heads = (args.match_by or DISTANCES[0]) if num_images and not args.no_match_heads else "in order"
     can_fit = num_images > 0 and args.lowrank_sharing != "layerwise"
