@@ -2,6 +2,7 @@
 
     python -m docs.study.dinov2                # all that is missing, then tables and figures
     python -m docs.study.dinov2 --ablation     # what each choice in merging is worth: ablation.md
+    python -m docs.study.dinov2 --fits         # what each piece of the fit in closed form is worth: fits.md
     python -m docs.study.dinov2 --ranking      # the layers that plans.py changes first: ranking.md
 """
 
@@ -12,7 +13,7 @@ import sys
 from functools import partial
 from typing import Any
 
-from docs.study.dinov2 import ablation, figures, measure, ranking
+from docs.study.dinov2 import ablation, figures, fits, measure, ranking
 from docs.study.dinov2.commands import measure_healed, run_commands
 from docs.study.dinov2.images import SIZES_PX, build
 from docs.study.dinov2.measure import QUALITY, SPEED, Line, read_lines
@@ -42,6 +43,12 @@ COLUMNS = (
     ),
     Column("knn_top1", "k-NN (%)", ".2f"),
 )
+
+INSTEAD = {
+    "ablation": ("measure the choices in merging instead: ablation.md", ablation.main),
+    "fits": ("measure the pieces of the fit in closed form instead: fits.md", fits.main),
+    "ranking": ("rank layers by what words lose in them instead: ranking.md", ranking.main),
+}
 
 
 def measure_missing() -> None:
@@ -100,16 +107,15 @@ def main() -> int:
     """Runs the study; the exit code."""
     parser = argparse.ArgumentParser(prog=PROGRAM, description="A trained DINOv2 under every word.")
     instead = parser.add_mutually_exclusive_group()
-    instead.add_argument("--ablation", action="store_true", help="measure the choices in merging instead: ablation.md")
-    instead.add_argument("--ranking", action="store_true", help="rank layers by what words lose instead: ranking.md")
+    for name, (meaning, _) in INSTEAD.items():
+        instead.add_argument(f"--{name}", dest="instead", action="store_const", const=name, help=meaning)
     args = parser.parse_args()
     try:
         build(unpack_debian())
         checkpoint()
-        if args.ablation:
-            ablation.main()
-        elif args.ranking:
-            ranking.main()
+        if args.instead is not None:
+            _, run = INSTEAD[args.instead]
+            run()
         else:
             measure_missing()
             show()

@@ -1,0 +1,134 @@
+"""What each piece of the fit in closed form is worth: one piece changed at a time, in two plans.
+
+    python -m docs.study.dinov2 --fits
+
+Fitted on images of the training split; none of the tests is looked at before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch.nn import functional as F
+
+from docs.study.dinov2.ablation import BATCH_SIZE, IMAGE_SIZE_PX, NUM_IMAGES, Batches, with_tokens
+from docs.study.dinov2.measure import TESTS, images_of
+from docs.study.dinov2.packages import HERE
+from docs.study.dinov2.weights import trained
+from eval.table import Column, to_markdown
+from vitreuse import convert, fit_layers, parse_plan
+from vitreuse.compress import closed_form
+from vitreuse.compress.hidden_units import contributing_units
+from vitreuse.compress.ridge import Fit, NormalEquations
+from vitreuse.cost.measure import describe_machine
+from vitreuse.io.durable import write_durably
+from vitreuse.io.progress import WorkProgress
+from vitreuse.plan import EXACT
+
+PLANS = ("exact-16*12", "exact*2 none exact/768*3 exact*2 linear exact/384 skip exact")
+FOLDER, NUM_FITTED = "224/train", 64
+
+_observe, _parts_of, _row_weights = closed_form._observe, closed_form._parts_of, closed_form._row_weights
+
+
+def _on_the_originals(block: Any, part: str, writer: Any, state: Any) -> Any:
+    """What a fit sees where no layer before it has changed: the original's tokens, merged alike."""
+    tokens = closed_form.merged_alike(state.original, state.carry)
+    return _observe(block, part, writer, state._replace(tokens=tokens))
+
+
+def _always(strength: float) -> Callable[[NormalEquations, NormalEquations], Fit]:
+    """A fit of one strength, kept whatever the images say that were not fitted."""
+
+    def fit(fitted: NormalEquations, aside: NormalEquations) -> Fit:
+        update = fitted.solve(strength)
+        return Fit(update, strength, aside.energy, aside.error(update))
+
+    return fit
+
+
+def _without(part: str) -> Callable[[Any], list[str]]:
+    return lambda block: [each for each in _parts_of(block) if each != part]
+
+
+def _as_one_patch(tokens: Any, sizes: Any, num_prefix_tokens: int) -> Any:
+    weights = _row_weights(tokens, sizes, num_prefix_tokens)
+    weights[:, :num_prefix_tokens] = 1.0
+    return weights
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What is done otherwise: functions of closed_form.py that are replaced, units by their norms, or no fit at all."""
+
+    name: str
+    replaced: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    by_variance: bool = True
+    is_fitted: bool = True
+
+
+VARIANTS = (
+    Variant("as built"),
+    Variant("not fitted", is_fitted=False),
+    Variant("not fitted, units by norms", by_variance=False, is_fitted=False),
+    Variant("units by norms", by_variance=False),
+    Variant("on the original's tokens", {"_observe": _on_the_originals}),
+    Variant("strength 0.001, always kept", {"best_fit": _always(1e-3)}),
+    Variant("strength 0.1, always kept", {"best_fit": _always(1e-1)}),
+    Variant("layers that change alone", {"_parts_of": lambda block: _parts_of(block) if block.spec != EXACT else []}),
+    Variant("no MLPs", {"_parts_of": _without("mlp")}),
+    Variant("no means", {"_parts_of": _without("mean")}),
+    Variant("a class token as one patch", {"_row_weights": _as_one_patch}),
+)
+
+
+def made(original: Any, plan: str, variant: Variant, images: list[torch.Tensor]) -> Any:
+    """The model under a plan, converted as a variant does."""
+    units = contributing_units(original, parse_plan(plan), images) if variant.by_variance else None
+    conversion = convert(original, plan, units=units)
+    with ExitStack() as patches:
+        for name, function in variant.replaced.items():
+            patches.enter_context(patch.object(closed_form, name, function))
+        if variant.is_fitted:
+            fit_layers(conversion, images, WorkProgress(variant.name, "layers", len(original.blocks)))
+    return conversion.model
+
+
+@torch.inference_mode()
+def distances(model: Any, batches: Batches) -> list[float]:
+    """Mean of 1 - cosine of class and of patch tokens to the original's."""
+    found = [1 - F.cosine_similarity(model.forward_features(images), tokens, dim=-1) for images, tokens in batches]
+    each = torch.cat(found).double()
+    return [float(each[:, 0].mean()), float(each[:, 1:].mean())]
+
+
+def main() -> None:
+    """Writes fits.md."""
+    original, rows = trained(IMAGE_SIZE_PX, global_pool=""), []
+    images = [images for images, _ in images_of(FOLDER, original, NUM_FITTED).batches(BATCH_SIZE)]
+    batches = {test: with_tokens(original, test) for test in TESTS}
+    for variant in VARIANTS:
+        row: dict[str, Any] = {"name": variant.name}
+        for plan in PLANS:
+            model = made(original, plan, variant, images)
+            for test in TESTS:
+                found = distances(model, batches[test])
+                row[f"{plan} {test}"] = " / ".join(f"{100 * distance:.2f}" for distance in found)
+        rows.append(row)
+        print(row, flush=True)
+    columns = [Column("name", "variant")]
+    columns += [Column(f"{plan} {test}", f"{plan}, {test}") for plan, test in product(PLANS, TESTS)]
+    machine = describe_machine(torch.device("cpu"))
+    caption = (
+        f"100 x (1 - cosine) to the original's class / patch tokens at {IMAGE_SIZE_PX} px, means over {NUM_IMAGES} "
+        f"composites and 25 photographs, fitted on {NUM_FITTED} images of {FOLDER}. torch {machine['torch']}, timm "
+        f"{machine['timm']}, {machine['date']}."
+    )
+    table = to_markdown(rows, columns, caption)
+    write_durably(HERE / "fits.md", f"# The fit in closed form, piece by piece\n\n{table}".encode())
