@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import vitreuse
-from docs.study.dinov2 import commands, images, measure, packages, saliency, weights
+from docs.study.dinov2 import commands, fits, images, measure, packages, ranking, saliency, weights
 from vitreuse.io.transformers_names import renamed
 
 SHAPE = {"img_size": 28, "depth": 2, "embed_dim": 12, "num_heads": 2, "mlp_ratio": 2, "num_classes": 0}
@@ -225,3 +225,26 @@ def test_no_value_of_merged_tokens_is_nearer_than_their_mean_direction(monkeypat
         for plan in ("exact-1 exact", "exact*2")
     )
     assert found < best < 1 - 1e-4 < all_apart == pytest.approx(1)
+
+
+def test_every_piece_of_the_fit_can_be_left_out():
+    original, generator = tiny(), torch.Generator().manual_seed(0)
+    fitted, shown = (list(torch.randn(24, 3, 28, 28, generator=generator).split(9)) for _ in range(2))
+    with torch.no_grad():
+        batches = [(images, original.forward_features(images)) for images in shown]
+    found = {}
+    for variant in fits.VARIANTS:
+        model = fits.made(original, "none exact/20", variant, fitted)
+        found[variant.name] = sum(fits.distances(model, batches))
+    assert found["as built"] < found["not fitted"]
+    assert len({round(distance, 6) for distance in found.values()}) > len(found) - 3  # most leave their mark
+
+
+def test_layers_are_ranked_by_what_a_word_loses_in_them(monkeypatch):
+    original, pixels = tiny(), torch.randn(2, 3, 28, 28, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(ranking, "in_layers", lambda word, layers: "exact skip" if layers == [1] else "skip exact")
+    with torch.no_grad():
+        changed = vitreuse.convert(original, "exact skip").model
+        wanted, found = original.forward_features(pixels), changed.forward_features(pixels)
+    cosine = torch.nn.functional.cosine_similarity(found, wanted, dim=-1)[:, 1:].mean()
+    assert ranking.patch_cosine(original, pixels, "skip", 1) == pytest.approx(float(cosine), rel=1e-5)
