@@ -197,6 +197,7 @@ def test_they_cost_what_their_files_say(mixed):
         assert headers(folder / "out" / row["file"])[row["quantity"]][2] == f"{row['reached']:,.10g}"
 
 
+@pytest.mark.proof
 @pytest.mark.parametrize(
     ("name", "keyword", "step"), [("narrower_mlp", "mlp_ratio", 1 / 16), ("smaller_image", "img_size", 2)]
 )

@@ -187,9 +187,8 @@ def merging(tmp_path_factory):
     ("opset", "fold"),
     [
         pytest.param(18, []),
-        pytest.param(23, ["--fold"]),
         *(pytest.param(opset, [], marks=pytest.mark.proof) for opset in (20, 23)),
-        *(pytest.param(opset, ["--fold"], marks=pytest.mark.proof) for opset in (18, 20)),
+        *(pytest.param(opset, ["--fold"], marks=pytest.mark.proof) for opset in (18, 20, 23)),
     ],
 )
 def test_programs_that_merge_have_the_logits_of_the_model(merging, tmp_path, capsys, opset, fold):

@@ -97,6 +97,7 @@ def descendants(pid: int) -> Iterator[int]:
         yield child
 
 
+@pytest.mark.proof
 def test_a_signal_before_the_limit_saves_the_run_and_requeues_the_job(tmp_path):
     write_pictures(tmp_path / "data", 17, 7, per_shard=5)
     (tmp_path / "tiny.yaml").write_text(CONFIG.format(root=tmp_path / "data"))

@@ -72,6 +72,7 @@ def status(run_dir):
     return json.loads((run_dir / "run.json").read_text())["status"]
 
 
+@pytest.mark.proof
 def test_a_terminal_shows_a_bar_for_each_run(write_config, tmp_path):
     configs = [write_config("one", epochs=60), write_config("two", epochs=60)]
     shown, code = on_a_terminal(*configs, f"runs={tmp_path / 'runs'}", "jobs=2")

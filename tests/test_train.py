@@ -443,6 +443,7 @@ def _train_apart(config_path: Path, *run_dirs: Path) -> list[tuple[int, str]]:
     return [(start.end(), start.said) for start in starts]
 
 
+@pytest.mark.proof
 def test_ranks_that_find_different_checkpoints_are_refused(whole, config_path, tmp_path):
     copy_of_whole = _run(shutil.copytree(whole.folder, tmp_path / "a"), config_path)
     (one, told), (other, silence) = _train_apart(config_path, copy_of_whole.folder, tmp_path / "b")
