@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from train.heal import Healing
 from vitreuse import convert, parse_plan
 from vitreuse.attention import Carry
 from vitreuse.compress.closed_form import _row_weights, fit_layers, merged_alike
@@ -250,3 +251,10 @@ def test_units_that_say_most_stay():
     found = contributing_units(model, parse_plan("exact exact/90 exact/96"), pixels(6).split(4))
     assert found == {1: wanted} and not {3, 50} & {*wanted}
     assert contributing_units(model, parse_plan("exact*3"), []) == {}
+
+
+def test_a_fitted_conversion_is_annealed_from_its_original():
+    """The fit moves the output projection of a reuse layer and leaves its values, by which healing knows the heads."""
+    conversion, found = fitted(trained(), "exact reuse exact")
+    assert any(fit.part == "attention" and fit.strength is not None for fit in found)
+    assert Healing(conversion.model, conversion.original).held[1].order == [0, 1, 2]

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from docs.study.dinov2.measure import TESTS, images_of
 from docs.study.dinov2.packages import HERE
 from docs.study.dinov2.weights import trained
-from docs.study.merging import VARIANTS, Variant, varied
+from docs.study.merging import VARIANTS, varied
 from eval.table import Column, to_markdown
 from vitreuse import convert
 from vitreuse.cost.measure import describe_machine
@@ -35,14 +35,11 @@ def with_tokens(original: Any, test: str) -> Batches:
 
 
 @torch.inference_mode()
-def distances(original: Any, num_merged: int, variant: Variant, batches: Batches) -> list[float]:
-    """Mean of 1 - cosine of class and of patch tokens to the original's, under `exact-r*12` and a variant."""
-    model, found = convert(original, f"exact-{num_merged}*{len(original.blocks)}").model, []
-    with varied(model, variant):
-        for images, tokens in batches:
-            cosine = F.cosine_similarity(model.forward_features(images), tokens, dim=-1)
-            found.append(1 - torch.stack([cosine[:, 0], cosine[:, 1:].mean(1)]))
-    return torch.cat(found, dim=1).double().mean(1).tolist()
+def distances(model: Any, batches: Batches) -> list[float]:
+    """Mean of 1 - cosine of class and of patch tokens to the original's."""
+    found = [1 - F.cosine_similarity(model.forward_features(images), tokens, dim=-1) for images, tokens in batches]
+    each = torch.cat(found).double()
+    return [float(each[:, 0].mean()), float(each[:, 1:].mean())]
 
 
 def main() -> None:
@@ -52,7 +49,9 @@ def main() -> None:
     for variant in VARIANTS:
         row: dict[str, Any] = {"name": variant.name}
         for test, num_merged in product(TESTS, MERGED):
-            found = distances(original, num_merged, variant, batches[test])
+            model = convert(original, f"exact-{num_merged}*{len(original.blocks)}").model
+            with varied(model, variant):
+                found = distances(model, batches[test])
             row[f"{test}-{num_merged}"] = " / ".join(f"{100 * distance:.2f}" for distance in found)
         rows.append(row)
         print(row, flush=True)

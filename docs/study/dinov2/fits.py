@@ -15,9 +15,8 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch.nn import functional as F
 
-from docs.study.dinov2.ablation import BATCH_SIZE, IMAGE_SIZE_PX, NUM_IMAGES, Batches, with_tokens
+from docs.study.dinov2.ablation import BATCH_SIZE, IMAGE_SIZE_PX, NUM_IMAGES, distances, with_tokens
 from docs.study.dinov2.measure import TESTS, images_of
 from docs.study.dinov2.packages import HERE
 from docs.study.dinov2.weights import trained
@@ -98,14 +97,6 @@ def made(original: Any, plan: str, variant: Variant, images: list[torch.Tensor])
         if variant.is_fitted:
             fit_layers(conversion, images, WorkProgress(variant.name, "layers", len(original.blocks)))
     return conversion.model
-
-
-@torch.inference_mode()
-def distances(model: Any, batches: Batches) -> list[float]:
-    """Mean of 1 - cosine of class and of patch tokens to the original's."""
-    found = [1 - F.cosine_similarity(model.forward_features(images), tokens, dim=-1) for images, tokens in batches]
-    each = torch.cat(found).double()
-    return [float(each[:, 0].mean()), float(each[:, 1:].mean())]
 
 
 def main() -> None:
