@@ -258,3 +258,11 @@ def test_a_fitted_conversion_is_annealed_from_its_original():
     conversion, found = fitted(trained(), "exact reuse exact")
     assert any(fit.part == "attention" and fit.strength is not None for fit in found)
     assert Healing(conversion.model, conversion.original).held[1].order == [0, 1, 2]
+
+
+def test_large_tokens_of_half_precision_overflow_nothing():
+    model = trained(init_values=40.0).half()
+    conversion = convert(model, "exact linear exact-4")
+    with WorkProgress("fitting", "layers", 3, enabled=False) as progress:
+        found = fit_layers(conversion, pixels(16).half().split(8), progress)
+    assert all(0 < fit.after <= fit.before < 10 for fit in found)

@@ -261,7 +261,7 @@ def merged_alike(x: Tensor, carry: Carry) -> Tensor:
 def _row_weights(tokens: Tensor, sizes: Tensor | None, num_prefix_tokens: int) -> Tensor:
     """How much the error of each token counts, (B, N): of a patch as many times as it stands for patches, and of prefix
     tokens together as much as of all patches."""
-    weights = tokens.new_ones(tokens.shape[:2]) if sizes is None else sizes.to(tokens)
+    weights = torch.ones(tokens.shape[:2], device=tokens.device) if sizes is None else sizes
     prefix, patches = weights.split([num_prefix_tokens, weights.shape[1] - num_prefix_tokens], dim=1)
     together = patches.sum(1, keepdim=True) / max(1, num_prefix_tokens)
     return torch.cat([together.expand_as(prefix), patches], dim=1)
@@ -269,5 +269,5 @@ def _row_weights(tokens: Tensor, sizes: Tensor | None, num_prefix_tokens: int) -
 
 def _added(state: _State, num_prefix_tokens: int) -> float:
     """The square of what the original's layer adds to the images that are kept aside, weighed as errors are."""
-    added = (state.after - state.original)[state.is_aside]
+    added = (state.after - state.original)[state.is_aside].double()
     return float((added.square().sum(-1) * _row_weights(added, None, num_prefix_tokens)).sum())
