@@ -5,14 +5,12 @@ import shutil
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import product
 from typing import Any, NamedTuple
 
 import torch
 from rich.console import Group, RenderableType
-from timm.layers.config import set_fused_attn, use_fused_attn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -22,7 +20,7 @@ from eval.table import Column, Row, to_csv, to_rich
 from vitreuse.attention.policy import Conditions
 from vitreuse.cli.console import MEASURED_DTYPES, add_any_of, add_count, local_path, positive
 from vitreuse.config import ModelConfig
-from vitreuse.cost.backends import summary
+from vitreuse.cost.backends import fused_attention, summary
 from vitreuse.cost.measure import (
     Call,
     Timing,
@@ -204,17 +202,6 @@ def _place(config: ModelConfig, condition: Condition) -> nn.Module:
     """The model as it is timed: training keeps float32 weights and computes under autocast."""
     model = config.create().to(condition.device)
     return model.train() if condition.mode == "train" else model.eval().to(getattr(torch, condition.dtype))
-
-
-@contextmanager
-def fused_attention(enabled: bool) -> Iterator[None]:
-    """timm's choice of attention for the models made inside: it is read at construction, and is global."""
-    before = use_fused_attn(), use_fused_attn(experimental=True)
-    set_fused_attn(enabled)
-    try:
-        yield
-    finally:
-        set_fused_attn(*before)
 
 
 def _make_call(item: Candidate, condition: Condition) -> tuple[Call, list[Tensor]]:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from train.heal import Healing
 from vitreuse import convert, parse_plan
 from vitreuse.attention import Carry
-from vitreuse.compress.closed_form import _row_weights, fit_layers, merged_alike
+from vitreuse.compress.closed_form import fit_layers, merged_alike, row_weights
 from vitreuse.compress.hidden_units import contributing_units
 from vitreuse.compress.ridge import NormalEquations, best_fit
 from vitreuse.io.progress import WorkProgress
@@ -190,9 +190,9 @@ def test_a_layer_that_is_affine_becomes_linear():
 
 def test_prefix_tokens_count_together_as_much_as_all_patches():
     sizes = torch.tensor([[1.0, 1, 3, 2, 1], [1, 1, 1, 4, 1]])
-    weights = _row_weights(torch.zeros(2, 5, 4), sizes, 2)
+    weights = row_weights(torch.zeros(2, 5, 4), sizes, 2)
     assert weights.tolist() == [[3, 3, 3, 2, 1], [3, 3, 1, 4, 1]]
-    assert torch.equal(_row_weights(torch.zeros(2, 5, 4), None, 0), torch.ones(2, 5))
+    assert torch.equal(row_weights(torch.zeros(2, 5, 4), None, 0), torch.ones(2, 5))
 
 
 @pytest.mark.parametrize(

@@ -27,9 +27,10 @@ from eval.distributed import Ranks, joined
 from eval.figures import Point, scatter_figure
 from eval.predictions import Predictions
 from eval.table import Column, to_csv, to_latex, to_markdown
-from eval.throughput import Condition, fused_attention, measure
+from eval.throughput import Condition, measure
 from eval.top1 import evaluate
 from vitreuse.config import load_config, to_yaml
+from vitreuse.cost.backends import fused_attention
 from vitreuse.cost.measure import Timing, _LiveStorages, inference_call, peak_memory_mib
 from vitreuse.data import EncodedSample, Sample, write_shards
 from vitreuse.export.networks import plain_model, resolve_targets

@@ -17,8 +17,7 @@ Shapes: B images, N0 tokens of the first layer, N that are left, C channels, F i
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -31,6 +30,7 @@ from vitreuse.compress.convert import Conversion
 from vitreuse.compress.ridge import NormalEquations, best_fit
 from vitreuse.io.progress import WorkProgress
 from vitreuse.io.spool import Spool
+from vitreuse.model.recording import inputs_of, layer_pass
 from vitreuse.plan import EXACT
 
 ASIDE = 4  # every fourth image is not fitted: it decides
@@ -76,14 +76,6 @@ class _State(NamedTuple):
     tokens: Tensor
     carry: Carry
     grid: tuple[int, int] | None
-
-
-class _Pass(NamedTuple):
-    """What a layer makes of tokens: rows (B, N, C) between attention and merge, tokens behind it, and the carry."""
-
-    middle: Tensor
-    after: Tensor
-    carry: Carry
 
 
 class _Writer(NamedTuple):
@@ -185,34 +177,14 @@ def _start(model: Any, original: Any, images: Tensor, first: int) -> _State:
 
 def _with_original(old: Any, state: _State) -> _State:
     """A state with what a layer of the original makes of its tokens."""
-    seen = _run(old, state.original, EMPTY_CARRY, state.grid)
+    seen = layer_pass(old, state.original, EMPTY_CARRY, state.grid)
     return state._replace(middle=seen.middle, after=seen.after)
 
 
 def _behind(block: Any, state: _State) -> _State:
     """The state behind a layer."""
-    seen = _run(block, state.tokens, state.carry, state.grid)
+    seen = layer_pass(block, state.tokens, state.carry, state.grid)
     return state._replace(original=state.after, tokens=seen.after, carry=seen.carry)
-
-
-def _run(block: Any, tokens: Tensor, carry: Carry, grid: tuple[int, int] | None) -> _Pass:
-    """A layer at work, with the rows between its attention and what comes next: its merge or its MLP."""
-    merging = getattr(block, "merge", None)
-    following = merging if merging is not None else block.norm2 if block.has_mlp else None
-    with _inputs_of(following) as inputs:
-        after, handed = block(tokens, carry, grid)
-    return _Pass(inputs[0] if inputs else after, after, handed)
-
-
-@contextmanager
-def _inputs_of(module: nn.Module | None) -> Iterator[list[Tensor]]:
-    """Fills what it gives with the first argument of each call of a module inside the block; of none with nothing."""
-    inputs: list[Tensor] = []
-    with ExitStack() as hooks:
-        if module is not None:
-            hook = module.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
-            hooks.callback(hook.remove)
-        yield inputs
 
 
 def _fit(block: Any, layer: int, part: str, writer: _Writer, states: Spool) -> LayerFit:
@@ -221,7 +193,7 @@ def _fit(block: Any, layer: int, part: str, writer: _Writer, states: Spool) -> L
     added = 0.0
     for state in states:
         features, errors, sizes = _observe(block, part, writer, state)
-        weights = _row_weights(errors, sizes, block.attn.num_prefix_tokens)
+        weights = row_weights(errors, sizes, block.attn.num_prefix_tokens)
         added += _added(state, block.attn.num_prefix_tokens)
         for is_aside in (False, True):
             chosen = state.is_aside == is_aside
@@ -244,8 +216,8 @@ def _observe(block: Any, part: str, writer: _Writer, state: _State) -> tuple[Ten
     wanted = state.middle if block.has_mlp and part != "mlp" else state.after
     if writer.linear is None:
         return state.tokens[..., :0], merged_alike(wanted, state.carry) - state.tokens, state.carry.sizes
-    with _inputs_of(writer.linear) as inputs:
-        seen = _run(block, state.tokens, state.carry, state.grid)
+    with inputs_of(writer.linear) as inputs:
+        seen = layer_pass(block, state.tokens, state.carry, state.grid)
     found, carry = (seen.middle, state.carry) if part == "attention" else (seen.after, seen.carry)
     return inputs[0], merged_alike(wanted, carry) - found, carry.sizes
 
@@ -258,7 +230,7 @@ def merged_alike(x: Tensor, carry: Carry) -> Tensor:
     return sums.scatter_add_(1, carry.places[..., None].expand_as(x), x) / carry.sizes[..., None].to(x)
 
 
-def _row_weights(tokens: Tensor, sizes: Tensor | None, num_prefix_tokens: int) -> Tensor:
+def row_weights(tokens: Tensor, sizes: Tensor | None, num_prefix_tokens: int) -> Tensor:
     """How much the error of each token counts, (B, N): of a patch as many times as it stands for patches, and of prefix
     tokens together as much as of all patches."""
     weights = torch.ones(tokens.shape[:2], device=tokens.device) if sizes is None else sizes
@@ -270,4 +242,4 @@ def _row_weights(tokens: Tensor, sizes: Tensor | None, num_prefix_tokens: int) -
 def _added(state: _State, num_prefix_tokens: int) -> float:
     """The square of what the original's layer adds to the images that are kept aside, weighed as errors are."""
     added = (state.after - state.original)[state.is_aside].double()
-    return float((added.square().sum(-1) * _row_weights(added, None, num_prefix_tokens)).sum())
+    return float((added.square().sum(-1) * row_weights(added, None, num_prefix_tokens)).sum())

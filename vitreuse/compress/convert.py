@@ -10,7 +10,7 @@ Shapes: L layers, B images, H heads, N tokens, C channels.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,15 +80,23 @@ def convert(
     plan, num_heads = fitting_plan(model, plan), model.blocks[0].attn.num_heads
     original = exact_copy(model)
     converted = untrained_copy(model, plan, **options).eval()
-    matches = match_plan(plan, num_heads, distances)
-    state = original.state_dict()
-    for layer, matched in matches.items():
-        _reorder_heads(state, f"blocks.{layer}.attn.", order_of_heads(matched, num_heads))
+    state, matches = in_order_of_heads(original.state_dict(), plan, num_heads, distances)
     report = load_checkpoint(converted, state, original.patch_embed.img_size, units)
     if pooled:
         pool_projections(converted.blocks, converted.key_proj)
     touched = tuple(name for name in _touched(converted, original) if name not in report.new)
     return Conversion(converted, original, matches, report.new, touched, report.dropped)
+
+
+def in_order_of_heads(
+    state: Mapping[str, Tensor], plan: Plan, num_heads: int, distances: Tensor | None
+) -> tuple[dict[str, Tensor], dict[int, list[int]]]:
+    """A plain state dict whose heads stand as a plan's reuse layers read maps, and the matches of Conversion."""
+    matches = match_plan(plan, num_heads, distances)
+    ordered = dict(state)
+    for layer, matched in matches.items():
+        _reorder_heads(ordered, f"blocks.{layer}.attn.", order_of_heads(matched, num_heads))
+    return ordered, matches
 
 
 def fitting_plan(model: Any, plan: str | Plan) -> Plan:

@@ -99,6 +99,28 @@ def token_cosines(original: Any, wanted: Tensor, converted: Any, found: Tensor) 
     }
 
 
+def answer_of_tokens(model: Any, tokens: Tensor) -> Tensor:
+    """What two ViTs are compared by, of tokens (B, N, C) after the final norm: logits, without classes the tokens."""
+    return model.forward_head(tokens) if model.num_classes > 0 else tokens
+
+
+def output_distance(original: Any, wanted: Tensor, found: Tensor) -> Tensor:
+    """For each image (B,) how far an answer is from the original's, see answer_of_tokens.
+
+    Of logits it is the divergence of the original's probabilities from the other's, in nats; of tokens one minus the
+    cosine, the mean of that of the features and that of the patch tokens.
+    """
+    if wanted.ndim == 2:
+        return _divergence(wanted, found)
+    return 1 - torch.stack(list(token_cosines(original, wanted, original, found).values())).mean(0)
+
+
+def _divergence(wanted: Tensor, found: Tensor) -> Tensor:
+    """The divergence (B,) of the probabilities of logits (B, classes) from those of others, in nats."""
+    ours, theirs = (logits.float().log_softmax(1) for logits in (found, wanted))
+    return F.kl_div(ours, theirs, reduction="none", log_target=True).sum(1)
+
+
 def worst_tenth(values: Tensor) -> float:
     """The mean of the least tenth of some numbers, of at least one."""
     return float(values.sort().values[: math.ceil(len(values) / 10)].mean())
@@ -107,11 +129,7 @@ def worst_tenth(values: Tensor) -> float:
 def _of_classes(wanted: Tensor, found: Tensor, labels: Tensor, has_labels: bool) -> dict[str, Tensor]:
     """For each attribute of Agreement that logits can tell, its values image by image."""
     classes, found_classes = (top_classes(logits, 1)[:, 0] for logits in (wanted, found))
-    ours, theirs = (logits.float().log_softmax(1) for logits in (found, wanted))
-    columns = {
-        "equal_top1": 100.0 * (classes == found_classes),
-        "kl_divergence_nats": F.kl_div(ours, theirs, reduction="none", log_target=True).sum(1),
-    }
+    columns = {"equal_top1": 100.0 * (classes == found_classes), "kl_divergence_nats": _divergence(wanted, found)}
     if has_labels:
         columns |= {"original_top1": 100.0 * (classes == labels), "converted_top1": 100.0 * (found_classes == labels)}
     return columns

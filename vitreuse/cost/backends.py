@@ -7,8 +7,11 @@ built for and without a mask.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
+
+from timm.layers.config import set_fused_attn, use_fused_attn
 
 from vitreuse.attention import Attention
 from vitreuse.attention.policy import READS_MAP, Conditions, Way
@@ -76,3 +79,14 @@ def _with_reasons(ways: Sequence[tuple[str, str]]) -> list[tuple[str, str, int]]
 
 def _counted(count: int, noun: str) -> str:
     return f"{count} {noun}{'s' * (count != 1)}"
+
+
+@contextmanager
+def fused_attention(enabled: bool) -> Iterator[None]:
+    """timm's choice of attention for the models made inside: it is read at construction, and is global."""
+    before = use_fused_attn(), use_fused_attn(experimental=True)
+    set_fused_attn(enabled)
+    try:
+        yield
+    finally:
+        set_fused_attn(*before)

@@ -1,19 +1,21 @@
 """What a plan costs, as a sum over its layers, the stem and the head.
 
-A layer's cost depends on its own spec and on how the map is made that it reads, so that a search can go through the
-layers one by one. The metrics, all for one image, as whole numbers:
+A layer's cost depends on its own spec, on the patch tokens that it gets, and on how the map is made that it reads, so
+that a search can go through the layers one by one. The metrics, all for one image, as whole numbers:
     macs     multiply-adds of the matrix products that the method needs, see count_macs with theoretical
     latency  nanoseconds of inference in batches that fill the device, from the measured costs of attention/costs.py;
              nothing is timed here, so that the same costs give the same answer
     memory   bytes that a training step in float32 keeps for its backward pass; those of inference are no sum, since
              one layer's memory is free again in the next
+    bytes    of the weights in a file, in the model's own dtype
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import pairwise, product
+import warnings
+from collections.abc import Sequence
+from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -30,49 +32,23 @@ from vitreuse.cost.macs import count_macs
 from vitreuse.cost.measure import saved_storages
 from vitreuse.model.keywords import read_keywords
 from vitreuse.model.preprocessing import example
-from vitreuse.plan import Plan, Spec
+from vitreuse.plan import EXACT, Plan, Spec
+from vitreuse.plan.language import WHOLE
 
-METRICS = {"macs": "MACs", "latency": "latency", "memory": "training memory"}
+METRICS = {"macs": "MACs", "latency": "latency", "memory": "training memory", "bytes": "bytes of the file"}
 COST_CHANNELS = 64  # of a head, at which the costs of attention are measured
+LEADS = Spec("exact", merged=1)  # a layer after which tokens have sizes
 
 
-@dataclass(frozen=True)
 class PlanCosts:
-    """What each layer may cost.
+    """What each layer of a ViT may cost, found by small models when it is asked for.
 
-    Attributes:
-        layers: The cost of each layer under each spec, for reuse under each spec of the layer that makes the map.
-        handing_on: For each spec, what a layer under it costs in addition once reuse layers read its map.
-        rest: The cost of stem and head.
-    """
-
-    layers: Mapping[tuple[int, Spec, Spec | None], int]
-    handing_on: Mapping[Spec, int]
-    rest: int
-
-    def of(self, plan: Plan) -> int:
-        """The cost of a whole plan; compress/search.py adds the same numbers up layer by layer."""
-        total = self.rest
-        for layer, (spec, anchor) in enumerate(zip(plan, plan.anchors, strict=True)):
-            total += self.layers[layer, spec, None if anchor is None else plan[anchor]]
-        return total + sum(self.handing_on[plan[anchor]] for anchor in {*plan.anchors} if anchor is not None)
-
-
-def plan_costs(
-    model: Any,
-    specs: Sequence[Spec],
-    metric: str,
-    device: torch.device | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> PlanCosts:
-    """What each layer of a ViT may cost under the specs.
-
-    Models of three layers are enough to measure, since all layers but the first and the last cost the same. Whether an
-    anchor hands on its map or (q, k) is decided as for two readers.
+    All layers between the first and the last cost the same. Whether an anchor hands on its map or (q, k) is decided as
+    for two readers. What an MLP costs is what a layer costs more with it than without. Of a model without classes all
+    rows of the last layer count.
 
     Args:
         model: One of timm's or ours whose layers are exact.
-        specs: What a layer may become.
         metric: One of METRICS.
         device: For latency and memory; the model's own by default.
         dtype: For latency.
@@ -80,34 +56,102 @@ def plan_costs(
     Raises:
         ValueError: The model takes no plan, or nothing was measured of latency on this device.
     """
-    conditions = Conditions(device or next(model.parameters()).device, dtype, training=False)
-    name, keywords = read_keywords(model)
-    depth = len(model.blocks)
 
-    def three_costs(first: Spec, other: Spec) -> list[int]:
-        """The costs of a first, a middle and a last layer, if there are so many, and of stem and head."""
-        plan = Plan((first, other, other)[:depth])
-        with torch.device(conditions.device if metric == "memory" else "meta"):
-            made = timm.create_model(name, plan=str(plan), **{**keywords, "depth": len(plan)})
-        return _MEASURES[metric](made, conditions)
+    def __init__(
+        self,
+        model: Any,
+        metric: str = "macs",
+        device: torch.device | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.conditions = Conditions(device or next(model.parameters()).device, dtype, training=False)
+        self.metric, self.depth = metric, len(model.blocks)
+        self.num_patches, self.num_hidden = model.patch_embed.num_patches, model.blocks[0].mlp.fc2.in_features
+        self._name, self._keywords = read_keywords(model)
+        if model.num_classes == 0 and model.global_pool == "token":
+            self._keywords |= {"global_pool": ""}
+        self._patch_size, self._grid = model.patch_embed.patch_size, model.patch_embed.grid_size
+        self._of_layer = cache(self._layer)
+        self.rest = self._measured((EXACT,) * 3, self.num_patches)[-1]
 
-    layers: dict[tuple[int, Spec, Spec | None], int] = {}
-    handing_on: dict[Spec, int] = {}
-    rest = 0
-    for spec in (spec for spec in specs if spec.word != "reuse"):
-        *costs, rest = three_costs(spec, spec)
-        layers |= {(layer, spec, None): _cost_in(costs, layer, depth) for layer in range(depth)}
-    readers = [spec for spec in specs if spec.word == "reuse"]
-    for anchor, reader in product((spec for spec in specs if spec.makes_map), readers):
-        *costs, _ = three_costs(anchor, reader)
-        layers |= {(layer, reader, anchor): _cost_in(costs, layer, depth) for layer in range(1, depth)}
-        handing_on[anchor] = costs[0] - layers[0, anchor, None]
-    return PlanCosts(layers, handing_on, rest)
+    def of(self, plan: Plan) -> int:
+        """The cost of a whole plan, of parts that are added up layer by layer."""
+        total, left = self.rest, plan.patches_left(self.num_patches)
+        for layer, (spec, anchor) in enumerate(zip(plan, plan.anchors, strict=True)):
+            word, patches = Spec(spec.word, spec.number), left[layer]
+            if spec.word in WHOLE:
+                total += self.whole(layer, word, patches)
+                continue
+            read = None if anchor is None else plan[anchor]
+            total += self.attention(layer, word, read, patches)
+            total += self.merging(layer, patches) if spec.merged else 0
+            total += self.mlp(layer, self.num_hidden if spec.hidden is None else spec.hidden, left[layer + 1])
+        for anchor in {anchor for anchor in plan.anchors if anchor is not None}:
+            total += self.handing_on(anchor, plan[anchor], left[anchor])
+        return total
+
+    def whole(self, layer: int, spec: Spec, patches: int) -> int:
+        """The cost of a linear or skipped layer that gets so many patch tokens."""
+        return self._at(layer, spec, None, patches)
+
+    def attention(self, layer: int, spec: Spec, anchor: Spec | None, patches: int) -> int:
+        """The cost of a layer without its MLP; of reuse under the spec of the layer that makes the map."""
+        if not spec.has_attention:
+            return self._at(layer, spec, None, patches) - self.mlp(layer, self.num_hidden, patches)
+        return self._at(layer, _bare(spec), anchor, patches)
+
+    def merging(self, layer: int, patches: int) -> int:
+        """What it costs that some of the tokens of a layer merge."""
+        merged, bare = (self._at(layer, Spec("exact", None, number, 0), None, patches) for number in (1, 0))
+        return merged - bare
+
+    def mlp(self, layer: int, hidden: int, patches: int) -> int:
+        """The cost of an MLP of so many hidden units, for the patch tokens that are left when it runs."""
+        if hidden == 0:
+            return 0
+        few, many = self._two_sizes()
+        bare, half, full = (self._at(layer, Spec("exact", hidden=each), None, patches) for each in (0, few, many))
+        return half - bare + round((full - half) * (hidden - few) / (many - few))
+
+    def handing_on(self, layer: int, spec: Spec, patches: int) -> int:
+        """What a layer costs more once other layers read its map."""
+        bare, reader = _bare(spec), Spec("reuse", hidden=0)
+        lead = [LEADS] if patches < self.num_patches else [] if layer == 0 else [EXACT]
+        costs = self._measured((*lead, bare, reader, reader), patches + (LEADS in lead))
+        return costs[len(lead)] - self._at(layer, bare, None, patches)
+
+    def _two_sizes(self) -> tuple[int, int]:
+        """Numbers of hidden units whose costs say those of all others, which lie on a line."""
+        return self.num_hidden // 2, self.num_hidden
+
+    def _at(self, layer: int, spec: Spec, anchor: Spec | None, patches: int) -> int:
+        read = None if anchor is None else _bare(anchor)
+        return self._of_layer(layer == 0, layer == self.depth - 1, spec, read, patches)
+
+    def _layer(self, is_first: bool, is_last: bool, spec: Spec, anchor: Spec | None, patches: int) -> int:
+        """What a layer costs that gets so many patch tokens, which have sizes where they are not all."""
+        is_sized = patches < self.num_patches
+        before = [LEADS] if is_sized else [] if is_first or anchor is not None else [EXACT]
+        before += [] if anchor is None else [anchor]
+        beside = EXACT if anchor is None else spec  # of readers there are two
+        plan = (*before, *([] if anchor is None or not is_last else [beside]), spec, *([] if is_last else [beside]))
+        place = len(plan) - (1 if is_last else 2)
+        return self._measured(plan, patches + is_sized)[place]
+
+    def _measured(self, plan: Sequence[Spec], patches: int) -> list[int]:
+        """The costs of the layers of a small model for so many patch tokens, and of its stem and head."""
+        rows, columns = self._grid if patches == self.num_patches else (1, patches)
+        size = (rows * self._patch_size[0], columns * self._patch_size[1])
+        keywords = {**self._keywords, "depth": len(plan), "img_size": size, "weight_init": "skip"}
+        with torch.device(self.conditions.device if self.metric == "memory" else "meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a span that covers such a grid
+            made = timm.create_model(self._name, plan=str(Plan(tuple(plan))), **keywords)
+        return _MEASURES[self.metric](made, self.conditions)
 
 
-def _cost_in(costs: Sequence[int], layer: int, depth: int) -> int:
-    """What a layer of the whole model costs, by what a first, a middle and a last one do."""
-    return costs[-1] if layer == depth - 1 else costs[min(layer, 1)]
+def _bare(spec: Spec) -> Spec:
+    """A spec's attention alone."""
+    return Spec(spec.word, spec.number, hidden=0)
 
 
 def _macs(model: Any, _: Conditions) -> list[int]:
@@ -195,4 +239,12 @@ def _saved_by_layer(model: Any, batch_size: int) -> list[int]:
     return [*grown[:-1], reached[0] + grown[-1]]
 
 
-_MEASURES = {"macs": _macs, "latency": _nanoseconds, "memory": _saved_bytes}
+def _weight_bytes(model: nn.Module, _: Conditions) -> list[int]:
+    """Bytes of the weights of each layer, then of the rest."""
+    totals = [0] * (len(model.blocks) + 1)  # type: ignore[arg-type]
+    for name, parameter in model.named_parameters():
+        totals[_layer_of(name)] += parameter.numel() * parameter.element_size()
+    return totals
+
+
+_MEASURES = {"macs": _macs, "latency": _nanoseconds, "memory": _saved_bytes, "bytes": _weight_bytes}

@@ -52,6 +52,13 @@ class ImageSample:
         size = min(num_images, total // 2)
         return self._of(drawn[:size]), self._of(drawn[size : 2 * size])
 
+    def parts(self, *sizes: int) -> list[ImageSample]:
+        """Samples of so many of these images each, drawn by the seed, that share none."""
+        drawn = torch.tensor(self.numbers)[
+            torch.randperm(len(self), generator=torch.Generator().manual_seed(self.seed + 1))
+        ]
+        return [self._of(part) for part in drawn[: sum(sizes)].split(sizes)]
+
     def _of(self, numbers: Tensor) -> ImageSample:
         other = copy(self)
         other.numbers = numbers.sort().values.tolist()

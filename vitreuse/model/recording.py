@@ -16,7 +16,7 @@ from timm.layers import Attention as TimmAttention
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
-from vitreuse.attention import Attention, LowRankAttention, ReuseAttention
+from vitreuse.attention import Attention, Carry, LowRankAttention, ReuseAttention
 from vitreuse.attention.base import split_heads
 from vitreuse.attention.maps import join_heads, softmax_map
 from vitreuse.attention.masks import Mask
@@ -65,6 +65,34 @@ def recorded_attention(model: Any) -> Iterator[dict[int, AttentionCall]]:
             hook = block.attn.register_forward_hook(lambda _, *call, layer=layer: record(layer, *call))
             hooks.callback(hook.remove)
         yield calls
+
+
+@contextmanager
+def inputs_of(module: nn.Module | None) -> Iterator[list[Tensor]]:
+    """Fills what it gives with the first argument of each call of a module inside the block; of none with nothing."""
+    inputs: list[Tensor] = []
+    with ExitStack() as hooks:
+        if module is not None:
+            hook = module.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+            hooks.callback(hook.remove)
+        yield inputs
+
+
+class LayerPass(NamedTuple):
+    """What a layer makes of tokens: rows (B, N, C) between attention and merge, tokens behind it, and the carry."""
+
+    middle: Tensor
+    after: Tensor
+    carry: Carry
+
+
+def layer_pass(block: Any, tokens: Tensor, carry: Carry, grid: tuple[int, int] | None) -> LayerPass:
+    """A layer of ours at work on tokens (B, N, C), with the rows between its attention and its merge or its MLP."""
+    merging = getattr(block, "merge", None)
+    following = merging if merging is not None else block.norm2 if block.has_mlp else None
+    with inputs_of(following) as inputs:
+        after, handed = block(tokens, carry, grid)
+    return LayerPass(inputs[0] if inputs else after, after, handed)
 
 
 def project_heads(attn: Any, x: Tensor) -> Heads:

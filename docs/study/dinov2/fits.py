@@ -33,7 +33,7 @@ from vitreuse.plan import EXACT
 PLANS = ("exact-16*12", "exact*2 none exact/768*3 exact*2 linear exact/384 skip exact")
 FOLDER, NUM_FITTED = "224/train", 64
 
-_observe, _parts_of, _row_weights = closed_form._observe, closed_form._parts_of, closed_form._row_weights
+_observe, _parts_of, _row_weights = closed_form._observe, closed_form._parts_of, closed_form.row_weights
 
 
 def _on_the_originals(block: Any, part: str, writer: Any, state: Any) -> Any:
@@ -83,7 +83,7 @@ VARIANTS = (
     Variant("layers that change alone", {"_parts_of": lambda block: _parts_of(block) if block.spec != EXACT else []}),
     Variant("no MLPs", {"_parts_of": _without("mlp")}),
     Variant("no means", {"_parts_of": _without("mean")}),
-    Variant("a class token as one patch", {"_row_weights": _as_one_patch}),
+    Variant("a class token as one patch", {"row_weights": _as_one_patch}),
 )
 
 

@@ -21,9 +21,9 @@ from docs.study.dinov2.packages import DATA, HERE
 from docs.study.dinov2.saliency import SaliencyHead, likeness
 from docs.study.dinov2.weights import trained
 from eval.knn import knn_votes
-from eval.throughput import fused_attention
 from vitreuse import convert, count_macs
 from vitreuse.compress.fidelity import worst_tenth
+from vitreuse.cost.backends import fused_attention
 from vitreuse.cost.measure import describe_machine, inference_call, time_interleaved
 from vitreuse.data import open_images
 from vitreuse.data.samples import ImageSample

@@ -1,0 +1,148 @@
+"""``vitreuse search`` from the command line: what it finds, writes, refuses, and goes on with."""
+
+import json
+import random
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from vitreuse.__main__ import main
+from vitreuse.cli.search.table import thinned
+from vitreuse.cost.plan_costs import PlanCosts
+from vitreuse.export.hub import save_hub_folder
+from vitreuse.plan import parse_plan
+
+SIZES = {"embed_dim": 16, "num_heads": 2, "depth": 4, "num_classes": 5, "patch_size": 2, "img_size": 8}
+QUICK = ("--minutes", "0.02", "--device", "cpu")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A trained model's hub folder, and images."""
+    root = tmp_path_factory.mktemp("search")
+    draw = random.Random(1)
+    (root / "images").mkdir()
+    for number in range(16):
+        Image.frombytes("RGB", (8, 8), draw.randbytes(192)).save(root / f"images/{number}.png")
+    torch.manual_seed(0)
+    save_hub_folder(timm.create_model("vit_reuse_tiny_patch16_224", plan="exact*4", **SIZES), root / "hub")
+    return root
+
+
+def argv(folder, *more):
+    return ["search", str(folder / "hub"), "--data", str(folder / "images"), *QUICK, *more]
+
+
+def searched(capsys, *command):
+    assert main([*command, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_the_command_leaves_the_converted_model_and_what_it_found(folder, capsys, tmp_path):
+    found = searched(capsys, *argv(folder, "--budget", "0.8", "-o", str(tmp_path)))
+    assert found == json.loads((tmp_path / "search.json").read_text())
+    assert (tmp_path / "front.png").read_bytes().startswith(b"\x89PNG")
+    assert found["words"] == ["exact", "reuse", "lowrank:5", "span:3", "none", "linear", "skip", "-1", "/8"]
+    assert found["images"] == {"fitted": 8, "tried": 2, "shown, other images of val": 6}
+    chosen = parse_plan(found["chosen"]["plan"], 4)
+    model = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    assert model.plan == chosen and found["chosen"]["share"] <= 0.8
+    original = timm.create_model(f"local-dir:{folder / 'hub'}", pretrained=True)
+    assert found["chosen"]["cost"] == PlanCosts(original).of(chosen)
+    assert found["front"][-1] == {**found["front"][-1], "plan": "exact*4", "share": 1.0, "damage": 0.0}
+    audited = found["audited"]
+    assert list(audited) == ["chosen", "reuse", "lazy", "lowrank", "mixspan", "constant merging"]
+    assert audited["lowrank"]["plan"] == "lowrank:5*4"
+    assert audited["constant merging"]["cost"] <= found["chosen"]["cost"]
+    for row in audited.values():
+        assert row["speedup"] > 0 and row["agreement"]["num_images"] == 6
+    assert found["distance"] <= found["start"]["distance"]
+    assert found["command"].startswith("vitreuse export ")
+
+
+def test_the_same_arguments_go_on_and_others_are_refused(folder, capsys, tmp_path):
+    command = argv(folder, "--words", "exact,none,-2,/32", "-o", str(tmp_path))
+    found = searched(capsys, *command, "--budget", "0.8")
+    lines = (tmp_path / "trials.jsonl").read_text().splitlines()
+    again = searched(capsys, *command, "--budget", "0.8")
+    assert (again["chosen"], again["distance"]) == (found["chosen"], found["distance"])
+    cheaper = searched(capsys, *command, "--budget", "0.6", "--metric", "bytes")
+    assert cheaper["chosen"]["share"] <= 0.6
+    assert (tmp_path / "trials.jsonl").read_text().splitlines()[: len(lines)] == lines
+    assert main([*argv(folder, "--words", "exact,none,/32", "-o", str(tmp_path)), "--budget", "0.8"]) == 2
+    assert "trials.jsonl is of another search, by its first line: give another -o" in capsys.readouterr().err
+
+
+def test_a_killed_search_goes_on(folder, capsys, tmp_path):
+    command = argv(folder, "--budget", "0.8", "--words", "exact,linear,-2,/32", "-o", str(tmp_path), "--minutes", "1")
+    process = subprocess.Popen([sys.executable, "-m", "vitreuse", *command], stderr=subprocess.DEVNULL)
+    trials = tmp_path / "trials.jsonl"
+    while not trials.exists() or trials.read_text().count("\n") < 9:
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    assert not (tmp_path / "model.safetensors").exists()
+    found = searched(capsys, *command)
+    fresh = searched(capsys, *argv(folder, "--budget", "0.8", "--words", "exact,linear,-2,/32", "--minutes", "1"))
+    assert found["is_best"] and (found["chosen"], found["front"]) == (fresh["chosen"], fresh["front"])
+
+
+def test_a_plan_is_chosen_on_images_to_learn_from_and_shown_on_others(folder, capsys, tmp_path):
+    for split, number in (("train", 10), ("val", 3)):
+        shutil.copytree(folder / "images", tmp_path / split)
+        for path in sorted((tmp_path / split).iterdir())[number:]:
+            path.unlink()
+    command = ["search", str(folder / "hub"), "--data", str(tmp_path), "--words", "exact,none", *QUICK]
+    found = searched(capsys, *command)
+    assert (found["split"], found["images"]) == ("train", {"fitted": 9, "tried": 1, "shown, val": 2})
+
+
+def test_the_table_says_what_was_measured_and_how_to_go_on(folder, capsys):
+    assert main(argv(folder, "--budget", "0.8", "--words", "exact,none,reuse,-2", "--rows", "5")) == 0
+    shown = capsys.readouterr().out
+    assert "times as fast as the best plain model" in shown and "on which nothing was chosen" in shown
+    assert "constant merging" in shown and "lowrank" not in shown and "exact reuse*2 exact" in shown
+    assert shown.splitlines()[-1].startswith(f"vitreuse search {folder / 'hub'} --data")
+    few = thinned([{"cost": number} for number in range(1000)])
+    assert len(few) == 12 and {0, 999} <= {row["cost"] for row in few}
+
+
+@pytest.mark.parametrize("metric", ["latency", "memory", "bytes"])
+def test_a_budget_may_be_of_time_memory_or_bytes(metric, folder, capsys):
+    found = searched(capsys, *argv(folder, "--budget", "0.9", "--metric", metric, "--words", "exact,linear,-2,/32"))
+    assert 0.5 < found["chosen"]["share"] <= 0.9
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        (["--budget", "1.5"], "argument --budget: 1.5 is no share of an exact model's cost: give a number above 0"),
+        (["--minutes", "-1"], "argument --minutes: -1 is no time in minutes: give a number, 0 or more"),
+        (["--words", "exact,reus"], "argument --words: in reus, layer 1 is 'reus', but the words are"),
+        (["--words", "exact,-8,-4"], "argument --words: in exact,-8,-4, -4 is no step: give - and a number once"),
+        (["--words", "exact,/x"], "argument --words: in exact,/x, /x is no step: give / and a number once"),
+        (["--words", "exact,exact-8"], "argument --words: in exact,exact-8, exact-8 is more than a word: give it, and"),
+        (["--words", "reuse,none"], "argument --words: reuse,none is without exact, which layers are that stay as"),
+        (["--words", "exact,none", "--rows", "5"], "--rows has no effect on words without reuse: leave it out."),
+        (["--dtype", "bfloat16"], "--dtype has no effect on macs: leave it out, or give --metric latency."),
+        (["--images", "5"], "images gives 5 images, and a search needs 6, to fit, to try and to show: add some."),
+        (
+            ["--words", "exact,reuse", "--budget", "0.3"],
+            "no plan of the words given has 0.3 of the MACs of hub: the least is 0.842: raise --budget, or give more",
+        ),
+    ],
+)
+def test_what_cannot_be_searched_is_one_sentence(more, sentence, folder, capsys):
+    try:
+        code = main(argv(folder, *more))
+    except SystemExit as exit:
+        code = exit.code
+    told = capsys.readouterr().err
+    assert code == 2 and told.startswith("vitreuse search: ") and sentence in told and told.count("\n") == 1

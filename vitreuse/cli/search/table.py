@@ -1,0 +1,61 @@
+"""What ``vitreuse search`` found, for a terminal."""
+
+from collections.abc import Sequence
+from operator import itemgetter
+from typing import Any
+
+from rich.console import Group
+from rich.table import Table
+
+from vitreuse.cli.console import table_of, titled
+from vitreuse.cli.convert import AGREEMENT
+from vitreuse.cost.plan_costs import METRICS
+
+MAX_ROWS = 12  # of the front
+
+
+def render(result: dict[str, Any]) -> Group:
+    """What was measured, the front for a terminal, thinned, and how to go on."""
+    title = f"{result['name']}, {result['num_images']:,} images of {result['split']}, words {','.join(result['words'])}"
+    headings = ("", f"{METRICS[result['metric']]} / exact", "forecast damage", "plan")
+    front = thinned(result["front"])
+    table = table_of(headings, (("", *_cells(row)) for row in front), ("", "plan"))
+    return titled(title, table, _measured(result), *_sentences(result), result["command"])
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, str, str]:
+    return f"{row['share']:.3f}", f"{row['damage']:.3g}", row["plan"]
+
+
+def _measured(result: dict[str, Any]) -> Table:
+    """The chosen model and others, measured on images that nothing was chosen on."""
+    headings = ("measured", f"{METRICS[result['metric']]} / exact", "times as fast", "distance", "plan")
+    rows = [
+        (name, f"{row['share']:.3f}", f"{row['speedup']:.2f}", f"{row['distance']:.3g}", row["plan"])
+        for name, row in result["audited"].items()
+    ]
+    return table_of(headings, rows, ("measured", "plan"))
+
+
+def _sentences(result: dict[str, Any]) -> list[str]:
+    """What a user needs to know of the chosen model, and how it was found."""
+    chosen = result["audited"]["chosen"]
+    found = {name: value for name, value in chosen["agreement"].items() if value is not None}
+    said = [form.format(found[name]) for name, form in AGREEMENT.items() if name in found]
+    time_was_up = f"time was up after {result['minutes']:g} minutes"
+    how = "nothing within reach improves it" if result["is_best"] else time_was_up
+    start = result["start"]
+    return [
+        f"chosen: {', '.join(said)} over {found['num_images']:,} images on which nothing was chosen, "
+        f"{chosen['speedup']:.2f} times as fast as the best plain model in batches of {result['batch_size_timed']}",
+        f"distance of answers on the images that plans were tried on: {start['distance']:.3g} for the best plan by "
+        f"forecast ({start['damage']:.3g}), {result['distance']:.3g} after {result['num_tried']:,} trials: {how}",
+    ]
+
+
+def thinned(front: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of a front, evenly spread over its cost, with the first and the last one."""
+    low, high = front[0]["cost"], front[-1]["cost"]
+    steps = [low + (high - low) * step / (MAX_ROWS - 1) for step in range(MAX_ROWS)]
+    kept = [max((row for row in front if row["cost"] <= step), key=itemgetter("cost")) for step in steps]
+    return sorted({row["cost"]: row for row in kept}.values(), key=itemgetter("cost"))

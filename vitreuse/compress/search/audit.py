@@ -1,0 +1,87 @@
+"""What was promised, measured: a converted model and others beside it, on images that nothing was chosen on.
+
+Distances are means over these images, and times are taken in turns in one run with the best plain model of timm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vitreuse.compress.fidelity import Agreement, agreement, answer_of_tokens, output_distance
+from vitreuse.cost.measure import Timing, inference_call, time_interleaved
+from vitreuse.model.preprocessing import example
+
+TOKENS_TIMED = 2056  # of a batch: 8 images of 257 tokens
+REPEATS = 10
+
+
+@dataclass(frozen=True)
+class Audited:
+    """A model that was looked at.
+
+    Attributes:
+        distance: How far its answers are from the original's, see output_distance, a mean over the images.
+        agreement: The same in other words.
+        timing: Of a batch.
+        speedup: The minimum time of the best plain model over its own.
+    """
+
+    distance: float
+    agreement: Agreement
+    timing: Timing
+    speedup: float
+
+
+def audit(
+    original: Any,
+    models: Mapping[str, Any],
+    plain: Callable[[bool], Any],
+    batches: Callable[[], Iterable[tuple[Tensor, Tensor]]],
+    has_labels: bool = False,
+) -> dict[str, Audited]:
+    """Measures models in evaluation mode on the device of the original.
+
+    Args:
+        original: What they were converted from.
+        models: By name.
+        plain: Makes timm's plain model, with fused attention or without.
+        batches: Gives images (B, channels, rows, columns) and labels (B,) from the first on.
+        has_labels: Whether the labels are classes of the models.
+    """
+    device = next(original.parameters()).device
+    distances = {name: _distance(original, model, batches(), device) for name, model in models.items()}
+    agreements = {name: agreement(original, model, batches(), has_labels) for name, model in models.items()}
+    baselines = {f"timm, {name}": plain(name == "fused").to(device).eval() for name in ("fused", "unfused")}
+    images = example(original, batch_of(original))
+    calls = {name: inference_call(_forward(model), images) for name, model in {**baselines, **models}.items()}
+    timings = time_interleaved(calls, device, REPEATS)
+    best = min(timings[name].minimum_ms for name in baselines)
+    return {
+        name: Audited(distances[name], agreements[name], timings[name], best / timings[name].minimum_ms)
+        for name in models
+    }
+
+
+def batch_of(model: Any) -> int:
+    """How many images of a model are timed at a time."""
+    return max(1, round(TOKENS_TIMED / (model.num_prefix_tokens + model.patch_embed.num_patches)))
+
+
+def _forward(model: Any) -> Callable[..., Any]:
+    """What is timed: logits, or of a model without classes all tokens."""
+    return model.forward if model.num_classes > 0 else model.forward_features
+
+
+@torch.inference_mode()
+def _distance(original: Any, model: Any, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device) -> float:
+    parts = []
+    for images, _ in batches:
+        seen = images.to(device)
+        wanted, found = (answer_of_tokens(each, each.forward_features(seen)) for each in (original, model))
+        parts.append(output_distance(original, wanted, found))
+    return float(torch.cat(parts).double().mean())

@@ -1,0 +1,148 @@
+"""The whole search: pieces, what each change does, the front by forecast, and from there by real distances."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vitreuse.compress.redundancy import measure_head_errors
+from vitreuse.compress.row_sample import NUM_ROWS
+from vitreuse.compress.search.forecast import Forecast, measure_changes, tries
+from vitreuse.compress.search.front import Candidate, best_within, pareto_front
+from vitreuse.compress.search.pieces import Pieces, fit_pieces
+from vitreuse.compress.search.refine import Refiner
+from vitreuse.compress.search.space import Space
+from vitreuse.compress.search.trials import Trials
+from vitreuse.cost.plan_costs import PlanCosts
+from vitreuse.io.progress import WorkProgress
+from vitreuse.plan import Plan, Spec
+
+HARD_SHARE = 5  # of so many images that could be tried the one that a plan hurts most is
+NUM_STARTS = 5  # candidates of the front that are tried, from the budget down
+CLOSE = 0.97  # of the budget, between which and the budget they lie
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search found.
+
+    Attributes:
+        front: The plans that no other beats in cost and forecast damage at once, the cheapest first.
+        start: The one of them from which the search went on by real distances.
+        chosen: Where it came to, with its cost and its forecast.
+        distance: How far its answers are from the original's, over the images on which plans were tried.
+        is_best: Whether no combination of changes that was tried makes it better; else time was up.
+        forecast: What each change does.
+        trials: What tries plans on these images.
+    """
+
+    front: list[Candidate]
+    start: Candidate
+    chosen: Candidate
+    distance: float
+    is_best: bool
+    forecast: Forecast
+    trials: Trials
+
+
+def search(
+    original: Any,
+    fitted: Sequence[Tensor],
+    tried: Sequence[Tensor],
+    space: Space,
+    costs: PlanCosts,
+    budget: float,
+    minutes: float = 10.0,
+    path: Path | None = None,
+    rows: tuple[int | None, int] = (NUM_ROWS, 0),
+) -> Found | None:
+    """The plan of least damage within a budget; None where no plan of the space meets it.
+
+    Args:
+        original: One of ours with exact layers, in evaluation mode.
+        fitted: Batches of images (B, channels, rows, columns) that layers are fitted on; no photograph of them should
+            be among those that are tried.
+        tried: Batches of which a fifth is what plans are tried on: the images that merging hurts most.
+        space: What a layer may become.
+        costs: What that saves.
+        budget: The most that the plan may cost, as a share of the exact plan's cost.
+        minutes: How long the search by real distances may take.
+        path: A file that takes every trial, so that a search which was killed goes on.
+        rows: How many of the rows of maps are looked at, and the seed of their choice, where heads are matched.
+    """
+    pieces = make_pieces(original, fitted, space, rows)
+    trials = Trials.on(pieces, hardest(pieces, tried, space), path)
+    with WorkProgress("trying changes", "changes", len(tries(space))) as progress:
+        forecast = measure_changes(trials, space, progress)
+    front, most = pareto_front(space, forecast, costs), budget * costs.of(space.exact)
+    start = _best_start(front, most, trials)
+    if start is None:
+        return None
+    deadline = time.monotonic() + 60 * minutes
+    with WorkProgress("improving", "seconds", round(60 * minutes)) as progress:
+        clock = _Clock(deadline, progress)
+        refiner = Refiner(trials, space, forecast, costs.of, most, clock.is_over, clock.report)
+        plan, distance, is_best = refiner.refine(start.plan)
+    chosen = Candidate(costs.of(plan), forecast.of(plan), plan)
+    return Found(front, start, chosen, distance, is_best, forecast, trials)
+
+
+def make_pieces(
+    original: Any, fitted: Sequence[Tensor], space: Space, rows: tuple[int | None, int] = (NUM_ROWS, 0)
+) -> Pieces:
+    """What the plans of a space are put together from, fitted on batches of images."""
+    distances = None
+    if space.reads_maps:
+        num_images = sum(map(len, fitted))
+        with WorkProgress("matching heads", "images", num_images) as progress:
+            distances = measure_head_errors(original, [(images,) for images in fitted], progress, *rows)
+    with WorkProgress("fitting pieces", "layers", space.depth) as progress:
+        return fit_pieces(original, fitted, space.words, space.hidden, distances, progress)
+
+
+def hardest(pieces: Pieces, batches: Sequence[Tensor], space: Space) -> list[Tensor]:
+    """The images that merging hurts most, a fifth of all, in their order; all of them where no tokens merge.
+
+    What an average image forgives says little: smooth images lose nothing by merges that spoil a texture. They are told
+    by a plan that merges two thirds of the tokens, as many in each layer.
+    """
+    if not space.merge_step:
+        return list(batches)
+    plan = Plan((Spec("exact", merged=max(1, 2 * space.num_patches // (3 * space.depth))),) * space.depth)
+    found = Trials.on(pieces, batches).distances(plan)
+    chosen = found.topk(-(-len(found) // HARD_SHARE)).indices.sort().values
+    size = max(map(len, batches))
+    return list(torch.cat(list(batches))[chosen.to(batches[0].device)].split(size))
+
+
+def _best_start(front: Sequence[Candidate], most: float, trials: Trials) -> Candidate | None:
+    """The candidate of least real distance among some of a front that lie just within a budget."""
+    within = [candidate for candidate in front if CLOSE * most <= candidate.cost <= most][-NUM_STARTS:]
+    best = best_within(front, most)
+    if best is None:
+        return None
+    return min([*within, best], key=lambda candidate: trials.distance(candidate.plan))
+
+
+@dataclass
+class _Clock:
+    """Says when time is up, and shows how much of it is gone and how far the search is."""
+
+    deadline: float
+    progress: WorkProgress
+    said: str = ""
+
+    def is_over(self) -> bool:
+        left = self.deadline - time.monotonic()
+        self.progress.reach(min(self.progress.total, round(self.progress.total - left)), self.said)
+        return left <= 0
+
+    def report(self, plan: Plan, distance: float) -> None:
+        self.said = f"distance {distance:.4g}"
+        self.progress.line(f"{self.said}, {plan}")

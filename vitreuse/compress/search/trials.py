@@ -1,0 +1,158 @@
+"""Plans tried on images: how far what they say is from what the original says, without anything being trained.
+
+A plan is put together from pieces and run from where it parts from one that has been run, so that a change of a late
+layer costs little. What was tried is known by the plan's text, in a file too if one is given: a search that was killed
+goes on where it was.
+
+Shapes: B images, N tokens, C channels.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vitreuse.attention import EMPTY_CARRY, Carry
+from vitreuse.compress.fidelity import answer_of_tokens, output_distance
+from vitreuse.compress.search.pieces import Pieces
+from vitreuse.model.block import all_tokens
+from vitreuse.plan import Plan
+
+
+class State(NamedTuple):
+    """Some images before a layer: tokens (B, N, C), the carry, and the grid where it is not the built one."""
+
+    tokens: Tensor
+    carry: Carry
+    grid: tuple[int, int] | None
+
+
+@dataclass(frozen=True)
+class Standing:
+    """A plan that was run: its images before each of its layers, by layer and batch."""
+
+    plan: Plan
+    states: Sequence[Sequence[State]]
+
+
+@dataclass
+class Trials:
+    """Images on which plans are tried.
+
+    Attributes:
+        pieces: What plans are put together from.
+        starts: The images before the first layer, batch by batch.
+        wanted: What the original says of them.
+        known: The distances that are known, by the plan's text.
+        path: A file that takes them, a line each.
+    """
+
+    pieces: Pieces
+    starts: Sequence[State]
+    wanted: Sequence[Tensor]
+    known: dict[str, float] = field(default_factory=dict)
+    path: Path | None = None
+
+    @classmethod
+    @torch.no_grad()
+    def on(cls, pieces: Pieces, batches: Iterable[Tensor], path: Path | None = None) -> Trials:
+        """Trials on images (B, channels, rows, columns), with what a file of earlier ones holds."""
+        original, starts = pieces.original, []
+        for images in batches:
+            tokens, grid = original.embed(images.to(next(original.parameters()).device))
+            starts.append(State(tokens, EMPTY_CARRY, grid))
+        exact = Plan(tuple(block.spec for block in original.blocks))
+        wanted = [answer for answer, _ in (_run(pieces, original, exact, 0, start) for start in starts)]
+        known = {} if path is None else _read(path)
+        return cls(pieces, starts, wanted, known, path)
+
+    def distance(self, plan: Plan, standing: Standing | None = None) -> float:
+        """How far a plan's answers are from the original's, see output_distance, a mean over the images.
+
+        Args:
+            plan: What is tried.
+            standing: One that was run, from whose images the plan goes on where it parts from it.
+        """
+        text = str(plan)
+        if text not in self.known:
+            first = 0 if standing is None else parting(plan, standing.plan)
+            states = self.starts if standing is None else standing.states[first]
+            self._learn(text, self._run_from(plan, first, states)[0])
+        return self.known[text]
+
+    def distances(self, plan: Plan) -> Tensor:
+        """How far a plan's answers are from the original's, image by image."""
+        return self._run_from(plan, 0, self.starts)[0]
+
+    def run(self, plan: Plan) -> Standing:
+        """Runs a plan from the start, and keeps its images before each layer."""
+        distances, states = self._run_from(plan, 0, self.starts)
+        self._learn(str(plan), distances)
+        return Standing(plan, states)
+
+    @torch.no_grad()
+    def _run_from(self, plan: Plan, first: int, states: Sequence[State]) -> tuple[Tensor, list[list[State]]]:
+        """The distances of a plan, from images before a layer on, and its images before that layer and all behind."""
+        model, passed = self.pieces.model(plan), []
+        distances = []
+        for state, wanted in zip(states, self.wanted, strict=True):
+            answer, on_the_way = _run(self.pieces, model, plan, first, state)
+            passed.append(on_the_way)
+            distances.append(output_distance(self.pieces.original, wanted, answer))
+        by_layer = [list(batches) for batches in zip(*passed, strict=True)]
+        return torch.cat(distances), by_layer
+
+    def _learn(self, text: str, distances: Tensor) -> None:
+        if text in self.known:
+            return
+        self.known[text] = distance = float(distances.double().mean())
+        if self.path is not None:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"plan": text, "distance": distance}) + "\n")
+
+
+def _run(pieces: Pieces, model: Any, plan: Plan, first: int, state: State) -> tuple[Tensor, list[State]]:
+    """What a model under a plan says of images that are before one of its layers, and the images before each layer."""
+    tokens, carry, grid = state
+    reads_class_rows = model.reads_class_rows and model.num_classes > 0
+    passed, rows = [], None
+    for layer in range(first, len(plan)):
+        passed.append(State(tokens, carry, grid))
+        mean = pieces.mean_before(layer, plan[layer])
+        if layer == len(plan) - 1 and reads_class_rows:
+            rows = model.num_class_rows
+        tokens, carry = model.blocks[layer](tokens if mean is None else tokens + mean, carry, grid, rows)
+    tokens = tokens if rows is not None else all_tokens(tokens, carry)
+    return answer_of_tokens(model, model.norm(tokens)), passed
+
+
+def parting(plan: Plan, other: Plan) -> int:
+    """The first layer before which two plans have different images: the first that differs, or the anchor whose map a
+    reuse layer behind it reads."""
+    pairs = zip(plan, other, strict=True)
+    first = next((layer for layer, (spec, its) in enumerate(pairs) if spec != its), len(plan) - 1)
+    while first > 0 and (plan.num_readers[first - 1] or other.num_readers[first - 1]):
+        first -= 1
+    return first
+
+
+def _read(path: Path) -> dict[str, float]:
+    """The trials in a file, whose last line may be cut short, and is then ended."""
+    found = {}
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    if text and not text.endswith("\n"):
+        with path.open("a", encoding="utf-8") as file:
+            file.write("\n")
+    for line in text.splitlines():
+        try:
+            trial = json.loads(line)
+            found[trial["plan"]] = trial["distance"]
+        except (ValueError, LookupError, TypeError):
+            continue
+    return found
