@@ -200,9 +200,33 @@ def test_annealing_goes_from_the_original_to_the_plan(name):
     assert all((between - end).abs().max() > 1e-3 for end in (expected, model(batch)))
 
 
+def _merge_all(share: float, merging: Any, args: Any, output: Any) -> Any:
+    """In place of the hook by which fewer tokens merge."""
+    return output
+
+
 @pytest.mark.parametrize("keywords", KEYWORDS)
 @pytest.mark.parametrize("name", MERGING)
-def test_annealing_goes_from_exact_layers_that_merge_to_the_plan(name, keywords):
+def test_annealing_of_plans_that_merge_goes_from_the_original_to_the_plan(name, keywords):
+    model, original = _converted(Case(MERGING[name][0], keywords=KEYWORDS[keywords]))
+    healing = Healing(model, original)
+    torch.testing.assert_close(healing(images(), 0.0)[0], original(images()))
+    assert torch.equal(healing(images(), 1.0)[0], model(images()))
+
+
+@pytest.mark.parametrize(("share", "fewer"), [(0.5, "exact-2 exact-1 exact"), (0.9, "exact-4 exact-2 exact")])
+def test_tokens_that_merge_become_more_step_by_step(share, fewer):
+    model, original = _converted(Case("exact-5 exact-3 exact"))
+    less, _ = _converted(Case(fewer))
+    load_checkpoint(less, model.state_dict())
+    assert torch.equal(Healing(model, original)(images(), share)[0], less(images()))
+    assert model.blocks[0].merge.num_merged == 5
+
+
+@pytest.mark.parametrize("keywords", KEYWORDS)
+@pytest.mark.parametrize("name", MERGING)
+def test_old_parts_are_those_of_exact_layers_that_merge(name, keywords, monkeypatch):
+    monkeypatch.setattr("train.heal._merge_fewer", _merge_all)
     plan, exact = MERGING[name]
     model, original = _converted(Case(plan, keywords=KEYWORDS[keywords]))
     merging = Case(exact, keywords=KEYWORDS[keywords]).build(2).eval()
@@ -217,9 +241,10 @@ def test_annealing_goes_from_exact_layers_that_merge_to_the_plan(name, keywords)
 
 
 @pytest.mark.parametrize("keywords", [{}, {"class_token": False, "global_pool": "avg"}])
-def test_equal_tokens_that_merge_change_neither_outputs_nor_logits(keywords):
+def test_equal_tokens_that_merge_change_neither_outputs_nor_logits(keywords, monkeypatch):
     """Of an image of two patches again and again, two of each in a row, without position embedding: only sizes keep the
     merged ones from counting less, and each token of the original is compared with the one that it went to."""
+    monkeypatch.setattr("train.heal._merge_fewer", _merge_all)
     plan = "exact-4 exact reuse:2-2/7 linear exact-2/0 skip none/5 exact reuse"
     model, original = _converted(Case(plan, keywords={**keywords, "pos_embed": "none"}))
     pair = torch.randn(2, 3, 2, 3, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
@@ -482,11 +507,6 @@ def test_only_the_chosen_parameters_move_and_the_outputs_come_nearer(tmp_path, h
         ("exact*3", ["train.heal={anneal_epochs: 0.5}"], "has no effect on plan 'exact*3': set it to 0."),
         ("none*3", [], "train.heal.outputs has no effect on plan 'none*3', without attention: set it to 0."),
         ("none linear skip", [], "outputs has no effect on plan 'none linear skip', without attention: set it to 0."),
-        (
-            "exact-1 exact*2",
-            ["train.heal={anneal_epochs: 0.5}"],
-            "no effect on plan 'exact-1 exact*2', which merges tokens at once: set it to 0.",
-        ),
         ("exact-1 exact*2", ["train.heal.parameters=touched"], "under plan 'exact-1 exact*2': choose 'all'."),
         ("skip exact*2", ["train.heal.parameters=touched"], "under plan 'skip exact*2': choose 'all'."),
         ("exact/5 exact*2", ["train.heal.parameters=new"], "under plan 'exact/5 exact*2': choose 'touched' or 'all'."),

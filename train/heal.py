@@ -4,8 +4,8 @@ While a plan is annealed in, a part of each layer that it changes is (1 - a) tim
 times what the plan makes of it: attention, an MLP of fewer hidden units, and all of a linear or skipped layer. Of
 attention the old queries and keys are constants, while values and output projection are the layer's own and are trained
 by both; of all else the old part is a constant. So the model has the plan's parameters and no others at every step, and
-with it its checkpoints, its moving average and what a run leaves; a is a function of the step alone. Tokens merge from
-the first step on, since so many of them is a whole number: old attention weighs merged ones by their sizes.
+with it its checkpoints, its moving average and what a run leaves; a is a function of the step alone. Of r tokens that a
+layer merges the whole part of a r do, one more now and then; old attention weighs merged ones by their sizes.
 
 Shapes: B images, H heads, N tokens, N0 tokens of the first layer, C channels, D = C / H.
 """
@@ -26,6 +26,7 @@ from vitreuse.attention import Carry
 from vitreuse.attention.maps import Mask, log_sizes
 from vitreuse.config import ConfigError, HealConfig
 from vitreuse.model.block import all_tokens
+from vitreuse.model.merge import merge_tokens
 from vitreuse.model.plan_weights import ADDED
 from vitreuse.model.recording import AttentionCall, project_heads, recorded_attention
 from vitreuse.plan import EXACT
@@ -134,14 +135,14 @@ class Healing(nn.Module):
 
     def __init__(self, model: Any, original: Any = None, asks_tokens: bool = False):
         super().__init__()
-        self.model, self.asks_tokens = model, asks_tokens
+        self.model, self.asks_tokens, self.is_annealed = model, asks_tokens, False
         self.held: dict[int, Held] = {}  # by layer; a plain dict, so that the original is no part of this module
         if original is None:
             return
+        if all(spec == EXACT for spec in model.plan):
+            raise ConfigError(f"train.heal.anneal_epochs has no effect on plan '{model.plan}': set it to 0.")
+        self.is_annealed = True
         changed = [spec.word != "exact" or spec.hidden is not None for spec in model.plan]
-        if not any(changed):
-            why = ", which merges tokens at once" if any(spec.merged for spec in model.plan) else ""
-            raise ConfigError(f"train.heal.anneal_epochs has no effect on plan '{model.plan}'{why}: set it to 0.")
         original.eval().requires_grad_(False)
         for layer, (block, old) in enumerate(zip(model.blocks, original.blocks, strict=True)):
             if changed[layer]:
@@ -165,6 +166,10 @@ class Healing(nn.Module):
         """Mixes the old parts into those of converted layers inside the block; none at a share of 1."""
         with ExitStack() as hooks:
             hooks.callback(self.model.blocks[0].register_forward_pre_hook(_ask_for_places).remove)
+            for block in self.model.blocks if self.is_annealed and share < 1 else ():
+                merging = getattr(block, "merge", None)
+                if merging is not None:
+                    hooks.callback(merging.register_forward_hook(partial(_merge_fewer, share)).remove)
             for layer, held in self.held.items() if share < 1 else ():
                 for hook in _hold(self.model.blocks[layer], held, share):
                     hooks.callback(hook.remove)
@@ -175,6 +180,11 @@ def _ask_for_places(block: Any, args: Any) -> Any:
     """A hook by which the first layer, and so all, say where tokens go, as a model that pools class tokens need not."""
     x, carry, *rest = args
     return x, carry._replace(wants_places=True), *rest
+
+
+def _merge_fewer(share: float, merging: Any, args: Any, output: Any) -> Any:
+    """A hook by which as many tokens merge as is the plan's share of them, rounded down."""
+    return merge_tokens(*args, num_merged=int(share * merging.num_merged), num_prefix_tokens=merging.num_prefix_tokens)
 
 
 def _of_all_tokens(call: AttentionCall) -> Tensor:
