@@ -16,6 +16,8 @@ from vitreuse.compress.hidden_units import contributing_units
 from vitreuse.compress.ridge import NormalEquations, best_fit
 from vitreuse.io.progress import WorkProgress
 from vitreuse.io.spool import Spool
+from vitreuse.model.copies import exact_copy
+from vitreuse.model.recording import inputs_of
 
 SIZES = {"depth": 3, "embed_dim": 24, "num_heads": 3, "img_size": 20, "patch_size": 4, "num_classes": 5}
 
@@ -234,23 +236,44 @@ def test_few_images_are_refused():
         fitted(trained(), "exact linear exact", num_images=3)
 
 
+def hidden_of(model, layer, images):
+    """What the second matrix of an MLP reads, (rows, units)."""
+    with inputs_of(model.blocks[layer].mlp.fc2) as seen, torch.no_grad():
+        model(images)
+    return seen[0].flatten(0, 1)
+
+
 def test_units_that_say_most_stay():
-    """Against a loop; a unit that is always the same says nothing that the bias could not."""
-    model = trained()
+    """Against a regression of each unit on those chosen before; one that is always the same says nothing of its own."""
+    model = exact_copy(trained())
     with torch.no_grad():
         model.blocks[1].mlp.fc1.weight[[3, 50]] = 0
         model.blocks[1].mlp.fc1.bias[[3, 50]] = 9
-    seen = []
-    hook = model.blocks[1].mlp.fc2.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    with torch.no_grad():
-        model(pixels(6))
-    hook.remove()
-    hidden, columns = seen[0].flatten(0, 1), model.blocks[1].mlp.fc2.weight.detach().T
-    said = {unit: float(hidden[:, unit].var() * columns[unit].square().sum()) for unit in range(96)}
-    wanted = sorted(sorted(said, key=lambda unit: -said[unit])[:90])
-    found = contributing_units(model, parse_plan("exact exact/90 exact/96"), pixels(6).split(4))
-    assert found == {1: wanted} and not {3, 50} & {*wanted}
+    hidden, columns = hidden_of(model, 1, pixels(6)), model.blocks[1].mlp.fc2.weight.detach().T
+    covariance = torch.cov(hidden.T, correction=0)
+    covariance = covariance + 1e-3 * covariance.diagonal().mean() * torch.eye(96)
+    chosen: list[int] = []
+    while len(chosen) < 30:
+        said = torch.linalg.solve(covariance[chosen][:, chosen], covariance[chosen])
+        left = covariance.diagonal() - (covariance[chosen] * said).sum(0)
+        worth = left * columns.square().sum(1)
+        chosen.append(max({*range(96)} - {*chosen}, key=lambda unit: float(worth[unit])))
+    found = contributing_units(model, parse_plan("exact exact/30 exact/96"), pixels(6).split(4))
+    assert found == {1: sorted(chosen)} and not {3, 50} & {*chosen}
     assert contributing_units(model, parse_plan("exact*3"), []) == {}
+
+
+def test_of_units_that_say_the_same_one_goes_without_a_loss():
+    model = trained(num_classes=0, global_pool="")
+    with torch.no_grad():
+        for name in ("weight", "bias"):
+            rows = getattr(model.blocks[1].mlp.fc1, name)
+            rows[40:] = rows[:40].repeat(2, *[1] * (rows.ndim - 1))[:56]
+    plan = "exact exact/40 exact"
+    units = contributing_units(exact_copy(model), parse_plan(plan), pixels(24).split(8))
+    conversion, _ = fitted(model, plan, units=units)
+    assert sorted(unit % 40 for unit in units[1]) == list(range(40))
+    assert distance(model, conversion.model) < 1e-6
 
 
 def test_a_fitted_conversion_is_annealed_from_its_original():

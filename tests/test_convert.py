@@ -452,14 +452,14 @@ def test_the_command_says_what_became_of_tokens_units_and_layers(folder, is_fitt
     result = json.loads((tmp_path / "new" / "conversion.json").read_text())
     assert result["new"] == ["blocks.1.linear.weight", "blocks.1.linear.bias"]
     assert len(result["touched"]) == 4 and "blocks.2.mlp.fc1.weight" in result["dropped"]
-    assert (result["heads"], result["lowrank_start"], result["units"]) == (None, None, "of most variance")
+    assert (result["heads"], result["lowrank_start"], result["units"]) == (None, None, "that say most")
     parts = [[0, "mlp"], [1, "linear"], [2, "mean"]] if is_fitted else []
     assert [[fit["layer"], fit["part"]] for fit in result["layer_fits"]] == parts
     assert (result["layers"], result["linear_start"]) == (("fitted",) * 2 if is_fitted else ("as they come", "zero"))
     assert result["agreement"]["num_images"] == 5 and result["macs"][0] > 2 * result["macs"][1]
     assert "2 new and 4 touched parameters, untrained, 27 dropped, by name in conversion.json" in told
     assert ("linear layers: zero" in told) != is_fitted == ("of images that were not fitted" in told)
-    assert "hidden units: those of most variance stay" in told
+    assert "hidden units: those that say most stay" in told
     converted = timm.create_model(f"local-dir:{tmp_path / 'new'}", pretrained=True).eval()
     assert str(converted.plan) == "exact-3/10 linear skip"
     assert main(["convert", str(tmp_path / "new"), "--plan", "exact*3", "-o", str(tmp_path / "again")]) == 2

@@ -174,7 +174,7 @@ def _choose(args: argparse.Namespace, plan: Plan, num_images: int) -> _How:
     start = args.lowrank_start or ("fitted" if can_fit else "pooled")
     has_projections = "lowrank" in words and args.lowrank_projection not in POOLS
     is_fitted = num_images >= ASIDE and not args.no_fit
-    units = "of most variance" if num_images else "of the largest norms"
+    units = "that say most" if num_images else "of the largest norms"
     return _How(
         heads if "reuse" in words else None,
         start if has_projections else None,

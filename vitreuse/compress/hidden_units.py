@@ -1,53 +1,91 @@
-"""Which hidden units of an MLP say most of what it says."""
+"""Which hidden units of an MLP say most of what all of them say.
+
+Once the second matrix is fitted again, the units that stay take over what is a linear function of them of those that
+go. So the units are chosen one by one: always the one of which most is left that those before cannot say, its remaining
+variance times the square of its column. This is a Cholesky decomposition with pivots, of which all numbers of units are
+beginnings.
+
+Shapes: B images, N tokens, C channels, F hidden units, R rows of all images and tokens.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from vitreuse.attention import EMPTY_CARRY
 from vitreuse.model.plan_weights import Units
+from vitreuse.model.recording import inputs_of
 from vitreuse.plan import Plan
 
+DAMPING = 1e-3  # of the mean variance of a unit, added to each: what is never seen apart counts as this much apart
 
-class _Moments:
-    """Sums of hidden units (..., F) and of their squares over all tokens, in float64, as a hook gathers them."""
 
-    def __init__(self) -> None:
-        self.count, self.sums, self.squares = 0, torch.zeros(()), torch.zeros(())
+def unit_ranking(covariance: Tensor, columns: Tensor) -> list[int]:
+    """The units from the first that is chosen to the last.
 
-    def add(self, _: Any, args: tuple[Tensor, ...]) -> None:
-        hidden = args[0].flatten(0, -2).double()
-        self.count += len(hidden)
-        self.sums, self.squares = self.sums + hidden.sum(0), self.squares + hidden.square().sum(0)
-
-    def variance(self) -> Tensor:
-        return self.squares / self.count - (self.sums / self.count).square()
+    Args:
+        covariance: (F, F), of the units over tokens of images, or their mean products where no bias takes a mean.
+        columns: (F,), the square of each unit's column of the second matrix.
+    """
+    num_units = len(columns)
+    damped = covariance + DAMPING * covariance.diagonal().mean() * torch.eye(num_units).to(covariance)
+    factor, left = torch.zeros_like(damped), damped.diagonal().clone()
+    is_chosen, chosen = torch.zeros(num_units, dtype=torch.bool, device=left.device), []
+    for number in range(num_units):
+        unit = int((left * columns).masked_fill(is_chosen, -1.0).argmax())
+        said = damped[:, unit] - factor[:, :number] @ factor[unit, :number]  # with what the units before cannot say
+        factor[:, number] = said / left[unit].sqrt()
+        left = (left - factor[:, number].square()).clamp_min(0.0)
+        is_chosen[unit] = True
+        chosen.append(unit)
+    return chosen
 
 
 @torch.inference_mode()
 def contributing_units(original: Any, plan: Plan, batches: Iterable[Tensor]) -> Units:
-    """By layer of fewer hidden units, those that contribute most: the variance of a unit over the tokens of images
-    times the square of its column of fc2. What a unit says of all tokens alike can go into the bias.
+    """By layer of fewer hidden units, those that stay, in their order.
 
     Args:
-        original: The model with all units, whose MLPs end in ``fc2``.
+        original: The model with all units, one of ours, whose MLPs end in ``fc2``.
         plan: What it is converted into.
-        batches: Images (B, channels, rows, columns).
+        batches: Images (B, channels, rows, columns); their tokens are in memory while layer follows layer.
     """
-    columns = {layer: block.mlp.fc2 for layer, block in enumerate(original.blocks) if plan[layer].hidden}
-    moments = {layer: _Moments() for layer, fc2 in columns.items() if fc2.in_features != plan[layer].hidden}
-    with ExitStack() as hooks:
-        for layer, moment in moments.items():
-            hooks.callback(columns[layer].register_forward_pre_hook(moment.add).remove)
-        for images in batches if moments else ():
-            original(images.to(columns[next(iter(columns))].weight.device))
-    chosen = {}
-    for layer, moment in moments.items():
-        contribution = moment.variance() * columns[layer].weight.double().square().sum(0)
-        strongest = contribution.sort(descending=True, stable=True).indices[: plan[layer].hidden]
-        chosen[layer] = strongest.sort().values.tolist()
+    fewer = {layer for layer, spec in enumerate(plan) if spec.hidden}
+    fewer = {layer for layer in fewer if original.blocks[layer].mlp.fc2.in_features != plan[layer].hidden}
+    if not fewer:
+        return {}
+    device = next(original.parameters()).device
+    states, chosen = [original.embed(images.to(device)) for images in batches], {}
+    for layer, block in enumerate(original.blocks[: max(fewer) + 1]):
+        moments, passed = _Moments(), []
+        for tokens, grid in states:
+            with inputs_of(block.mlp.fc2) as hidden:
+                passed.append((block(tokens, EMPTY_CARRY, grid)[0], grid))
+            if layer in fewer:
+                moments.add(hidden[0].flatten(0, -2).double())
+        states = passed
+        if layer in fewer:
+            fc2, number = block.mlp.fc2, plan[layer].hidden or 0
+            covariance = moments.covariance(fc2.bias is not None)
+            chosen[layer] = sorted(unit_ranking(covariance, fc2.weight.double().square().sum(0))[:number])
     return chosen
+
+
+class _Moments:
+    """Sums of hidden units and of their products over rows (R, F) in float64."""
+
+    def __init__(self) -> None:
+        self.count, self.sums, self.products = 0, torch.zeros(()), torch.zeros(())
+
+    def add(self, rows: Tensor) -> None:
+        self.count += len(rows)
+        self.sums, self.products = self.sums + rows.sum(0), self.products + rows.T @ rows
+
+    def covariance(self, has_bias: bool) -> Tensor:
+        """(F, F), or the mean products where no bias takes the mean."""
+        means, products = self.sums / self.count, self.products / self.count
+        return products - torch.outer(means, means) if has_bias else products

@@ -28,6 +28,7 @@ from vitreuse.compress.ridge import Fit, NormalEquations
 from vitreuse.cost.measure import describe_machine
 from vitreuse.io.durable import write_durably
 from vitreuse.io.progress import WorkProgress
+from vitreuse.model.copies import exact_copy
 from vitreuse.plan import EXACT
 
 PLANS = ("exact-16*12", "exact*2 none exact/768*3 exact*2 linear exact/384 skip exact")
@@ -89,7 +90,7 @@ VARIANTS = (
 
 def made(original: Any, plan: str, variant: Variant, images: list[torch.Tensor]) -> Any:
     """The model under a plan, converted as a variant does."""
-    units = contributing_units(original, parse_plan(plan), images) if variant.by_variance else None
+    units = contributing_units(exact_copy(original), parse_plan(plan), images) if variant.by_variance else None
     conversion = convert(original, plan, units=units)
     with ExitStack() as patches:
         for name, function in variant.replaced.items():

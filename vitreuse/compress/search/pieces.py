@@ -18,6 +18,7 @@ from vitreuse.attention import EMPTY_CARRY
 from vitreuse.attention.lowrank import grid_pooling
 from vitreuse.compress.closed_form import ASIDE, LEAST_SCALE, row_weights
 from vitreuse.compress.convert import in_order_of_heads
+from vitreuse.compress.hidden_units import unit_ranking
 from vitreuse.compress.ridge import NormalEquations, best_fit
 from vitreuse.io.progress import WorkProgress
 from vitreuse.model.keywords import read_keywords
@@ -216,8 +217,8 @@ def _fit_hidden(pieces: Pieces, layer: int, seen: Sequence[_Layer], hidden: Sequ
     nothing = ((of.hidden, of.hidden[..., :0]) for of in seen)
     fitted, aside = _equations(block, nothing, fc2.bias is not None)
     has_bias, weight = fc2.bias is not None, fc2.weight.double()
-    importance = _variance(fitted, num_units, has_bias) * weight.square().sum(0)
-    ranking = importance.sort(descending=True, stable=True).indices
+    covariance = _covariance(fitted, num_units, has_bias)
+    ranking = torch.tensor(unit_ranking(covariance, weight.square().sum(0)), device=weight.device)
     for number in fewer:
         kept, dropped = ranking[:number].sort().values, ranking[number:]
         wanted, others = (_left_out(sums, kept, dropped, weight, has_bias) for sums in (fitted, aside))
@@ -230,13 +231,13 @@ def _fit_hidden(pieces: Pieces, layer: int, seen: Sequence[_Layer], hidden: Sequ
         pieces.fc2[layer, number] = Matrix(new.to(fc2.weight).contiguous(), bias)
 
 
-def _variance(sums: NormalEquations, num_units: int, has_bias: bool) -> Tensor:
-    """The variance of each hidden unit (F,), or its mean square where no bias would take the mean."""
-    squares = sums.gram.diagonal()[:num_units]
+def _covariance(sums: NormalEquations, num_units: int, has_bias: bool) -> Tensor:
+    """The covariance of hidden units (F, F), or their summed products where no bias would take the mean."""
+    products = sums.gram[:num_units, :num_units]
     if not has_bias:
-        return squares
+        return products
     count, means = sums.gram[-1, -1], sums.gram[-1, :num_units] / sums.gram[-1, -1]
-    return squares / count - means.square()
+    return products / count - torch.outer(means, means)
 
 
 def _left_out(
