@@ -89,6 +89,18 @@ def test_a_trial_is_the_distance_of_the_model_that_is_put_together(pieces):
         assert trials.distance(plan) == pytest.approx(float(torch.cat(parts).mean()), rel=1e-6, abs=1e-12)
 
 
+def test_a_model_that_pools_nothing_is_compared_by_its_class_token_and_patches():
+    model, images = original(**KINDS["features"]), batches(5)[0]
+    converted = convert(model, "exact-3*4").model
+    with torch.no_grad():
+        wanted, found = model.forward_features(images), converted.forward_features(images)
+    cosine = torch.nn.functional.cosine_similarity(wanted, found, dim=-1)
+    expected = 1 - (cosine[:, 0] + cosine[:, 1:].mean(1)) / 2
+    torch.testing.assert_close(output_distance(model, wanted, found).double(), expected, atol=1e-6, rtol=0)
+    trials = Trials.on(Pieces(model), [images])
+    assert trials.distance(parse_plan("exact-3*4")) == pytest.approx(float(expected.mean()), abs=1e-6)
+
+
 def test_a_trial_goes_on_from_where_a_plan_parts(pieces):
     whole = Trials.on(pieces, batches())
     for base in some_plans(4):

@@ -81,7 +81,8 @@ def agreement(original: Any, converted: Any, batches: Iterable[tuple[Tensor, Ten
 def feature_cosines(original: Any, converted: Any, images: Tensor) -> dict[str, Tensor]:
     """For each image (B,) how alike the features of two ViTs are, and how alike their patch tokens.
 
-    Features are what a head would read: the class token, or the tokens pooled; of other models their answers.
+    Features are what a head would read: the class token, or the tokens pooled; where nothing is pooled the class token,
+    or without one all tokens; of other models their answers.
     """
     if not isinstance(original, VisionTransformer):
         return {"cosine": F.cosine_similarity(original(images).flatten(1), converted(images).flatten(1))}
@@ -91,12 +92,18 @@ def feature_cosines(original: Any, converted: Any, images: Tensor) -> dict[str, 
 
 def token_cosines(original: Any, wanted: Tensor, converted: Any, found: Tensor) -> dict[str, Tensor]:
     """The cosines of feature_cosines, of the tokens (B, N, C) after the final norms of two ViTs."""
-    features, others = original.forward_head(wanted, pre_logits=True), converted.forward_head(found, pre_logits=True)
+    features, others = _features(original, wanted), _features(converted, found)
     patches, other_patches = (tokens[:, original.num_prefix_tokens :] for tokens in (wanted, found))
     return {
         "cosine": F.cosine_similarity(features.flatten(1).float(), others.flatten(1).float()),
         "patch_cosine": F.cosine_similarity(patches.float(), other_patches.float(), dim=-1).mean(1),
     }
+
+
+def _features(model: Any, tokens: Tensor) -> Tensor:
+    """What a head would read of tokens (B, N, C); of a model that pools nothing the first one, its class token."""
+    features = model.forward_head(tokens, pre_logits=True)
+    return features[:, 0] if features.ndim == 3 and model.num_prefix_tokens else features
 
 
 def answer_of_tokens(model: Any, tokens: Tensor) -> Tensor:

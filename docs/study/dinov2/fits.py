@@ -7,7 +7,7 @@ Fitted on images of the training split; none of the tests is looked at before.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import product
@@ -29,7 +29,9 @@ from vitreuse.cost.measure import describe_machine
 from vitreuse.io.durable import write_durably
 from vitreuse.io.progress import WorkProgress
 from vitreuse.model.copies import exact_copy
-from vitreuse.plan import EXACT
+from vitreuse.model.plan_weights import Units
+from vitreuse.model.recording import inputs_of
+from vitreuse.plan import EXACT, Plan
 
 PLANS = ("exact-16*12", "exact*2 none exact/768*3 exact*2 linear exact/384 skip exact")
 FOLDER, NUM_FITTED = "224/train", 64
@@ -57,6 +59,26 @@ def _without(part: str) -> Callable[[Any], list[str]]:
     return lambda block: [each for each in _parts_of(block) if each != part]
 
 
+@torch.inference_mode()
+def _units_of_most_variance(original: Any, plan: Plan, batches: Sequence[torch.Tensor]) -> Units:
+    """By layer of fewer hidden units those whose variance times the square of their column is largest."""
+    layers = {layer: original.blocks[layer].mlp.fc2 for layer, spec in enumerate(plan) if spec.hidden}
+    with ExitStack() as hooks:
+        seen = {layer: hooks.enter_context(inputs_of(fc2)) for layer, fc2 in layers.items()}
+        for images in batches:
+            original(images)
+    chosen = {}
+    for layer, hidden in seen.items():
+        worth = torch.cat(hidden).flatten(0, 1).double().var(0) * layers[layer].weight.double().square().sum(0)
+        chosen[layer] = worth.topk(plan[layer].hidden or 0).indices.sort().values.tolist()
+    return chosen
+
+
+def _units_of_largest_norms(original: Any, plan: Plan, batches: Sequence[torch.Tensor]) -> Units:
+    """None by name, so that the conversion takes those of largest norms."""
+    return {}
+
+
 def _as_one_patch(tokens: Any, sizes: Any, num_prefix_tokens: int) -> Any:
     weights = _row_weights(tokens, sizes, num_prefix_tokens)
     weights[:, :num_prefix_tokens] = 1.0
@@ -65,19 +87,20 @@ def _as_one_patch(tokens: Any, sizes: Any, num_prefix_tokens: int) -> Any:
 
 @dataclass(frozen=True)
 class Variant:
-    """What is done otherwise: functions of closed_form.py that are replaced, units by their norms, or no fit at all."""
+    """What is done otherwise: functions of closed_form.py that are replaced, another choice of units, no fit."""
 
     name: str
     replaced: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
-    by_variance: bool = True
+    choose: Callable[[Any, Plan, Sequence[torch.Tensor]], Units] = contributing_units
     is_fitted: bool = True
 
 
 VARIANTS = (
     Variant("as built"),
     Variant("not fitted", is_fitted=False),
-    Variant("not fitted, units by norms", by_variance=False, is_fitted=False),
-    Variant("units by norms", by_variance=False),
+    Variant("not fitted, units by norms", choose=_units_of_largest_norms, is_fitted=False),
+    Variant("units by norms", choose=_units_of_largest_norms),
+    Variant("units by variance", choose=_units_of_most_variance),
     Variant("on the original's tokens", {"_observe": _on_the_originals}),
     Variant("strength 0.001, always kept", {"best_fit": _always(1e-3)}),
     Variant("strength 0.1, always kept", {"best_fit": _always(1e-1)}),
@@ -90,7 +113,7 @@ VARIANTS = (
 
 def made(original: Any, plan: str, variant: Variant, images: list[torch.Tensor]) -> Any:
     """The model under a plan, converted as a variant does."""
-    units = contributing_units(exact_copy(original), parse_plan(plan), images) if variant.by_variance else None
+    units = variant.choose(exact_copy(original), parse_plan(plan), images)
     conversion = convert(original, plan, units=units)
     with ExitStack() as patches:
         for name, function in variant.replaced.items():

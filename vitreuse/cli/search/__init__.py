@@ -113,14 +113,15 @@ def _samples(args: argparse.Namespace, source: Source) -> _Samples:
     if total < LEAST_IMAGES:
         given = f"{source.sample.dataset.folder} gives {total} images"
         raise ValueError(f"{given}, and a search needs {LEAST_IMAGES}, to fit, to try and to show: add some.")
-    fitted, tried = max(ASIDE, total // 2), max(1, total // 8)
+    fitted = max(ASIDE, total // 2)
     has_val = source.split == "train" and args.data is not None and find_split(args.data, "val") is not None
     if has_val:
         sample = load_sample(args, source.target, source.model, "val")
         (shown,) = sample.parts(min(len(sample), max(1, total // 4)))
-        fit_on, try_on = source.sample.parts(total - tried, tried)
+        fit_on, try_on = source.sample.parts(fitted, total - fitted)
         return _Samples(fit_on, try_on, shown, "val")
-    fit_on, try_on, shown = source.sample.parts(fitted, tried, total - fitted - tried)
+    kept = max(1, total // 8)
+    fit_on, try_on, shown = source.sample.parts(fitted, total - fitted - kept, kept)
     return _Samples(fit_on, try_on, shown, f"other images of {source.split}")
 
 

@@ -23,6 +23,7 @@ from vitreuse.cost.plan_costs import PlanCosts
 from vitreuse.io.progress import WorkProgress
 from vitreuse.plan import Plan, Spec
 
+NUM_FITTED = 64  # images on which pieces are fitted, at most; whole conversions are fitted on all
 HARD_SHARE = 5  # of so many images that could be tried the one that a plan hurts most is
 NUM_STARTS = 5  # candidates of the front that are tried, from the budget down
 CLOSE = 0.97  # of the budget, between which and the budget they lie
@@ -102,8 +103,10 @@ def make_pieces(
         num_images = sum(map(len, fitted))
         with WorkProgress("matching heads", "images", num_images) as progress:
             distances = measure_head_errors(original, [(images,) for images in fitted], progress, *rows)
+    images = torch.cat(list(fitted))
+    some = images[:: -(-len(images) // NUM_FITTED)].split(max(map(len, fitted)))
     with WorkProgress("fitting pieces", "layers", space.depth) as progress:
-        return fit_pieces(original, fitted, space.words, space.hidden, distances, progress)
+        return fit_pieces(original, some, space.words, space.hidden, distances, progress)
 
 
 def hardest(pieces: Pieces, batches: Sequence[Tensor], space: Space) -> list[Tensor]:
