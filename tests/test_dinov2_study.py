@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import vitreuse
-from docs.study.dinov2 import commands, fits, images, measure, packages, ranking, saliency, weights
+from docs.study.dinov2 import commands, fits, images, measure, packages, ranking, saliency, searched, weights
 from vitreuse.io.transformers_names import renamed
 
 SHAPE = {"img_size": 28, "depth": 2, "embed_dim": 12, "num_heads": 2, "mlp_ratio": 2, "num_classes": 0}
@@ -238,6 +238,27 @@ def test_every_piece_of_the_fit_can_be_left_out():
         found[variant.name] = sum(fits.distances(model, batches))
     assert found["as built"] < found["not fitted"]
     assert len({round(distance, 6) for distance in found.values()}) > len(found) - 3  # most leave their mark
+
+
+def test_a_searched_plan_stands_beside_constant_merging_and_what_others_do(monkeypatch, tmp_path):
+    pixels = [list(torch.randn(12, 3, 28, 28, generator=torch.Generator().manual_seed(n)).split(4)) for n in range(3)]
+    monkeypatch.setattr(searched, "trained", lambda px, global_pool="": tiny())
+    monkeypatch.setattr(searched, "images_to_learn_from", lambda px: pixels[:2])
+    with torch.no_grad():
+        tokens = [tiny().forward_features(images) for images in pixels[2]]
+    monkeypatch.setattr(searched, "_test", lambda px, test: (pixels[2], tokens, ["brick", "cat", "dog"] * 4))
+    for name, value in {"ROOT": tmp_path, "MINUTES": 0.02, "SPEED_BATCH": {28: 1}, "SPEED_REPEATS": {28: 2}}.items():
+        monkeypatch.setattr(searched, name, value)
+    line = searched.searched(28, "0.95")
+    rows = {row["name"]: row for row in line["rows"]}
+    assert {"searched", "searched, not fitted as a whole", "constant merging", "units by norms"} <= {*rows}
+    assert rows["searched"]["predicted"] <= rows["constant merging"]["predicted"] < 1
+    assert rows["searched"]["tried"] <= rows["constant merging"]["tried"]
+    for row in rows.values():
+        lost = [float(part) for part in row["photographs"].split(" / ")]
+        assert len(lost) == 2 and row["speedup"] > 0
+        assert row["no_textures"] != row["photographs"] or max(lost) == 0
+    assert (tmp_path / "runs/dinov2/searched-28/trials.jsonl").exists()
 
 
 def test_layers_are_ranked_by_what_a_word_loses_in_them(monkeypatch):

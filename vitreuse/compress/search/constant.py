@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+
 from vitreuse.compress.search.space import Space
 from vitreuse.cost.plan_costs import PlanCosts
 from vitreuse.plan import Plan, Spec
@@ -12,11 +14,9 @@ def constant_merging(space: Space, costs: PlanCosts, most: float) -> Plan | None
     or no tokens merge in the space."""
     if not space.merge_step:
         return None
-    for merged in range(1, space.num_patches // 2 + 1):
-        plan = _clipped(merged, space)
-        if costs.of(plan) <= most:
-            return plan
-    return None
+    numbers = range(1, space.num_patches // 2 + 1)
+    place = bisect_left(numbers, True, key=lambda merged: costs.of(_clipped(merged, space)) <= most)
+    return _clipped(numbers[place], space) if place < len(numbers) else None
 
 
 def _clipped(merged: int, space: Space) -> Plan:

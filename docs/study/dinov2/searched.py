@@ -1,0 +1,191 @@
+"""Searched plans beside constant merging at equal predicted time, and beside what others would do: searched.md.
+
+    python -m docs.study.dinov2 --searched
+
+Layers are fitted and plans chosen on images of the training split; what is reported is the tests. A search that was
+broken off goes on (runs/dinov2/searched-PX), a line of searched.jsonl that is there is not made again.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from docs.study.dinov2.commands import ROOT
+from docs.study.dinov2.measure import CPU, SPEED_BATCH, SPEED_REPEATS, TESTS, Line, complete, images_of, read_lines
+from docs.study.dinov2.packages import HERE
+from docs.study.dinov2.weights import trained
+from eval.table import Column, to_markdown
+from vitreuse import convert, fit_layers
+from vitreuse.compress.hidden_units import contributing_units
+from vitreuse.compress.search import Space, search
+from vitreuse.compress.search.constant import constant_merging
+from vitreuse.cost.backends import fused_attention
+from vitreuse.cost.measure import describe_machine, inference_call, time_interleaved
+from vitreuse.cost.plan_costs import PlanCosts
+from vitreuse.io.durable import write_durably
+from vitreuse.io.progress import WorkProgress
+from vitreuse.model.copies import exact_copy
+from vitreuse.model.preprocessing import example
+from vitreuse.plan import EXACT, Plan, Spec
+
+SEARCHED = HERE / "searched.jsonl"
+SHARES = {224: (0.7, 0.6, 0.4), 518: (0.6, 0.5, 0.4, 0.33)}  # of the MACs, at which constant merging sets the time
+NUM_IMAGES = {224: (128, 128), 518: (41, 41)}  # fitted, and of those that plans may be tried on
+BATCH = {224: 16, 518: 4}
+WORDS = (EXACT, Spec("none"), Spec("linear"), Spec("skip"))
+MINUTES = 10.0
+TEXTURES = ("brick", "grass", "gravel")
+COLUMNS = (
+    Column("share", "MACs of constant merging", ".2f"),
+    Column("name", "model"),
+    Column("predicted", "predicted time / exact", ".3f"),
+    Column("speedup", "speed-up", ".2f"),
+    Column("forecast", "forecast", ".2f"),
+    Column("tried", "on the images tried", ".2f"),
+    *(Column(test, test.replace("_", " ")) for test in ("composites", "photographs", "no_textures")),
+    Column("plan", "plan"),
+)
+
+
+def searched(image_size_px: int, share_text: str) -> Line:
+    """The line of a size and a share of the MACs."""
+    original = exact_copy(trained(image_size_px, global_pool=""))
+    num_patches, num_hidden = original.patch_embed.num_patches, original.blocks[0].mlp.fc2.in_features
+    space = Space(WORDS, len(original.blocks), num_patches, num_hidden, max(1, num_patches // 32), num_hidden // 8)
+    macs, latency = PlanCosts(original), PlanCosts(original, "latency")
+    constant = constant_merging(space, macs, float(share_text) * macs.of(space.exact))
+    assert constant is not None
+    exact_ns, constant_ns = latency.of(space.exact), latency.of(constant)
+    fitted, tried = images_to_learn_from(image_size_px)
+    folder = ROOT / f"runs/dinov2/searched-{image_size_px}"
+    folder.mkdir(parents=True, exist_ok=True)
+    budget = constant_ns / exact_ns
+    found = search(original, fitted, tried, space, latency, budget, MINUTES, folder / "trials.jsonl")
+    assert found is not None
+    rows = {
+        "searched": (found.chosen.plan, True),
+        "searched, not fitted as a whole": (found.chosen.plan, False),
+        "constant merging": (constant, False),
+        **rivals(space, latency, constant_ns),
+    }
+    models = {name: _made(original, plan, is_fitted, fitted) for name, (plan, is_fitted) in rows.items()}
+    speedups = _speedups(image_size_px, models)
+    lines = [
+        {
+            "name": name,
+            "plan": str(plan),
+            "predicted": latency.of(plan) / exact_ns,
+            "speedup": speedups[name],
+            "forecast": 100 * found.forecast.of(plan) if _is_known(plan, space) else None,
+            "tried": 100 * found.trials.distance(plan),
+            **distances(image_size_px, models[name]),
+        }
+        for name, (plan, _) in rows.items()
+    ]
+    about = {"num_tried": len(found.trials.known), "is_best": found.is_best, "machine": describe_machine(CPU)}
+    return {"image_size_px": image_size_px, "plan": share_text, "rows": lines, **about}
+
+
+def _is_known(plan: Plan, space: Space) -> bool:
+    """Whether a forecast can speak of a plan: reuse and low rank are not among the words."""
+    return all(spec.word in {word.word for word in space.words} for spec in plan)
+
+
+def images_to_learn_from(image_size_px: int) -> list[list[Tensor]]:
+    """Batches of images that layers are fitted on, and of others that plans may be tried on."""
+    sample = images_of(f"{image_size_px}/train", trained(image_size_px), sum(NUM_IMAGES[image_size_px]))
+    parts = sample.parts(*NUM_IMAGES[image_size_px])
+    return [[images for images, _ in part.batches(BATCH[image_size_px])] for part in parts]
+
+
+def rivals(space: Space, latency: PlanCosts, most: int) -> dict[str, tuple[Plan, bool]]:
+    """What others would do for the time, and whether it is fitted: linear layers in the middle, as TOAST picks ranges
+    by hand, and MLPs of fewer units, the same in each layer, of the largest norms."""
+    found = {}
+    middle = space.depth // 2
+    ranges = (range(max(1, middle - count // 2), middle - count // 2 + count) for count in range(1, space.depth - 1))
+    linear = (Plan(tuple(Spec("linear") if n in chosen else EXACT for n in range(space.depth))) for chosen in ranges)
+    cut = (Plan((space.spec(EXACT, hidden=hidden),) * space.depth) for hidden in space.hidden[1:])
+    for name, plans, is_fitted in (("linear layers in the middle", linear, True), ("units by norms", cut, False)):
+        fitting = next((plan for plan in plans if latency.of(plan) <= most), None)
+        if fitting is not None:
+            found[name] = (fitting, is_fitted)
+    return found
+
+
+def _made(original: Any, plan: Plan, is_fitted: bool, fitted: list[Tensor]) -> Any:
+    """The model under a plan, fitted as a whole or as it comes, in evaluation mode."""
+    units = contributing_units(original, plan, fitted) if is_fitted else None
+    conversion = convert(original, plan, units=units)
+    if is_fitted:
+        with WorkProgress(str(plan), "layers", len(plan)) as progress:
+            fit_layers(conversion, fitted, progress)
+    return conversion.model.eval()
+
+
+def _speedups(image_size_px: int, models: dict[str, Any]) -> dict[str, float]:
+    """How many times as fast as the best plain model each is, all in turns in one run."""
+    plain = {}
+    for name, is_fused in (("timm, fused", True), ("timm, unfused", False)):
+        with fused_attention(is_fused):
+            plain[name] = trained(image_size_px, global_pool="")
+    images = example(plain["timm, fused"], SPEED_BATCH[image_size_px])
+    calls = {name: inference_call(model.forward_features, images) for name, model in {**models, **plain}.items()}
+    timings = time_interleaved(calls, CPU, SPEED_REPEATS[image_size_px])
+    best = min(timings[name].minimum_ms for name in plain)
+    return {name: best / timings[name].minimum_ms for name in models}
+
+
+@cache
+def _test(image_size_px: int, test: str) -> tuple[list[Tensor], list[Tensor], list[str]]:
+    """The images of a test, the original's tokens of them, and the names of the files."""
+    original = trained(image_size_px, global_pool="")
+    sample = images_of(TESTS[test].format(px=image_size_px), original)
+    names = [Path(str(sample.dataset[number].key)).stem for number in sample.numbers]
+    images = [images for images, _ in sample.batches(BATCH[image_size_px])]
+    with torch.inference_mode():
+        return images, [original.forward_features(few) for few in images], names
+
+
+@torch.inference_mode()
+def distances(image_size_px: int, model: Any) -> dict[str, str]:
+    """100 times the distance of class / patch tokens to the original's on each test, and without textures."""
+    found = {}
+    for test in TESTS:
+        images, tokens, names = _test(image_size_px, test)
+        pairs = zip(images, tokens, strict=True)
+        lost = [1 - F.cosine_similarity(model.forward_features(few), wanted, dim=-1) for few, wanted in pairs]
+        lost = 100 * torch.cat([torch.stack([each[:, 0], each[:, 1:].mean(1)]) for each in lost], dim=1)
+        found[test] = _text(lost)
+        if test == "photographs":
+            plain = torch.tensor([not any(texture in name for texture in TEXTURES) for name in names])
+            found["no_textures"] = _text(lost[:, plain])
+    return found
+
+
+def _text(lost: Tensor) -> str:
+    return " / ".join(f"{float(part.double().mean()):.2f}" for part in lost)
+
+
+def main() -> None:
+    """Completes searched.jsonl and writes searched.md."""
+    wanted = [(size_px, f"{share:g}") for size_px, shares in SHARES.items() for share in shares]
+    complete(SEARCHED, wanted, searched)
+    kept, tables = read_lines(SEARCHED), []
+    for size_px in SHARES:
+        lines = [kept[key] for key in wanted if key[0] == size_px]
+        rows = [{"share": float(line["plan"]), **row} for line in lines for row in line["rows"]]
+        machine = lines[-1]["machine"]
+        caption = (
+            f"{size_px} px: 100 x (1 - cosine) of class / patch tokens to the original's. {machine['device']}, "
+            f"{machine['threads']} threads, float32, batch {SPEED_BATCH[size_px]}, {machine['date']}."
+        )
+        tables.append(to_markdown(rows, COLUMNS, caption))
+    write_durably(HERE / "searched.md", "\n".join(["# Searched plans\n", *tables]).encode())
+
