@@ -8,8 +8,9 @@ from vitreuse.compress.convert import convert, fit_projections
 from vitreuse.compress.damage import measure_damage
 from vitreuse.compress.fold import fold
 from vitreuse.compress.redundancy import measure_redundancy
-from vitreuse.compress.search import search
+from vitreuse.compress.search import Space, search
 from vitreuse.cost.macs import count_macs, count_params
+from vitreuse.cost.plan_costs import PlanCosts
 from vitreuse.model import registry
 from vitreuse.model.checkpoint import LoadReport, load_checkpoint
 from vitreuse.model.create import create_model
@@ -23,8 +24,10 @@ __all__ = [
     "PRESETS",
     "LoadReport",
     "Plan",
+    "PlanCosts",
     "PlanVisionTransformer",
     "PlanVisionTransformerDistilled",
+    "Space",
     "Spec",
     "attention_maps",
     "convert",
