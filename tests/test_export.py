@@ -392,13 +392,13 @@ def test_a_completed_run_has_nothing_to_say(tmp_path, capsys):
 @pytest.mark.parametrize("command", ["convert", "similarity", "search", "top1"])
 def test_what_else_reads_an_unfinished_run_says_so(command, tmp_path, capsys):
     unfinished(tmp_path / "run", "stopped")
-    for number in range(5):
-        (tmp_path / f"data/val/{number}").mkdir(parents=True)
-        Image.new("RGB", (24, 24), (number, 9, 9)).save(tmp_path / f"data/val/{number}/0.png")
+    for number in range(10):
+        (tmp_path / f"data/val/{number % 5}").mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (24, 24), (number, 9, 9)).save(tmp_path / f"data/val/{number % 5}/{number}.png")
     more = {
         "convert": ["--plan", "exact none", "-o", str(tmp_path / "out")],
         "similarity": ["--words", "none"],
-        "search": ["--words", "exact,none", "--budget", "0.9"],
+        "search": ["--words", "exact,none", "--budget", "0.9", "--minutes", "0"],
         "top1": ["-o", str(tmp_path / "cards")],
     }[command]
     run_command = eval_main if command == "top1" else main

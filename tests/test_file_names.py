@@ -186,8 +186,8 @@ def test_text_for_files_and_pictures():
 
 
 def test_what_a_search_found_is_drawn_under_any_name():
-    row = {"plan": "exact none", "share": 0.5, "damage": 1.0}
-    found = {"name": "ru\udcffn$^$", "front": [row], "presets": {"lazy": row}, "chosen": row, "budget": 0.5}
+    row = {"plan": "exact none", "share": 0.5, "damage": 1.0, "distance": 2.0}
+    found = {"name": "ru\udcffn$^$", "front": [row], "audited": {"lazy": row}, "chosen": row, "budget": 0.5}
     assert front_plot({**found, "metric": "macs"}).startswith(b"\x89PNG")
 
 

@@ -114,6 +114,16 @@ def test_the_table_says_what_was_measured_and_how_to_go_on(folder, capsys):
     assert len(few) == 12 and {0, 999} <= {row["cost"] for row in few}
 
 
+def test_a_gated_mlp_keeps_its_hidden_units(folder, capsys, tmp_path):
+    torch.manual_seed(0)
+    gated = {**SIZES, "mlp_layer": "swiglu"}
+    save_hub_folder(timm.create_model("vit_reuse_tiny_patch16_224", plan="exact*4", **gated), tmp_path / "hub")
+    command = ["search", str(tmp_path / "hub"), "--data", str(folder / "images"), *QUICK, "--budget", "0.9"]
+    assert searched(capsys, *command)["words"][-2:] == ["skip", "-1"]
+    assert main([*command, "--words", "exact,/8"]) == 2
+    assert "/8 takes hidden units of an MLP, and a SwiGLU is gated: leave it out." in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("metric", ["latency", "memory", "bytes"])
 def test_a_budget_may_be_of_time_memory_or_bytes(metric, folder, capsys):
     found = searched(capsys, *argv(folder, "--budget", "0.9", "--metric", metric, "--words", "exact,linear,-2,/32"))
@@ -132,6 +142,9 @@ def test_a_budget_may_be_of_time_memory_or_bytes(metric, folder, capsys):
         (["--words", "reuse,none"], "argument --words: reuse,none is without exact, which layers are that stay as"),
         (["--words", "exact,none", "--rows", "5"], "--rows has no effect on words without reuse: leave it out."),
         (["--dtype", "bfloat16"], "--dtype has no effect on macs: leave it out, or give --metric latency."),
+        (["--words", "exact,-9"], "-9 merges more than half of 16 patches: give -8 or less."),
+        (["--words", "exact,/65"], "an MLP has 64 hidden units and /65 are more: give /64 or less."),
+        (["--words", "exact,lowrank:17"], "lowrank:17 does not fit a model of 17 tokens: give lowrank:16 or less"),
         (["--images", "5"], "images gives 5 images, and a search needs 6, to fit, to try and to show: add some."),
         (
             ["--words", "exact,reuse", "--budget", "0.3"],

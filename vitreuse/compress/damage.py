@@ -117,18 +117,23 @@ def has_exact_layers(model: Any) -> bool:
     )
 
 
-def check_specs(model: Any, specs: Sequence[Spec]) -> None:
-    """Refuses what measure_damage cannot measure, before any work is done.
-
-    Raises:
-        ValueError: The model is not exact, or a spec does not fit it.
-    """
+def refuse_other_layers(model: Any) -> None:
+    """Raises ValueError for a model whose layers are not all exact."""
     if not has_exact_layers(model):
         plan = f" {model.plan}" if hasattr(model, "plan") else ""
         raise ValueError(
             f"{type(model).__name__}{plan} has layers that are not exact, and damage is measured on exact ones alone: "
             "give a plain vit, deit or deit3 of timm, or one of ours whose plan is exact."
         )
+
+
+def check_specs(model: Any, specs: Sequence[Spec]) -> None:
+    """Refuses what measure_damage cannot measure, before any work is done.
+
+    Raises:
+        ValueError: The model is not exact, or a spec does not fit it.
+    """
+    refuse_other_layers(model)
     num_tokens, num_heads = model.num_prefix_tokens + model.patch_embed.num_patches, model.blocks[0].attn.num_heads
     limits = {"lowrank": (num_tokens - 1, f"{num_tokens} tokens"), "reuse": (num_heads, f"{num_heads} heads")}
     for spec in specs:

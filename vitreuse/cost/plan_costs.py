@@ -44,8 +44,8 @@ class PlanCosts:
     """What each layer of a ViT may cost, found by small models when it is asked for.
 
     All layers between the first and the last cost the same. Whether an anchor hands on its map or (q, k) is decided as
-    for two readers. What an MLP costs is what a layer costs more with it than without. Of a model without classes all
-    rows of the last layer count.
+    for two readers. An MLP costs what a layer without attention does. Of a model without classes all rows of the last
+    layer count.
 
     Args:
         model: One of timm's or ours whose layers are exact.
@@ -96,36 +96,30 @@ class PlanCosts:
 
     def attention(self, layer: int, spec: Spec, anchor: Spec | None, patches: int) -> int:
         """The cost of a layer without its MLP; of reuse under the spec of the layer that makes the map."""
-        if not spec.has_attention:
-            return self._at(layer, spec, None, patches) - self.mlp(layer, self.num_hidden, patches)
-        return self._at(layer, _bare(spec), anchor, patches)
+        return self._at(layer, spec, anchor, patches) - self.mlp(layer, self.num_hidden, patches)
 
     def merging(self, layer: int, patches: int) -> int:
-        """What it costs that some of the tokens of a layer merge."""
-        merged, bare = (self._at(layer, Spec("exact", None, number, 0), None, patches) for number in (1, 0))
-        return merged - bare
+        """What it costs that some of the tokens of a layer merge, beside that its MLP then gets fewer."""
+        attending = self.attention(layer, EXACT, None, patches)
+        return self._at(layer, LEADS, None, patches) - attending - self.mlp(layer, self.num_hidden, patches - 1)
 
     def mlp(self, layer: int, hidden: int, patches: int) -> int:
         """The cost of an MLP of so many hidden units, for the patch tokens that are left when it runs."""
-        if hidden == 0:
-            return 0
-        few, many = self._two_sizes()
-        bare, half, full = (self._at(layer, Spec("exact", hidden=each), None, patches) for each in (0, few, many))
-        return half - bare + round((full - half) * (hidden - few) / (many - few))
+        if hidden in (0, self.num_hidden):
+            return self._at(layer, Spec("none"), None, patches) if hidden else 0
+        few, many = self.num_hidden // 2, self.num_hidden  # whose costs say those of all others, which lie on a line
+        half, full = (self._at(layer, Spec("none", hidden=each), None, patches) for each in (few, many))
+        return half + round((full - half) * (hidden - few) / (many - few))
 
     def handing_on(self, layer: int, spec: Spec, patches: int) -> int:
         """What a layer costs more once other layers read its map."""
-        bare, reader = _bare(spec), Spec("reuse", hidden=0)
+        maker, reader = _word(spec), Spec("reuse")
         lead = [LEADS] if patches < self.num_patches else [] if layer == 0 else [EXACT]
-        costs = self._measured((*lead, bare, reader, reader), patches + (LEADS in lead))
-        return costs[len(lead)] - self._at(layer, bare, None, patches)
-
-    def _two_sizes(self) -> tuple[int, int]:
-        """Numbers of hidden units whose costs say those of all others, which lie on a line."""
-        return self.num_hidden // 2, self.num_hidden
+        costs = self._measured((*lead, maker, reader, reader), patches + (LEADS in lead))
+        return costs[len(lead)] - self._at(layer, maker, None, patches)
 
     def _at(self, layer: int, spec: Spec, anchor: Spec | None, patches: int) -> int:
-        read = None if anchor is None else _bare(anchor)
+        read = None if anchor is None else _word(anchor)
         return self._of_layer(layer == 0, layer == self.depth - 1, spec, read, patches)
 
     def _layer(self, is_first: bool, is_last: bool, spec: Spec, anchor: Spec | None, patches: int) -> int:
@@ -149,9 +143,9 @@ class PlanCosts:
         return _MEASURES[self.metric](made, self.conditions)
 
 
-def _bare(spec: Spec) -> Spec:
-    """A spec's attention alone."""
-    return Spec(spec.word, spec.number, hidden=0)
+def _word(spec: Spec) -> Spec:
+    """A spec without what merges and with all hidden units."""
+    return Spec(spec.word, spec.number)
 
 
 def _macs(model: Any, _: Conditions) -> list[int]:

@@ -17,10 +17,11 @@ from torch import Tensor
 from vitreuse.cli.console import add_dtype, add_output
 from vitreuse.cli.plots import front_plot, prepare_folder
 from vitreuse.cli.search.table import render as render
-from vitreuse.cli.search.words import SearchWords, all_words, minutes, search_words, share, space_of
+from vitreuse.cli.search.words import SearchWords, all_words, has_plain_mlp, minutes, search_words, share, space_of
 from vitreuse.cli.source import Source, add_source_arguments, load_sample, load_source
 from vitreuse.compress.closed_form import ASIDE, fit_layers
 from vitreuse.compress.convert import convert
+from vitreuse.compress.damage import check_specs, refuse_other_layers
 from vitreuse.compress.hidden_units import contributing_units
 from vitreuse.compress.search import Candidate, Found, Space, least_cost, search
 from vitreuse.compress.search.audit import Audited, audit, batch_of
@@ -67,8 +68,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.dtype is not None and args.metric != "latency":
         raise ValueError(f"--dtype has no effect on {args.metric}: leave it out, or give --metric latency.")
     source = load_source(args)
+    refuse_other_layers(source.model)
     chosen_words = args.words or all_words(source.model)
     space = space_of(source.model, chosen_words)
+    check_specs(source.model, space.attention_words)
+    _refuse_steps(source.model, chosen_words, space)
     if args.rows is not None and not space.reads_maps:
         raise ValueError("--rows has no effect on words without reuse: leave it out.")
     samples = _samples(args, source)
@@ -92,6 +96,20 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         write_durably(args.output / "search.json", json.dumps(result).encode())
         write_durably(args.output / "front.png", front_plot(result))
     return result
+
+
+def _refuse_steps(model: Any, chosen: SearchWords, space: Space) -> None:
+    """Raises ValueError for steps by which no token can merge, or no hidden unit go."""
+    if chosen.hidden_step and not has_plain_mlp(model):
+        kind = type(model.blocks[0].mlp).__name__
+        raise ValueError(f"/{chosen.hidden_step} takes hidden units of an MLP, and a {kind} is gated: leave it out.")
+    most = space.num_patches // 2
+    if chosen.merge_step > most:
+        given = f"-{chosen.merge_step} merges more than half of {space.num_patches} patches"
+        raise ValueError(f"{given}: give -{most} or less.")
+    if chosen.hidden_step > space.num_hidden:
+        units = f"an MLP has {space.num_hidden} hidden units"
+        raise ValueError(f"{units} and /{chosen.hidden_step} are more: give /{space.num_hidden} or less.")
 
 
 class _Samples(NamedTuple):

@@ -4,6 +4,8 @@ import argparse
 import math
 from typing import Any, NamedTuple
 
+from timm.layers import Mlp
+
 from vitreuse.cli.source import default_words, words
 from vitreuse.compress.search import Space
 from vitreuse.plan import EXACT, Spec
@@ -65,12 +67,15 @@ def search_words(text: str) -> SearchWords:
 def all_words(model: Any) -> SearchWords:
     """All words, with steps that suit the model."""
     specs = (EXACT, *default_words(model), Spec("linear"), Spec("skip"))
-    mlp = model.blocks[0].mlp
-    has_plain_mlp = mlp.fc1.out_features == mlp.fc2.in_features and not hasattr(mlp, "fc1_g")
-    step = math.ceil(mlp.fc2.in_features / 8) if has_plain_mlp else 0
+    step = math.ceil(model.blocks[0].mlp.fc2.in_features / 8) if has_plain_mlp(model) else 0
     return SearchWords(specs, max(1, model.patch_embed.num_patches // 32), step)
 
 
 def space_of(model: Any, chosen: SearchWords) -> Space:
     num_hidden = model.blocks[0].mlp.fc2.in_features
     return Space(chosen.specs, len(model.blocks), model.patch_embed.num_patches, num_hidden, *chosen[1:])
+
+
+def has_plain_mlp(model: Any) -> bool:
+    """Whether a hidden unit of a layer's MLP is one row of its first matrix: whether it is not gated."""
+    return isinstance(model.blocks[0].mlp, Mlp)
