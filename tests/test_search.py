@@ -3,7 +3,7 @@
 import itertools
 import json
 import random
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 import pytest
@@ -78,8 +78,13 @@ def toy_forecast(seed, space, damages=64):
     return forecast
 
 
+@cache
 def all_plans(space):
     """Every plan of a space, by the rules of the language alone."""
+    return list(_all_plans(space))
+
+
+def _all_plans(space):
     specs = [spec for spec in space.words if spec.word in WHOLE]
     for word, merged, hidden in itertools.product(space.attention_words, (0, 2, 4), space.hidden):
         try:
@@ -103,11 +108,10 @@ def front_by_force(space, forecast, costs):
     return kept
 
 
-@pytest.mark.parametrize("damages", [1, 3, 64])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("seed", "damages"), [(0, 1), (1, 3), (2, 64), (3, 64)])
 def test_the_front_is_that_of_all_plans(seed, damages):
     forecast, costs = toy_forecast(seed, SPACE, damages), ToyCosts(seed, SPACE)
-    assert len(list(all_plans(SPACE))) > 3000
+    assert len(all_plans(SPACE)) > 3000
     front = pareto_front(SPACE, forecast, costs)
     assert [(one.cost, one.damage) for one in front] == front_by_force(SPACE, forecast, costs)
     assert all((one.cost, one.damage) == (costs.of(one.plan), forecast.of(one.plan)) for one in front)

@@ -79,6 +79,7 @@ def test_the_same_arguments_go_on_and_others_are_refused(folder, capsys, tmp_pat
     assert "trials.jsonl is of another search, by its first line: give another -o" in capsys.readouterr().err
 
 
+@pytest.mark.proof
 def test_a_killed_search_goes_on(folder, capsys, tmp_path):
     command = argv(folder, "--budget", "0.8", "--words", "exact,linear,-2,/32", "-o", str(tmp_path), "--minutes", "1")
     process = subprocess.Popen([sys.executable, "-m", "vitreuse", *command], stderr=subprocess.DEVNULL)

@@ -117,7 +117,7 @@ def _make(task: str, seed: int, variant: Variant) -> dict[str, Any]:
     folder = RUNS / f"{task}-{variant.name.replace(', ', '-').replace(' ', '_')}-seed{seed}"
     converted, healed = folder / "converted", folder / "healed"
     plan = variant.plan or _search(teacher, variant)
-    shutil.rmtree(converted, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)  # what a run that was broken off has left
     options = ("--plan", plan, "-o", str(converted), "--images", str(NUM_IMAGES), *variant.options)
     macs = json.loads(_call("-m", "vitreuse", "convert", str(teacher), *options, "--json"))["macs"]
     names = (f"model.name=local-dir:{converted}", f"train.distill.teacher.name=local-dir:{teacher}")
