@@ -233,9 +233,9 @@ def _saved_by_layer(model: Any, batch_size: int) -> list[int]:
     return [*grown[:-1], reached[0] + grown[-1]]
 
 
-def _weight_bytes(model: nn.Module, _: Conditions) -> list[int]:
+def _weight_bytes(model: Any, _: Conditions) -> list[int]:
     """Bytes of the weights of each layer, then of the rest."""
-    totals = [0] * (len(model.blocks) + 1)  # type: ignore[arg-type]
+    totals = [0] * (len(model.blocks) + 1)
     for name, parameter in model.named_parameters():
         totals[_layer_of(name)] += parameter.numel() * parameter.element_size()
     return totals

@@ -169,9 +169,9 @@ def _trials_of(args: argparse.Namespace, source: Source, chosen: SearchWords) ->
     return path
 
 
-def _costs(args: argparse.Namespace, model: Any, metric: str | None = None) -> PlanCosts:
+def _costs(args: argparse.Namespace, model: Any) -> PlanCosts:
     device = next(model.parameters()).device
-    return PlanCosts(model, metric or args.metric, device, getattr(torch, args.dtype or "float32"))
+    return PlanCosts(model, args.metric, device, getattr(torch, args.dtype or "float32"))
 
 
 def _refuse_unreachable(args: argparse.Namespace, source: Source, space: Space, costs: PlanCosts) -> None:

@@ -8,7 +8,7 @@ where no combination of changes that were tried on the plan itself makes it bett
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
@@ -117,7 +117,7 @@ class Refiner:
         """The plan with the best combination of so many steps; a merge also changes what later steps cost."""
         for _ in range(4):
             chosen = best_steps(steps, slack, size, self.cost(self.space.exact) / CELLS)
-            changed = _with_steps(plan, chosen)
+            changed = _with_specs(plan, {step.layer: step.spec for step in chosen})
             if not chosen or changed is None or not fits(self.space, changed):
                 return None
             over = self.cost(changed) - self.most
@@ -127,9 +127,8 @@ class Refiner:
         return None
 
 
-def _with_steps(plan: Plan, steps: Sequence[Step]) -> Plan | None:
-    """A plan after some steps; None where they break a rule together."""
-    specs = {step.layer: step.spec for step in steps}
+def _with_specs(plan: Plan, specs: Mapping[int, Spec]) -> Plan | None:
+    """A plan with other specs in some layers; None where they break a rule."""
     try:
         return Plan(tuple(specs.get(layer, spec) for layer, spec in enumerate(plan)))
     except ValueError:
@@ -178,7 +177,7 @@ def neighbours(space: Space, plan: Plan) -> Iterator[tuple[int, Spec, Plan]]:
     """Every single change of a plan that leaves it one of the space: the layer, what it becomes, and the plan then."""
     for layer, spec in enumerate(plan):
         for other in dict.fromkeys(_others(space, spec)):
-            changed = with_spec(plan, layer, other)
+            changed = _with_specs(plan, {layer: other})
             if other != spec and changed is not None and fits(space, changed):
                 yield layer, other, changed
 
@@ -202,14 +201,6 @@ def _others(space: Space, spec: Spec) -> Iterator[Spec]:
         for near in (place - steps, place + steps):
             if 0 <= near < len(space.hidden):
                 yield space.spec(word, spec.merged, space.hidden[near])
-
-
-def with_spec(plan: Plan, layer: int, spec: Spec) -> Plan | None:
-    """A plan with another spec in a layer; None where that breaks a rule."""
-    try:
-        return Plan((*plan.specs[:layer], spec, *plan.specs[layer + 1 :]))
-    except ValueError:
-        return None
 
 
 def fits(space: Space, plan: Plan) -> bool:
