@@ -250,7 +250,9 @@ def test_units_that_say_most_stay():
         model.blocks[1].mlp.fc1.weight[[3, 50]] = 0
         model.blocks[1].mlp.fc1.bias[[3, 50]] = 9
     hidden, columns = hidden_of(model, 1, pixels(6)), model.blocks[1].mlp.fc2.weight.detach().T
-    covariance = torch.cov(hidden.T, correction=0)
+    num_patches = len(hidden) // 6 - 1
+    counts = torch.tensor([num_patches, *[1] * num_patches]).repeat(6)  # a class token as much as all patches
+    covariance = torch.cov(hidden.T, correction=0, fweights=counts)
     covariance = covariance + 1e-3 * covariance.diagonal().mean() * torch.eye(96)
     chosen: list[int] = []
     while len(chosen) < 30:

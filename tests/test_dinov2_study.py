@@ -1,7 +1,9 @@
 """The study of DINOv2 without its downloads: what is recovered, built, pinned, compared and refused."""
 
 import hashlib
+import io
 import json
+import struct
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +17,18 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import vitreuse
-from docs.study.dinov2 import commands, fits, images, measure, packages, ranking, saliency, searched, weights
+from docs.study.dinov2 import (
+    commands,
+    fits,
+    images,
+    measure,
+    packages,
+    qt_resource,
+    ranking,
+    saliency,
+    searched,
+    weights,
+)
 from vitreuse.io.transformers_names import renamed
 
 SHAPE = {"img_size": 28, "depth": 2, "embed_dim": 12, "num_heads": 2, "mlp_ratio": 2, "num_classes": 0}
@@ -109,8 +122,69 @@ def cutout(width, height, colour):
 def pixels_of_composites(seed):
     noise = np.random.default_rng(1).integers(0, 255, (2, 61, 67, 3), dtype=np.uint8)
     cutouts = [images.Cutout("red", cutout(17, 11, (255, 0, 0))), images.Cutout("blue", cutout(7, 13, (0, 0, 255)))]
-    found = images.composites(cutouts, [Image.fromarray(pixels) for pixels in noise], 53, 3, seed)
+    found = images.composites(cutouts, [[Image.fromarray(pixels) for pixels in noise]], 53, 3, seed)
     return {path: np.asarray(image) for path, image in found}
+
+
+def test_each_group_of_backgrounds_is_as_likely():
+    """However many there are in it."""
+    groups = [[Image.new("RGB", (60, 60), (0, 0, 255))], [Image.new("RGB", (60, 60), (0, 255, 0))] * 9]
+    dot = images.Cutout("dot", cutout(9, 9, (255, 0, 0)))
+    corners = [np.asarray(image)[0, 0] for _, image in images.composites([dot], groups, 23, 60, [0])]
+    assert 20 <= sum(corner[2] > 0 for corner in corners) <= 40
+
+
+def resource_collection(files: dict[str, bytes], version=2):
+    """A Qt resource collection as rcc --binary writes it: files of one folder, those of .txt compressed."""
+    names, name_at = b"", {}
+    for name in ("folder", *files):
+        name_at[name] = len(names)
+        names += struct.pack(">HI", len(name), 7) + name.encode("utf-16-be")
+    data, data_at = b"", {}
+    for name, content in files.items():
+        data_at[name] = len(data)
+        data += struct.pack(">I", len(content)) + content
+    time = b"" if version == 1 else bytes(8)
+    nodes = [struct.pack(">IHII", 0, 2, 1, 1) + time, struct.pack(">IHII", 0, 2, len(files), 2) + time]
+    for name in files:
+        nodes.append(struct.pack(">IHHHI", name_at[name], int(name.endswith(".txt")), 0, 1, data_at[name]) + time)
+    tree_at = 20 + 4 * (version == 3)
+    data_from = tree_at + len(b"".join(nodes))
+    header = struct.pack(">4sIIII", b"qres", version, tree_at, data_from, data_from + len(data)) + bytes(tree_at - 20)
+    return header + b"".join(nodes) + data + names
+
+
+@pytest.mark.parametrize("version", [1, 2, 3])
+def test_files_of_a_resource_collection_are_those_that_are_not_compressed(version):
+    files = {"cat.webp": b"cat" * 50, "a.txt": b"packed", "Über.webp": b"", "dog.webp": b"\0\1"}
+    found = dict(qt_resource.files_of(resource_collection(files, version)))
+    assert found == {f"folder/{name}": files[name] for name in ("cat.webp", "Über.webp", "dog.webp")}
+
+
+def test_other_files_are_no_resource_collection():
+    with pytest.raises(ValueError, match="begins with qres, and this file does not"):
+        qt_resource.files_of(b"RIFF1234WEBP")
+    with pytest.raises(ValueError, match="of version 9 cannot be read"):
+        qt_resource.files_of(resource_collection({}, 2)[:4] + struct.pack(">I", 9) + bytes(99))
+
+
+def test_photographs_of_a_collection_are_large_and_hide_nothing(tmp_path, monkeypatch):
+    def webp(mode, *size):
+        written = io.BytesIO()
+        Image.new(mode, size, (7, 8, 9, 0)[: len(mode)]).save(written, "webp", lossless=True)
+        return written.getvalue()
+
+    files = {"lake.webp": webp("RGB", 301, 211), "icon.webp": webp("RGB", 301, 99), "cut.webp": webp("RGBA", 301, 211)}
+    content = resource_collection({**files, "lake.svg": b"<svg/>"})
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package/lakes.rcc").write_bytes(content)
+    digest = hashlib.sha256(content).hexdigest()
+    line = {"package": "package", "path": "lakes.rcc", "sha256": digest, "split": "train"}
+    monkeypatch.setattr(images, "read_list", lambda name: [line])
+    assert [(name, image.size) for name, image in images.collected_photographs("train", tmp_path)] == [
+        ("lakes-lake", (301, 211))
+    ]
+    assert [*images.collected_photographs("val", tmp_path)] == []
 
 
 def test_the_same_seed_makes_the_same_pixels():
@@ -138,7 +212,7 @@ def test_an_object_takes_its_share_of_an_image_and_lies_within():
 
 
 def test_splits_share_neither_objects_nor_backgrounds():
-    for name in ("objects.csv", "backgrounds.csv"):
+    for name in ("objects.csv", "backgrounds.csv", "collections.csv"):
         lines = packages.read_list(name)
         assert len({line["sha256"] for line in lines}) == len({line["path"] for line in lines}) == len(lines)
     names = [Path(line["path"]).stem for line in packages.read_list("objects.csv")]
@@ -164,7 +238,11 @@ def test_without_apt_a_sentence_names_the_files(tmp_path):
     said = str(refused.value)
     assert "\n" not in said and said.startswith("apt-get and dpkg-deb would fetch")
     assert all(f"{name}_*.deb" in said for name in packages.DEBIAN) and str(tmp_path / "debian") in said
-    (tmp_path / "debian").mkdir()
+    for name in packages.DEBIAN[1:]:
+        (tmp_path / "debian" / name).mkdir(parents=True)
+    with pytest.raises(ValueError, match=f"unpack {packages.DEBIAN[0]}_[*].deb of Debian into"):
+        packages.unpack_debian(tmp_path, which=lambda tool: None)
+    (tmp_path / "debian" / packages.DEBIAN[0]).mkdir()
     assert packages.unpack_debian(tmp_path, which=lambda tool: None) == tmp_path / "debian"
 
 
@@ -247,8 +325,11 @@ def test_a_searched_plan_stands_beside_constant_merging_and_what_others_do(monke
     with torch.no_grad():
         tokens = [tiny().forward_features(images) for images in pixels[2]]
     monkeypatch.setattr(searched, "_test", lambda px, test: (pixels[2], tokens, ["brick", "cat", "dog"] * 4))
-    for name, value in {"ROOT": tmp_path, "MINUTES": 0.02, "SPEED_BATCH": {28: 1}, "SPEED_REPEATS": {28: 2}}.items():
+    for name, value in {"ROOT": tmp_path, "MINUTES": 0.02}.items():
         monkeypatch.setattr(searched, name, value)
+    monkeypatch.setattr(measure, "trained", lambda px, global_pool="": tiny())
+    for name, value in {"SPEED_BATCH": {28: 1}, "SPEED_REPEATS": {28: 2}}.items():
+        monkeypatch.setattr(measure, name, value)
     line = searched.searched(28, "0.95")
     rows = {row["name"]: row for row in line["rows"]}
     assert {"searched", "searched, not fitted as a whole", "constant merging", "units by norms"} <= {*rows}

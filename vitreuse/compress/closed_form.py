@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from vitreuse.attention import EMPTY_CARRY, Carry
 from vitreuse.compress.convert import Conversion
-from vitreuse.compress.ridge import NormalEquations, best_fit
+from vitreuse.compress.ridge import NormalEquations, best_fit, row_weights
 from vitreuse.io.progress import WorkProgress
 from vitreuse.io.spool import Spool
 from vitreuse.model.recording import inputs_of, layer_pass
@@ -87,12 +87,17 @@ class _Writer(NamedTuple):
 
     def add(self, update: Tensor) -> None:
         """Adds an update (F, C) of what is written, whose last row is the bias where there is one."""
-        if self.scale is not None:
-            update = (update / self.scale).where(self.scale.abs() > LEAST_SCALE, 0.0)
+        update = before_scale(update, self.scale)
         if self.linear is not None:
             self.linear.weight.add_(update[: self.linear.in_features].T)
         if self.bias is not None:
             self.bias.add_(update[-1])
+
+
+def before_scale(update: Tensor, scale: Tensor | None) -> Tensor:
+    """What is to be written (..., C), as it is before a LayerScale (C,) if there is one; nothing in channels that the
+    scale all but closes."""
+    return update if scale is None else (update / scale).where(scale.abs() > LEAST_SCALE, 0.0)
 
 
 @torch.no_grad()
@@ -228,15 +233,6 @@ def merged_alike(x: Tensor, carry: Carry) -> Tensor:
         return x
     sums = x.new_zeros(x.shape[0], carry.sizes.shape[1], x.shape[2])
     return sums.scatter_add_(1, carry.places[..., None].expand_as(x), x) / carry.sizes[..., None].to(x)
-
-
-def row_weights(tokens: Tensor, sizes: Tensor | None, num_prefix_tokens: int) -> Tensor:
-    """How much the error of each token counts, (B, N): of a patch as many times as it stands for patches, and of prefix
-    tokens together as much as of all patches."""
-    weights = torch.ones(tokens.shape[:2], device=tokens.device) if sizes is None else sizes
-    prefix, patches = weights.split([num_prefix_tokens, weights.shape[1] - num_prefix_tokens], dim=1)
-    together = patches.sum(1, keepdim=True) / max(1, num_prefix_tokens)
-    return torch.cat([together.expand_as(prefix), patches], dim=1)
 
 
 def _added(state: _State, num_prefix_tokens: int) -> float:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from vitreuse.attention import EMPTY_CARRY
+from vitreuse.compress.ridge import NormalEquations, row_weights
 from vitreuse.model.plan_weights import Units
 from vitreuse.model.recording import inputs_of
 from vitreuse.plan import Plan
@@ -28,7 +29,7 @@ def unit_ranking(covariance: Tensor, columns: Tensor) -> list[int]:
     """The units from the first that is chosen to the last.
 
     Args:
-        covariance: (F, F), of the units over tokens of images, or their mean products where no bias takes a mean.
+        covariance: (F, F), of the units over tokens of images, or their products where no bias takes a mean.
         columns: (F,), the square of each unit's column of the second matrix.
     """
     num_units = len(columns)
@@ -61,31 +62,22 @@ def contributing_units(original: Any, plan: Plan, batches: Iterable[Tensor]) -> 
     device = next(original.parameters()).device
     states, chosen = [original.embed(images.to(device)) for images in batches], {}
     for layer, block in enumerate(original.blocks[: max(fewer) + 1]):
-        moments, passed = _Moments(), []
+        sums: NormalEquations | None = None
+        fc2, passed = block.mlp.fc2, []
         for tokens, grid in states:
-            with inputs_of(block.mlp.fc2) as hidden:
+            with inputs_of(fc2) as hidden:
                 passed.append((block(tokens, EMPTY_CARRY, grid)[0], grid))
             if layer in fewer:
-                moments.add(hidden[0].flatten(0, -2).double())
+                own = _equations(hidden[0], block.attn.num_prefix_tokens, fc2.bias is not None)
+                sums = own if sums is None else sums + own
         states = passed
-        if layer in fewer:
-            fc2, number = block.mlp.fc2, plan[layer].hidden or 0
-            covariance = moments.covariance(fc2.bias is not None)
-            chosen[layer] = sorted(unit_ranking(covariance, fc2.weight.double().square().sum(0))[:number])
+        if sums is not None:
+            ranking = unit_ranking(sums.covariance(), fc2.weight.double().square().sum(0))
+            chosen[layer] = sorted(ranking[: plan[layer].hidden])
     return chosen
 
 
-class _Moments:
-    """Sums of hidden units and of their products over rows (R, F) in float64."""
-
-    def __init__(self) -> None:
-        self.count, self.sums, self.products = 0, torch.zeros(()), torch.zeros(())
-
-    def add(self, rows: Tensor) -> None:
-        self.count += len(rows)
-        self.sums, self.products = self.sums + rows.sum(0), self.products + rows.T @ rows
-
-    def covariance(self, has_bias: bool) -> Tensor:
-        """(F, F), or the mean products where no bias takes the mean."""
-        means, products = self.sums / self.count, self.products / self.count
-        return products - torch.outer(means, means) if has_bias else products
+def _equations(hidden: Tensor, num_prefix_tokens: int, has_bias: bool) -> NormalEquations:
+    """Those of hidden units (B, N, F) alone, of no errors."""
+    rows = (hidden, hidden[..., :0], row_weights(hidden, None, num_prefix_tokens))
+    return NormalEquations.of(*(values.flatten(0, 1) for values in rows), has_bias=has_bias)

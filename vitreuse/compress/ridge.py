@@ -1,6 +1,6 @@
 """Ridge regression by normal equations that are summed up batch by batch: memory does not grow with the images.
 
-Shapes: R rows, F features, the last of them constant where there is a bias, C outputs.
+Shapes: R rows, F features, the last of them constant where there is a bias, C outputs; B images, N tokens.
 """
 
 from __future__ import annotations
@@ -44,6 +44,15 @@ class NormalEquations:
         gram, cross = self.gram + other.gram, self.cross + other.cross
         return NormalEquations(gram, cross, self.energy + other.energy, self.num_penalized)
 
+    def covariance(self) -> Tensor:
+        """The covariance of the features but the constant one; their summed products where there is no constant
+        one, (F, F)."""
+        products = self.gram[: self.num_penalized, : self.num_penalized]
+        if len(self.gram) == self.num_penalized:
+            return products
+        sums, count = self.gram[-1, :-1], self.gram[-1, -1]
+        return (products - torch.outer(sums, sums) / count) / count
+
     def solve(self, strength: float) -> Tensor:
         """The update (F, C) of least squared error and size; the bias may be of any size.
 
@@ -59,6 +68,15 @@ class NormalEquations:
     def error(self, update: Tensor) -> float:
         """The sum of the squared errors that an update (F, C) leaves."""
         return self.energy + float((update * (self.gram @ update - 2 * self.cross)).sum())
+
+
+def row_weights(tokens: Tensor, sizes: Tensor | None, num_prefix_tokens: int) -> Tensor:
+    """How much the error of each token counts, (B, N): of a patch as many times as it stands for patches, and of prefix
+    tokens together as much as of all patches."""
+    weights = torch.ones(tokens.shape[:2], device=tokens.device) if sizes is None else sizes
+    prefix, patches = weights.split([num_prefix_tokens, weights.shape[1] - num_prefix_tokens], dim=1)
+    together = patches.sum(1, keepdim=True) / max(1, num_prefix_tokens)
+    return torch.cat([together.expand_as(prefix), patches], dim=1)
 
 
 @dataclass(frozen=True)

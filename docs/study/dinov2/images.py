@@ -1,8 +1,10 @@
 """The study's images: objects on backgrounds, whose label is the object, and photographs proper, which have none.
 
-Objects and backgrounds are split once (objects.csv, backgrounds.csv), so that nothing of one split is in another:
+Objects, backgrounds and collections of photographs are split once (objects.csv, backgrounds.csv, collections.csv), so
+that nothing of one split is in another:
 
-    224/train, 224/val    what plans are chosen, converted and healed on
+    224/train, 224/val    what plans are chosen, converted and healed on: photographs, and objects on backgrounds, half
+                          of which are these photographs
     224-test/train, /val  what is reported: the memory and the queries of k-NN. They share their objects, without which
                           there would be no label to find, and neither backgrounds nor scales, places and brightness
     224-photographs       a flat folder, reported too: scikit-image's and scikit-learn's, and the photographs among the
@@ -26,6 +28,7 @@ import numpy as np
 from PIL import Image
 
 from docs.study.dinov2.packages import DATA, package_folder, read_list, read_pinned
+from docs.study.dinov2.qt_resource import files_of
 from vitreuse.io.durable import durable_folder
 
 SEED = 0
@@ -33,6 +36,7 @@ SIZES_PX = (224, 518)
 SHARE_OF_AREA = (0.25, 0.75)  # of the image, of the square around an object
 BRIGHTNESS = (0.7, 1.3)
 CROP = (0.5, 1.0)  # of a background's shorter side
+LEAST_PX = 200  # the shorter side of a photograph of a collection; what is smaller there is a detail or a symbol
 BACKGROUND_PX = 1200  # the shorter side that backgrounds are kept at
 
 
@@ -42,7 +46,7 @@ class Part(NamedTuple):
     Attributes:
         folder: Below the data.
         objects: The split of objects.csv.
-        backgrounds: The split of backgrounds.csv.
+        backgrounds: The split of backgrounds.csv, and of collections.csv.
         per_object: How many images there are of each object, by image size.
     """
 
@@ -98,12 +102,20 @@ def _brightened(image: Image.Image, rng: np.random.Generator) -> Image.Image:
 
 
 def composites(
-    cutouts: Sequence[Cutout], backgrounds: Sequence[Image.Image], size_px: int, per_object: int, seed: Sequence[int]
+    cutouts: Sequence[Cutout],
+    groups: Sequence[Sequence[Image.Image]],
+    size_px: int,
+    per_object: int,
+    seed: Sequence[int],
 ) -> Iterator[tuple[str, Image.Image]]:
-    """Images of every object by their paths, OBJECT/NUMBER.jpg; the random numbers of each are its own."""
+    """Images of every object by their paths, OBJECT/NUMBER.jpg; the random numbers of each are its own.
+
+    Each group of backgrounds is as likely as another.
+    """
     for number in range(len(cutouts) * per_object):
         rng = np.random.default_rng([*seed, number])
         cutout = cutouts[number // per_object]
+        backgrounds = groups[int(rng.integers(len(groups)))]
         image = composite(cutout.image, backgrounds[int(rng.integers(len(backgrounds)))], size_px, rng)
         yield f"{cutout.name}/{number % per_object}.jpg", image
 
@@ -138,20 +150,25 @@ def build(debian: Path, data: Path = DATA) -> None:
 def _write_part(folder: Path, part: Part, size_px: int, debian: Path) -> None:
     cutouts = [read_cutout(line, debian) for line in read_list("objects.csv") if line["split"] == part.objects]
     lines = [line for line in read_list("backgrounds.csv") if line["split"] == part.backgrounds]
-    backgrounds = [_reduced(read_image(line, debian)) for line in lines]
+    backgrounds = [_reduced(read_image(line, debian / line["package"])) for line in lines]
+    collected = dict(collected_photographs(part.backgrounds, debian))
+    groups = [group for group in (backgrounds, [*collected.values()]) if group]
     seed = (SEED, size_px, PARTS.index(part))
-    for name, image in composites(cutouts, backgrounds, size_px, part.per_object[size_px], seed):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    for name, image in composites(cutouts, groups, size_px, part.per_object[size_px], seed):
         _write(image, folder / name)
+    for name, image in collected.items():
+        _write(central_square(image, size_px), folder / f"photographs/{name}.jpg")
 
 
 def _write(image: Image.Image, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     image.save(path, quality=95, subsampling=0)
 
 
 def read_cutout(line: dict[str, str], debian: Path) -> Cutout:
     """The object of a line of objects.csv."""
-    image = Image.open(io.BytesIO(read_pinned(debian / line["path"], line["sha256"]))).convert("RGBA")
+    content = read_pinned(debian / line["package"] / line["path"], line["sha256"])
+    image = Image.open(io.BytesIO(content)).convert("RGBA")
     return Cutout(Path(line["path"]).stem, image.crop(image.getchannel("A").getbbox()))
 
 
@@ -175,4 +192,14 @@ def photographs(debian: Path) -> Iterator[tuple[str, Image.Image]]:
         if line["kind"] == "photograph" and line["split"] in ("memory", "queries"):
             path = Path(line["path"])
             name = path.stem if path.parent.name == "nature" else path.parents[2].name
-            yield f"{'mate' if path.parent.name == 'nature' else 'plasma'}-{name}", read_image(line, debian)
+            yield f"{line['package'].split('-')[0]}-{name}", read_image(line, debian / line["package"])
+
+
+def collected_photographs(split: str, debian: Path) -> Iterator[tuple[str, Image.Image]]:
+    """The photographs in the collections of a split, among them some paintings, by their names."""
+    for line in read_list("collections.csv"):
+        if line["split"] == split:
+            for path, content in files_of(read_pinned(debian / line["package"] / line["path"], line["sha256"])):
+                image = Image.open(io.BytesIO(content)) if path.endswith(".webp") else None
+                if image is not None and image.mode == "RGB" and min(image.size) >= LEAST_PX:
+                    yield f"{Path(line['path']).stem}-{Path(path).stem}", image.convert("RGB")

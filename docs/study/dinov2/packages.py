@@ -18,12 +18,11 @@ from vitreuse.io.durable import durable_folder
 
 HERE = Path(__file__).parent
 DATA = Path("data/dinov2")
-DEBIAN = ("tuxpaint-stamps-default", "mate-backgrounds", "plasma-workspace-wallpapers")
-TOOLS = ("apt-get", "dpkg-deb")
+DEBIAN = ("tuxpaint-stamps-default", "mate-backgrounds", "plasma-workspace-wallpapers", "gcompris-qt-data")
 
 
 def unpack_debian(data: Path = DATA, which: Callable[[str], str | None] = shutil.which) -> Path:
-    """The folder in which Debian's packages are unpacked, fetched and filled where it is not there.
+    """The folder of Debian's packages, each in a folder of its name, which is fetched and filled where it is missing.
 
     A package that lies in data/packages already is not fetched.
 
@@ -31,21 +30,21 @@ def unpack_debian(data: Path = DATA, which: Callable[[str], str | None] = shutil
         ValueError: There is no apt or dpkg here, or the fetching failed.
     """
     unpacked, packages = data / "debian", data / "packages"
-    if unpacked.is_dir():
-        return unpacked
-    packages.mkdir(parents=True, exist_ok=True)
-    missing = [name for name in DEBIAN if not any(packages.glob(f"{name}_*.deb"))]
-    tools = [tool for tool in TOOLS if which(tool) is None and (missing or tool != "apt-get")]
+    packed = [name for name in DEBIAN if not (unpacked / name).is_dir()]
+    missing = [name for name in packed if not any(packages.glob(f"{name}_*.deb"))]
+    needed = {"apt-get": missing, "dpkg-deb": packed}
+    tools = [tool for tool, names in needed.items() if names and which(tool) is None]
     if tools:
-        files = ", ".join(f"{name}_*.deb" for name in DEBIAN)
+        files = ", ".join(f"{name}_*.deb" for name in packed)
         raise ValueError(
             f"{' and '.join(tools)} would fetch and unpack photographs here, and there is none: unpack {files} of "
-            f"Debian into {unpacked}, so that it has the folder usr."
+            f"Debian into {unpacked}, each into a folder of its package's name, so that it has the folder usr."
         )
+    packages.mkdir(parents=True, exist_ok=True)
     if missing:
         _call("apt-get", "download", *missing, folder=packages)
-    with durable_folder(unpacked) as folder:
-        for name in DEBIAN:
+    for name in packed:
+        with durable_folder(unpacked / name) as folder:
             _call("dpkg-deb", "-x", str(next(packages.glob(f"{name}_*.deb")).resolve()), str(folder.resolve()))
     return unpacked
 

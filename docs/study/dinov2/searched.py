@@ -17,7 +17,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from docs.study.dinov2.commands import ROOT
-from docs.study.dinov2.measure import CPU, SPEED_BATCH, SPEED_REPEATS, TESTS, Line, complete, images_of, read_lines
+from docs.study.dinov2.measure import (
+    CPU,
+    SPEED_BATCH,
+    TESTS,
+    Line,
+    complete,
+    images_of,
+    read_lines,
+    times_beside_plain,
+)
 from docs.study.dinov2.packages import HERE
 from docs.study.dinov2.weights import trained
 from eval.table import Column, to_markdown
@@ -25,13 +34,11 @@ from vitreuse import convert, fit_layers
 from vitreuse.compress.hidden_units import contributing_units
 from vitreuse.compress.search import Space, search
 from vitreuse.compress.search.constant import constant_merging
-from vitreuse.cost.backends import fused_attention
-from vitreuse.cost.measure import describe_machine, inference_call, time_interleaved
+from vitreuse.cost.measure import describe_machine
 from vitreuse.cost.plan_costs import PlanCosts
 from vitreuse.io.durable import write_durably
 from vitreuse.io.progress import WorkProgress
 from vitreuse.model.copies import exact_copy
-from vitreuse.model.preprocessing import example
 from vitreuse.plan import EXACT, Plan, Spec
 
 SEARCHED = HERE / "searched.jsonl"
@@ -75,13 +82,13 @@ def searched(image_size_px: int, share_text: str) -> Line:
         **rivals(space, latency, constant_ns),
     }
     models = {name: _made(original, plan, is_fitted, fitted) for name, (plan, is_fitted) in rows.items()}
-    speedups = _speedups(image_size_px, models)
+    timings, best = times_beside_plain(image_size_px, models)
     lines = [
         {
             "name": name,
             "plan": str(plan),
             "predicted": latency.of(plan) / exact_ns,
-            "speedup": speedups[name],
+            "speedup": timings[best].minimum_ms / timings[name].minimum_ms,
             "forecast": 100 * found.forecast.of(plan) if _is_known(plan, space) else None,
             "tried": 100 * found.trials.distance(plan),
             **distances(image_size_px, models[name]),
@@ -127,19 +134,6 @@ def _made(original: Any, plan: Plan, is_fitted: bool, fitted: list[Tensor]) -> A
         with WorkProgress(str(plan), "layers", len(plan)) as progress:
             fit_layers(conversion, fitted, progress)
     return conversion.model.eval()
-
-
-def _speedups(image_size_px: int, models: dict[str, Any]) -> dict[str, float]:
-    """How many times as fast as the best plain model each is, all in turns in one run."""
-    plain = {}
-    for name, is_fused in (("timm, fused", True), ("timm, unfused", False)):
-        with fused_attention(is_fused):
-            plain[name] = trained(image_size_px, global_pool="")
-    images = example(plain["timm, fused"], SPEED_BATCH[image_size_px])
-    calls = {name: inference_call(model.forward_features, images) for name, model in {**models, **plain}.items()}
-    timings = time_interleaved(calls, CPU, SPEED_REPEATS[image_size_px])
-    best = min(timings[name].minimum_ms for name in plain)
-    return {name: best / timings[name].minimum_ms for name in models}
 
 
 @cache

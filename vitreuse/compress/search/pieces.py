@@ -16,10 +16,10 @@ from torch import Tensor
 
 from vitreuse.attention import EMPTY_CARRY
 from vitreuse.attention.lowrank import grid_pooling
-from vitreuse.compress.closed_form import ASIDE, LEAST_SCALE, row_weights
+from vitreuse.compress.closed_form import ASIDE, before_scale
 from vitreuse.compress.convert import in_order_of_heads
 from vitreuse.compress.hidden_units import unit_ranking
-from vitreuse.compress.ridge import NormalEquations, best_fit
+from vitreuse.compress.ridge import NormalEquations, best_fit, row_weights
 from vitreuse.io.progress import WorkProgress
 from vitreuse.model.keywords import read_keywords
 from vitreuse.model.plan_weights import in_plan
@@ -172,10 +172,8 @@ def _mean(parts: Iterator[Tensor]) -> Tensor:
 
 def _with_mean(block: Any, mean: Tensor) -> Tensor:
     """The bias of an attention's output that adds so much more to the tokens, (C,), through its LayerScale."""
-    gamma = getattr(block.ls1, "gamma", None)
-    if gamma is not None:
-        mean = (mean / gamma).where(gamma.abs() > LEAST_SCALE, 0.0)
-    return (block.attn.proj.bias + mean).to(block.attn.proj.bias)
+    bias = block.attn.proj.bias
+    return (bias + before_scale(mean, getattr(block.ls1, "gamma", None))).to(bias)
 
 
 def _equations(block: Any, rows: Iterable[tuple[Tensor, Tensor]], has_bias: bool) -> list[NormalEquations]:
@@ -217,8 +215,7 @@ def _fit_hidden(pieces: Pieces, layer: int, seen: Sequence[_Layer], hidden: Sequ
     nothing = ((of.hidden, of.hidden[..., :0]) for of in seen)
     fitted, aside = _equations(block, nothing, fc2.bias is not None)
     has_bias, weight = fc2.bias is not None, fc2.weight.double()
-    covariance = _covariance(fitted, num_units, has_bias)
-    ranking = torch.tensor(unit_ranking(covariance, weight.square().sum(0)), device=weight.device)
+    ranking = torch.tensor(unit_ranking(fitted.covariance(), weight.square().sum(0)), device=weight.device)
     for number in fewer:
         kept, dropped = ranking[:number].sort().values, ranking[number:]
         wanted, others = (_left_out(sums, kept, dropped, weight, has_bias) for sums in (fitted, aside))
@@ -229,15 +226,6 @@ def _fit_hidden(pieces: Pieces, layer: int, seen: Sequence[_Layer], hidden: Sequ
             bias = None if bias is None else (bias + fit.update[-1]).to(bias)
         pieces.units[layer, number] = kept.tolist()
         pieces.fc2[layer, number] = Matrix(new.to(fc2.weight).contiguous(), bias)
-
-
-def _covariance(sums: NormalEquations, num_units: int, has_bias: bool) -> Tensor:
-    """The covariance of hidden units (F, F), or their summed products where no bias would take the mean."""
-    products = sums.gram[:num_units, :num_units]
-    if not has_bias:
-        return products
-    count, means = sums.gram[-1, -1], sums.gram[-1, :num_units] / sums.gram[-1, -1]
-    return products / count - torch.outer(means, means)
 
 
 def _left_out(
