@@ -59,8 +59,12 @@ def test_the_command_leaves_the_converted_model_and_what_it_found(folder, capsys
     audited = found["audited"]
     assert list(audited) == ["chosen", "reuse", "lazy", "lowrank", "mixspan", "constant merging"]
     assert audited["lowrank"]["plan"] == "lowrank:5*4"
-    assert audited["constant merging"]["cost"] <= found["chosen"]["cost"]
+    latency = PlanCosts(original, "latency")
+    assert latency.of(parse_plan(audited["constant merging"]["plan"], 4)) <= latency.of(chosen)
+    assert audited["chosen"]["damage"] == found["chosen"]["damage"]
     for row in audited.values():
+        plan = parse_plan(row["plan"], 4)
+        assert row["predicted_speedup"] == latency.of(parse_plan("exact*4", 4)) / latency.of(plan)
         assert row["speedup"] > 0 and row["agreement"]["num_images"] == 2
     assert found["distance"] <= found["start"]["distance"]
     assert found["command"].startswith("vitreuse export ")
@@ -160,3 +164,14 @@ def test_what_cannot_be_searched_is_one_sentence(more, sentence, folder, capsys)
         code = exit.code
     told = capsys.readouterr().err
     assert code == 2 and told.startswith("vitreuse search: ") and sentence in told and told.count("\n") == 1
+
+
+def test_what_healing_regains_is_measured_when_asked_for(folder, capsys, tmp_path):
+    command = argv(folder, "--budget", "0.8", "--words", "exact,none,skip", "-o", str(tmp_path))
+    found = searched(capsys, *command, "--heal-minutes", "0.05")
+    healing = found["healing"]
+    assert healing["rate"] in (1e-6, 1e-5, 1e-4) and healing["num_steps"] >= 1
+    assert healing["before"] == pytest.approx(found["audited"]["chosen"]["distance"], rel=1e-5)
+    assert main([*command, "--heal-minutes", "0.01"]) == 0
+    assert "the best of three, regained" in capsys.readouterr().out
+    assert "healing" not in searched(capsys, *argv(folder, "--words", "exact,none"))

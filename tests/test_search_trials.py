@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+from itertools import islice
 
 import pytest
 import timm
@@ -11,12 +12,13 @@ from cases import randomized
 
 from vitreuse import convert, parse_plan
 from vitreuse.compress.damage import Change
-from vitreuse.compress.fidelity import output_distance
+from vitreuse.compress.fidelity import mean_distance, output_distance
 from vitreuse.compress.search import Space, search
 from vitreuse.compress.search.audit import audit
 from vitreuse.compress.search.constant import constant_merging
 from vitreuse.compress.search.forecast import measure_changes, tries
 from vitreuse.compress.search.found import hardest, make_pieces
+from vitreuse.compress.search.healing import expected_of_healing, mirrored_in_turns
 from vitreuse.compress.search.pieces import Pieces, fit_pieces
 from vitreuse.compress.search.refine import Refiner, Step, best_steps, fits, neighbours
 from vitreuse.compress.search.trials import Trials, parting
@@ -293,3 +295,21 @@ def test_constant_merging_is_the_least_that_keeps_the_cost():
     halved = parse_plan("exact-12 exact-6 exact-3 exact-2")
     assert constant_merging(SPACE, costs, costs.of(halved)) == halved
     assert constant_merging(SPACE, costs, costs.of(halved) - 1) is None
+
+
+def test_a_short_healing_learns_and_leaves_the_model_as_it_is():
+    model = original(**KINDS["features"])
+    converted = convert(model, "skip exact*3").model.eval()
+    before = {key: value.clone() for key, value in converted.state_dict().items()}
+    shown = [(images, torch.zeros(len(images))) for images in batches(6, seed=3)]
+    found = expected_of_healing(model, converted, batches(24), batches(6, seed=7), lambda: shown, 0.1, 8)
+    assert found.before == mean_distance(model, converted, [images for images, _ in shown])
+    assert found.rate == 1e-4 and found.after < found.before and found.num_steps > 9
+    assert all(torch.equal(before[key], value) for key, value in converted.state_dict().items())
+
+
+def test_images_to_heal_on_are_mirrored_every_second_time():
+    one, other = torch.arange(6.0).reshape(1, 1, 2, 3), torch.ones(2, 1, 2, 3)
+    found = [*islice(mirrored_in_turns([one, other]), 5)]
+    expected = [one, other, one.flip(-1), other.flip(-1), one]
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))

@@ -122,6 +122,18 @@ def output_distance(original: Any, wanted: Tensor, found: Tensor) -> Tensor:
     return 1 - torch.stack(list(token_cosines(original, wanted, original, found).values())).mean(0)
 
 
+@torch.inference_mode()
+def mean_distance(original: Any, converted: Any, batches: Iterable[Tensor]) -> float:
+    """How far the answers of a ViT are from the original's, see output_distance, a mean over the images of batches
+    (B, channels, rows, columns); both models on one device and in evaluation mode."""
+    device, parts = next(original.parameters()).device, []
+    for images in batches:
+        seen = images.to(device)
+        wanted, found = (answer_of_tokens(each, each.forward_features(seen)) for each in (original, converted))
+        parts.append(output_distance(original, wanted, found))
+    return float(torch.cat(parts).double().mean())
+
+
 def _divergence(wanted: Tensor, found: Tensor) -> Tensor:
     """The divergence (B,) of the probabilities of logits (B, classes) from those of others, in nats."""
     ours, theirs = (logits.float().log_softmax(1) for logits in (found, wanted))

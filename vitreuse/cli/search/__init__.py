@@ -24,8 +24,9 @@ from vitreuse.compress.convert import convert
 from vitreuse.compress.damage import check_specs, refuse_other_layers
 from vitreuse.compress.hidden_units import contributing_units
 from vitreuse.compress.search import Candidate, Found, Space, least_cost, search
-from vitreuse.compress.search.audit import Audited, audit, batch_of
+from vitreuse.compress.search.audit import audit, batch_of
 from vitreuse.compress.search.constant import constant_merging
+from vitreuse.compress.search.healing import expected_of_healing
 from vitreuse.cost.backends import fused_attention
 from vitreuse.cost.plan_costs import METRICS, PlanCosts
 from vitreuse.data import find_split
@@ -60,6 +61,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--words", type=search_words, metavar="TEXT", help=meaning)
     meaning = "how long plans may be improved by running them, 0 to go by the forecast alone; default: %(default)g"
     parser.add_argument("--minutes", type=minutes, default=10.0, metavar="M", help=meaning)
+    meaning = "measure what healing this long regains, on copies: at three learning rates in turn; default: not at all"
+    parser.add_argument("--heal-minutes", type=minutes, default=0.0, metavar="M", help=meaning)
     add_output(parser, "write the converted model, search.json, front.png, and trials.jsonl, by which a search goes on")
 
 
@@ -91,6 +94,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         **_found(found, space, costs),
         **_audited(source, original, conversion, found, space, costs, samples.shown, args.batch_size),
     }
+    if args.heal_minutes:
+        size, shown = batch_of(original), partial(samples.shown.batches, args.batch_size)
+        fitted, tried = batches
+        healed = expected_of_healing(original, conversion, fitted, tried, shown, args.heal_minutes, 2 * size)
+        result["healing"] = asdict(healed)
     if args.output is not None:
         save_hub_folder(conversion, args.output, source.target.crop_pct, source.training)
         write_durably(args.output / "search.json", json.dumps(result).encode())
@@ -239,9 +247,11 @@ def _audited(
     shown: ImageSample,
     batch_size: int,
 ) -> dict[str, Any]:
-    """The chosen model, constant merging and the presets, measured on images that nothing was chosen on."""
-    others = dict(_presets(space))
-    constant = constant_merging(space, costs, found.chosen.cost)
+    """The chosen model, constant merging of its predicted time, and the presets, measured on images that nothing was
+    chosen on; of the metric's cost where no time can be predicted on this device."""
+    others, latency = dict(_presets(space)), _latency(costs, original)
+    equal = costs if latency is None else latency
+    constant = constant_merging(space, equal, equal.of(found.chosen.plan))
     if constant is not None:
         others["constant merging"] = constant
     distances = found.trials.pieces.distances
@@ -249,9 +259,29 @@ def _audited(
     has_labels = len(shown.class_names) == source.model.num_classes > 0
     plain = partial(plain_model_of, source)
     measured = audit(original, {"chosen": converted, **models}, plain, partial(shown.batches, batch_size), has_labels)
-    exact, plans = costs.of(space.exact), {"chosen": found.chosen.plan, **others}
-    rows = {name: _audit_row(plans[name], costs, exact, measured[name]) for name in plans}
+    plans = {"chosen": found.chosen.plan, **others}
+    rows = {
+        name: {
+            "plan": str(plan),
+            "cost": costs.of(plan),
+            "share": costs.of(plan) / costs.of(space.exact),
+            "predicted_speedup": None if latency is None else latency.of(space.exact) / latency.of(plan),
+            "damage": found.forecast.of(plan),
+            **asdict(measured[name]),
+        }
+        for name, plan in plans.items()
+    }
     return {"audited": rows, "batch_size_timed": batch_of(original)}
+
+
+def _latency(costs: PlanCosts, original: Any) -> PlanCosts | None:
+    """What predicts times; None where nothing was measured on this device."""
+    if costs.metric == "latency":
+        return costs
+    try:
+        return PlanCosts(original, "latency")
+    except ValueError:
+        return None
 
 
 def plain_model_of(source: Source, fused: bool) -> Any:
@@ -278,20 +308,6 @@ def _row(candidate: Candidate, exact: int) -> dict[str, Any]:
         "share": candidate.cost / exact,
         "damage": candidate.damage,
         "num_changed": sum(spec != EXACT for spec in candidate.plan),
-    }
-
-
-def _audit_row(plan: Plan, costs: PlanCosts, exact: int, measured: Audited) -> dict[str, Any]:
-    cost = costs.of(plan)
-    return {
-        "plan": str(plan),
-        "cost": cost,
-        "share": cost / exact,
-        "predicted_speedup": exact / cost,
-        "speedup": measured.speedup,
-        "distance": measured.distance,
-        "agreement": asdict(measured.agreement),
-        "timing": asdict(measured.timing),
     }
 
 

@@ -1,5 +1,6 @@
 """What ``vitreuse search`` found, for a terminal."""
 
+import sys
 from collections.abc import Sequence
 from operator import itemgetter
 from typing import Any
@@ -29,9 +30,18 @@ def _cells(row: dict[str, Any]) -> tuple[str, str, str]:
 
 def _measured(result: dict[str, Any]) -> Table:
     """The chosen model and others, measured on images that nothing was chosen on."""
-    headings = ("measured", f"{METRICS[result['metric']]} / exact", "times as fast", "distance", "plan")
+    share = f"{METRICS[result['metric']]} / exact"
+    headings = ("measured", share, "times as fast", "predicted", "distance", "forecast", "plan")
     rows = [
-        (name, f"{row['share']:.3f}", f"{row['speedup']:.2f}", f"{row['distance']:.3g}", row["plan"])
+        (
+            name,
+            f"{row['share']:.3f}",
+            f"{row['speedup']:.2f}",
+            "-" if row["predicted_speedup"] is None else f"{row['predicted_speedup']:.2f}",
+            f"{row['distance']:.3g}",
+            f"{row['damage']:.3g}",
+            row["plan"],
+        )
         for name, row in result["audited"].items()
     ]
     return table_of(headings, rows, ("measured", "plan"))
@@ -45,12 +55,25 @@ def _sentences(result: dict[str, Any]) -> list[str]:
     time_was_up = f"time was up after {result['minutes']:g} minutes"
     how = "nothing within reach improves it" if result["is_best"] else time_was_up
     start = result["start"]
+    healing = [_of_healing(result["healing"])] if "healing" in result else []
     return [
         f"chosen: {', '.join(said)} over {found['num_images']:,} images on which nothing was chosen, "
         f"{chosen['speedup']:.2f} times as fast as the best plain model in batches of {result['batch_size_timed']}",
         f"distance of answers on the images that plans were tried on: {start['distance']:.3g} for the best plan by "
         f"forecast ({start['damage']:.3g}), {result['distance']:.3g} after {result['num_tried']:,} trials: {how}",
+        *healing,
     ]
+
+
+def _of_healing(healing: dict[str, Any]) -> str:
+    """What a short healing regained."""
+    share = 100 * (1 - healing["after"] / max(healing["before"], sys.float_info.min))
+    regained = f"regained {share:.0f} % of the distance" if share > 0 else "regained nothing"
+    return (
+        f"healing: {healing['num_steps']:,} steps in {healing['seconds'] / 60:.1f} minutes at a learning rate of "
+        f"{healing['rate']:g}, the best of three, {regained} on the images on which nothing was chosen: "
+        f"{healing['before']:.3g} before, {healing['after']:.3g} after"
+    )
 
 
 def thinned(front: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -9,10 +9,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from vitreuse.compress.fidelity import Agreement, agreement, answer_of_tokens, output_distance
+from vitreuse.compress.fidelity import Agreement, agreement, mean_distance
 from vitreuse.cost.measure import Timing, inference_call, time_interleaved
 from vitreuse.model.preprocessing import example
 
@@ -54,7 +53,9 @@ def audit(
         has_labels: Whether the labels are classes of the models.
     """
     device = next(original.parameters()).device
-    distances = {name: _distance(original, model, batches(), device) for name, model in models.items()}
+    distances = {
+        name: mean_distance(original, model, (images for images, _ in batches())) for name, model in models.items()
+    }
     agreements = {name: agreement(original, model, batches(), has_labels) for name, model in models.items()}
     baselines = {f"timm, {name}": plain(name == "fused").to(device).eval() for name in ("fused", "unfused")}
     images = example(original, batch_of(original))
@@ -75,13 +76,3 @@ def batch_of(model: Any) -> int:
 def _forward(model: Any) -> Callable[..., Any]:
     """What is timed: logits, or of a model without classes all tokens."""
     return model.forward if model.num_classes > 0 else model.forward_features
-
-
-@torch.inference_mode()
-def _distance(original: Any, model: Any, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device) -> float:
-    parts = []
-    for images, _ in batches:
-        seen = images.to(device)
-        wanted, found = (answer_of_tokens(each, each.forward_features(seen)) for each in (original, model))
-        parts.append(output_distance(original, wanted, found))
-    return float(torch.cat(parts).double().mean())
