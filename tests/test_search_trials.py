@@ -179,6 +179,16 @@ def test_a_forecast_knows_every_plan_of_its_space_and_is_right_about_single_chan
     assert forecast.attention[key][0] == pytest.approx(max(chain[1] - chain[0], 1e-9))
 
 
+def test_each_change_takes_its_part_of_what_others_leave_where_answers_are_tokens():
+    trials = Trials.on(make_pieces(original(**KINDS["features"]), batches(16), SPACE), batches(4))
+    forecast = measure_changes(trials, SPACE, quiet())
+    alone = [trials.distance(parse_plan(text)) for text in ("linear exact*3", "exact*2 none exact")]
+    assert min(alone) > 0.01
+    for text, distance in zip(("linear exact*3", "exact*2 none exact"), alone, strict=True):
+        assert forecast.of(parse_plan(text)) == pytest.approx(distance)
+    assert forecast.of(parse_plan("linear exact none exact")) == pytest.approx(1 - (1 - alone[0]) * (1 - alone[1]))
+
+
 class AddedUp:
     """Trials whose distances add up over the layers: 1 for a change, less in later layers."""
 

@@ -2,11 +2,14 @@
 
 A change is tried alone, in a model that is exact but for merges in the layers before it, which leave so many tokens:
 its damage is how much farther the answers are with it than without. Between the numbers that were tried damages are
-interpolated, on logarithmic scales. The forecast of a plan is the sum over its changes.
+interpolated, on logarithmic scales. The forecast of a plan is the sum over its changes; where answers are tokens, whose
+cosines end at 0, each change takes its part of what the others leave: 1 - (1 - d1) (1 - d2) ..., and what is added up
+is -log(1 - d).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise, product
@@ -26,6 +29,7 @@ KEPT_IN_LAYER = 0.8  # of the tokens, the least in each layer before: more haste
 USUAL, STEEPEST = 4.5, 6.0  # powers of the tokens that are left by which the damage of a merge falls: usual, at most
 HIDDEN_TRIED = 3  # numbers of hidden units that are tried, evenly from none to the most
 LEAST = 1e-9  # of a damage: noise can make a change look like a gain
+FARTHEST = 0.999  # that answers are taken to be which are compared by cosines
 
 Curve = np.ndarray  # a damage for each of the levels of a space
 
@@ -36,6 +40,7 @@ class Forecast:
 
     Attributes:
         space: What was tried.
+        saturates: Whether a curve is of -log(1 - damage), and not of the damage itself.
         attention: By change of a layer's attention; nothing of one that stays exact.
         merges: By layer and number of tokens that merge, over the tokens before.
         hidden: By layer and number of hidden units that stay, over the tokens that the MLP gets.
@@ -43,6 +48,7 @@ class Forecast:
     """
 
     space: Space
+    saturates: bool = False
     attention: dict[Change, Curve] = field(default_factory=dict)
     merges: dict[tuple[int, int], Curve] = field(default_factory=dict)
     hidden: dict[tuple[int, int], Curve] = field(default_factory=dict)
@@ -59,6 +65,7 @@ class Forecast:
         attention |= {Change(layer, spec, anchor, EXACT): zeros for layer, spec, anchor in read}
         return cls(
             space,
+            False,
             attention,
             dict.fromkeys(product(layers, space.merges(space.num_patches)), zeros),
             dict.fromkeys(product(layers, space.hidden), zeros),
@@ -66,7 +73,7 @@ class Forecast:
         )
 
     def of(self, plan: Plan) -> float:
-        """The sum over the changes of a plan, whose levels are rounded to those of the space."""
+        """The damage of a plan, whose levels are rounded to those of the space."""
         total, left = 0.0, plan.patches_left(self.space.num_patches)
         for layer, (spec, anchor) in enumerate(zip(plan, plan.anchors, strict=True)):
             word, before, after = Spec(spec.word, spec.number), self._level(left[layer]), self._level(left[layer + 1])
@@ -76,7 +83,11 @@ class Forecast:
             total += self.attending(layer, word, anchor)[before]
             total += self.merge(layer, left[layer] - left[layer + 1])[before]
             total += self.mlp(layer, self.space.num_hidden if spec.hidden is None else spec.hidden)[after]
-        return float(total)
+        return float(-np.expm1(-total) if self.saturates else total)
+
+    def as_sum(self, distance: float) -> float:
+        """What the changes of a plan add up to whose answers are so far off; of() goes the other way."""
+        return -math.log1p(-min(distance, FARTHEST)) if self.saturates else distance
 
     def attending(self, layer: int, word: Spec, anchor: int | None) -> Curve:
         """The damage of an attention word; maps of any kind are taken to be as good to read as exact ones."""
@@ -134,6 +145,7 @@ def measure_changes(trials: Trials, space: Space, progress: WorkProgress) -> For
         space: What a layer may become.
         progress: Told how many changes were tried; its total should be the number of tries.
     """
+    forecast = Forecast(space, trials.saturate)
     points: dict[tuple[str, Any], list[tuple[int, float]]] = {}
     standing: Standing | None = None
     for done, each in enumerate(tries(space), 1):
@@ -141,10 +153,9 @@ def measure_changes(trials: Trials, space: Space, progress: WorkProgress) -> For
             standing is not None and standing.plan == each.from_plan
         ):
             standing = trials.run(each.from_plan)
-        damage = trials.distance(each.changed, standing) - trials.distance(each.base, standing)
-        points.setdefault((each.kind, each.key), []).append((each.patches, max(damage, LEAST)))
+        before, after = (forecast.as_sum(trials.distance(plan, standing)) for plan in (each.base, each.changed))
+        points.setdefault((each.kind, each.key), []).append((each.patches, max(after - before, LEAST)))
         progress.reach(done)
-    forecast = Forecast(space)
     for (kind, key), found in points.items():
         getattr(forecast, kind)[key] = _curve(found, space, depends=kind == "merges")
     _make_monotone(forecast.merges, sorted(forecast.merges))

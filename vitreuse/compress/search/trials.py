@@ -72,6 +72,11 @@ class Trials:
         known = {} if path is None else _read(path)
         return cls(pieces, starts, wanted, known, path)
 
+    @property
+    def saturate(self) -> bool:
+        """Whether distances end at 1, since answers are tokens, and are compared by cosines."""
+        return self.wanted[0].ndim == 3
+
     def distance(self, plan: Plan, standing: Standing | None = None) -> float:
         """How far a plan's answers are from the original's, see output_distance, a mean over the images.
 
