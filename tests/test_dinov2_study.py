@@ -23,6 +23,7 @@ from docs.study.dinov2 import (
     images,
     measure,
     packages,
+    promises,
     qt_resource,
     ranking,
     saliency,
@@ -340,6 +341,25 @@ def test_a_searched_plan_stands_beside_constant_merging_and_what_others_do(monke
         assert len(lost) == 2 and row["speedup"] > 0
         assert row["no_textures"] != row["photographs"] or max(lost) == 0
     assert (tmp_path / "runs/dinov2/searched-28/trials.jsonl").exists()
+
+
+def test_random_plans_are_of_the_space_and_what_is_promised_stands_beside_what_comes(monkeypatch, tmp_path):
+    pixels = [list(torch.randn(20, 3, 28, 28, generator=torch.Generator().manual_seed(n)).split(5)) for n in range(2)]
+    monkeypatch.setattr(promises, "trained", lambda px, global_pool="": tiny())
+    monkeypatch.setattr(promises, "images_to_learn_from", lambda px: pixels)
+    for name, value in {"SIZE_PX": 28, "NUM_PLANS": 9, "REPEATS": 1, "SPEED_BATCH": {28: 1}, "HERE": tmp_path}.items():
+        monkeypatch.setattr(promises, name, value)
+    promises.main()
+    lines = [json.loads(line) for line in (tmp_path / "promises.jsonl").read_text().splitlines()]
+    assert 4 <= len(lines) <= 9 and all(vitreuse.parse_plan(line["plan"], 2) for line in lines)
+    assert all(line["time"] > 0 and line["predicted"] > 0 for line in lines)
+    assert all(0 <= line["product"] < 1 for line in lines) and lines[-1]["added"] != lines[-1]["product"]
+    assert (tmp_path / "promises.png").read_bytes().startswith(b"\x89PNG")
+    assert "each change of what others leave" in (tmp_path / "promises.md").read_text()
+
+
+def test_ranks_are_correlated():
+    assert promises.spearman([1, 2, 3, 4], [10, 30, 20, 40]) == pytest.approx(1 - 6 * 2 / (4 * 15))
 
 
 def test_layers_are_ranked_by_what_a_word_loses_in_them(monkeypatch):

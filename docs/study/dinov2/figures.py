@@ -1,4 +1,4 @@
-"""The two pictures of the study: quality over measured speed, and a photograph under three plans with its saliency."""
+"""The pictures of the study: quality over speed, a photograph with its saliency under three plans, promises."""
 
 from __future__ import annotations
 
@@ -54,6 +54,37 @@ def quality_figure(lines: Sequence[Line], caption: str, path: Path) -> None:
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # labels are placed in the layout that is drawn
     name_points(axes, points, fontsize=7)
+    _write(figure, path)
+
+
+def promises_figure(lines: Sequence[Line], caption: str, path: Path) -> None:
+    """What damage and what time were forecast of plans, over those that were measured; on the diagonal they are one.
+
+    Args:
+        lines: Of a plan each: added and product, which are forecast, and damage; predicted, and time.
+        caption: Below the figure.
+        path: To write.
+    """
+    figure, first = framed((11, 5.5), [caption])
+    first.remove()
+    panels = (
+        ("damage", {"added": "changes added up", "product": "each of what others leave"}),
+        ("time", {"predicted": "by measured costs"}),
+    )
+    for place, (measured, promises) in enumerate(panels, 1):
+        panel: Any = figure.add_subplot(1, 2, place)
+        realised = [line[measured] for line in lines]
+        for number, (key, meaning) in enumerate(promises.items()):
+            promised = [line[key] for line in lines]
+            style = {"s": 22, "color": COLOURS[number], "marker": MARKS[number], "zorder": 3}
+            panel.scatter(realised, promised, label=meaning, **style)
+        panel.axline((0.5, 0.5), (1, 1), color="0.6", linewidth=0.8, linestyle="--")
+        panel.set_xlabel(f"{measured}, measured")
+        panel.set_ylabel(f"{measured}, promised")
+        panel.grid(alpha=0.3)
+        panel.legend(frameon=False)
+        if measured == "damage":
+            panel.set(xscale="log", yscale="log")
     _write(figure, path)
 
 

@@ -63,9 +63,7 @@ COLUMNS = (
 def searched(image_size_px: int, share_text: str) -> Line:
     """The line of a size and a share of the MACs."""
     original = exact_copy(trained(image_size_px, global_pool=""))
-    num_patches, num_hidden = original.patch_embed.num_patches, original.blocks[0].mlp.fc2.in_features
-    space = Space(WORDS, len(original.blocks), num_patches, num_hidden, max(1, num_patches // 32), num_hidden // 8)
-    macs, latency = PlanCosts(original), PlanCosts(original, "latency")
+    space, macs, latency = space_of(original), PlanCosts(original), PlanCosts(original, "latency")
     constant = constant_merging(space, macs, float(share_text) * macs.of(space.exact))
     assert constant is not None
     exact_ns, constant_ns = latency.of(space.exact), latency.of(constant)
@@ -97,6 +95,12 @@ def searched(image_size_px: int, share_text: str) -> Line:
     ]
     about = {"num_tried": len(found.trials.known), "is_best": found.is_best, "machine": describe_machine(CPU)}
     return {"image_size_px": image_size_px, "plan": share_text, "rows": lines, **about}
+
+
+def space_of(original: Any) -> Space:
+    """What is searched: merges by steps of a 32nd of the patches, hidden units by eighths, and WORDS."""
+    num_patches, num_hidden = original.patch_embed.num_patches, original.blocks[0].mlp.fc2.in_features
+    return Space(WORDS, len(original.blocks), num_patches, num_hidden, max(1, num_patches // 32), num_hidden // 8)
 
 
 def _is_known(plan: Plan, space: Space) -> bool:
