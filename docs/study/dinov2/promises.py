@@ -47,7 +47,10 @@ COLUMNS = (
 class Adding(Trials):
     """Trials whose distances are taken to add up."""
 
-    saturate = False
+    @property
+    def saturate(self) -> bool:
+        """They do not end."""
+        return False
 
 
 def random_plan(space: Space, rng: np.random.Generator) -> Plan:
