@@ -36,7 +36,7 @@ class Found:
 
     Attributes:
         front: The plans that no other beats in cost and forecast damage at once, the cheapest first.
-        start: The one of them from which the search went on by real distances, as it did from constant merging.
+        start: The one of them from which the search went on by real distances, if constant merging was no better.
         chosen: Where it came to, with its cost and its forecast.
         distance: How far its answers are from the original's, over the images on which plans were tried.
         is_best: Whether no combination of changes that was tried makes it better; else time was up.
@@ -87,15 +87,14 @@ def search(
     if start is None:
         return None
     constant = constant_merging(space, costs, most)
-    starts = [start.plan] if constant is None else sorted(dict.fromkeys([start.plan, constant]), key=trials.distance)
+    begin = min([start.plan] if constant is None else [start.plan, constant], key=trials.distance)
     deadline = time.monotonic() + 60 * minutes
     with WorkProgress("improving", "seconds", round(60 * minutes)) as progress:
         clock = _Clock(deadline, progress)
         refiner = Refiner(trials, space, forecast, costs.of, most, clock.is_over, clock.report)
-        refined = [refiner.refine(plan) for plan in starts]
-    plan, distance, _ = min(refined, key=lambda each: each.distance)
+        plan, distance, is_best = refiner.refine(begin)
     chosen = Candidate(costs.of(plan), forecast.of(plan), plan)
-    return Found(front, start, chosen, distance, all(each.is_best for each in refined), forecast, trials)
+    return Found(front, start, chosen, distance, is_best, forecast, trials)
 
 
 def make_pieces(
