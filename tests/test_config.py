@@ -107,7 +107,7 @@ def test_values_are_read_by_declared_type(write):
         ("data.source=digit", "data.source is 'digit', allowed are digits, pointer_chain, did you mean 'digits'?"),
         ("train.epoch=3", "command line: train.epoch is not a key, did you mean 'epochs'?"),
         ("trian.epochs=3", "command line: trian is not a key, did you mean 'train'?"),
-        ("train.mixup={zzz: 1}", "train.mixup.zzz is not a key; train.mixup knows mixup, cutmix, prob, switch_prob."),
+        ("train.mixup={zzz: 1}", "is not a key; train.mixup knows mixup, cutmix, prob, switch_prob, groups."),
         ("train.schedule={warmup_epochs: 3}", "x.yaml: train.schedule.warmup_epochs 3 leaves nothing of 3 epochs"),
         (
             "train.schedule={name: constant, min_lr: 1e-5}",
@@ -126,6 +126,11 @@ def test_values_are_read_by_declared_type(write):
         (
             "train.schedule={warmup_epochs: 1, warmup_steps: 5}",
             "x.yaml: train.schedule.warmup_epochs and warmup_steps: give at most one of the two, the other 0.",
+        ),
+        ("train.schedule={warmup_prefix: true}", "train.schedule.warmup_prefix has no effect without a warm-up: set"),
+        (
+            "train.schedule={name: constant, warmup_steps: 2, warmup_prefix: true}",
+            "train.schedule.warmup_prefix has no effect on the schedule 'constant': leave it out.",
         ),
         ("train.schedule={warmup_lr: 1e-5}", "train.schedule.warmup_lr 1e-05 has no effect without a warm-up: set"),
         ("train.schedule={warmup_steps: 1.5}", "train.schedule.warmup_steps must be a whole number, not '1.5'."),

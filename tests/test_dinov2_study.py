@@ -221,7 +221,7 @@ def test_splits_share_neither_objects_nor_backgrounds():
     assert {line["split"] for line in packages.read_list("objects.csv")} == {part.objects for part in images.PARTS}
     assert [part.backgrounds for part in images.PARTS] == ["train", "val", "memory", "queries"]  # one split each
     count = Counter(line["split"] for line in packages.read_list("objects.csv"))
-    for size_px, num_images in ((224, 2958), (518, 305)):
+    for size_px, num_images in ((224, 1140), (518, 469)):
         assert sum(part.per_object[size_px] * count[part.objects] for part in images.PARTS) == num_images
 
 

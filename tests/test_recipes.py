@@ -8,16 +8,19 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import timm
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import build_sincos2d_pos_embed
+from timm.layers import DropPath, build_sincos2d_pos_embed
+from timm.scheduler import CosineLRScheduler
+from torchvision.transforms.v2.functional import InterpolationMode, resize
 
 from eval.flops import model_macs
-from train.pipeline import Normalize, create_mixup, train_transform
-from train.recipe import create_criterion, create_optimizer, create_scheduler, freeze
-from vitreuse.config import Config, load_config
+from train.pipeline import Normalize, _crop_transform, create_mixup, seed_generators, train_transform
+from train.recipe import create_criterion, create_optimizer, create_scheduler, freeze, step_of_rate
+from vitreuse.config import Config, ConfigError, CropConfig, ModelConfig, load_config
 from vitreuse.model.preprocessing import image_settings
 from vitreuse.plan import PRESETS, preset_plan
 
@@ -217,3 +220,86 @@ def test_plain_90_starts_from_fixed_positions_and_a_head_of_zeros():
     assert torch.equal(model.pos_embed[0], build_sincos2d_pos_embed([14, 14], 384))
     assert not model.pos_embed.requires_grad and model.cls_token is None
     assert not model.head.weight.any() and not model.head.bias.any()
+
+
+def rates_by_epoch(stem, steps_per_epoch, epochs):
+    """The learning rate of the first step of some epochs, which is the one of their last."""
+    config, model = built(stem)
+    optimizer = create_optimizer(config, model)
+    scheduler = create_scheduler(config, optimizer, steps_per_epoch)
+    found = []
+    for epoch in epochs:
+        rates = set()
+        for step in (epoch * steps_per_epoch, (epoch + 1) * steps_per_epoch - 1):
+            scheduler.step_update(step_of_rate(config.train.schedule, step, steps_per_epoch))
+            rates.add(optimizer.param_groups[0]["lr"])
+        (rate,) = rates
+        found.append(rate)
+    return found
+
+
+def test_deit_moves_its_rate_behind_each_epoch():
+    """As its script does, which calls timm's scheduler with the number of the epoch that has ended."""
+    layer = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-3)
+    scheduler = CosineLRScheduler(optimizer, t_initial=300, lr_min=1e-5, warmup_t=5, warmup_lr_init=1e-6)
+    expected = []
+    for epoch in range(300):
+        expected.append(optimizer.param_groups[0]["lr"])
+        scheduler.step(epoch)
+    assert expected[:5] == pytest.approx([1e-6, 1e-6, 2.008e-4, 4.006e-4, 6.004e-4])
+    assert rates_by_epoch("deit_300_small_exact", 7, range(300)) == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_cosine_of_plain_90_begins_after_the_warm_up():
+    config, model = built("plain_90_small_exact")
+    optimizer, steps_per_epoch = create_optimizer(config, model), NUM_IMAGES // 1024
+    scheduler, num_steps = create_scheduler(config, optimizer, steps_per_epoch), 90 * steps_per_epoch
+    for step in (0, 2500, 10_000, 10_001, num_steps // 2, num_steps - 1):
+        scheduler.step_update(step)
+        gone = (step - 10_000) / (num_steps - 10_000)
+        expected = step / 10_000 if step < 10_000 else 0.5 * (1 + math.cos(math.pi * gone))
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-3 * expected, rel=1e-5, abs=1e-12)
+
+
+def test_drop_paths_are_those_of_the_source():
+    of_source = {"deit3_800_small_exact": 0.05, "deit3_400_base_192_exact": 0.1, "deit3_800_base_224_exact": 0.2}
+    for stem, rate in of_source.items():
+        model = load_config(FILES[stem]).model.create("meta")
+        rates = [part.drop_prob for part in model.modules() if isinstance(part, DropPath)]
+        assert rates == [rate] * 24
+    growing: Any = built("deit_300_small_exact")[1]
+    rates = [block.drop_path2.drop_prob for block in growing.blocks[1:]]
+    assert rates == pytest.approx([number / 110 for number in range(1, 12)])
+    none = load_config(FILES["deit3_400_small_exact"]).model.create("meta")
+    assert not any(isinstance(part, DropPath) for part in none.modules())
+
+
+def test_a_uniform_drop_path_needs_a_rate_and_a_vision_transformer():
+    with pytest.raises(ConfigError, match=r"has no effect without a keywords\.drop_path_rate"):
+        ModelConfig(name="vit_tiny_patch16_224", drop_path="uniform", keywords={})
+    with pytest.raises(ConfigError, match="needs a vision transformer, and this is a ResNet"):
+        ModelConfig(name="resnet10t", drop_path="uniform", keywords={"drop_path_rate": 0.1}).create("meta")
+    plan, keywords = "exact*2 none linear exact*8", {"drop_path_rate": 0.3}
+    config = ModelConfig(name="vit_reuse_tiny_patch16_224", plan=plan, drop_path="uniform", keywords=keywords)
+    blocks: Any = config.create("meta").blocks
+    assert blocks[0].drop_path1.drop_prob == blocks[2].drop_path2.drop_prob == blocks[3].drop_path.drop_prob == 0.3
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "random"])
+def test_crops_are_resized_as_the_recipe_says(interpolation):
+    crop = CropConfig(interpolation=interpolation, hflip=0.0)
+    steps = _crop_transform(crop, image_settings(built("deit_300_small_exact")[1]))
+    image = torch.randint(256, (3, 97, 131), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    found = []
+    for number in range(8):
+        seed_generators(np.random.SeedSequence(number))
+        made = steps(image)
+        seed_generators(np.random.SeedSequence(number))
+        top, left, height, width = steps.transforms[0].get_params(image, crop.scale, crop.ratio)
+        region = image[:, top : top + height, left : left + width]
+        ways = [resize(region, [224, 224], InterpolationMode(way), antialias=True) for way in ("bilinear", "bicubic")]
+        found.append([torch.equal(made, way) for way in ways])
+    counts = [sum(column) for column in zip(*found, strict=True)]
+    assert counts == {"bilinear": [8, 0], "bicubic": [0, 8]}.get(interpolation, counts)
+    assert sum(counts) == 8 and (interpolation != "random" or min(counts) > 0)

@@ -813,3 +813,38 @@ def test_workers_are_forked_when_a_collective_has_come_to_its_end(make, monkeypa
     start = time.monotonic()
     Ranks(0, 2).settle()
     assert time.monotonic() - start >= 0.05
+
+
+@pytest.mark.parametrize("mixing", ["mixup: 0.8, cutmix: 0", "mixup: 0, cutmix: 1.0", "mixup: 0.5, cutmix: 0.5"])
+def test_groups_are_mixed_alike_on_any_number_of_ranks(make, mixing):
+    """Rank r of W has every W-th image of the global batch, and its images and targets are those of one process."""
+    images, labels = torch.rand(16, 1, 8, 8), torch.arange(16) % 3
+    settings = ["train.global_batch_size=16", f"train.mixup={{{mixing}, groups: 4}}"]
+    whole, targets = make(*settings)._mixed(images.clone(), labels)
+    for world_size in (2, 4):
+        for rank in range(world_size):
+            trainer = make(*settings, ranks=Ranks(rank, world_size))
+            own, own_targets = trainer._mixed(images[rank::world_size].clone(), labels[rank::world_size])
+            assert torch.equal(own, whole[rank::world_size]) and torch.equal(own_targets, targets[rank::world_size])
+    assert not torch.equal(whole, images) and len({tuple(row) for row in targets.tolist()}) > 4
+    before = torch.get_rng_state(), np.random.get_state()[1]
+    make(*settings)._mixed(images.clone(), labels)
+    assert torch.equal(before[0], torch.get_rng_state()) and (before[1] == np.random.get_state()[1]).all()
+
+
+@pytest.mark.parametrize("groups", [3, 1, 8])
+def test_groups_are_a_multiple_of_the_ranks_and_each_pairs_its_images(make, groups):
+    with pytest.raises(ConfigError, match=f"train.mixup.groups {groups} must be a multiple of the 2 ranks"):
+        make("train.global_batch_size=8", f"train.mixup={{groups: {groups}}}", ranks=Ranks(0, 2))
+
+
+def test_a_rate_that_moves_behind_each_epoch_stays_through_one(make):
+    trainer = make("train.schedule={warmup_epochs: 2, warmup_lr: 1e-5, every: epoch}", "train.epochs=4")
+    steps = trainer.batches.steps_per_epoch
+    rates = []
+    while len(rates) < trainer.num_steps:
+        rates += [trainer.train_step(batch, stop=False).lr for batch in trainer.remaining_batches()]
+    by_epoch = [{*rates[first : first + steps]} for first in range(0, len(rates), steps)]
+    peak = trainer.config.train.optimizer.lr
+    assert steps > 1 and [len(found) for found in by_epoch] == [1] * 4
+    assert [*by_epoch[0], *by_epoch[1], *by_epoch[2]] == pytest.approx([1e-5, 1e-5, (1e-5 + peak) / 2])

@@ -25,7 +25,9 @@ def replicated(model: nn.Module, ranks: Ranks) -> nn.Module:
         return model
     device_ids = [ranks.device] if ranks.device.type == "cuda" else None
     # Buffers are constants here; exchanging them would tie the ranks' numbers of forward passes together.
-    return DistributedDataParallel(model, device_ids=device_ids, forward_sync_buffers=False)
+    return DistributedDataParallel(
+        model, device_ids=device_ids, forward_sync_buffers=False, gradient_as_bucket_view=True
+    )
 
 
 def reason(error: BaseException) -> str:

@@ -21,6 +21,7 @@ class Stream(IntEnum):
     SAMPLE = 1
     STEP = 2
     REPLACEMENT = 3
+    MIXUP = 4
 
 
 def seed_sequence(seed: int, stream: Stream, *key: int) -> np.random.SeedSequence:

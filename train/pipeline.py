@@ -152,11 +152,14 @@ class RandomResizedCrop(RandomResizedCropAndInterpolation):
         top, left, height, width = self.get_params(image, self.scale, self.ratio)
         height, width = max(height, 1), max(width, 1)  # of an image of few pixels timm may take none
         interpolation: Any = self.interpolation
+        if isinstance(interpolation, (tuple, list)):
+            interpolation = random.choice(interpolation)
         return resized_crop(image, top, left, height, width, list(self.size), interpolation, antialias=True)
 
 
 def _crop_transform(crop: CropConfig, settings: dict[str, Any]) -> Transform:
     """What timm's create_transform does to a PIL image in training, from a tensor of bytes."""
+    settings = {**settings, "interpolation": crop.interpolation or settings["interpolation"]}
     size = settings["input_size"][-2:]
     steps: list[Any] = [
         RandomResizedCrop(size, crop.scale, crop.ratio, settings["interpolation"]),
@@ -273,3 +276,26 @@ def create_mixup(config: Config, num_classes: int) -> Mixup | None:
         return None
     labels: dict[str, Any] = {"label_smoothing": config.train.loss.smoothing, "num_classes": num_classes}
     return Mixup(mixup.mixup, mixup.cutmix, prob=mixup.prob, switch_prob=mixup.switch_prob, **labels)
+
+
+def mixed_in_groups(
+    mixup: Mixup, images: Tensor, labels: Tensor, seeds: Sequence[np.random.SeedSequence]
+) -> tuple[Tensor, Tensor]:
+    """Images (B, channels, rows, columns), which change, and their soft targets (B, classes), mixed group by group.
+
+    Args:
+        mixup: Mixes a batch by one draw.
+        images: This rank's share of a global batch.
+        labels: Their classes (B,).
+        seeds: Of each group that the rank has; as many images, each next one, are of as many groups in turns.
+    """
+    targets = None
+    for number, seed in enumerate(seeds):
+        part = slice(number, None, len(seeds))
+        with restored_generators():
+            seed_generators(seed)
+            images[part], mixed = mixup(images[part], labels[part])
+        targets = mixed.new_empty(len(images), mixed.shape[1]) if targets is None else targets
+        targets[part] = mixed
+    assert targets is not None
+    return images, targets

@@ -13,7 +13,7 @@ from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
-from vitreuse.config import Config, ConfigError, OptimizerConfig
+from vitreuse.config import Config, ConfigError, OptimizerConfig, ScheduleConfig
 from vitreuse.io.errors import nearest
 
 
@@ -104,19 +104,31 @@ def create_scheduler(config: Config, optimizer: torch.optim.Optimizer, steps_per
         ConfigError: The warm-up is as long as the run.
     """
     settings, num_steps = config.train.schedule, config.train.epochs * steps_per_epoch
+    warmup = settings.warmup_steps or settings.warmup_epochs * steps_per_epoch
     if settings.warmup_steps >= num_steps:
         nothing = f"train.schedule.warmup_steps {settings.warmup_steps} leaves nothing of {num_steps} steps"
         raise ConfigError(f"{nothing}: make it smaller, or train for longer.")
     scheduler, _ = create_scheduler_v2(
         optimizer,
         settings.name,
-        num_epochs=num_steps,  # an epoch of one update: every number is one of steps
+        # an epoch of one update: every number is one of steps
+        num_epochs=num_steps - round(warmup) if settings.warmup_prefix else num_steps,
         updates_per_epoch=1,
         step_on_epochs=False,
-        warmup_epochs=settings.warmup_steps or settings.warmup_epochs * steps_per_epoch,  # pyright: ignore[reportArgumentType] (any number will do)
+        warmup_epochs=warmup,  # pyright: ignore[reportArgumentType] (any number will do)
+        warmup_prefix=settings.warmup_prefix,
         warmup_lr=settings.warmup_lr,
         min_lr=settings.min_lr,
         decay_rate=1.0,  # the power of poly: timm's default of 0.1 ends far above min_lr
     )
     assert scheduler is not None  # only for the name 'none', which the schema does not have
     return scheduler
+
+
+def step_of_rate(settings: ScheduleConfig, step: int, steps_per_epoch: int) -> int:
+    """The step whose rate a step has: its own, or under every: epoch the first one of the epoch before.
+
+    DeiT's scripts call timm's scheduler behind each epoch with that epoch's number, so that the first two have the rate
+    that a warm-up begins with.
+    """
+    return step if settings.every == "step" else max(0, step // steps_per_epoch - 1) * steps_per_epoch

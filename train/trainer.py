@@ -19,8 +19,16 @@ from train.distributed import replicated
 from train.findings import DivergedError
 from train.objective import create_objective
 from train.order import RankBatches, Stream, seed_sequence
-from train.pipeline import Batch, Normalize, create_loader, create_mixup, seed_generators, training_images
-from train.recipe import create_optimizer, create_scheduler, freeze
+from train.pipeline import (
+    Batch,
+    Normalize,
+    create_loader,
+    create_mixup,
+    mixed_in_groups,
+    seed_generators,
+    training_images,
+)
+from train.recipe import create_optimizer, create_scheduler, freeze, step_of_rate
 from train.sharding import check_shardable, gradients_kept, part_like, part_of, parts_like, shard, whole, whole_state
 from vitreuse.config import Config, ConfigError
 from vitreuse.data import DataError
@@ -146,7 +154,7 @@ class Trainer:
         recipe, counters, ranks = self.config.train, self.counters, self.ranks
         count = self.batches.count(counters.step % self.batches.steps_per_epoch)
         seed_generators(seed_sequence(recipe.seed, Stream.STEP, counters.step, ranks.rank), ranks.device)
-        self.scheduler.step_update(counters.step)
+        self.scheduler.step_update(step_of_rate(recipe.schedule, counters.step, self.batches.steps_per_epoch))
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
         loss_sum = self._backward(batch, count)
@@ -155,8 +163,9 @@ class Trainer:
         grad_norm = whole(torch.nn.utils.get_total_norm(grads))
         not_finite = ~(loss_sum + grad_norm).isfinite()
         flags = (torch.full_like(loss_sum, flag) for flag in (stop, bool(batch.bad_images)))
-        sums = torch.stack([loss_sum, not_finite.float(), *flags]).double()
-        total_loss, num_not_finite, num_stopping, num_bad = ranks.sum(sums).tolist()  # the one wait for the device
+        sums = torch.stack([loss_sum, grad_norm.to(loss_sum), not_finite.float(), *flags]).double()
+        # the one wait for the device; the norm is the same on all ranks
+        total_loss, total_norm, num_not_finite, num_stopping, num_bad = ranks.sum(sums).tolist()
         warnings = self._count_bad_images(batch.bad_images) if num_bad else []
         skipped = num_not_finite > 0
         if not skipped:
@@ -166,7 +175,8 @@ class Trainer:
         if counters.skipped_in_a_row >= recipe.max_skipped_steps:
             raise self._diverged(batch.keys, bool(loss_sum.isfinite()))
         lr = max(group["lr"] for group in self.optimizer.param_groups)
-        return StepResult(total_loss / count, grad_norm.item(), lr, skipped, count, num_stopping > 0, warnings)
+        norm = total_norm / ranks.world_size
+        return StepResult(total_loss / count, norm, lr, skipped, count, num_stopping > 0, warnings)
 
     def _backward(self, batch: Batch, count: int) -> Tensor:
         """Accumulates the gradients of the global batch's mean loss; this rank's sum of losses.
@@ -180,7 +190,7 @@ class Trainer:
             self.scaler.scale(self._loss(self._empty_images, targets.new_zeros(1)) * 0).backward()
             return loss_sum
         if self.mixup is not None:
-            images, targets = self.mixup(images, targets)
+            images, targets = self._mixed(images, targets)
         pieces = min(self.config.train.accumulation_steps, len(images))
         parts = zip(images.tensor_split(pieces), targets.tensor_split(pieces), strict=True)
         for i, (part, part_targets) in enumerate(parts):
@@ -189,6 +199,16 @@ class Trainer:
                 self.scaler.scale(loss * scale).backward()
             loss_sum += loss.detach()
         return loss_sum
+
+    def _mixed(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Images and soft targets, mixed by one draw a rank, or one a group of the global batch."""
+        assert self.mixup is not None and self.config.train.mixup is not None
+        groups, ranks = self.config.train.mixup.groups, self.ranks
+        if groups is None:
+            return self.mixup(images, labels)
+        key = (self.config.train.seed, Stream.MIXUP, self.counters.step)
+        seeds = [seed_sequence(*key, group) for group in range(ranks.rank, groups, ranks.world_size)]
+        return mixed_in_groups(self.mixup, images, labels, seeds)
 
     def _loss(self, images: Tensor, targets: Tensor) -> Tensor:
         """The mean loss of some images."""
@@ -314,6 +334,10 @@ def _check_fit(config: Config, class_names: Sequence[str], num_model_classes: in
     if config.train.mixup is not None and batch_size % (2 * world_size):
         must = f"train.global_batch_size {batch_size} must be a multiple of {2 * world_size}"
         raise ConfigError(f"train.mixup pairs the images of each rank, so {must}, twice the number of ranks.")
+    groups = None if config.train.mixup is None else config.train.mixup.groups
+    if groups is not None and (groups % world_size or batch_size % (2 * groups)):
+        must = f"a multiple of the {world_size} ranks, and a batch of {batch_size} one of twice the groups"
+        raise ConfigError(f"train.mixup.groups {groups} must be {must}: choose others, or leave it out.")
     pieces, share = config.train.accumulation_steps, -(-batch_size // world_size)
     if pieces > share:
         cut = f"train.accumulation_steps {pieces} would cut a rank's {share} images into more pieces than there are"

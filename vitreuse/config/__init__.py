@@ -4,22 +4,16 @@ A configuration is a complete experiment. The dataclasses in this package are th
 `base:` names the file that it differs from, and `section.key=value` on the command line lies over both.
 """
 
+from vitreuse.config.augmentation import CropConfig, ResolutionConfig
 from vitreuse.config.experiment import Config, DataConfig, changed_settings, load_config
 from vitreuse.config.network import LOCAL_DIR, ModelConfig
-from vitreuse.config.recipe import (
-    CropConfig,
-    DistillConfig,
-    HealConfig,
-    OptimizerConfig,
-    ReferenceConfig,
-    ResolutionConfig,
-    TrainConfig,
-)
+from vitreuse.config.optimization import OptimizerConfig, ScheduleConfig
+from vitreuse.config.recipe import DistillConfig, HealConfig, ReferenceConfig, TrainConfig
 from vitreuse.config.strict_yaml import to_yaml
 from vitreuse.io.errors import ConfigError
 
 __all__ = [
     "LOCAL_DIR", "Config", "ConfigError", "CropConfig", "DataConfig", "DistillConfig", "HealConfig",
-    "ModelConfig", "OptimizerConfig", "ReferenceConfig", "ResolutionConfig", "TrainConfig",
+    "ModelConfig", "OptimizerConfig", "ReferenceConfig", "ResolutionConfig", "ScheduleConfig", "TrainConfig",
     "changed_settings", "load_config", "to_yaml",
 ]

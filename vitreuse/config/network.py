@@ -8,7 +8,7 @@ from typing import Any
 
 import timm
 import torch
-from timm.layers import build_sincos2d_pos_embed
+from timm.layers import DropPath, build_sincos2d_pos_embed
 from torch import nn
 
 from vitreuse.config.strict_yaml import setting
@@ -42,6 +42,12 @@ class ModelConfig:
         choices=("learned", "sincos2d"),
     )
 
+    drop_path: str = setting(
+        "in which layers keywords.drop_path_rate is: growing from 0 to it, as timm's models have it; uniform, in all",
+        "growing",
+        choices=("growing", "uniform"),
+    )
+
     @property
     def is_folder(self) -> bool:
         """Whether the name is that of a folder, in whose place export/networks.py puts what the folder says."""
@@ -69,6 +75,8 @@ class ModelConfig:
             raise ConfigError(said) from error
         if self.pos_embed == "sincos2d":
             _fill_with_sincos2d(model)
+        if self.drop_path == "uniform" and self.keywords["drop_path_rate"]:
+            _drop_paths_alike(model, self.keywords["drop_path_rate"])
         return model
 
     def __post_init__(self):
@@ -78,6 +86,8 @@ class ModelConfig:
                 raise ConfigError(f"keywords.{word} has a key of its own, {key} beside keywords.")
         if self.is_folder and (self.weights is not None or self.pos_embed != "learned"):
             raise ConfigError(f"name {self.name!r} brings weights of its own: leave out weights and pos_embed.")
+        if self.drop_path == "uniform" and "drop_path_rate" not in self.keywords:
+            raise ConfigError("drop_path 'uniform' has no effect without a keywords.drop_path_rate: give both or none.")
         if self.pos_embed != "learned" and self.weights is not None:
             effect = f"pos_embed {self.pos_embed!r} has no effect beside weights, which hold a position embedding"
             raise ConfigError(f"{effect}: leave one of the two out.")
@@ -101,6 +111,16 @@ def _fill_with_sincos2d(model: Any) -> None:
     table = build_sincos2d_pos_embed(grid, model.embed_dim, device=pos_embed.device, dtype=pos_embed.dtype)
     pos_embed.zero_()
     pos_embed[:, -len(table) :] = table
+
+
+def _drop_paths_alike(model: Any, rate: float) -> None:
+    """Gives every layer the same rate of stochastic depth."""
+    if not isinstance(model, timm.models.VisionTransformer):
+        kind = type(model).__name__
+        raise ConfigError(f"model.drop_path 'uniform' needs a vision transformer, and this is a {kind}: leave it out.")
+    for block in model.blocks:
+        for name in [name for name, _ in block.named_modules() if name.rpartition(".")[2].startswith("drop_path")]:
+            block.set_submodule(name, DropPath(rate))
 
 
 def _unknown_keyword(name: str, error: Exception) -> str | None:

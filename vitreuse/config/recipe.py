@@ -2,129 +2,15 @@
 
 from dataclasses import dataclass
 
+from vitreuse.config.augmentation import AffineConfig, CropConfig, MixupConfig, ResolutionConfig
 from vitreuse.config.network import ModelConfig
+from vitreuse.config.optimization import ClipConfig, EmaConfig, LossConfig, OptimizerConfig, ScheduleConfig
 from vitreuse.config.strict_yaml import setting
 from vitreuse.io.errors import ConfigError
 from vitreuse.io.urls import refuse_url
 
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("float32", "bfloat16", "float16")  # in which models are trained and run
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
-    """The optimizer, as timm.optim.create_optimizer_v2 makes it."""
-
-    name: str = setting("a name of timm.optim.list_optimizers()", "adamw")
-    lr: float = setting("peak learning rate at the global batch size, not rescaled", above=0, maximum=1e30)
-    weight_decay: float = setting("decoupled for adamw; biases, norms, embeddings exempt", 0.05, minimum=0, maximum=1e6)
-    layer_decay: float | None = setting("factor on the rate per layer below the head", None, above=0, maximum=1)
-    keywords: dict = setting("further keywords of the optimizer, such as betas, eps or momentum")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScheduleConfig:
-    """The learning rate over optimizer steps, as timm.scheduler.create_scheduler_v2 makes it."""
-
-    name: str = setting("shape after the warm-up", "cosine", choices=("cosine", "tanh", "poly", "wsd", "constant"))
-    warmup_epochs: float = setting("linear warm-up, part of the epochs", 0.0, minimum=0)
-    warmup_steps: int = setting("the same in optimizer steps", 0, minimum=0)
-    warmup_lr: float = setting("learning rate of the first step when there is a warm-up", 1e-6, minimum=0, maximum=1e30)
-    min_lr: float = setting("learning rate at the end", 0.0, minimum=0, maximum=1e30)
-
-    def __post_init__(self):
-        if self.warmup_epochs and self.warmup_steps:
-            raise ConfigError("warmup_epochs and warmup_steps: give at most one of the two, the other 0.")
-        if not (self.warmup_epochs or self.warmup_steps) and self.warmup_lr != ScheduleConfig.warmup_lr:
-            way_out = "set warmup_epochs or warmup_steps, or leave it out"
-            raise ConfigError(f"warmup_lr {self.warmup_lr:g} has no effect without a warm-up: {way_out}.")
-        if self.name == "constant" and self.min_lr:
-            raise ConfigError(
-                f"min_lr {self.min_lr:g} is never reached by the schedule 'constant': set it to 0, or choose another."
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-class LossConfig:
-    """The loss, one of timm.loss; its targets are soft under mixup."""
-
-    name: str = setting("softmax cross-entropy, or a binary one per class", "ce", choices=("ce", "bce"))
-    smoothing: float = setting("label smoothing", 0.0, minimum=0, maximum=0.999)
-    target_threshold: float | None = setting(
-        "under bce, a class with more than this share of a mixed image is its target in full; null for the share",
-        None,
-        minimum=0,
-        maximum=0.999,
-    )
-
-    def __post_init__(self):
-        if self.target_threshold is None:
-            return
-        if self.name != "bce":
-            raise ConfigError(
-                f"target_threshold {self.target_threshold:g} has no effect on the loss {self.name!r}: leave it out."
-            )
-        if self.smoothing:
-            raise ConfigError("target_threshold undoes smoothing: leave one of the two out.")
-
-
-def _check_order(key: str, bounds: tuple[float, float]) -> None:
-    if bounds[0] > bounds[1]:
-        raise ConfigError(f"{key}: runs from {bounds[0]} to {bounds[1]}, write the smaller number first.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class CropConfig:
-    """Augmentation by timm.data.create_transform: random resized crop, flip, colour, policy, erasing."""
-
-    scale: tuple[float, float] = setting(
-        "share of the image's area that a crop covers, from and to", (0.08, 1.0), above=0, maximum=1
-    )
-    ratio: tuple[float, float] = setting("width over height of a crop, from and to", (0.75, 4 / 3), above=0)
-    hflip: float = setting("probability of a left-right flip", 0.5, minimum=0, maximum=1)
-    color_jitter: float = setting("strength of brightness, contrast and saturation jitter", 0.0, minimum=0, maximum=100)
-    auto_augment: str | None = setting("timm's policy text: rand-m9-mstd0.5-inc1, 3a, augmix-m3-w3, original", None)
-    erase_prob: float = setting("probability of random erasing, per-pixel noise", 0.0, minimum=0, maximum=1)
-
-    def __post_init__(self):
-        _check_order("scale", self.scale)
-        _check_order("ratio", self.ratio)
-        if self.auto_augment is not None and "3a" not in self.auto_augment and self.color_jitter:
-            raise ConfigError(f"color_jitter: timm drops it under auto_augment {self.auto_augment!r}, set it to 0.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class AffineConfig:
-    """Augmentation by torchvision's RandomAffine on the whole image: for small pictures that a crop would spoil."""
-
-    degrees: float = setting("largest turn to either side", 0.0, minimum=0, maximum=180)
-    shift: float = setting("largest shift, as a share of the image's side", 0.0, minimum=0, maximum=1)
-    scale: tuple[float, float] = setting("factor on the size, from and to", (1.0, 1.0), minimum=0.001, maximum=1000)
-
-    def __post_init__(self):
-        _check_order("scale", self.scale)
-
-
-@dataclass(frozen=True, kw_only=True)
-class MixupConfig:
-    """Mixing of images by timm.data.Mixup, over one rank's share of a batch."""
-
-    mixup: float = setting("alpha of the beta law for mixup; 0 is off", 0.8, minimum=0)
-    cutmix: float = setting("alpha of the beta law for CutMix; 0 is off", 1.0, minimum=0)
-    prob: float = setting("share of batches that are mixed", 1.0, minimum=0, maximum=1)
-    switch_prob: float = setting("share of CutMix among them when both are on", 0.5, minimum=0, maximum=1)
-
-    def __post_init__(self):
-        if self.mixup == 0 and self.cutmix == 0:
-            raise ConfigError("mixup and cutmix are both 0; write train.mixup: null to mix nothing.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ResolutionConfig:
-    """Smaller images at first: they grow linearly, by whole patches, to the size that the model is built for."""
-
-    from_px: int = setting("shorter side of the first epoch's images, in pixels", above=0)
-    epochs: int = setting("epochs before the first one at the model's own size", above=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,24 +65,6 @@ class HealConfig:
     def compares_layers(self) -> bool:
         """Whether layers are trained against, or together with, those of the original."""
         return bool(self.outputs or self.anneal_epochs)
-
-
-@dataclass(frozen=True, kw_only=True)
-class EmaConfig:
-    """A moving average of the weights by timm.utils.ModelEmaV3, which is the model that a run leaves."""
-
-    decay: float = setting("share of the average that one step keeps", above=0, maximum=0.999999)
-    warmup: bool = setting("start with a smaller decay, (1 + step)^(-2/3) away from 1", False)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClipConfig:
-    """Clipping of gradients by timm.utils.dispatch_clip_grad."""
-
-    mode: str = setting(
-        "total norm, each value, or adaptive by the size of the weights", "norm", choices=("norm", "value", "agc")
-    )
-    limit: float = setting("largest norm, value, or ratio to the weights", 1.0, above=0)
 
 
 @dataclass(frozen=True, kw_only=True)

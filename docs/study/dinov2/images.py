@@ -57,8 +57,8 @@ class Part(NamedTuple):
 
 
 PARTS = (
-    Part("{px}/train", "train", "train", {224: 22, 518: 1}),
-    Part("{px}/val", "val", "val", {224: 15, 518: 2}),
+    Part("{px}/train", "train", "train", {224: 3, 518: 3}),
+    Part("{px}/val", "val", "val", {224: 2, 518: 2}),
     Part("{px}-test/train", "test", "memory", {224: 8, 518: 2}),
     Part("{px}-test/val", "test", "queries", {224: 6, 518: 1}),
 )
