@@ -246,3 +246,12 @@ def test_a_missing_package_and_an_unknown_name_are_one_sentence_before_anything_
     assert capsys.readouterr().err == f"train: {sentence}\n"
     assert not (tmp_path / "run").exists()
     assert os.listdir(tmp_path) == []
+
+
+def test_raw_weights_are_measured_as_often_as_the_recipe_says(pictures, tmp_path):
+    overrides = ["train.epochs=5", "eval.raw_every_epochs=2", f"run_dir={tmp_path / 'run'}"]
+    assert main([str(pictures / "small.yaml"), *overrides]) == 0
+    records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    raw = {record["epoch"]: "raw_top1" in record for record in records if record["kind"] == "epoch"}
+    assert raw == {1: False, 2: True, 3: False, 4: True, 5: True}
+    assert all("top1" in record for record in records if record["kind"] == "epoch") and "raw_top1" in records[-1]

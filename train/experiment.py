@@ -108,6 +108,11 @@ def evaluation_is_due(config: Config, step: int, steps_per_epoch: int) -> bool:
     return _ends_epoch(config, step, steps_per_epoch, config.eval.every_epochs)
 
 
+def raw_is_due(config: Config, step: int, steps_per_epoch: int) -> bool:
+    """Whether an evaluation after a step is of the weights without moving average too."""
+    return _ends_epoch(config, step, steps_per_epoch, config.eval.raw_every_epochs)
+
+
 def checkpoint_is_due(config: Config, step: int, steps_per_epoch: int) -> bool:
     """Whether an experiment is saved after a step."""
     when = config.train.checkpoint

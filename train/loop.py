@@ -15,7 +15,7 @@ import torch
 
 from eval.distributed import joined
 from train.distributed import StopSignal, ended_with_others, kill_workers, reason
-from train.experiment import checkpoint_is_due, evaluation_is_due, inputs, remarks, set_up
+from train.experiment import checkpoint_is_due, evaluation_is_due, inputs, raw_is_due, remarks, set_up
 from train.findings import Findings, look
 from train.mfu import Mfu
 from train.reference import Reference
@@ -249,7 +249,8 @@ class _Loop:
         """What is found of the model that the run would leave now; with a moving average, of the raw weights too."""
         found = self._look(self.trainer.final_model)
         figures = {**found.figures}
-        if self.trainer.ema is not None:
+        step, steps_per_epoch = self.trainer.counters.step, self.trainer.batches.steps_per_epoch
+        if self.trainer.ema is not None and raw_is_due(self.config, step, steps_per_epoch):
             raw = self._look(self.trainer.model).figures
             figures |= {f"raw_{name}": raw[name] for name in RAW if name in raw}
         return found, figures

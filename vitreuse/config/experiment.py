@@ -60,6 +60,13 @@ class EvalConfig:
         "share of the resized image that the crop keeps; null for the model's own", None, above=0, maximum=1
     )
     every_epochs: int = setting("evaluate after each so many epochs, and the last", 1, above=0, changes_run=False)
+    raw_every_epochs: int = setting(
+        "of these evaluations, those after each so many epochs, and the last, are of the weights without moving average "
+        "too",
+        1,
+        above=0,
+        changes_run=False,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
