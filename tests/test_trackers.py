@@ -255,3 +255,18 @@ def test_raw_weights_are_measured_as_often_as_the_recipe_says(pictures, tmp_path
     raw = {record["epoch"]: "raw_top1" in record for record in records if record["kind"] == "epoch"}
     assert raw == {1: False, 2: True, 3: False, 4: True, 5: True}
     assert all("top1" in record for record in records if record["kind"] == "epoch") and "raw_top1" in records[-1]
+
+
+def test_a_run_says_how_it_multiplies(pictures, tmp_path):
+    recipe = ["train.epochs=1", "train.tf32=true", "train.cudnn_benchmark=true", f"run_dir={tmp_path / 'run'}"]
+    cuda, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = cuda.allow_tf32, cudnn.allow_tf32, cudnn.benchmark
+    try:
+        assert main([str(pictures / "small.yaml"), *recipe]) == 0
+        assert (cuda.allow_tf32, cudnn.allow_tf32, cudnn.benchmark) == (True, True, True)
+        facts = json.loads((tmp_path / "run/run.json").read_text())
+        assert facts["precision"] == {"autocast": "float32", "tf32": True, "cudnn_benchmark": True}
+        assert main([str(pictures / "small.yaml"), "train.epochs=1", f"run_dir={tmp_path / 'other'}"]) == 0
+        assert (cuda.allow_tf32, cudnn.allow_tf32, cudnn.benchmark) == (False, False, False)
+    finally:
+        cuda.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = before

@@ -47,6 +47,8 @@ def set_up(config: Config, ranks: Ranks, allow: Collection[str] = ()) -> Experim
     """
     if config.train.num_threads is not None:
         torch.set_num_threads(config.train.num_threads)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.train.tf32
+    torch.backends.cudnn.benchmark = config.train.cudnn_benchmark
     torch.manual_seed(config.train.seed)
     with ranks.together():  # all leave it when the data are written
         model = config.model.create().to(ranks.device)  # made on the CPU: the same weights on every device

@@ -61,8 +61,8 @@ class EvalConfig:
     )
     every_epochs: int = setting("evaluate after each so many epochs, and the last", 1, above=0, changes_run=False)
     raw_every_epochs: int = setting(
-        "of these evaluations, those after each so many epochs, and the last, are of the weights without moving average "
-        "too",
+        "of these evaluations, those after each so many epochs, and the last, are of the raw weights too, which the "
+        "moving average is of",
         1,
         above=0,
         changes_run=False,

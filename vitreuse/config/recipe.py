@@ -112,6 +112,8 @@ class TrainConfig:
     precision: str = setting(
         "bfloat16 and float16 are mixed: weights stay float32; float16 scales the loss", "float32", choices=DTYPES
     )
+    tf32: bool = setting("float32 products and convolutions of CUDA in TF32, with 10 bits of mantissa", False)
+    cudnn_benchmark: bool = setting("cuDNN times its convolutions and takes the fastest, which may differ", False)
     compile: bool = setting("torch.compile the model", False)
     grad_checkpointing: bool = setting("recompute activations in the backward pass to save memory", False)
     optimizer: OptimizerConfig = setting("optimizer")
