@@ -17,7 +17,7 @@ from vitreuse.compress.search import Space, search
 from vitreuse.compress.search.audit import audit
 from vitreuse.compress.search.constant import constant_merging
 from vitreuse.compress.search.forecast import measure_changes, tries
-from vitreuse.compress.search.found import hardest, make_pieces
+from vitreuse.compress.search.found import make_pieces
 from vitreuse.compress.search.healing import expected_of_healing, mirrored_in_turns
 from vitreuse.compress.search.pieces import Pieces, fit_pieces
 from vitreuse.compress.search.refine import Refiner, Step, best_steps, fits, neighbours
@@ -272,17 +272,6 @@ def test_a_search_keeps_to_the_budget_and_is_the_same_every_time():
         assert one.distance == one.trials.distance(one.chosen.plan) <= one.trials.distance(one.start.plan)
     assert found[0].chosen == found[1].chosen and found[0].front == found[1].front
     assert search(model, batches(24), batches(5, seed=7), SPACE, costs, 0.01, minutes=0) is None
-
-
-def test_plans_are_tried_on_the_images_that_merging_hurts_most():
-    model = original(**KINDS["features"])
-    pieces, images = Pieces(model), batches(23)
-    chosen = torch.cat(hardest(pieces, images, SPACE))
-    distances = Trials.on(pieces, images).distances(parse_plan("exact-4*4"))
-    worst = distances.sort(descending=True).indices[:5].sort().values
-    assert torch.equal(chosen, torch.cat(images)[worst])
-    whole = hardest(pieces, images, Space((EXACT,), depth=4, num_patches=25, num_hidden=96))
-    assert torch.equal(torch.cat(whole), torch.cat(images))
 
 
 def test_an_audit_is_in_turns_with_the_best_plain_model():

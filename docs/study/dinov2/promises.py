@@ -22,7 +22,7 @@ from docs.study.dinov2.weights import trained
 from eval.table import Column, to_markdown
 from vitreuse.compress.search import Space
 from vitreuse.compress.search.forecast import Forecast, measure_changes, tries
-from vitreuse.compress.search.found import hardest, make_pieces
+from vitreuse.compress.search.found import make_pieces
 from vitreuse.compress.search.trials import Trials
 from vitreuse.cost.measure import describe_machine, inference_call, time_interleaved
 from vitreuse.cost.plan_costs import PlanCosts
@@ -90,7 +90,7 @@ def measured() -> list[dict[str, Any]]:
     space, latency = space_of(original), PlanCosts(original, "latency")
     fitted, tried = images_to_learn_from(SIZE_PX)
     pieces = make_pieces(original, fitted, space)
-    trials = Trials.on(pieces, hardest(pieces, tried, space))
+    trials = Trials.on(pieces, tried)
     with WorkProgress("trying changes", "changes", len(tries(space))) as progress:
         product = measure_changes(trials, space, progress)
     added: Forecast = measure_changes(

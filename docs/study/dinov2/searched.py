@@ -43,7 +43,7 @@ from vitreuse.plan import EXACT, Plan, Spec
 
 SEARCHED = HERE / "searched.jsonl"
 SHARES = {224: (0.7, 0.6, 0.4), 518: (0.6, 0.5, 0.4, 0.33)}  # of the MACs, at which constant merging sets the time
-NUM_IMAGES = {224: (128, 128), 518: (41, 41)}  # fitted, and of those that plans may be tried on
+NUM_IMAGES = {224: (256, 32), 518: (48, 16)}  # fitted, and tried
 BATCH = {224: 16, 518: 4}
 WORDS = (EXACT, Spec("none"), Spec("linear"), Spec("skip"))
 MINUTES = 10.0
@@ -109,7 +109,7 @@ def _is_known(plan: Plan, space: Space) -> bool:
 
 
 def images_to_learn_from(image_size_px: int) -> list[list[Tensor]]:
-    """Batches of images that layers are fitted on, and of others that plans may be tried on."""
+    """Batches of images that layers are fitted on, and of others that plans are tried on."""
     sample = images_of(f"{image_size_px}/train", trained(image_size_px), sum(NUM_IMAGES[image_size_px]))
     parts = sample.parts(*NUM_IMAGES[image_size_px])
     return [[images for images, _ in part.batches(BATCH[image_size_px])] for part in parts]

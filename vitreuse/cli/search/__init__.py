@@ -19,7 +19,7 @@ from vitreuse.cli.plots import front_plot, prepare_folder
 from vitreuse.cli.search.table import render as render
 from vitreuse.cli.search.words import SearchWords, all_words, has_plain_mlp, minutes, search_words, share, space_of
 from vitreuse.cli.source import Source, add_source_arguments, load_sample, load_source
-from vitreuse.compress.closed_form import ASIDE, fit_layers
+from vitreuse.compress.closed_form import fit_layers
 from vitreuse.compress.convert import convert
 from vitreuse.compress.damage import check_specs, refuse_other_layers
 from vitreuse.compress.hidden_units import contributing_units
@@ -40,6 +40,7 @@ from vitreuse.plan import EXACT, PRESETS, Plan, preset_plan
 
 HELP = "find the plan that does a trained model the least damage at a share of its cost, and convert the model into it"
 LEAST_IMAGES = 6
+NUM_TRIED = 32  # images on which plans are tried, at most
 TRIALS = "trials.jsonl"
 
 
@@ -139,15 +140,15 @@ def _samples(args: argparse.Namespace, source: Source) -> _Samples:
     if total < LEAST_IMAGES:
         given = f"{source.sample.dataset.folder} gives {total} images"
         raise ValueError(f"{given}, and a search needs {LEAST_IMAGES}, to fit, to try and to show: add some.")
-    fitted = max(ASIDE, total // 2)
+    tried = min(NUM_TRIED, total // 4)
     has_val = source.split == "train" and args.data is not None and find_split(args.data, "val") is not None
     if has_val:
         sample = load_sample(args, source.target, source.model, "val")
         (shown,) = sample.parts(min(len(sample), max(1, total // 4)))
-        fit_on, try_on = source.sample.parts(fitted, total - fitted)
+        fit_on, try_on = source.sample.parts(total - tried, tried)
         return _Samples(fit_on, try_on, shown, "val")
     kept = max(1, total // 8)
-    fit_on, try_on, shown = source.sample.parts(fitted, total - fitted - kept, kept)
+    fit_on, try_on, shown = source.sample.parts(total - tried - kept, tried, kept)
     return _Samples(fit_on, try_on, shown, f"other images of {source.split}")
 
 

@@ -22,10 +22,9 @@ from vitreuse.compress.search.space import Space
 from vitreuse.compress.search.trials import Trials
 from vitreuse.cost.plan_costs import PlanCosts
 from vitreuse.io.progress import WorkProgress
-from vitreuse.plan import Plan, Spec
+from vitreuse.plan import Plan
 
 NUM_FITTED = 64  # images on which pieces are fitted, at most; whole conversions are fitted on all
-HARD_SHARE = 5  # of so many images that could be tried the one that a plan hurts most is
 NUM_STARTS = 5  # candidates of the front that are tried, from the budget down
 CLOSE = 0.97  # of the budget, between which and the budget they lie
 
@@ -70,7 +69,7 @@ def search(
         original: One of ours with exact layers, in evaluation mode.
         fitted: Batches of images (B, channels, rows, columns) that layers are fitted on; no photograph of them should
             be among those that are tried.
-        tried: Batches of which a fifth is what plans are tried on: the images that merging hurts most.
+        tried: Batches on which plans are tried, some hundred times: thirty images will do.
         space: What a layer may become.
         costs: What that saves.
         budget: The most that the plan may cost, as a share of the exact plan's cost.
@@ -79,7 +78,7 @@ def search(
         rows: How many of the rows of maps are looked at, and the seed of their choice, where heads are matched.
     """
     pieces = make_pieces(original, fitted, space, rows)
-    trials = Trials.on(pieces, hardest(pieces, tried, space), path)
+    trials = Trials.on(pieces, tried, path)
     with WorkProgress("trying changes", "changes", len(tries(space))) as progress:
         forecast = measure_changes(trials, space, progress)
     front, most = pareto_front(space, forecast, costs), budget * costs.of(space.exact)
@@ -110,21 +109,6 @@ def make_pieces(
     some = images[:: -(-len(images) // NUM_FITTED)].split(max(map(len, fitted)))
     with WorkProgress("fitting pieces", "layers", space.depth) as progress:
         return fit_pieces(original, some, space.words, space.hidden, distances, progress)
-
-
-def hardest(pieces: Pieces, batches: Sequence[Tensor], space: Space) -> list[Tensor]:
-    """The images that merging hurts most, a fifth of all, in their order; all of them where no tokens merge.
-
-    What an average image forgives says little: smooth images lose nothing by merges that spoil a texture. They are told
-    by a plan that merges two thirds of the tokens, as many in each layer.
-    """
-    if not space.merge_step:
-        return list(batches)
-    plan = Plan((Spec("exact", merged=max(1, 2 * space.num_patches // (3 * space.depth))),) * space.depth)
-    found = Trials.on(pieces, batches).distances(plan)
-    chosen = found.topk(-(-len(found) // HARD_SHARE)).indices.sort().values
-    size = max(map(len, batches))
-    return list(torch.cat(list(batches))[chosen.to(batches[0].device)].split(size))
 
 
 def _best_start(front: Sequence[Candidate], most: float, trials: Trials) -> Candidate | None:
