@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from eval.table import csv_text
 from vitreuse.cost.measure import top_classes
@@ -28,12 +29,15 @@ class Answers(NamedTuple):
         classes: (B, 5), or as many as there are; the most probable first, -1 where a logit is NaN, and in the
             place of a class that no neighbour votes for.
         probabilities: (B,), float32, of the first class; 0 where a logit is NaN.
+        losses: (B,), float32, cross-entropy of the label in nats; None where an image has several labels, or what was
+            said are no logits.
     """
 
     keys: Sequence[str]
     labels: Tensor
     classes: Tensor
     probabilities: Tensor
+    losses: Tensor | None = None
 
 
 def answers(logits: Tensor, labels: Tensor, keys: Sequence[str]) -> Answers:
@@ -46,7 +50,10 @@ def answers(logits: Tensor, labels: Tensor, keys: Sequence[str]) -> Answers:
     if low < 0 or high >= num_classes:
         raise ValueError(f"labels run from {low} to {high}, but the model has {num_classes} classes: give it more.")
     probabilities = logits.float().softmax(1).amax(1).nan_to_num(0.0)
-    return Answers(keys, labels, top_classes(logits).cpu(), probabilities.cpu())
+    losses = None
+    if labels.ndim == 1:
+        losses = F.cross_entropy(logits.float(), labels.to(logits.device), reduction="none").cpu()
+    return Answers(keys, labels, top_classes(logits).cpu(), probabilities.cpu(), losses)
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,13 +64,15 @@ class Predictions:
     labels: np.ndarray
     classes: np.ndarray
     probabilities: np.ndarray
+    losses: np.ndarray | None = None
 
     @classmethod
     def of(cls, batches: Sequence[Answers]) -> Predictions:
         """All batches of a set, in order."""
-        keys, labels, classes, probabilities = zip(*batches, strict=True)
+        keys, labels, classes, probabilities, losses = zip(*batches, strict=True)
         parts = (torch.cat(part).numpy() for part in (labels, classes, probabilities))
-        return cls(tuple(key for batch in keys for key in batch), *parts)
+        known = None if any(part is None for part in losses) else torch.cat(losses).numpy()
+        return cls(tuple(key for batch in keys for key in batch), *parts, losses=known)
 
     @property
     def n(self) -> int:
@@ -94,6 +103,11 @@ class Predictions:
     def _hits(self) -> np.ndarray:
         """(n, 5), bool: whether a class is a label of the image."""
         return (self.classes[:, :, None] == self.labels.reshape(self.n, 1, -1)).any(2)
+
+    @property
+    def loss(self) -> float | None:
+        """The mean cross-entropy of the labels, in nats."""
+        return None if self.losses is None else float(self.losses.astype(np.float64).mean())
 
     @property
     def calibration_error(self) -> float:

@@ -108,6 +108,9 @@ def test_a_moving_average_and_the_raw_weights_are_both_measured(trained, picture
         for k in (1, 5):
             expected = 100 * (best[:, :k] == labels[:, None]).any(1).double().mean().item()
             assert epoch[f"{prefix}top{k}"] == pytest.approx(expected)
+        with torch.inference_mode():
+            loss = torch.nn.functional.cross_entropy(model(images), labels)
+        assert epoch[f"{prefix}val_loss"] == pytest.approx(loss.item(), rel=1e-5)
     assert trained[-1]["raw_top5"] == epoch["raw_top5"] != epoch["top5"]
 
 

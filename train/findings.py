@@ -69,7 +69,8 @@ def look(config: Config, model: nn.Module, teacher: Teacher | None, val_set: Lab
         found = evaluate(model, val_set, **_reading(config, model, ranks))
     if found.num_not_finite:
         raise _diverged(f"the logits of {found.num_not_finite} of {found.n} validation images are")
-    return Findings(found.figures, "top1", "top-1 {:.2f} %", found)
+    figures = found.figures if found.loss is None else {**found.figures, "val_loss": found.loss}
+    return Findings(figures, "top1", "top-1 {:.2f} %", found)
 
 
 def _reading(config: Config, model: nn.Module, ranks: Ranks) -> dict[str, Any]:

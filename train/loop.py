@@ -29,7 +29,7 @@ from vitreuse.cost.measure import peak_process_memory_mib
 from vitreuse.io.process import print_note
 from vitreuse.io.progress import WorkProgress
 
-RAW = ("top1", "top5", "cosine", "patch_cosine")  # what is noted of raw weights beside their moving average
+RAW = ("top1", "top5", "val_loss", "cosine", "patch_cosine")  # what is noted of raw weights beside their moving average
 
 
 def train(config: Config, run_dir: Path, command: str, allow: Collection[str] = ()) -> bool:
