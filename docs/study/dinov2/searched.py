@@ -43,6 +43,7 @@ from vitreuse.plan import EXACT, Plan, Spec
 
 SEARCHED = HERE / "searched.jsonl"
 SHARES = {224: (0.7, 0.6, 0.4), 518: (0.6, 0.5, 0.4, 0.33)}  # of the MACs, at which constant merging sets the time
+WANTED = [(size_px, f"{share:g}") for size_px, shares in SHARES.items() for share in shares]
 NUM_IMAGES = {224: (256, 32), 518: (48, 16)}  # fitted, and tried
 BATCH = {224: 16, 518: 4}
 WORDS = (EXACT, Spec("none"), Spec("linear"), Spec("skip"))
@@ -173,11 +174,17 @@ def _text(lost: Tensor) -> str:
 
 def main() -> None:
     """Completes searched.jsonl and writes searched.md."""
-    wanted = [(size_px, f"{share:g}") for size_px, shares in SHARES.items() for share in shares]
-    complete(SEARCHED, wanted, searched)
+    complete(SEARCHED, WANTED, searched)
+    show()
+
+
+def show() -> None:
+    """Writes searched.md of the lines that are there."""
     kept, tables = read_lines(SEARCHED), []
     for size_px in SHARES:
-        lines = [kept[key] for key in wanted if key[0] == size_px]
+        lines = [kept[key] for key in WANTED if key[0] == size_px and key in kept]
+        if not lines:
+            continue
         rows = [{"share": float(line["plan"]), **row} for line in lines for row in line["rows"]]
         machine = lines[-1]["machine"]
         caption = (
@@ -186,4 +193,3 @@ def main() -> None:
         )
         tables.append(to_markdown(rows, COLUMNS, caption))
     write_durably(HERE / "searched.md", "\n".join(["# Searched plans\n", *tables]).encode())
-
