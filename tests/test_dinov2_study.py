@@ -325,6 +325,7 @@ def test_a_searched_plan_stands_beside_constant_merging_and_what_others_do(monke
     monkeypatch.setattr(searched, "images_to_learn_from", lambda px: pixels[:2])
     with torch.no_grad():
         tokens = [tiny().forward_features(images) for images in pixels[2]]
+    monkeypatch.setattr(searched, "keeps", lambda px, model: {"knn": "50.00", "saliency": "0.0100 / 0.0200"})
     monkeypatch.setattr(searched, "_test", lambda px, test: (pixels[2], tokens, ["brick", "cat", "dog"] * 4))
     for name, value in {"ROOT": tmp_path, "MINUTES": 0.02}.items():
         monkeypatch.setattr(searched, name, value)
@@ -333,7 +334,9 @@ def test_a_searched_plan_stands_beside_constant_merging_and_what_others_do(monke
         monkeypatch.setattr(measure, name, value)
     line = searched.searched(28, "0.95")
     rows = {row["name"]: row for row in line["rows"]}
-    assert {"searched", "searched, not fitted as a whole", "constant merging", "units by norms"} <= {*rows}
+    merging = {"constant merging", "constant merging, fitted"}
+    assert {"searched", "searched, not fitted as a whole", *merging, "units by norms"} <= {*rows}
+    assert rows["searched"]["knn"] == "50.00" and "knn" not in rows["constant merging"]
     assert rows["searched"]["predicted"] <= rows["constant merging"]["predicted"] < 1
     assert rows["searched"]["tried"] <= rows["constant merging"]["tried"]
     for row in rows.values():

@@ -122,8 +122,6 @@ def quality(original: Original, word: str, plan: str) -> Line:
     macs = sum(count_macs(model, theoretical=True).values())
     composites, queries = original.agreement(model, "composites")
     photographs, _ = original.agreement(model, "photographs")
-    memory = torch.cat([tokens[:, 0].clone() for tokens in original.features(model, MEMORY)])
-    folders = [folder.format(px=original.image_size_px) for folder in (MEMORY, TESTS["composites"])]
     return {
         "image_size_px": original.image_size_px,
         "word": word,
@@ -131,8 +129,15 @@ def quality(original: Original, word: str, plan: str) -> Line:
         "macs": macs,
         "composites": asdict(composites),
         "photographs": asdict(photographs),
-        "knn_top1": knn_top1(memory, labels_of(folders[0]), queries, labels_of(folders[1])),
+        "knn_top1": knn_of(original, model, queries),
     }
+
+
+def knn_of(original: Original, model: Any, queries: Tensor) -> float:
+    """knn_top1 of a model by its class tokens of the composites (B, C)."""
+    memory = torch.cat([tokens[:, 0].clone() for tokens in original.features(model, MEMORY)])
+    folders = [folder.format(px=original.image_size_px) for folder in (MEMORY, TESTS["composites"])]
+    return knn_top1(memory, labels_of(folders[0]), queries, labels_of(folders[1]))
 
 
 def labels_of(folder: str) -> Tensor:

