@@ -273,3 +273,18 @@ def test_a_run_says_how_it_multiplies(pictures, tmp_path):
         assert (cuda.allow_tf32, cudnn.allow_tf32, cudnn.benchmark) == (False, False, False)
     finally:
         cuda.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = before
+
+
+def test_a_trace_is_of_the_steps_that_are_named(pictures, tmp_path, monkeypatch, capsys):
+    """Two of six steps, over the end of an epoch: each has one optimizer step and one forward pass of the stem."""
+    recipe = ["train.profile={first_step: 3, num_steps: 2}", f"run_dir={tmp_path / 'run'}"]
+    assert main([str(pictures / "small.yaml"), *recipe]) == 0
+    events = json.loads((tmp_path / "run/trace.json").read_text())["traceEvents"]
+    steps = [event for event in events if event.get("name", "").startswith("Optimizer.step#")]
+    assert len(steps) == 2 and "trace.json has the trace" in capsys.readouterr().err
+    late = ["train.profile={first_step: 6}", f"run_dir={tmp_path / 'late'}"]
+    assert main([str(pictures / "small.yaml"), *late]) == 0
+    events = json.loads((tmp_path / "late/trace.json").read_text())["traceEvents"]
+    assert sum(event.get("name", "").startswith("Optimizer.step#") for event in events) == 1  # the run ends amid them
+    assert main([str(pictures / "small.yaml"), f"run_dir={tmp_path / 'none'}"]) == 0
+    assert not (tmp_path / "none/trace.json").exists()

@@ -20,6 +20,7 @@ from train.findings import Findings, look
 from train.mfu import Mfu
 from train.reference import Reference
 from train.run import RunFolder, run_facts
+from train.tracing import StepTrace
 from train.trackers import check_installed
 from train.trainer import StepResult, Trainer
 from vitreuse.attention.policy import Conditions
@@ -102,6 +103,8 @@ class _Loop:
         self.reference = reference  # None of every rank but the main one
         self.pace = _Pace()
         self.mfu = Mfu(self.config, self.ranks)
+        traced = self.config.train.profile if self.ranks.is_main else None
+        self.trace = StepTrace(traced, folder.path, self.ranks.device)
         self.has_begun = False
 
     def resume(self) -> None:
@@ -138,11 +141,13 @@ class _Loop:
                 self._end_epoch()
             while trainer.counters.step < trainer.num_steps:
                 if self._train_epoch():
+                    self.trace.end()
                     if self.ranks.is_main:
                         self.folder.describe(status="stopped")
                     stopped = f"stopped at step {trainer.counters.step} with everything saved"
                     print_note(f"{stopped}: run it again to go on.")
                     return False
+        self.trace.end()
         self._finish()
         return True
 
@@ -162,6 +167,7 @@ class _Loop:
     def _train_epoch(self) -> bool:
         """The rest of an epoch; whether a signal stopped it."""
         trainer, previous = self.trainer, time.perf_counter()
+        self.trace.reach(trainer.counters.step)
         for batch in trainer.remaining_batches():
             received = time.perf_counter()
             result = trainer.train_step(batch, self.stop.received)
@@ -170,6 +176,7 @@ class _Loop:
             trainer.counters.seconds += done - previous
             for warning in result.warnings:
                 print_note(f"{warning} Another image takes its place.")
+            self.trace.reach(trainer.counters.step)
             self._record_step(result, batch.keys)
             stop = result.stop and trainer.counters.step < trainer.num_steps
             if stop or checkpoint_is_due(self.config, trainer.counters.step, trainer.batches.steps_per_epoch):

@@ -8,12 +8,12 @@ from vitreuse.config.augmentation import CropConfig, ResolutionConfig
 from vitreuse.config.experiment import Config, DataConfig, changed_settings, load_config
 from vitreuse.config.network import LOCAL_DIR, ModelConfig
 from vitreuse.config.optimization import OptimizerConfig, ScheduleConfig
-from vitreuse.config.recipe import DistillConfig, HealConfig, ReferenceConfig, TrainConfig
+from vitreuse.config.recipe import DistillConfig, HealConfig, ProfileConfig, ReferenceConfig, TrainConfig
 from vitreuse.config.strict_yaml import to_yaml
 from vitreuse.io.errors import ConfigError
 
 __all__ = [
     "LOCAL_DIR", "Config", "ConfigError", "CropConfig", "DataConfig", "DistillConfig", "HealConfig",
-    "ModelConfig", "OptimizerConfig", "ReferenceConfig", "ResolutionConfig", "ScheduleConfig", "TrainConfig",
-    "changed_settings", "load_config", "to_yaml",
+    "ModelConfig", "OptimizerConfig", "ProfileConfig", "ReferenceConfig", "ResolutionConfig", "ScheduleConfig",
+    "TrainConfig", "changed_settings", "load_config", "to_yaml",
 ]

@@ -77,6 +77,14 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ProfileConfig:
+    """Steps that torch.profiler traces on the main rank, into trace.json of the run folder."""
+
+    first_step: int = setting("the first of them, counted from 1", above=0, changes_run=False)
+    num_steps: int = setting("how many", 5, above=0, changes_run=False)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ReferenceConfig:
     """A curve that the loss should follow: training says in one line when it is too far above it, and goes on."""
 
@@ -132,6 +140,7 @@ class TrainConfig:
     max_skipped_steps: int = setting("steps in a row without a finite loss and gradient before giving up", 5, above=0)
     log_every_steps: int = setting("steps between two step records in metrics.jsonl", 10, above=0, changes_run=False)
     ledger: bool = setting("write the sample keys of every step to ledger.jsonl", False, changes_run=False)
+    profile: ProfileConfig | None = setting("a trace of some steps", None, changes_run=False)
     reference: ReferenceConfig | None = setting("a curve that the loss should follow", None, changes_run=False)
     loggers: tuple[str, ...] = setting(
         "what shows the records beside metrics.jsonl", (), choices=("tensorboard", "wandb"), changes_run=False

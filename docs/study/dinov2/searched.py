@@ -46,7 +46,7 @@ from vitreuse.plan import EXACT, Plan, Spec
 SEARCHED = HERE / "searched.jsonl"
 SHARES = {224: (0.7, 0.6, 0.4), 518: (0.6, 0.5, 0.4, 0.33)}  # of the MACs, at which constant merging sets the time
 WANTED = [(size_px, f"{share:g}") for size_px, shares in SHARES.items() for share in shares]
-NUM_IMAGES = {224: (256, 32), 518: (48, 16)}  # fitted, and tried
+NUM_IMAGES = {224: (256, 32), 518: (56, 8)}  # fitted, and tried
 BATCH = {224: 16, 518: 4}
 WORDS = (EXACT, Spec("none"), Spec("linear"), Spec("skip"))
 MINUTES = 10.0

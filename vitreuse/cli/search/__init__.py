@@ -40,7 +40,7 @@ from vitreuse.plan import EXACT, PRESETS, Plan, preset_plan
 
 HELP = "find the plan that does a trained model the least damage at a share of its cost, and convert the model into it"
 LEAST_IMAGES = 6
-NUM_TRIED = 32  # images on which plans are tried, at most
+LEAST_TRIED, MOST_TRIED, PATCHES_TRIED = 8, 32, 8192  # images on which plans are tried, and their patches together
 TRIALS = "trials.jsonl"
 
 
@@ -140,7 +140,8 @@ def _samples(args: argparse.Namespace, source: Source) -> _Samples:
     if total < LEAST_IMAGES:
         given = f"{source.sample.dataset.folder} gives {total} images"
         raise ValueError(f"{given}, and a search needs {LEAST_IMAGES}, to fit, to try and to show: add some.")
-    tried = min(NUM_TRIED, total // 4)
+    few = max(LEAST_TRIED, PATCHES_TRIED // source.model.patch_embed.num_patches)
+    tried = min(few, MOST_TRIED, total // 4)
     has_val = source.split == "train" and args.data is not None and find_split(args.data, "val") is not None
     if has_val:
         sample = load_sample(args, source.target, source.model, "val")
