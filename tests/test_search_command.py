@@ -168,7 +168,7 @@ def test_what_cannot_be_searched_is_one_sentence(more, sentence, folder, capsys)
 
 def test_what_healing_regains_is_measured_when_asked_for(folder, capsys, tmp_path):
     command = argv(folder, "--budget", "0.8", "--words", "exact,none,skip", "-o", str(tmp_path))
-    found = searched(capsys, *command, "--heal-minutes", "0.05")
+    found = searched(capsys, *command, "--heal-minutes", "0.01")
     healing = found["healing"]
     assert healing["rate"] in (1e-6, 1e-5, 1e-4) and healing["num_steps"] >= 1
     assert healing["before"] == pytest.approx(found["audited"]["chosen"]["distance"], rel=1e-5)

@@ -301,7 +301,7 @@ def test_a_short_healing_learns_and_leaves_the_model_as_it_is():
     converted = convert(model, "skip exact*3").model.eval()
     before = {key: value.clone() for key, value in converted.state_dict().items()}
     shown = [(images, torch.zeros(len(images))) for images in batches(6, seed=3)]
-    found = expected_of_healing(model, converted, batches(24), batches(6, seed=7), lambda: shown, 0.1, 8)
+    found = expected_of_healing(model, converted, batches(24), batches(6, seed=7), lambda: shown, 0.03, 8)
     assert found.before == mean_distance(model, converted, [images for images, _ in shown])
     assert found.rate == 1e-4 and found.after < found.before and found.num_steps > 9
     assert all(torch.equal(before[key], value) for key, value in converted.state_dict().items())
