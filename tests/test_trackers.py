@@ -282,6 +282,10 @@ def test_a_trace_is_of_the_steps_that_are_named(pictures, tmp_path, monkeypatch,
     events = json.loads((tmp_path / "run/trace.json").read_text())["traceEvents"]
     steps = [event for event in events if event.get("name", "").startswith("Optimizer.step#")]
     assert len(steps) == 2 and "trace.json has the trace" in capsys.readouterr().err
+    first = ["train.profile={first_step: 4, num_steps: 1}", f"run_dir={tmp_path / 'first'}"]
+    assert main([str(pictures / "small.yaml"), *first]) == 0  # of an epoch, behind an evaluation
+    events = json.loads((tmp_path / "first/trace.json").read_text())["traceEvents"]
+    assert sum(event.get("name") == "aten::conv2d" for event in events) == 1
     late = ["train.profile={first_step: 6}", f"run_dir={tmp_path / 'late'}"]
     assert main([str(pictures / "small.yaml"), *late]) == 0
     events = json.loads((tmp_path / "late/trace.json").read_text())["traceEvents"]

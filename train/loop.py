@@ -167,7 +167,7 @@ class _Loop:
     def _train_epoch(self) -> bool:
         """The rest of an epoch; whether a signal stopped it."""
         trainer, previous = self.trainer, time.perf_counter()
-        self.trace.reach(trainer.counters.step)
+        self.trace.begin(trainer.counters.step)
         for batch in trainer.remaining_batches():
             received = time.perf_counter()
             result = trainer.train_step(batch, self.stop.received)
@@ -187,6 +187,7 @@ class _Loop:
                 return True
             if trainer.at_epoch_end:  # saved before: an evaluation may take longer than who wants to stop waits
                 self._end_epoch()
+            self.trace.begin(trainer.counters.step)
             previous = time.perf_counter()
         return False
 

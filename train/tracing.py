@@ -28,15 +28,15 @@ class StepTrace:
         self._activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
         self._profile: profile | None = None
 
-    def reach(self, step: int) -> None:
+    def begin(self, step: int) -> None:
         """Told how many steps are done, before the data of the next one are asked for."""
-        if self.settings is None:
-            return
-        first, end = self.settings.first_step - 1, self.settings.first_step - 1 + self.settings.num_steps
-        if self._profile is None and step == first:
+        if self.settings is not None and self._profile is None and step == self.settings.first_step - 1:
             self._profile = profile(activities=self._activities, record_shapes=True)
             self._profile.start()
-        elif self._profile is not None and step == end:
+
+    def reach(self, step: int) -> None:
+        """Told how many steps are done, before anything else is."""
+        if self.settings is not None and step == self.settings.first_step - 1 + self.settings.num_steps:
             self.end()
 
     def end(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vitreuse.compress.redundancy import measure_head_errors
 from vitreuse.compress.row_sample import NUM_ROWS
+from vitreuse.compress.search.clock import Clock
 from vitreuse.compress.search.constant import constant_merging
 from vitreuse.compress.search.forecast import Forecast, measure_changes, tries
 from vitreuse.compress.search.front import Candidate, best_within, pareto_front
@@ -89,8 +90,8 @@ def search(
     begin = min([start.plan] if constant is None else [start.plan, constant], key=trials.distance)
     deadline = time.monotonic() + 60 * minutes
     with WorkProgress("improving", "seconds", round(60 * minutes)) as progress:
-        clock = _Clock(deadline, progress)
-        refiner = Refiner(trials, space, forecast, costs.of, most, clock.is_over, clock.report)
+        clock = Clock(deadline, progress)
+        refiner = Refiner(trials, space, forecast, costs.of, most, clock.is_over, _reported(clock))
         plan, distance, is_best = refiner.refine(begin)
     chosen = Candidate(costs.of(plan), forecast.of(plan), plan)
     return Found(front, start, chosen, distance, is_best, forecast, trials)
@@ -120,19 +121,11 @@ def _best_start(front: Sequence[Candidate], most: float, trials: Trials) -> Cand
     return min([*within, best], key=lambda candidate: trials.distance(candidate.plan))
 
 
-@dataclass
-class _Clock:
-    """Says when time is up, and shows how much of it is gone and how far the search is."""
+def _reported(clock: Clock) -> Callable[[Plan, float], None]:
+    """Shows a better plan, and its distance from then on beside the clock."""
 
-    deadline: float
-    progress: WorkProgress
-    said: str = ""
+    def report(plan: Plan, distance: float) -> None:
+        clock.said = f"distance {distance:.4g}"
+        clock.progress.line(f"{clock.said}, {plan}")
 
-    def is_over(self) -> bool:
-        left = self.deadline - time.monotonic()
-        self.progress.reach(min(self.progress.total, round(self.progress.total - left)), self.said)
-        return left <= 0
-
-    def report(self, plan: Plan, distance: float) -> None:
-        self.said = f"distance {distance:.4g}"
-        self.progress.line(f"{self.said}, {plan}")
+    return report

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from vitreuse.compress.fidelity import answer_of_tokens, mean_distance, output_distance
+from vitreuse.compress.search.clock import Clock
 from vitreuse.io.progress import WorkProgress
 
 RATES = (1e-6, 1e-5, 1e-4)
@@ -65,14 +66,12 @@ def expected_of_healing(
     """
     images, device = torch.cat(list(fitted)).split(batch_size), next(original.parameters()).device
     pupils = [deepcopy(converted).eval() for _ in RATES]
-    starts = [time.monotonic()]
-    steps = []
-    with WorkProgress("healing", "seconds", round(60 * minutes)) as progress:
-        for rate, pupil in zip(RATES, pupils, strict=True):
-            end = starts[0] + 60 * minutes * len(starts) / len(RATES)
-            steps.append(_heal(original, pupil, (batch.to(device) for batch in mirrored_in_turns(images)), rate, end))
-            starts.append(time.monotonic())
-            progress.reach(min(progress.total, round(starts[-1] - starts[0])), f"{steps[-1]} steps at {rate:g}")
+    starts, steps, seconds = [time.monotonic()], [], 60 * minutes / len(RATES)
+    for rate, pupil in zip(RATES, pupils, strict=True):
+        with WorkProgress(f"healing at {rate:g}", "seconds", round(seconds)) as progress:
+            clock, batches = Clock(starts[-1] + seconds, progress), mirrored_in_turns(images)
+            steps.append(_heal(original, pupil, (batch.to(device) for batch in batches), rate, clock))
+        starts.append(time.monotonic())
     best = min(range(len(RATES)), key=lambda number: mean_distance(original, pupils[number], tried))
     before, after = (
         mean_distance(original, model, (batch for batch, _ in shown())) for model in (converted, pupils[best])
@@ -80,12 +79,12 @@ def expected_of_healing(
     return Expected(RATES[best], steps[best], starts[best + 1] - starts[best], before, after)
 
 
-def _heal(original: Any, pupil: Any, batches: Iterator[Tensor], rate: float, end: float) -> int:
-    """Makes steps until a moment of the clock, at least one; how many."""
+def _heal(original: Any, pupil: Any, batches: Iterator[Tensor], rate: float, clock: Clock) -> int:
+    """Makes steps until time is up, at least one; how many."""
     optimizer = torch.optim.AdamW(pupil.parameters(), lr=rate, weight_decay=0.0)
     warming = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / WARMUP_STEPS))
     num_steps = 0
-    while num_steps == 0 or time.monotonic() < end:
+    while num_steps == 0 or not clock.is_over():
         images = next(batches)
         with torch.no_grad():
             wanted = answer_of_tokens(original, original.forward_features(images))
