@@ -10,7 +10,7 @@ from PIL import Image
 from timm.data.auto_augment import LEVEL_TO_ARG, NAME_TO_OP
 from timm.data.transforms_factory import create_transform
 
-from train.auto_augment import _ops, colour_transform
+from train.auto_augment import colour_transform, operations_of
 from vitreuse.config import ConfigError, CropConfig, load_config
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -77,7 +77,7 @@ def test_a_shipped_policy_never_raises(text):
 @pytest.mark.parametrize("size", SIZES)
 def test_every_operation_takes_every_magnitude(mode, size):
     image = noise(mode, size)
-    ops = {op.name: op for text in EVERY_KIND for op in _ops(policy(text, mode, size).transforms[0])}
+    ops = {op.name: op for text in EVERY_KIND for op in operations_of(policy(text, mode, size).transforms[0])}
     assert not NAME_TO_OP.keys() - ops.keys() - {"TranslateX", "TranslateY", "GaussianBlurRand"}  # in no policy
     for op in ops.values():
         op.prob, op.magnitude_std, op.magnitude_max = 1.0, 0, 30
@@ -125,7 +125,9 @@ def test_policies_are_timms_to_the_byte(text):
 def test_posterize_keeps_as_many_bits_as_are_drawn(mode, name):
     """To the mask of Pillow before 13, which knew no smallest number of them."""
     image = noise(mode)
-    op = next(op for op in _ops(policy(f"rand-inc{int(name != 'Posterize')}", mode).transforms[0]) if op.name == name)
+    op = next(
+        op for op in operations_of(policy(f"rand-inc{int(name != 'Posterize')}", mode).transforms[0]) if op.name == name
+    )
     op.prob, op.magnitude_max, kept = 1.0, 40, set()
     for op.magnitude in range(41):
         (bits,) = LEVEL_TO_ARG[name](op.magnitude, {})

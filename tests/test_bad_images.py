@@ -9,13 +9,15 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from storms.processes import Run
-from torchvision.transforms import PILToTensor
+from torchvision.transforms import Compose, PILToTensor
 
 from train.__main__ import main
+from train.draws import Augmented
 from train.order import Draw
 from train.pipeline import TrainingImages
 from vitreuse.data import DecodeError, EncodedSample, ShardDataset, open_split, write_shards
 
+TO_BYTES = Compose([PILToTensor(), Augmented])
 BAD = {"train": (3, 8), "val": ()}  # which the first epoch meets in its first and its second step
 CONFIG = """\
 model:
@@ -167,7 +169,7 @@ def test_none_is_replaced_in_an_evaluation(tmp_path, capsys):
 
 
 def test_a_replacement_is_a_function_of_the_draw(root):
-    images = TrainingImages(open_split(root, "train", "L"), [PILToTensor()] * 9, seed=1, max_bad_images=2)
+    images = TrainingImages(open_split(root, "train", "L"), [TO_BYTES] * 9, seed=1, max_bad_images=2)
     keys = [images[Draw(epoch, 3, copy)][2] for epoch in range(9) for copy in range(2)]
     assert keys == [images[Draw(epoch, 3, copy)][2] for epoch in range(9) for copy in range(2)]
     assert len({*keys}) > 5
@@ -176,6 +178,6 @@ def test_a_replacement_is_a_function_of_the_draw(root):
 
 def test_a_set_without_a_good_image_is_one_sentence(tmp_path):
     write_shards([EncodedSample(str(i), b"no image", "png", 0) for i in range(3)], tmp_path / "none", "a", 3)
-    images = TrainingImages(ShardDataset(tmp_path / "none"), [PILToTensor()], seed=1, max_bad_images=100)
+    images = TrainingImages(ShardDataset(tmp_path / "none"), [TO_BYTES], seed=1, max_bad_images=100)
     with pytest.raises(DecodeError, match=r"^sample '1' of shard .* has no known image format"):
         images[Draw(0, 1, 0)]

@@ -15,7 +15,7 @@ import eval.controls
 from eval.__main__ import main
 from eval.control_models import controls, deepened, without_attention
 from eval.controls import Control, closest
-from train.pipeline import train_transform
+from train.augmentation import train_transform
 from vitreuse import parse_plan
 from vitreuse.config import ModelConfig, load_config
 from vitreuse.cost.counters import torch_flops
@@ -219,8 +219,8 @@ def test_the_data_have_the_size_of_the_smaller_image(mixed):
     config = load_config(folder / "out" / row["file"])
     model, size_px, digit = config.model.create().eval(), row["keywords"]["img_size"], Image.new("L", (8, 8))
     assert size_px < 12 and size_px % 2 == 0 and config.data == load_config(LAZY).data
-    for transform in (train_transform(config, image_settings(model)), evaluation_transform(model)):
-        assert transform(digit).shape == (1, size_px, size_px)
+    for image in (train_transform(config, image_settings(model))(digit).image, evaluation_transform(model)(digit)):
+        assert image.shape == (1, size_px, size_px)
     assert model(evaluation_transform(model)(digit)[None]).shape == (1, 10)
 
 

@@ -7,13 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from torchvision.transforms import PILToTensor
+from torchvision.transforms import Compose, PILToTensor
 
+from train.draws import Augmented
 from train.order import Draw, RankBatches, epoch_permutation
 from train.pipeline import TrainingImages, create_loader
 from vitreuse.data import EncodedSample, ShardDataset, build_index, write_shard
 
 SHARD_SIZES = (5, 1, 13, 4)  # 23 samples
+TO_BYTES = Compose([PILToTensor(), Augmented])
 
 
 def _epoch(epoch: int = 2, first_step: int = 0, world_size: int = 1, **options) -> list[list[list[Draw]]]:
@@ -117,7 +119,7 @@ def test_loaders_of_all_ranks_read_every_image_once_an_epoch(shards, world_size,
     """Real workers, over two epochs and the rest of a third; the last batch of an epoch is smaller than the others."""
     samples = ShardDataset(shards)
     alone = RankBatches(3, samples.shard_sizes, 5)
-    images = TrainingImages(samples, [PILToTensor()] * 3, seed=3)
+    images = TrainingImages(samples, [TO_BYTES] * 3, seed=3)
     ranks = [RankBatches(3, samples.shard_sizes, 5, rank=rank, world_size=world_size) for rank in range(world_size)]
     loaders = [create_loader(images, batches, num_workers, pin_memory=False) for batches in ranks]
     for epoch, first_step in ((0, 0), (1, 0), (2, 1)):

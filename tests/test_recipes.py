@@ -18,7 +18,8 @@ from timm.scheduler import CosineLRScheduler
 from torchvision.transforms.v2.functional import InterpolationMode, resize
 
 from eval.flops import model_macs
-from train.pipeline import Normalize, _crop_transform, create_mixup, seed_generators, train_transform
+from train.augmentation import CropTransform, train_transform
+from train.pipeline import Normalize, create_mixup, seed_generators
 from train.recipe import create_criterion, create_optimizer, create_scheduler, freeze, step_of_rate
 from vitreuse.config import Config, ConfigError, CropConfig, ModelConfig, load_config
 from vitreuse.model.preprocessing import image_settings
@@ -167,7 +168,7 @@ def test_optimizer_schedule_loss_and_images_can_be_made(stem):
 
     images = image_settings(model)
     photograph = torch.randint(256, (3, 250, 333), dtype=torch.uint8)
-    image = Normalize(images)(train_transform(config, images)(photograph))
+    image = Normalize(images)(train_transform(config, images)(photograph).image)
     assert image.shape == images["input_size"]
     mixup = create_mixup(config, model.num_classes)
     assert mixup is not None
@@ -289,14 +290,14 @@ def test_a_uniform_drop_path_needs_a_rate_and_a_vision_transformer():
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "random"])
 def test_crops_are_resized_as_the_recipe_says(interpolation):
     crop = CropConfig(interpolation=interpolation, hflip=0.0)
-    steps = _crop_transform(crop, image_settings(built("deit_300_small_exact")[1]))
+    transform = CropTransform(crop, image_settings(built("deit_300_small_exact")[1]), on_device=False)
     image = torch.randint(256, (3, 97, 131), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     found = []
     for number in range(8):
         seed_generators(np.random.SeedSequence(number))
-        made = steps(image)
+        made = transform(image).image
         seed_generators(np.random.SeedSequence(number))
-        top, left, height, width = steps.transforms[0].get_params(image, crop.scale, crop.ratio)
+        top, left, height, width = transform.crop.get_params(image, crop.scale, crop.ratio)
         region = image[:, top : top + height, left : left + width]
         ways = [resize(region, [224, 224], InterpolationMode(way), antialias=True) for way in ("bilinear", "bicubic")]
         found.append([torch.equal(made, way) for way in ways])

@@ -13,12 +13,14 @@ from test_trainer import CONFIG, Images
 from test_trainer import _steps as steps
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torchvision.transforms.functional import pil_to_tensor
 
 from eval.distributed import Ranks
 from eval.top1 import evaluate
 from train.sharding import OPTIMIZERS, unsharded
 from train.trainer import Trainer
 from vitreuse.config import ConfigError, load_config
+from vitreuse.data import Sample
 from vitreuse.model.preprocessing import evaluation_transform, image_settings
 
 pytestmark = pytest.mark.proof  # each rank is a process
@@ -36,6 +38,10 @@ RECIPES = {
     "merging": ["model.plan=exact-2/7 exact", "train.ema={decay: 0.9}"],
     "linear": ["model.plan=linear exact-1/7 linear", "model.keywords.depth=3"],
     "drop path": ["model.plan=linear exact-1", "model.keywords.drop_path_rate=0.3"],
+    "augmented on the device": [
+        "train.crop={auto_augment: rand-m9-n2-mstd0.5-inc1, erase_prob: 0.5}",
+        *("train.augment_on=device", "train.mixup={groups: 2}"),
+    ],
     "layer decay": ["train.optimizer.layer_decay=0.8", "train.optimizer.name=lamb"],
 }
 
@@ -47,11 +53,20 @@ class OneImage(Images):
         return 1
 
 
+class Photographs(Images):
+    """The same as tensors, as what is cropped is decoded."""
+
+    def __getitem__(self, number: int) -> Sample:
+        image, *rest = super().__getitem__(number)
+        return Sample(pil_to_tensor(image), *rest)
+
+
 def build(folder: str, ranks: Ranks, strategy: str, *overrides: str) -> Trainer:
     config = load_config(Path(folder, "x.yaml"), ["train.epochs=12", f"train.strategy={strategy}", *overrides])
     torch.manual_seed(config.train.seed)
     model: Any = config.model.create()
-    return Trainer(config, model, Images(), image_settings(model), ranks)
+    samples = Images() if config.train.crop is None else Photographs()
+    return Trainer(config, model, samples, image_settings(model), ranks)
 
 
 def both_strategies(folder: str, ranks: Ranks) -> dict[str, Any]:
@@ -169,7 +184,9 @@ def test_fsdp2_takes_the_steps_of_ddp(found, recipe):
     assert found[1]["both_strategies"][recipe][:2] == [ddp, fsdp2]
 
 
-@pytest.mark.parametrize("recipe", ["plain", "partial reuse, partly frozen", "merging", "linear"])
+@pytest.mark.parametrize(
+    "recipe", ["plain", "partial reuse, partly frozen", "merging", "linear", "augmented on the device"]
+)
 def test_two_ranks_take_the_steps_of_one(found, recipe, tmp_path):
     (tmp_path / "x.yaml").write_text(CONFIG)
     alone = steps(build(str(tmp_path), Ranks(), "ddp", *RECIPES[recipe]), NUM_STEPS)

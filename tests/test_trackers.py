@@ -269,6 +269,7 @@ def test_a_run_says_how_it_multiplies(pictures, tmp_path):
         assert (cuda.allow_tf32, cudnn.allow_tf32, cudnn.benchmark) == (True, True, True)
         facts = json.loads((tmp_path / "run/run.json").read_text())
         assert facts["precision"] == {"autocast": "float32", "tf32": True, "cudnn_benchmark": True}
+        assert facts["augmented_on"] == "workers"
         assert main([str(pictures / "small.yaml"), "train.epochs=1", f"run_dir={tmp_path / 'other'}"]) == 0
         assert (cuda.allow_tf32, cudnn.allow_tf32, cudnn.benchmark) == (False, False, False)
     finally:

@@ -35,11 +35,12 @@ from eval.card import read_card
 from eval.distributed import Ranks
 from eval.predictions import Predictions, answers
 from train.__main__ import main
+from train.augmentation import train_decoder, train_transform
 from train.checkpoint import Checkpoints
 from train.distributed import StopSignal, ended_with_others
 from train.loop import _Loop
 from train.order import Draw
-from train.pipeline import TrainingImages, train_decoder, train_transform
+from train.pipeline import TrainingImages
 from train.run import RunFolder
 from train.trainer import Counters, DivergedError, Trainer
 from vitreuse.config import Config, ConfigError, load_config
@@ -596,7 +597,7 @@ def test_weights_that_are_not_finite_are_not_trained(config_path, tmp_path, caps
 
 @pytest.mark.parametrize("precision", ["float32", "float16"])
 def test_a_run_of_which_every_step_was_skipped_fails(config_path, tmp_path, capsys, monkeypatch, precision):
-    monkeypatch.setattr("train.trainer.Normalize.__call__", lambda self, images: images.float() * math.nan)
+    monkeypatch.setattr("train.pipeline.Normalize.__call__", lambda self, images: images.float() * math.nan)
     told = _fails([str(config_path), *BRIEF, f"train.precision={precision}"], tmp_path / "run", capsys)
     assert "all 3 of 3 steps were skipped" in told
 
@@ -639,12 +640,12 @@ def test_augmentation_is_a_function_of_seed_epoch_and_sample(config_path, transf
     settings = image_settings(config.model.create("meta"))
     transforms = [train_transform(config, settings)] * 3
     images = TrainingImages(open_split(config.data.folder, "train", "L", train_decoder(config)), transforms, seed=5)
-    first = images[Draw(1, 3, 0)][0]
+    first = images[Draw(1, 3, 0)][0].image
     others = [Draw(2, 3, 0), Draw(1, 4, 0), Draw(1, 3, 1)]
     states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
-    assert not any(torch.equal(first, item[0]) for item in images.__getitems__(others))
+    assert not any(torch.equal(first, item[0].image) for item in images.__getitems__(others))
     assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == states
-    assert torch.equal(images[Draw(1, 3, 0)][0], first)
+    assert torch.equal(images[Draw(1, 3, 0)][0].image, first)
 
 
 def test_mixup_drops_the_batch_it_cannot_pair(config_path):

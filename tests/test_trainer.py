@@ -31,9 +31,10 @@ from torch.utils.data import DataLoader
 from eval.distributed import Ranks
 from eval.top1 import ALONE, evaluate
 from train.__main__ import main
+from train.augmentation import image_size
 from train.distill import Teacher, distillation_loss
 from train.order import RankBatches
-from train.pipeline import collate, image_size
+from train.pipeline import collate
 from train.recipe import create_criterion
 from train.trainer import DivergedError, Trainer
 from train.weights import start_from

@@ -40,9 +40,9 @@ def colour_transform(crop: CropConfig, settings: dict[str, Any]) -> Any:
         is_weighted = isinstance(policy, RandAugment) and policy.choice_weights is not None  # which draws each once
         if is_weighted and policy.num_layers > len(policy.ops):
             raise _unknown(crop, f"it draws {policy.num_layers} of {len(policy.ops)} operations, each at most once")
-        for op in _ops(policy):
+        for op in operations_of(policy):
             if op.aug_fn is posterize:
-                op.aug_fn = _posterize
+                op.aug_fn = keep_bits
     return made
 
 
@@ -51,7 +51,7 @@ def _unknown(crop: CropConfig, reason: str) -> ConfigError:
     return ConfigError(f"{policy} is no policy of timm's ({reason}): rand-m9-mstd0.5-inc1 is one.")
 
 
-def _ops(policy: Any) -> Iterator[AugmentOp]:
+def operations_of(policy: Any) -> Iterator[AugmentOp]:
     """The operations that a policy of timm's draws from; none of what is no policy, such as colour jitter."""
     if isinstance(policy, (RandAugment, AugMixAugment)):
         yield from policy.ops
@@ -60,7 +60,7 @@ def _ops(policy: Any) -> Iterator[AugmentOp]:
             yield from sub_policy
 
 
-def _posterize(image: Image.Image, bits_to_keep: int, **keywords: Any) -> Image.Image:
+def keep_bits(image: Image.Image, bits_to_keep: int, **keywords: Any) -> Image.Image:
     """timm's posterize; an image of which no bit is kept is black, as it was before Pillow 13 refused to make one."""
     if bits_to_keep < 1:
         return Image.new(image.mode, image.size)

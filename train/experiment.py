@@ -11,13 +11,14 @@ import torch
 from timm.models import VisionTransformer
 
 from eval.distributed import Ranks
-from train.pipeline import restored_generators, train_decoder
+from train.augmentation import train_decoder
+from train.pipeline import restored_generators
 from train.trainer import Trainer
 from train.weights import start_from, weight_files
 from vitreuse.config import Config, ConfigError
 from vitreuse.data import ShardDataset, open_split, open_without_labels, prepare_source
 from vitreuse.data.labels import are_numbers, listed, numbered_as
-from vitreuse.io.process import print_note
+from vitreuse.io.process import allow_open_files, print_note
 from vitreuse.io.urls import url_kind
 from vitreuse.model.class_names import name_classes
 from vitreuse.model.preprocessing import check_answers, image_mode, image_settings
@@ -50,6 +51,7 @@ def set_up(config: Config, ranks: Ranks, allow: Collection[str] = ()) -> Experim
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.train.tf32
     torch.backends.cudnn.benchmark = config.train.cudnn_benchmark
     torch.manual_seed(config.train.seed)
+    allow_open_files()  # an epoch goes back and forth between all shards
     with ranks.together():  # all leave it when the data are written
         model = config.model.create().to(ranks.device)  # made on the CPU: the same weights on every device
         if config.data.source is not None and ranks.local_rank == 0:

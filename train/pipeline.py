@@ -1,49 +1,43 @@
-"""From sample numbers to batches: decoding, augmentation and mixing, each drawn from (seed, epoch, sample) alone.
-
-The size of the images may grow with the epoch (train.resolution).
-"""
+"""From sample numbers to batches: decoding, augmentation and mixing, each drawn from (seed, epoch, sample) alone."""
 
 from __future__ import annotations
 
 import random
 import signal
 from collections import ChainMap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from timm.data import Mixup
-from timm.data.random_erasing import RandomErasing
-from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision import transforms
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2.functional import resized_crop
 
-from train.auto_augment import colour_transform
+from train.augmentation import Transform, transforms_by_epoch
+from train.draws import Augmented, Drawn, gather
+from train.operations import augmented, erased
 from train.order import Draw, RankBatches, Stream, seed_sequence
-from vitreuse.config import Config, ConfigError, CropConfig, ResolutionConfig
-from vitreuse.data import DecodeError, Decoder, Sample, decode_image, decode_tensor
+from vitreuse.config import Config
+from vitreuse.data import DecodeError, Sample
 
-Transform = Callable[[Any], Tensor]  # from a PIL image or a tensor of bytes, to bytes or normalised floats
-Size = tuple[int, int]  # rows and columns, in pixels
-Item = tuple[Tensor, int, str, dict[str, str]]  # image, label, key, and what it replaces as in Batch.bad_images
+Item = tuple[Augmented, int, str, dict[str, str]]  # image, label, key, and what it replaces as in Batch.bad_images
 
 
 class Batch(NamedTuple):
     """One rank's share of a global batch.
 
     Attributes:
-        images: (B, channels, height, width), from a DataLoader as bytes: a quarter of the floats that Normalize makes.
+        images: (B, channels, height, width), bytes.
+        drawn: What is still to be done to them.
         labels: (B,).
         keys: The keys of the samples.
         bad_images: The sentence about each image that could not be decoded and was replaced, by its key.
     """
 
     images: Tensor
+    drawn: Drawn
     labels: Tensor
     keys: list[str]
     bad_images: dict[str, str]
@@ -75,101 +69,31 @@ def restored_generators() -> Iterator[None]:
         torch.set_rng_state(states[2])
 
 
-def train_transform(config: Config, settings: dict[str, Any]) -> Transform:
-    """The training transform of an experiment, from an image as train_decoder gives it, by the model's image_settings.
-
-    It ends in bytes, to be normalised a batch at a time; under random erasing, whose noise is for normalised images, in
-    floats.
-    """
-    if config.train.crop is not None:
-        return _crop_transform(config.train.crop, settings)
-    steps: list[Any] = [transforms.Resize(settings["input_size"][-2:], InterpolationMode(settings["interpolation"]))]
-    affine = config.train.affine
-    if affine is not None:
-        shift, smooth = (affine.shift, affine.shift), InterpolationMode.BILINEAR
-        steps.append(transforms.RandomAffine(affine.degrees, shift, affine.scale, interpolation=smooth))
-    return transforms.Compose([*steps, transforms.PILToTensor()])
-
-
-def transforms_by_epoch(config: Config, model: Any, settings: dict[str, Any]) -> list[Transform]:
-    """The training transform of every epoch of an experiment; epochs of one image size share theirs.
-
-    Raises:
-        ConfigError: train.resolution does not fit the model.
-    """
-    num_channels, *built = settings["input_size"]
-    epochs, resolution = range(config.train.epochs), config.train.resolution
-    if resolution is None:
-        return [train_transform(config, settings)] * len(epochs)
-    _check_resolution(resolution, model, min(built))
-    sizes = [image_size(epoch, resolution, (built[0], built[1]), model.patch_embed.patch_size) for epoch in epochs]
-    of_size = {size: train_transform(config, {**settings, "input_size": (num_channels, *size)}) for size in {*sizes}}
-    return [of_size[size] for size in sizes]
-
-
-def image_size(epoch: int, resolution: ResolutionConfig, built: Size, patch: Size) -> Size:
-    """The size of the images of an epoch: whole patches, growing linearly to the size that the model is built for."""
-    if epoch >= resolution.epochs:
-        return built
-    shorter = min(built)
-    grown = resolution.from_px * resolution.epochs + (shorter - resolution.from_px) * epoch  # of shorter * epochs
-    whole = shorter * resolution.epochs
-    rows, columns = (side * grown // (whole * unit) * unit for side, unit in zip(built, patch, strict=True))
-    return rows, columns
-
-
-def _check_resolution(resolution: ResolutionConfig, model: Any, shorter: int) -> None:
-    if not getattr(model, "dynamic_img_size", False):
-        must = "train.resolution changes the size of the images, which the model must take"
-        raise ConfigError(f"{must}: set model.keywords.dynamic_img_size to true.")
-    patch = model.patch_embed.patch_size
-    if resolution.from_px >= shorter or any(resolution.from_px % side for side in patch):
-        allowed = f"below the {shorter} px of the model and a multiple of its patches of {patch[0]} x {patch[1]} px"
-        raise ConfigError(f"train.resolution.from_px {resolution.from_px} must be {allowed}.")
-
-
-def train_decoder(config: Config) -> Decoder:
-    """What train_transform starts from: photographs are cropped as tensors, faster than PIL images."""
-    return decode_image if config.train.crop is None else decode_tensor
-
-
 class Normalize:
-    """Makes of bytes what a model of these image_settings takes, one image or, at a quarter of the time, a batch."""
+    """Makes of bytes what a model of these image_settings takes."""
 
     def __init__(self, settings: dict[str, Any], device: torch.device | None = None):
         statistics = (torch.tensor(settings[key], device=device).view(-1, 1, 1) for key in ("mean", "std"))
         self.mean, self.std = (255 * numbers for numbers in statistics)
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Normalised floats of images (..., channels, rows, columns); floats have been normalised already."""
-        return images.float().sub_(self.mean).div_(self.std) if images.dtype == torch.uint8 else images
+        """Normalised floats of images of bytes (..., channels, rows, columns)."""
+        floats = images.to(torch.float32, memory_format=torch.contiguous_format)
+        return floats.sub_(self.mean).div_(self.std)
 
 
-class RandomResizedCrop(RandomResizedCropAndInterpolation):
-    """timm's random crop, of a tensor of bytes by torchvision's kernel for bytes."""
+class OnDevice:
+    """What is done to a batch on the rank's device: what was drawn for its images, and what they are normalised by."""
 
-    def __call__(self, image: Tensor) -> Tensor:
-        top, left, height, width = self.get_params(image, self.scale, self.ratio)
-        height, width = max(height, 1), max(width, 1)  # of an image of few pixels timm may take none
-        interpolation: Any = self.interpolation
-        if isinstance(interpolation, (tuple, list)):
-            interpolation = random.choice(interpolation)
-        return resized_crop(image, top, left, height, width, list(self.size), interpolation, antialias=True)
+    def __init__(self, settings: dict[str, Any], device: torch.device):
+        self.normalize, self.device = Normalize(settings, device), device
 
-
-def _crop_transform(crop: CropConfig, settings: dict[str, Any]) -> Transform:
-    """What timm's create_transform does to a PIL image in training, from a tensor of bytes."""
-    settings = {**settings, "interpolation": crop.interpolation or settings["interpolation"]}
-    size = settings["input_size"][-2:]
-    steps: list[Any] = [
-        RandomResizedCrop(size, crop.scale, crop.ratio, settings["interpolation"]),
-        transforms.RandomHorizontalFlip(crop.hflip),
-    ]
-    if crop.auto_augment is not None or crop.color_jitter:
-        steps += [transforms.ToPILImage(), colour_transform(crop, settings), transforms.PILToTensor()]
-    if crop.erase_prob:
-        steps += [Normalize(settings), RandomErasing(crop.erase_prob, mode="pixel", device="cpu")]
-    return transforms.Compose(steps)
+    def __call__(self, batch: Batch) -> Batch:
+        """The batch with images that a model takes; an empty one stays so."""
+        images = batch.images.to(self.device, non_blocking=True)
+        if len(images):
+            images = erased(self.normalize(augmented(images, batch.drawn)), batch.drawn)
+        return batch._replace(images=images, labels=batch.labels.to(self.device, non_blocking=True))
 
 
 class TrainingImages(Dataset[Item]):
@@ -235,18 +159,24 @@ class TrainingImages(Dataset[Item]):
         return self._cache[number]
 
 
-def training_images(config: Config, model: Any, samples: Any, settings: dict[str, Any]) -> TrainingImages:
+def training_images(
+    config: Config, model: Any, samples: Any, settings: dict[str, Any], on_device: bool = False
+) -> TrainingImages:
     """The training set of an experiment, as open_split returns it, augmented for a model of these image_settings."""
-    transforms, data = transforms_by_epoch(config, model, settings), config.data
+    transforms, data = transforms_by_epoch(config, model, settings, on_device), config.data
     return TrainingImages(samples, transforms, config.train.seed, data.cache_images, data.max_bad_images)
 
 
 def collate(items: list[Item]) -> Batch:
     """A Batch of samples; of none, an empty one."""
     if not items:
-        return Batch(torch.empty(0), torch.empty(0, dtype=torch.long), [], {})
+        return Batch(torch.empty(0, dtype=torch.uint8), gather([]), torch.empty(0, dtype=torch.long), [], {})
     images, labels, keys, bad_images = zip(*items, strict=True)
-    return Batch(torch.stack(images), torch.tensor(labels), list(keys), dict(ChainMap(*bad_images)))
+    pixels, draws = zip(*images, strict=True)
+    by_pixel = torch.stack([image.permute(1, 2, 0) for image in pixels])  # as they lie in memory
+    return Batch(
+        by_pixel.permute(0, 3, 1, 2), gather(draws), torch.tensor(labels), list(keys), dict(ChainMap(*bad_images))
+    )
 
 
 def ignore_stop_signals(worker: int) -> None:

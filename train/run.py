@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from eval import card
 from eval.distributed import Ranks
 from eval.predictions import Predictions
+from train.augmentation import augments_on_device
 from train.checkpoint import Checkpoints
 from train.trackers import Start, Trackers
 from vitreuse.config import Config, ConfigError, changed_settings, load_config, to_yaml
@@ -229,6 +230,7 @@ def run_facts(config: Config, model: nn.Module, ranks: Ranks) -> dict[str, Any]:
         "git_commit": _git_commit(),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         "hardware": {**describe_machine(ranks.device), "num_ranks": ranks.world_size},
+        "augmented_on": "device" if augments_on_device(config, ranks.device) else "workers",
         "precision": {
             "autocast": config.train.precision,
             "tf32": torch.backends.cuda.matmul.allow_tf32,

@@ -15,13 +15,14 @@ from timm.utils import ModelEmaV3, dispatch_clip_grad
 from torch import Tensor, nn
 
 from eval.distributed import Ranks
+from train.augmentation import augments_on_device
 from train.distributed import replicated
 from train.findings import DivergedError
 from train.objective import create_objective
 from train.order import RankBatches, Stream, seed_sequence
 from train.pipeline import (
     Batch,
-    Normalize,
+    OnDevice,
     create_loader,
     create_mixup,
     mixed_in_groups,
@@ -81,9 +82,9 @@ class Trainer:
         self.batches = RankBatches(*order, must_be_even, ranks.rank, ranks.world_size)
         if not self.batches.steps_per_epoch:
             raise ConfigError(f"{len(samples)} training images do not fill one batch of {recipe.global_batch_size}.")
-        images = training_images(config, model, samples, settings)
+        images = training_images(config, model, samples, settings, augments_on_device(config, ranks.device))
         self.loader = create_loader(images, self.batches, config.data.num_workers, ranks.device.type == "cuda")
-        self.normalize = Normalize(settings, ranks.device)
+        self.on_device = OnDevice(settings, ranks.device)
         self.mixup = create_mixup(config, model.num_classes)
         freeze(model, recipe.freeze)
         steps_per_epoch = self.batches.steps_per_epoch
@@ -128,16 +129,13 @@ class Trainer:
         return self.objective if self._is_sharded else replicated(self.objective, self.ranks)
 
     def remaining_batches(self) -> Iterator[Batch]:
-        """This rank's batches from the next step to the end of its epoch, normalised and on its device.
+        """This rank's batches from the next step to the end of its epoch, on its device, as the model takes them.
 
         After a resume too: the order of an epoch follows from seed and epoch, its first step from the counters.
         """
-        device = self.ranks.device
         self.batches.start_at(self.epoch, self.counters.step % self.batches.steps_per_epoch)
         self.ranks.settle()
-        for batch in self.loader:
-            images = self.normalize(batch.images.to(device, non_blocking=True))
-            yield batch._replace(images=images, labels=batch.labels.to(device, non_blocking=True))
+        yield from map(self.on_device, self.loader)
 
     def train_step(self, batch: Batch, stop: bool) -> StepResult:
         """One optimizer step, by all ranks together.

@@ -4,6 +4,8 @@ import io
 import os
 import pickle
 import struct
+import subprocess
+import sys
 import threading
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -136,7 +138,7 @@ def count_open_files():
 
 
 def test_open_files_are_bounded_and_closed(tmp_path, monkeypatch):
-    monkeypatch.setattr("vitreuse.data.datasets.MAX_OPEN_SHARDS", 3)
+    monkeypatch.setattr("vitreuse.data.datasets.max_open_files", lambda: 12)  # a quarter
     write_split(tmp_path / "train", make_samples(7), [1] * 7)
     before = count_open_files()
     dataset = ShardDataset(tmp_path / "train")
@@ -150,9 +152,25 @@ def test_open_files_are_bounded_and_closed(tmp_path, monkeypatch):
     assert count_open_files() == before
 
 
+@pytest.mark.parametrize(
+    ("soft", "hard", "wanted", "granted"), [(256, 999, 5000, 999), (256, 999, 700, 700), (99, 99, 5, 99)]
+)
+def test_training_holds_as_many_files_open_as_the_system_grants(soft, hard, wanted, granted):
+    """By default a system grants 1,024, and ImageNet has more shards, between which an epoch goes back and forth."""
+    program = f"""
+import resource
+from vitreuse.io.process import allow_open_files, max_open_files
+resource.setrlimit(resource.RLIMIT_NOFILE, ({soft}, {hard}))
+allow_open_files({wanted})
+print(max_open_files())
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
+    assert int(done.stdout) == granted
+
+
 def test_threads_may_share_a_data_set(tmp_path, monkeypatch):
     """Two open shards for four threads: a shard that is evicted while it is read must stay readable."""
-    monkeypatch.setattr("vitreuse.data.datasets.MAX_OPEN_SHARDS", 2)
+    monkeypatch.setattr("vitreuse.data.datasets.max_open_files", lambda: 8)
     write_split(tmp_path / "train", make_samples(7), [1] * 7)
     dataset = ShardDataset(tmp_path / "train")
     numbers = np.random.default_rng(0).integers(7, size=400).tolist()

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.distributed import Ranks
-from train.pipeline import train_decoder
+from train.augmentation import train_decoder
 from train.trainer import Trainer
 from vitreuse.config import load_config
 from vitreuse.data import open_split

@@ -128,6 +128,11 @@ class TrainConfig:
     schedule: ScheduleConfig = setting("learning rate over the run")
     loss: LossConfig = setting("loss")
     crop: CropConfig | None = setting("augmentation of photographs", None)
+    augment_on: str | None = setting(
+        "where flips and colours of train.crop are carried out, by the same draws; null: on the device if it is a GPU",
+        None,
+        choices=("device", "workers"),
+    )
     affine: AffineConfig | None = setting("augmentation of small centred pictures", None)
     resolution: ResolutionConfig | None = setting("progressive resolution", None)
     mixup: MixupConfig | None = setting("mixing of image pairs", None)
@@ -149,6 +154,8 @@ class TrainConfig:
     def __post_init__(self):
         if self.crop is not None and self.affine is not None:
             raise ConfigError("crop and affine: give at most one of the two, the other null.")
+        if self.augment_on is not None and self.crop is None:
+            raise ConfigError(f"augment_on {self.augment_on!r} has no effect without train.crop: leave it out.")
         warmup = self.schedule.warmup_epochs
         self._check_share(warmup, f"schedule.warmup_epochs {warmup:g} leaves nothing of {self.epochs} epochs")
         if self.resolution is not None:

@@ -19,10 +19,9 @@ from vitreuse.data.shards.index import HEADER_FILE, Index, describe_foreign, ind
 from vitreuse.data.splits import find_labelled, find_split
 from vitreuse.data.tree import DiskFolder, Level, check_classes, left_out_notes, list_below, skipped_notes
 from vitreuse.io.errors import DataError, DecodeError, as_data_error
+from vitreuse.io.process import max_open_files
 from vitreuse.io.urls import refuse_unallowed_url, url_kind
 
-# Shards held open by a data set in each process: ImageNet has a thousand, about as many files as a process may open.
-MAX_OPEN_SHARDS = 64
 CACHE_ROOT = "data/cache"
 
 
@@ -55,7 +54,7 @@ class ShardDataset(Dataset[Sample]):
         self.mode, self.decode = mode, decode
         self._index = load_index(self.folder) if url is None else open_index(url, self.folder)
         opener = _OpenShard if url is None else partial(_open_fetched, url, self._index)
-        self._open_shard = lru_cache(maxsize=MAX_OPEN_SHARDS)(opener)
+        self._open_shard = lru_cache(maxsize=max_open_files() // 4)(opener)  # two sets, and as much for all else
         self.class_names = self._index.class_names
         self.shard_sizes = [shard.num_samples for shard in self._index.shards]
         self.digest = hashlib.sha256((self.folder / HEADER_FILE).read_bytes()).hexdigest()

@@ -6,6 +6,7 @@ torchrun starts several processes with the same arguments, its ranks; without it
 from __future__ import annotations
 
 import os
+import resource
 import sys
 
 import torch
@@ -30,6 +31,19 @@ def choose_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("there is no CUDA device for the device cuda: use cpu or auto.")
     return torch.device(name)
+
+
+def max_open_files() -> int:
+    """How many files this process may hold open."""
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+
+def allow_open_files(number: int = 1 << 16) -> None:
+    """Lets this process and those that it starts hold so many files open, or as many as the system grants."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    granted = number if hard == resource.RLIM_INFINITY else min(number, hard)
+    if soft < granted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (granted, hard))
 
 
 def is_first_rank() -> bool:
