@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from vitreuse.config import ConfigError
 from vitreuse.io.process import OtherRankError, choose_device
@@ -58,6 +59,19 @@ class Ranks:
         dist.all_gather_object(values, value)
         return values
 
+    def from_main(self, value: Any) -> Any:
+        """The main rank's value on every rank; whatever others give is not looked at.
+
+        Tensors in it, which are on the CPU, go one by one, and the rest before them.
+        """
+        if self.world_size == 1:
+            return value
+        known = [tree_map_only(Tensor, lambda tensor: tensor.to("meta"), value) if self.is_main else None]
+        dist.broadcast_object_list(known)
+        if not self.is_main:
+            value = tree_map_only(Tensor, lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype), known[0])
+        return tree_map_only(Tensor, _broadcast, value)
+
     def settle(self) -> None:
         """Lets what the last collective has begun come to its end, before processes are forked.
 
@@ -91,6 +105,13 @@ class Ranks:
             raise own
         if first is not None:
             raise OtherRankError(met[first])
+
+
+def _broadcast(tensor: Tensor) -> Tensor:
+    """The main rank's tensor, where the others have one of its shape."""
+    tensor = tensor.contiguous()
+    dist.broadcast(tensor.view(-1).view(torch.uint8), 0)  # bytes: gloo does not know every type
+    return tensor
 
 
 @contextmanager

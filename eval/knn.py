@@ -9,7 +9,7 @@ Here Q images ask M images of the memory, by features of C numbers.
 
 import math
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from itertools import product
 from typing import Any, NamedTuple
@@ -22,14 +22,15 @@ from eval.distributed import CPU, Ranks, joined
 from eval.flops import add_targets
 from eval.labelled import (
     Labelled,
+    Share,
     add_batches,
     add_data,
     add_weights,
-    answered,
     data_root,
     load,
     open_for,
     refuse_idle,
+    share_of,
     shown,
     unfinished,
 )
@@ -81,10 +82,10 @@ def head_input(model: Any, images: Tensor) -> Tensor:
     return found.float()
 
 
-def features(model: Any, dataset: Labelled, **sharing: Any) -> Features:
-    """The features of a data set, in order, by a model in inference; ranks and all else as answered has them."""
-    found = answered(
-        lambda images, labels, keys: Features(head_input(model, images).cpu(), labels, keys), dataset, **sharing
+def features(model: Any, share: Share, progress: Callable[[Iterable[Any]], Iterable[Any]] = iter) -> Features:
+    """The features of a data set, in order, of which each rank has a share, by a model in inference."""
+    found = share.answered(
+        lambda images, labels, keys: Features(head_input(model, images).cpu(), labels, keys), progress
     )
     values, labels, keys = zip(*found, strict=True)
     return Features(torch.cat(values), torch.cat(labels), [key for batch in keys for key in batch])
@@ -270,15 +271,8 @@ def _features_of(split: Labelled, target: Target, model: Any, args: Namespace, r
     Raises:
         ValueError: Some are not finite.
     """
-    found = features(
-        model,
-        split,
-        transform=evaluation_transform(model, target.crop_pct, use_test_size=target.config is None),
-        ranks=ranks,
-        batch_size=args.batch_size,
-        num_workers=args.num_workers,
-        progress=shown(target, ranks),
-    )
+    transform = evaluation_transform(model, target.crop_pct, use_test_size=target.config is None)
+    found = features(model, share_of(split, transform, args, ranks), shown(target, ranks))
     num_wrong = int((~found.values.isfinite().all(1)).sum())
     with ranks.together():
         if num_wrong:

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import track
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 
 from eval.distributed import Ranks
@@ -23,9 +23,9 @@ from vitreuse.export.networks import Target
 from vitreuse.io.file_names import printable
 from vitreuse.io.process import print_note
 from vitreuse.io.urls import refuse_idle_allow
-from vitreuse.model.preprocessing import Transform, image_mode
+from vitreuse.model.preprocessing import EvaluationTransform, Transform, image_mode
 
-ALONE = Ranks()
+ALONE, AS_IT_IS = Ranks(), nn.Identity()
 Answer = TypeVar("Answer")
 
 
@@ -37,46 +37,71 @@ class Labelled(Protocol):
     def __getitem__(self, number: int, /) -> tuple[Any, Any, str]: ...
 
 
-def answered(
-    answer: Callable[[Tensor, Tensor, Sequence[str]], Answer],
-    dataset: Labelled,
-    *,
-    transform: Transform,
-    ranks: Ranks = ALONE,
-    batch_size: int = 256,
-    num_workers: int = 0,
-    worker_init_fn: Callable[[int], None] | None = None,
-    progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
-) -> list[Answer]:
-    """The answer to each batch of a data set, in order: rank r takes batches r, r + world_size, ..., nothing is padded.
+class Share:
+    """A rank's batches of a data set, in order: r, r + world_size, ...; read by workers that stay. Nothing is padded.
 
-    An image is computed in the same batch under any number of ranks, so that they agree to the bit. Several ranks call
-    this together; their answers are gathered once, at the end, and every rank returns the same. A rank may hold none.
+    An image is computed in the same batch under any number of ranks, so that they agree to the bit.
 
     Args:
-        answer: What is said of images (B, channels, rows, columns) on the rank's device, their labels and their keys;
-            called in inference mode. It should be on the CPU.
-
-    Raises:
-        ValueError: The ranks together did not answer each image once, or what answer raises.
+        transform: Of each image, in the workers.
+        prepare: Of a batch of what transform gave, on the rank's device.
     """
-    images, batches = _Images(dataset, transform), [*BatchSampler(range(len(dataset)), batch_size, drop_last=False)]
-    own = range(ranks.rank, len(batches), ranks.world_size)
-    share = [batches[number] for number in own]
-    loader = DataLoader(images, batch_sampler=share, num_workers=num_workers, worker_init_fn=worker_init_fn)
-    found: list[tuple[int, Answer]] = []  # and the number of their batch
-    with ranks.together(), torch.inference_mode():
-        ranks.settle()
-        for number, (inputs, labels, keys) in zip(own, progress(loader), strict=True):
-            found.append((number, answer(inputs.to(ranks.device), labels, keys)))
-    found = sorted(chain(*ranks.gather(found)), key=lambda batch: batch[0])
-    numbers = [number for number, _ in found]
-    if not numbers or numbers != [*range(len(batches))]:
-        raise ValueError(
-            f"{ranks.world_size} ranks answered {len(set(numbers))} of {len(batches)} batches, {len(numbers)} in all: "
-            "a set must have an image, and each must be answered once."
+
+    def __init__(
+        self,
+        dataset: Labelled,
+        *,
+        transform: Transform,
+        prepare: Callable[[Tensor], Tensor] = AS_IT_IS,
+        ranks: Ranks = ALONE,
+        batch_size: int = 256,
+        num_workers: int = 0,
+        worker_init_fn: Callable[[int], None] | None = None,
+    ):
+        self.dataset, self.prepare, self.ranks = dataset, prepare, ranks
+        batches = [*BatchSampler(range(len(dataset)), batch_size, drop_last=False)]
+        self.num_batches, self.own = len(batches), range(ranks.rank, len(batches), ranks.world_size)
+        self.loader = DataLoader(
+            _Images(dataset, transform),
+            batch_sampler=[batches[number] for number in self.own],
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
+            worker_init_fn=worker_init_fn,
+            pin_memory=ranks.device.type == "cuda",
+            generator=torch.Generator(),  # the loader draws a base seed each time: not from that of the model
         )
-    return [batch for _, batch in found]
+
+    def answered(
+        self,
+        answer: Callable[[Tensor, Tensor, Sequence[str]], Answer],
+        progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+    ) -> list[Answer]:
+        """The answer to each batch of the data set, in order.
+
+        Several ranks call this together; their answers are gathered once, at the end, and every rank returns the same.
+        A rank may hold none.
+
+        Args:
+            answer: What is said of images (B, channels, rows, columns) on the rank's device, their labels and their
+                keys; called in inference mode. It should be on the CPU.
+
+        Raises:
+            ValueError: The ranks together did not answer each image once, or what answer raises.
+        """
+        found: list[tuple[int, Answer]] = []  # and the number of their batch
+        with self.ranks.together(), torch.inference_mode():
+            self.ranks.settle()
+            for number, (inputs, labels, keys) in zip(self.own, progress(self.loader), strict=True):
+                images = self.prepare(inputs.to(self.ranks.device, non_blocking=True))
+                found.append((number, answer(images, labels, keys)))
+        found = sorted(chain(*self.ranks.gather(found)), key=lambda batch: batch[0])
+        numbers = [number for number, _ in found]
+        if not numbers or numbers != [*range(self.num_batches)]:
+            raise ValueError(
+                f"{self.ranks.world_size} ranks answered {len(set(numbers))} of {self.num_batches} batches, "
+                f"{len(numbers)} in all: a set must have an image, and each must be answered once."
+            )
+        return [batch for _, batch in found]
 
 
 class _Images(Dataset[tuple[Tensor, Any, str]]):
@@ -88,6 +113,12 @@ class _Images(Dataset[tuple[Tensor, Any, str]]):
     def __getitem__(self, number: int) -> tuple[Tensor, Any, str]:
         image, label, key = self.dataset[number]
         return self.transform(image), label, key
+
+
+def share_of(dataset: Labelled, transform: EvaluationTransform, args: Namespace, ranks: Ranks) -> Share:
+    """This rank's share of a data set, read as the arguments of add_batches say."""
+    reading = {"batch_size": args.batch_size, "num_workers": args.num_workers}
+    return Share(dataset, transform=transform.to_bytes, prepare=transform.normalize, ranks=ranks, **reading)
 
 
 def shown(target: Target, ranks: Ranks) -> Callable[[Iterable[Any]], Iterable[Any]]:

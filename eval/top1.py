@@ -13,37 +13,38 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import torch
 from rich.console import RenderableType
-from torch import nn
+from torch import Tensor, nn
 
 from eval import sets
 from eval.card import Card, make_card
 from eval.distributed import Ranks, joined
 from eval.labelled import (
-    ALONE,
-    Labelled,
+    Share,
     add_batches,
     add_data,
     add_weights,
-    answered,
     data_root,
     load,
     open_for,
     refuse_idle,
+    share_of,
     shown,
     unfinished,
 )
-from eval.predictions import Predictions, answers, write_tables
+from eval.predictions import Answers, Predictions, answers, write_tables
 from eval.sets import NUM_CLASSES, SETS
 from eval.table import Column, to_rich
 from vitreuse.cli.console import add_image_size, add_output
+from vitreuse.config import EvalConfig
 from vitreuse.cost.measure import describe_machine
 from vitreuse.data import find_split
 from vitreuse.export.networks import Target, resolve_targets
 from vitreuse.io.file_names import for_terminal
 from vitreuse.io.urls import refuse_url, url_kind
 from vitreuse.model.class_names import names_of
-from vitreuse.model.preprocessing import Transform, evaluation_transform
+from vitreuse.model.preprocessing import evaluation_transform
 
 HELP = "accuracy of run folders, or of a model name with --data and --checkpoint or --pretrained"
 COLUMNS = (
@@ -59,34 +60,29 @@ COLUMNS = (
 
 def evaluate(
     model: nn.Module,
-    dataset: Labelled,
-    *,
-    transform: Transform,
-    ranks: Ranks = ALONE,
-    batch_size: int = 256,
-    num_workers: int = 0,
-    worker_init_fn: Callable[[int], None] | None = None,
+    share: Share,
+    precision: torch.dtype = torch.float32,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> Predictions:
-    """What a model says of a data set, its batches shared out among ranks as by answered; its mode is restored.
+    """What a model says of a data set, of which each rank has a share; its mode is restored.
 
     Several ranks call this together, with their models on their devices, and every rank returns the same.
+
+    Args:
+        precision: Of products, by torch.autocast; float32 is without.
 
     Raises:
         ValueError: The ranks together did not answer each image once, or a label is none of the model's classes.
     """
     was_training = model.training
     model.eval()
-    found = answered(
-        lambda images, labels, keys: answers(model(images), labels, keys),
-        dataset,
-        transform=transform,
-        ranks=ranks,
-        batch_size=batch_size,
-        num_workers=num_workers,
-        worker_init_fn=worker_init_fn,
-        progress=progress,
-    )
+
+    def answer(images: Tensor, labels: Tensor, keys: Sequence[str]) -> Answers:
+        with torch.autocast(images.device.type, precision, enabled=precision != torch.float32):
+            logits = model(images)
+        return answers(logits, labels, keys)
+
+    found = share.answered(answer, progress)
     model.train(was_training)
     return Predictions.of(found)
 
@@ -148,15 +144,9 @@ def _row(target: Target, model: Any, root: str, part: str, args: Namespace, rank
         test_set = _open(target, model, root, split, args)
     # As timm has it for a name of its own, as the run had it for a run; corrupted images are cropped already.
     crop_pct = 1.0 if args.set == "corruptions" else target.config and target.config.eval.crop_pct
-    found = evaluate(
-        model if args.set is None else sets.Among(model, test_set.classes, test_set.order),
-        test_set.images,
-        transform=evaluation_transform(model, crop_pct, use_test_size=target.config is None),
-        ranks=ranks,
-        batch_size=args.batch_size,
-        num_workers=args.num_workers,
-        progress=shown(target, ranks),
-    )
+    share = share_of(test_set.images, evaluation_transform(model, crop_pct, target.config is None), args, ranks)
+    answering = model if args.set is None else sets.Among(model, test_set.classes, test_set.order)
+    found = evaluate(answering, share, getattr(torch, _precision(target)), shown(target, ranks))
     data = root if url_kind(root) else str(find_split(Path(root), split) or Path(root, split))
     row = {"name": target.label, "data": data, "set": test_set.title, "remark": test_set.remark}
     row |= {"training": unfinished(target, args), **found.figures}
@@ -191,9 +181,15 @@ def _class_names(model: Any, args: Namespace) -> Sequence[str] | None:
 
 def _card(target: Target, model: Any, row: dict[str, Any], found: Predictions, args: Namespace, ranks: Ranks) -> Card:
     weights = "timm" if args.pretrained else str(args.checkpoint or target.run_dir or target.hub_dir)
-    facts = {"weights": weights, "set": row["set"], "training": row["training"], **describe_machine(ranks.device)}
+    facts = {"weights": weights, "set": row["set"], "training": row["training"], "precision": _precision(target)}
+    facts |= describe_machine(ranks.device)
     training = None if target.run_dir is None or args.checkpoint is not None else target.config
     return make_card(target.label, target.model, row["data"], found, facts, training, _class_names(model, args))
+
+
+def _precision(target: Target) -> str:
+    """In which a target is evaluated: as its run was, or in float32."""
+    return EvalConfig.precision if target.config is None else target.config.eval.precision
 
 
 def _mean_row(rows: Sequence[dict[str, Any]], folder: Path) -> dict[str, Any]:

@@ -115,6 +115,7 @@ def test_the_table_says_what_a_run_goes_on_from(examine, config_path, tmp_path):
     folder.path.mkdir()
     folder.begin(90, {})
     folder.save({"counters": {"step": 90}}, 90)
+    folder.writing.settle()
     code, table = examine()
     assert code == 0
     assert table["run folder"] == ("ok", f"{folder.path}: a run goes on after step 90 of 180.")

@@ -25,6 +25,7 @@ from eval import throughput
 from eval.__main__ import main
 from eval.distributed import Ranks, joined
 from eval.figures import Point, scatter_figure
+from eval.labelled import Share
 from eval.predictions import Predictions
 from eval.table import Column, to_csv, to_latex, to_markdown
 from eval.throughput import Condition, measure
@@ -89,7 +90,8 @@ def measured(predictions: Predictions) -> tuple[int, float, float]:
 def test_one_rank_counts_every_image_once(num_images, batch_size, num_workers):
     model = Reader().train()
     dataset = Numbers(num_images)
-    result = evaluate(model, dataset, transform=to_number, batch_size=batch_size, num_workers=num_workers)
+    share = Share(dataset, transform=to_number, batch_size=batch_size, num_workers=num_workers)
+    result = evaluate(model, share)
     assert measured(result) == expected(num_images)
     assert result.keys == tuple(map(str, range(num_images)))
     assert model.training
@@ -97,12 +99,12 @@ def test_one_rank_counts_every_image_once(num_images, batch_size, num_workers):
 
 def test_several_ranks_need_a_process_group():
     with pytest.raises(ValueError, match="process group has not been initialized"):
-        evaluate(Reader(), Numbers(3), transform=to_number, ranks=Ranks(0, 2))
+        evaluate(Reader(), Share(Numbers(3), transform=to_number, ranks=Ranks(0, 2)))
 
 
 def test_an_empty_data_set_has_no_accuracy():
     with pytest.raises(ValueError, match="0 of 0 batches, 0 in all: a set must have an image"):
-        evaluate(Reader(), Numbers(0), transform=to_number)
+        evaluate(Reader(), Share(Numbers(0), transform=to_number))
 
 
 @pytest.fixture
@@ -234,12 +236,12 @@ def _write_many_images(folder: Path, num_images: int) -> None:
 
 def _count_as(ranks: Ranks) -> list:
     """What evaluate finds in sets of several sizes, then what it says where every rank takes the share of rank 0."""
-    share = {"transform": to_number, "batch_size": 2}
-    results = [evaluate(Reader(), Numbers(size), ranks=ranks, **share).to_csv() for size in RANK_SIZES]
+    reading = {"transform": to_number, "batch_size": 2}
+    results = [evaluate(Reader(), Share(Numbers(size), ranks=ranks, **reading)).to_csv() for size in RANK_SIZES]
     if ranks.world_size == 1:
         return results
     with pytest.raises(ValueError) as error:
-        evaluate(Reader(), Numbers(7), ranks=replace(ranks, rank=0), **share)
+        evaluate(Reader(), Share(Numbers(7), ranks=replace(ranks, rank=0), **reading))
     return [*results, str(error.value)]
 
 
@@ -257,7 +259,7 @@ def test_any_number_of_ranks_counts_every_image_once(tmp_path, experiment):
     mp.spawn(_rank, (str(tmp_path), run, ports), nprocs=3)
     ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(3)]
     alone = [
-        evaluate(Reader(), Numbers(size), transform=to_number, batch_size=2).to_csv() for size in RANK_SIZES
+        evaluate(Reader(), Share(Numbers(size), transform=to_number, batch_size=2)).to_csv() for size in RANK_SIZES
     ]
     assert ranks[0]["1"] == alone
     for rank, world_size in ((0, 2), (1, 2), (0, 3), (1, 3), (2, 3)):

@@ -14,6 +14,7 @@ from timm.data import ImageNetInfo, create_transform, resolve_data_config
 from torch import nn
 
 from eval.__main__ import main
+from eval.labelled import Share
 from eval.predictions import Predictions
 from eval.sets import (
     ALEXNET_ERRORS,
@@ -85,7 +86,7 @@ class Ranked(nn.Module):
 def answered(name: str, dataset, model: nn.Module) -> Predictions:
     """What a model says of a part of a named set."""
     test_set = named_set(SETS[name], dataset, whole=False)
-    return evaluate(Among(model, test_set.classes), test_set.images, transform=shown)
+    return evaluate(Among(model, test_set.classes), Share(test_set.images, transform=shown))
 
 
 def test_the_folders_of_v2_are_in_numeric_order(tmp_path):
@@ -113,7 +114,7 @@ def test_a_model_chooses_among_the_classes_of_the_set(name, tmp_path):
     assert (found.classes[:, 0] == test_classes[-2]).all()
     expected = torch.tensor([5.0, 4.0] + [0.0] * 198).softmax(0)[0]
     assert found.probabilities == pytest.approx(float(expected))  # of the set's classes alone
-    assert evaluate(model, named_set(SETS[name], dataset, False).images, transform=shown).top1 == 0
+    assert evaluate(model, Share(named_set(SETS[name], dataset, False).images, transform=shown)).top1 == 0
 
 
 def test_labels_of_real_are_any_of_several_or_none(tmp_path):

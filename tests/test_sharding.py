@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from torchvision.transforms.functional import pil_to_tensor
 
 from eval.distributed import Ranks
+from eval.labelled import Share
 from eval.top1 import evaluate
 from train.sharding import OPTIMIZERS, unsharded
 from train.trainer import Trainer
@@ -151,7 +152,8 @@ def measured(folder: str, ranks: Ranks) -> list[float]:
     model: nn.Module = trainer.model
     before = steps(trainer, 1)
     with unsharded(model):
-        top1 = evaluate(model, OneImage(), transform=evaluation_transform(model), ranks=ranks, batch_size=2).top1
+        share = Share(OneImage(), transform=evaluation_transform(model), ranks=ranks, batch_size=2)
+        top1 = evaluate(model, share).top1
     return [top1, *before, *steps(trainer, 1)]
 
 

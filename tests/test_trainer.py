@@ -29,7 +29,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from eval.distributed import Ranks
-from eval.top1 import ALONE, evaluate
+from eval.labelled import ALONE, Share
+from eval.top1 import evaluate
 from train.__main__ import main
 from train.augmentation import image_size
 from train.distill import Teacher, distillation_loss
@@ -808,7 +809,7 @@ def test_workers_are_forked_when_a_collective_has_come_to_its_end(make, monkeypa
     monkeypatch.setattr(DataLoader, "__iter__", lambda loader: events.append("forked") or iter(()))
     assert [*make(ranks=Ranks(0, 2)).remaining_batches()] == []
     with pytest.raises(ValueError, match="an image"):
-        evaluate(torch.nn.Flatten(), [], transform=torch.tensor)
+        evaluate(torch.nn.Flatten(), Share([], transform=torch.tensor))
     assert events == ["settled with 2", "forked", "settled with 1", "forked"]
     monkeypatch.undo()
     start = time.monotonic()

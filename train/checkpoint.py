@@ -10,11 +10,15 @@ from __future__ import annotations
 import json
 import shutil
 import zlib
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from vitreuse.config import ConfigError
 from vitreuse.io.durable import durable_file, sync, write_durably
@@ -97,6 +101,37 @@ class Checkpoints:
             if folder not in keep:
                 (folder / MARKER_FILE).unlink(missing_ok=True)
                 shutil.rmtree(folder)
+
+
+def copied(state: Any) -> Any:
+    """A state whose tensors are copies on the CPU, which training leaves as they are."""
+    return tree_map_only(Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), state)
+
+
+class Background:
+    """Writes one thing after another in a thread of its own, while training goes on.
+
+    What is begun and not ended when the process is killed leaves a temporary file, as where it is written in the
+    foreground. Errors are raised by the next call of ``check`` or ``settle``.
+    """
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, "writer")
+        self._begun: list[Future[None]] = []
+
+    def do(self, write: Callable[..., None], *args: Any) -> None:
+        """Writes after what was given before."""
+        self._begun.append(self._thread.submit(write, *args))
+
+    def check(self) -> None:
+        """Raises what went wrong by now, if anything did; waits for nothing."""
+        while self._begun and self._begun[0].done():
+            self._begun.pop(0).result()
+
+    def settle(self) -> None:
+        """Waits until everything is written; raises what went wrong."""
+        while self._begun:
+            self._begun.pop(0).result()
 
 
 def _write(state: dict[str, Any], file: BinaryIO) -> None:

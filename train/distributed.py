@@ -8,6 +8,7 @@ import re
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
@@ -24,6 +25,8 @@ def replicated(model: nn.Module, ranks: Ranks) -> nn.Module:
     if ranks.world_size == 1:
         return model
     device_ids = [ranks.device] if ranks.device.type == "cuda" else None
+    # A class token's gradient is a slice of one row, whose strides say nothing.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     # Buffers are constants here; exchanging them would tie the ranks' numbers of forward passes together.
     return DistributedDataParallel(
         model, device_ids=device_ids, forward_sync_buffers=False, gradient_as_bucket_view=True

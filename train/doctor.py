@@ -30,9 +30,9 @@ from torch.utils.data import Subset
 
 from eval.distributed import Ranks, joined
 from train import verdicts
-from train.checkpoint import Checkpoints
+from train.checkpoint import Checkpoints, copied
 from train.experiment import Experiment, checkpoint_is_due, evaluation_is_due, remarks, set_up
-from train.findings import look
+from train.findings import look, validation_share
 from train.pipeline import Batch
 from train.run import RunFolder
 from train.trainer import Trainer
@@ -249,13 +249,14 @@ def _evaluation_seconds(experiment: Experiment, ranks: Ranks) -> float:
     num_images = min(len(val_set), NUM_EVALUATED * max(config.data.num_workers, 1) * batch_size)
     start = time.perf_counter()
     teacher = trainer.objective.feature_teacher
-    look(config, trainer.final_model, teacher, Subset(val_set, range(num_images)), ranks)
+    share = validation_share(config, trainer.model, Subset(val_set, range(num_images)), ranks)
+    look(config, trainer.final_model, teacher, share)
     num_models = 1 if trainer.ema is None else 2  # the raw weights too
     return (time.perf_counter() - start) * num_models * len(val_set) / num_images
 
 
 def _disk(folder: RunFolder, trainer: Trainer, ranks: Ranks) -> tuple[Check, float]:
-    """Whether the checkpoints will fit on the disk, and the seconds that one takes."""
+    """Whether the checkpoints will fit on the disk, and the seconds that training waits for one."""
     state = trainer.state_dict()  # by all ranks
     size = sum(leaf.numel() * leaf.element_size() for leaf in tree_leaves(state) if isinstance(leaf, Tensor))
     num_there = len(list(folder.checkpoints.folder.glob("step-*")))
@@ -268,13 +269,16 @@ def _disk(folder: RunFolder, trainer: Trainer, ranks: Ranks) -> tuple[Check, flo
         return Check("disk", WRONG, f"{where} has {decimal(free)} free, checkpoints need {sizes}: {less}."), 0.0
     if not os.access(where, os.W_OK):
         return Check("disk", WRONG, f"{where} cannot be written: choose another run_dir=PATH."), 0.0
-    start = time.perf_counter()
+    waiting = 0.0
     if ranks.is_main:
+        start = time.perf_counter()
+        state = copied(state)
+        waiting = time.perf_counter() - start
         with TemporaryDirectory(dir=nearest_folder(folder.path.absolute().parent), prefix=".doctor-") as beside:
             Checkpoints(Path(beside), keep_last=1).save(state, 0)
-    seconds = time.perf_counter() - start
-    sizes += f", written in {seconds:.2g} s"
-    return Check("disk", OK, f"{where} has {decimal(free)} free, checkpoints need {sizes}."), seconds
+        seconds = time.perf_counter() - start - waiting
+        sizes += f"; training waits {waiting:.2g} s for a copy, which is written in {seconds:.2g} s"
+    return Check("disk", OK, f"{where} has {decimal(free)} free, checkpoints need {sizes}."), waiting
 
 
 def _duration(config: Config, trainer: Trainer, done: int, pace: Pace, saving: float) -> Check:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from eval.distributed import Ranks
-from eval.labelled import Labelled, answered
+from eval.labelled import Labelled, Share
 from eval.predictions import Predictions
 from eval.top1 import evaluate
 from train.distill import Teacher
@@ -54,7 +54,21 @@ class Findings(NamedTuple):
 Look = Callable[[nn.Module], Findings]
 
 
-def look(config: Config, model: nn.Module, teacher: Teacher | None, val_set: Labelled, ranks: Ranks) -> Findings:
+def validation_share(config: Config, model: nn.Module, val_set: Labelled, ranks: Ranks) -> Share:
+    """This rank's share of the validation set as an experiment reads it."""
+    transform = evaluation_transform(model, config.eval.crop_pct)
+    return Share(
+        val_set,
+        transform=transform.to_bytes,
+        prepare=transform.normalize,
+        ranks=ranks,
+        batch_size=config.eval.batch_size,
+        num_workers=config.data.num_workers,
+        worker_init_fn=ignore_stop_signals,
+    )
+
+
+def look(config: Config, model: nn.Module, teacher: Teacher | None, share: Share) -> Findings:
     """What is found of a model on the validation set as an experiment measures it, by all ranks together.
 
     Args:
@@ -65,22 +79,15 @@ def look(config: Config, model: nn.Module, teacher: Teacher | None, val_set: Lab
     """
     with unsharded(model):
         if teacher is not None:
-            return _alikeness(config, model, teacher, val_set, ranks)
-        found = evaluate(model, val_set, **_reading(config, model, ranks))
+            return _alikeness(model, teacher, share)
+        found = evaluate(model, share, getattr(torch, config.eval.precision))
     if found.num_not_finite:
         raise _diverged(f"the logits of {found.num_not_finite} of {found.n} validation images are")
     figures = found.figures if found.loss is None else {**found.figures, "val_loss": found.loss}
     return Findings(figures, "top1", "top-1 {:.2f} %", found)
 
 
-def _reading(config: Config, model: nn.Module, ranks: Ranks) -> dict[str, Any]:
-    """How the validation set is read."""
-    loading = {"num_workers": config.data.num_workers, "worker_init_fn": ignore_stop_signals}
-    transform = evaluation_transform(model, config.eval.crop_pct)
-    return {"transform": transform, "ranks": ranks, "batch_size": config.eval.batch_size, **loading}
-
-
-def _alikeness(config: Config, model: Any, teacher: Teacher, val_set: Labelled, ranks: Ranks) -> Findings:
+def _alikeness(model: Any, teacher: Teacher, share: Share) -> Findings:
     """The cosines of a model's features with its teacher's."""
 
     def compare(images: Tensor, *_: Any) -> dict[str, Tensor]:
@@ -88,14 +95,15 @@ def _alikeness(config: Config, model: Any, teacher: Teacher, val_set: Labelled, 
         return {name: values.cpu() for name, values in cosines.items()}
 
     was_training = model.training
-    batches = answered(compare, val_set, **_reading(config, model.eval(), ranks))
+    model.eval()
+    batches = share.answered(compare)
     model.train(was_training)
     columns = {name: torch.cat([batch[name] for batch in batches]).double() for name in batches[0]}
     means = {name: float(column.mean()) for name, column in columns.items()}
     if not all(column.isfinite().all() for column in columns.values()):
         raise _diverged("the features of some validation images are")
     worst = {f"worst_{name}": worst_tenth(column) for name, column in columns.items()}
-    figures = {"n": len(val_set), **means, **worst, "mean_cosine": sum(means.values()) / len(means)}
+    figures = {"n": len(share.dataset), **means, **worst, "mean_cosine": sum(means.values()) / len(means)}
     return Findings(figures, "mean_cosine", "mean cosine {:.4f}")
 
 

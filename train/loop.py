@@ -16,7 +16,7 @@ import torch
 from eval.distributed import joined
 from train.distributed import StopSignal, ended_with_others, kill_workers, reason
 from train.experiment import checkpoint_is_due, evaluation_is_due, inputs, raw_is_due, remarks, set_up
-from train.findings import Findings, look
+from train.findings import Findings, look, validation_share
 from train.mfu import Mfu
 from train.reference import Reference
 from train.run import RunFolder, run_facts
@@ -24,7 +24,7 @@ from train.tracing import StepTrace
 from train.trackers import check_installed
 from train.trainer import StepResult, Trainer
 from vitreuse.attention.policy import Conditions
-from vitreuse.config import Config, ConfigError
+from vitreuse.config import Config
 from vitreuse.cost.backends import sentence
 from vitreuse.cost.measure import peak_process_memory_mib
 from vitreuse.io.process import print_note
@@ -53,7 +53,7 @@ def train(config: Config, run_dir: Path, command: str, allow: Collection[str] = 
                 check_installed(config.train.loggers)
             watched = config.train.reference if ranks.is_main else None
             reference = None if watched is None else Reference(watched)
-        if all(ranks.gather(folder.is_completed)):
+        if ranks.from_main(folder.is_completed):
             print_note(f"{run_dir} is completed already: nothing to do.")
             return True
         experiment = set_up(config, ranks, allow)
@@ -97,30 +97,22 @@ class _Loop:
     def __init__(
         self, trainer: Trainer, val_set: Any, folder: RunFolder, stop: StopSignal, reference: Reference | None = None
     ):
-        self.trainer, self.val_set, self.folder, self.stop = trainer, val_set, folder, stop
+        self.trainer, self.folder, self.stop = trainer, folder, stop
         self.config, self.ranks = trainer.config, trainer.ranks
+        self.share = validation_share(self.config, trainer.model, val_set, self.ranks)
         self.measured: tuple[Findings, dict[str, float]] | None = None  # the newest evaluation, and all its figures
         self.reference = reference  # None of every rank but the main one
         self.pace = _Pace()
         self.mfu = Mfu(self.config, self.ranks)
         traced = self.config.train.profile if self.ranks.is_main else None
         self.trace = StepTrace(traced, folder.path, self.ranks.device)
-        self.has_begun = False
+        self.has_begun = self.has_looked = False
 
     def resume(self) -> None:
-        """Goes to where the newest checkpoint was saved, if there is one.
-
-        Raises:
-            ConfigError: The ranks find different ones, as on machines that do not share the run folder.
-        """
+        """Goes to where the newest checkpoint was saved, if there is one; the main rank reads it for all."""
         with self.ranks.together():
-            state = self.folder.checkpoints.load_newest()
-        steps = self.ranks.gather(0 if state is None else state["counters"]["step"])
-        with self.ranks.together():
-            if len(set(steps)) > 1:
-                found = ", ".join(f"rank {rank} after step {step}" for rank, step in enumerate(steps))
-                cure = "give all the same run_dir, on a file system that their machines share"
-                raise ConfigError(f"the ranks would go on from different checkpoints ({found}; 0 is none): {cure}.")
+            read = self.folder.checkpoints.load_newest() if self.ranks.is_main else None
+        state = self.ranks.from_main(read)
         if state is not None:
             self.trainer.load_state_dict(state)
             step = self.trainer.counters.step
@@ -143,6 +135,7 @@ class _Loop:
                 if self._train_epoch():
                     self.trace.end()
                     if self.ranks.is_main:
+                        self.folder.writing.settle()
                         self.folder.describe(status="stopped")
                     stopped = f"stopped at step {trainer.counters.step} with everything saved"
                     print_note(f"{stopped}: run it again to go on.")
@@ -178,6 +171,7 @@ class _Loop:
                 print_note(f"{warning} Another image takes its place.")
             self.trace.reach(trainer.counters.step)
             self._record_step(result, batch.keys)
+            self.folder.writing.check()
             stop = result.stop and trainer.counters.step < trainer.num_steps
             if stop or checkpoint_is_due(self.config, trainer.counters.step, trainer.batches.steps_per_epoch):
                 state = trainer.state_dict()  # by all ranks
@@ -245,7 +239,7 @@ class _Loop:
             figures, score = {}, ""
             if self.measured:
                 found, figures = self.measured
-                self.folder.checkpoints.rate(counters.step, found.score)
+                self.folder.rate(counters.step, found.score)
                 score = f", {found.text}"
             facts = {"train_loss": loss, "bad_images": len(counters.bad_images), **figures}
             self.folder.log("epoch", step=counters.step, epoch=epoch, **facts)
@@ -264,7 +258,10 @@ class _Loop:
         return found, figures
 
     def _look(self, model: torch.nn.Module) -> Findings:
-        return look(self.config, model, self.trainer.objective.feature_teacher, self.val_set, self.ranks)
+        if not self.has_looked:  # its workers are forked now, for which no thread should be writing
+            self.folder.writing.settle()
+        self.has_looked = True
+        return look(self.config, model, self.trainer.objective.feature_teacher, self.share)
 
     def _finish(self) -> None:
         self.trainer.check_updated()

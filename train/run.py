@@ -29,7 +29,7 @@ from eval import card
 from eval.distributed import Ranks
 from eval.predictions import Predictions
 from train.augmentation import augments_on_device
-from train.checkpoint import Checkpoints
+from train.checkpoint import Background, Checkpoints, copied
 from train.trackers import Start, Trackers
 from vitreuse.config import Config, ConfigError, changed_settings, load_config, to_yaml
 from vitreuse.cost.macs import count_params
@@ -51,7 +51,7 @@ class RunFolder:
     def __init__(self, path: Path, config: Config):
         self.path, self.config = path, config
         self.checkpoints = Checkpoints(path / "checkpoints", config.train.checkpoint.keep_last)
-        self.trackers = Trackers()
+        self.trackers, self.writing = Trackers(), Background()
 
     @property
     def is_completed(self) -> bool:
@@ -136,7 +136,12 @@ class RunFolder:
         return {}
 
     def fail(self, reason: str) -> None:
-        """Notes why a begun run ended, where that can be written; the first rank to fail is the one that knows."""
+        """Notes why a begun run ended, where that can be written; the first rank to fail is the one that knows.
+
+        What is being written is written to its end first.
+        """
+        with suppress(Exception):  # this is about another error
+            self.writing.settle()
         with suppress(OSError):  # the disk is full, say, or a rank elsewhere does not see the folder
             if (self.path / "config.yaml").exists() and self._record().get("status") != "failed":
                 self.describe(status="failed", error=reason)
@@ -179,10 +184,24 @@ class RunFolder:
         return [json.loads(line) for line in (path.read_bytes().splitlines() if path.exists() else ())]
 
     def save(self, state: dict[str, Any], step: int) -> None:
-        """Writes a checkpoint, after the logs that lead up to it."""
+        """Writes a checkpoint, after the logs that lead up to it, from a copy and while training goes on.
+
+        One that is still being written is waited for: there is memory for one copy.
+
+        Raises:
+            OSError: That one could not be written.
+        """
+        self.writing.settle()
+        self.writing.do(self._save, copied(state), step)
+
+    def _save(self, state: dict[str, Any], step: int) -> None:
         for path in self._logs():
             sync(path)
         self.checkpoints.save(state, step)
+
+    def rate(self, step: int, score: float) -> None:
+        """Notes what was measured of a checkpoint, once it is written."""
+        self.writing.do(self.checkpoints.rate, step, score)
 
     def finish(
         self, model: nn.Module, weights: dict[str, Tensor], predictions: Predictions | None, seconds: float
@@ -192,6 +211,7 @@ class RunFolder:
 
         The seconds are those of training, over all starts of the run.
         """
+        self.writing.settle()
         settings, class_names = self.config.model, names_of(model)
         content = pack_weights(weights, settings.name, plan_text(model), settings.keywords, class_names)
         write_durably(self.path / WEIGHTS, content)
@@ -207,7 +227,8 @@ class RunFolder:
         split = f"{data.source or Path(data.folder).resolve().name}/val"
         if "{}" in data.folder:  # a URL with a place for the name
             split = data.folder.replace("{}", "val")
-        name, facts = self.path.resolve().name, {**facts, "seconds": seconds}
+        name = self.path.resolve().name
+        facts = {**facts, "seconds": seconds, "precision": self.config.eval.precision}
         made = card.make_card(name, settings, split, predictions, facts, self.config, class_names)
         made.write(self.path / card.NAME)
 

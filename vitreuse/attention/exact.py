@@ -41,9 +41,7 @@ class ExactAttention(Attention):
         handed = carry._replace(made=made, key_proj=key_proj, value_proj=value_proj, span_bias=bias)
         return self.output(mixed, num_queries), handed._replace(likeness=self.likeness(k, num_queries))
 
-    def project(
-        self, x: Tensor, rows: int | None, grid: tuple[int, int], layerwise_proj: Tensor | None
-    ) -> Inputs:
+    def project(self, x: Tensor, rows: int | None, grid: tuple[int, int], layerwise_proj: Tensor | None) -> Inputs:
         """Queries (B, H, rows, D) of the first rows, keys and values (B, H, N, D); no token projections."""
         if rows is None or not is_plain_linear(self.qkv):
             q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)

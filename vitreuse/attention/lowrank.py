@@ -241,9 +241,7 @@ class LowRankAttention(ExactAttention):
             if projection is not None:
                 init_projection(projection, self.kind, self.init)
 
-    def project(
-        self, x: Tensor, rows: int | None, grid: tuple[int, int], layerwise_proj: Tensor | None
-    ) -> Inputs:
+    def project(self, x: Tensor, rows: int | None, grid: tuple[int, int], layerwise_proj: Tensor | None) -> Inputs:
         """Queries (B, H, rows, D) of the first rows, projected keys and values (B, H, k, D), and E and F."""
         key_proj, value_proj = self.projections(grid, layerwise_proj)
         if self.tokens_first and is_plain_linear(self.qkv):
@@ -269,9 +267,7 @@ class LowRankAttention(ExactAttention):
             v = linear_of_projected(self.qkv, x, value_proj, *setting, (2 * dim, 3 * dim))
         return split_heads(k, self.head_dim), split_heads(v, self.head_dim)
 
-    def projections(
-        self, grid: tuple[int, int], layerwise_proj: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None]:
+    def projections(self, grid: tuple[int, int], layerwise_proj: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """E for keys and F for values on this grid; the same tensor twice where the layer has one."""
         own = layerwise_proj if self.sharing == "layerwise" else self.key_proj
         if self.sharing == "layerwise" and self.kind in ("linear", "conv") and own is None:

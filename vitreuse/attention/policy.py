@@ -166,9 +166,7 @@ def _own_costs(costs: Costs, key: str, num_keys: int, has_sizes: bool) -> tuple[
     return min(sized_costs(costs, key, num_keys) or (fused,)) if has_sizes else fused, unfused
 
 
-def is_map_faster(
-    costs: Costs, key: str, num_keys: int, num_readers: int, has_sizes: bool = False
-) -> tuple[bool, str]:
+def is_map_faster(costs: Costs, key: str, num_keys: int, num_readers: int, has_sizes: bool = False) -> tuple[bool, str]:
     """Whether an anchor should hand its map, rather than (q, k), to so many reuse layers, and why.
 
     Where nothing was measured only a short row is carried: on paper, reading a longer one on a GPU costs more than

@@ -96,9 +96,7 @@ class ReuseAttention(Attention):
             return self._keys_of_rows(self.v, x, projection, (0, self.dim))
         return self._projected(split_heads(self.v(x), self.head_dim), projection)
 
-    def _keys_of_rows(
-        self, linear: nn.Linear, x: Tensor, projection: Tensor | None, rows: tuple[int, int]
-    ) -> Tensor:
+    def _keys_of_rows(self, linear: nn.Linear, x: Tensor, projection: Tensor | None, rows: tuple[int, int]) -> Tensor:
         """Output channels ``rows`` of a plain linear layer for each key, (B, heads, M, D)."""
         if self.tokens_first:
             y = lowrank.linear_of_projected(linear, x, projection, self.kind, self.projected_dim, rows)

@@ -66,9 +66,7 @@ def tile_bias(
     return bias.masked_fill(bias.isinf().all(dim=-1, keepdim=True), 0.0)
 
 
-def _axis_biases(
-    length: int, size: int, width: int, dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, Tensor]:
+def _axis_biases(length: int, size: int, width: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """Along one axis: (queries, halo) of the span, the same in every tile, and (tiles, halo) of the grid's border."""
     halo = torch.arange(-(width // 2), size + width // 2, device=device)
     near = _bias(torch.arange(size, device=device), halo, width, dtype)

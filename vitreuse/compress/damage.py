@@ -195,9 +195,7 @@ class _Mixture(NamedTuple):
     mixed: Tensor
 
 
-def _observe(
-    model: Any, images: Tensor, sample: RowSample, signs: torch.Generator
-) -> tuple[list[_Layer], Tensor]:
+def _observe(model: Any, images: Tensor, sample: RowSample, signs: torch.Generator) -> tuple[list[_Layer], Tensor]:
     """Each attention at work, and the logits, which are the features of a model without a head."""
     with torch.enable_grad(), recorded_attention(model) as calls:
         logits = model(images.clone().requires_grad_())

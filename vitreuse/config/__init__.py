@@ -5,7 +5,7 @@ A configuration is a complete experiment. The dataclasses in this package are th
 """
 
 from vitreuse.config.augmentation import CropConfig, ResolutionConfig
-from vitreuse.config.experiment import Config, DataConfig, changed_settings, load_config
+from vitreuse.config.experiment import Config, DataConfig, EvalConfig, changed_settings, load_config
 from vitreuse.config.network import LOCAL_DIR, ModelConfig
 from vitreuse.config.optimization import OptimizerConfig, ScheduleConfig
 from vitreuse.config.recipe import DistillConfig, HealConfig, ProfileConfig, ReferenceConfig, TrainConfig
@@ -13,7 +13,22 @@ from vitreuse.config.strict_yaml import to_yaml
 from vitreuse.io.errors import ConfigError
 
 __all__ = [
-    "LOCAL_DIR", "Config", "ConfigError", "CropConfig", "DataConfig", "DistillConfig", "HealConfig",
-    "ModelConfig", "OptimizerConfig", "ProfileConfig", "ReferenceConfig", "ResolutionConfig", "ScheduleConfig",
-    "TrainConfig", "changed_settings", "load_config", "to_yaml",
+    "LOCAL_DIR",
+    "Config",
+    "ConfigError",
+    "CropConfig",
+    "DataConfig",
+    "DistillConfig",
+    "EvalConfig",
+    "HealConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "ProfileConfig",
+    "ReferenceConfig",
+    "ResolutionConfig",
+    "ScheduleConfig",
+    "TrainConfig",
+    "changed_settings",
+    "load_config",
+    "to_yaml",
 ]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vitreuse.config.network import ModelConfig
-from vitreuse.config.recipe import TrainConfig
+from vitreuse.config.recipe import DTYPES, TrainConfig
 from vitreuse.config.strict_yaml import build, overridden, read_tree, setting
 from vitreuse.data import CACHE_ROOT, SOURCES
 from vitreuse.io.errors import ConfigError
@@ -58,6 +58,9 @@ class EvalConfig:
     batch_size: int = setting("images per forward pass and rank", 256, above=0, changes_run=False)
     crop_pct: float | None = setting(
         "share of the resized image that the crop keeps; null for the model's own", None, above=0, maximum=1
+    )
+    precision: str = setting(
+        "in which images are answered; published figures are float32's", "float32", choices=DTYPES, changes_run=False
     )
     every_epochs: int = setting("evaluate after each so many epochs, and the last", 1, above=0, changes_run=False)
     raw_every_epochs: int = setting(

@@ -142,9 +142,7 @@ def _projections(layer: Any, x: Tensor) -> Tensor:
     return x + layer.attn.proj(layer.attn.qkv(layer.norm1(x)).chunk(3, dim=-1)[2])
 
 
-def _calls(
-    device: torch.device, dtype: torch.dtype, num_images: int, num_keys: int, training: bool
-) -> dict[str, Call]:
+def _calls(device: torch.device, dtype: torch.dtype, num_images: int, num_keys: int, training: bool) -> dict[str, Call]:
     """A call for each cost, forward alone or forward and backward."""
     q, k, v = (
         torch.randn(num_images, length, HEADS, HEAD_DIM, device=device, dtype=dtype).transpose(1, 2)

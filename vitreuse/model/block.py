@@ -89,9 +89,7 @@ class PlanBlock(nn.Module):
             y, handed = self.attn(self.norm1(x), handed, grid, num_queries, attn_mask, is_causal)
             rows = rows + self.drop_path1(self.ls1(y))
         if self.merge is not None and num_queries is None:
-            rows, sizes, places = self.merge(
-                rows, handed.likeness, handed.sizes, handed.places, handed.wants_places
-            )
+            rows, sizes, places = self.merge(rows, handed.likeness, handed.sizes, handed.places, handed.wants_places)
             handed = handed._replace(likeness=None, sizes=sizes, places=places, span_bias=None)
         if self.has_mlp:
             rows = rows + self.drop_path2(self.ls2(self.mlp(self.norm2(rows))))

@@ -24,9 +24,7 @@ ADDED = (*TOKEN_PROJECTIONS, ".linear.weight", ".linear.bias")  # what a plan ad
 UNITS_OF = {"mlp.fc1.weight": 0, "mlp.fc1.bias": 0, "mlp.norm.weight": 0, "mlp.norm.bias": 0, "mlp.fc2.weight": 1}
 
 
-def in_plan(
-    state: Mapping[str, Tensor], model: Any, units: Units | None = None
-) -> tuple[dict[str, Tensor], list[str]]:
+def in_plan(state: Mapping[str, Tensor], model: Any, units: Units | None = None) -> tuple[dict[str, Tensor], list[str]]:
     """A state dict by the keys of a model's plan, and what the plan has no use for.
 
     Raises:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,28 @@ from vitreuse.io.errors import ConfigError
 
 PREPROCESSING = ("mean", "std", "interpolation", "crop_pct", "crop_mode")  # of an image, beside its size
 Transform = Callable[[Any], Tensor]  # from a PIL image to (channels, rows, columns)
+
+
+class EvaluationTransform:
+    """What is done to a PIL image before a model answers it: one half as bytes, the other to a whole batch at a time.
+
+    Attributes:
+        to_bytes: Resizes and crops an image, to bytes (channels, rows, columns).
+        mean, std: Of each channel, of values from 0 to 1.
+    """
+
+    def __init__(self, to_bytes: Transform, mean: Sequence[float], std: Sequence[float]):
+        self.to_bytes = to_bytes
+        self.mean, self.std = (torch.tensor(numbers).view(-1, 1, 1) for numbers in (mean, std))
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """Normalised floats of bytes (..., channels, rows, columns), on their device."""
+        mean, std = (numbers.to(images.device) for numbers in (self.mean, self.std))
+        return images.to(torch.float32, memory_format=torch.contiguous_format).div_(255).sub_(mean).div_(std)
+
+    def __call__(self, image: Any) -> Tensor:
+        """The normalised image (channels, rows, columns), as timm's transform makes it."""
+        return self.normalize(self.to_bytes(image))
 
 
 def image_settings(model: Any, use_test_size: bool = False) -> dict[str, Any]:
@@ -83,7 +105,9 @@ def _in_a_line(error: Exception) -> str:
     return " ".join(str(error).splitlines()[:1]) or type(error).__name__
 
 
-def evaluation_transform(model: nn.Module, crop_pct: float | None = None, use_test_size: bool = False) -> Transform:
+def evaluation_transform(
+    model: nn.Module, crop_pct: float | None = None, use_test_size: bool = False
+) -> EvaluationTransform:
     """Resize, centre crop and normalise, by the model's own settings.
 
     Args:
@@ -91,8 +115,9 @@ def evaluation_transform(model: nn.Module, crop_pct: float | None = None, use_te
         use_test_size: See image_settings.
     """
     settings = image_settings(model, use_test_size)
-    transform: Any = create_transform(**{**settings, "crop_pct": crop_pct or settings["crop_pct"]}, is_training=False)
-    return transform
+    settings["crop_pct"] = crop_pct or settings["crop_pct"]
+    to_bytes: Any = create_transform(**settings, is_training=False, normalize=False)
+    return EvaluationTransform(to_bytes, settings["mean"], settings["std"])
 
 
 def example(model: nn.Module, batch_size: int) -> Tensor:

@@ -143,9 +143,7 @@ class PlanVisionTransformer(timm_vit.VisionTransformer):
         """All tokens (B, N, C) after the final norm."""
         return self.forward_tokens(x, None, attn_mask, is_causal)
 
-    def forward_tokens(
-        self, x: Tensor, num_queries: int | None, attn_mask: Tensor | None, is_causal: bool
-    ) -> Tensor:
+    def forward_tokens(self, x: Tensor, num_queries: int | None, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
         """The first ``num_queries`` tokens, all when None, after the final norm."""
         x, grid = self.embed(x)
         merge.warn_if_cut(self.plan, x.shape[1] - self.num_prefix_tokens)

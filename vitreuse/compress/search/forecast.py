@@ -270,4 +270,3 @@ def _interpolated(at: float, places: np.ndarray, values: np.ndarray) -> np.ndarr
     place = int(np.clip(np.searchsorted(places, at), 1, len(places) - 1))
     share = (at - places[place - 1]) / (places[place] - places[place - 1])
     return values[place - 1] + share * (values[place] - values[place - 1])
-

@@ -197,9 +197,7 @@ class _Ways:
         if self.space.reads_maps and layer < self.space.depth - 1:
             self._attend(found, layer, source, spec, _Key(source.level, _Anchor(layer, spec)), None)
 
-    def _attend(
-        self, found: Arrows, layer: int, source: _Key, spec: Spec, target: _Key, read: _Anchor | None
-    ) -> None:
+    def _attend(self, found: Arrows, layer: int, source: _Key, spec: Spec, target: _Key, read: _Anchor | None) -> None:
         patches = self.space.levels[source.level]
         cost = self.costs.attention(layer, spec, None if read is None else read.spec, patches)
         if target.anchor is not None and target.anchor.layer == layer:

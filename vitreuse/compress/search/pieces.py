@@ -228,13 +228,10 @@ def _fit_hidden(pieces: Pieces, layer: int, seen: Sequence[_Layer], hidden: Sequ
         pieces.fc2[layer, number] = Matrix(new.to(fc2.weight).contiguous(), bias)
 
 
-def _left_out(
-    sums: NormalEquations, kept: Tensor, dropped: Tensor, weight: Tensor, has_bias: bool
-) -> NormalEquations:
+def _left_out(sums: NormalEquations, kept: Tensor, dropped: Tensor, weight: Tensor, has_bias: bool) -> NormalEquations:
     """Normal equations of what the dropped units write, by the kept ones."""
     features = torch.cat([kept, kept.new_tensor([len(sums.gram) - 1])]) if has_bias else kept
     columns = weight[:, dropped]
     cross = sums.gram[features][:, dropped] @ columns.T
     energy = ((sums.gram[dropped][:, dropped] @ columns.T) * columns.T).sum()
     return NormalEquations(sums.gram[features][:, features], cross, float(energy), len(kept))
-

@@ -1,0 +1,163 @@
+"""Checkpoints written while training goes on: whole states of their step, errors that are told, nothing lost."""
+
+import io
+import json
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import train.checkpoint
+from train.__main__ import main
+from train.checkpoint import Background, copied
+from train.run import RunFolder
+from train.trainer import Trainer
+from vitreuse.config import load_config
+from vitreuse.data import EncodedSample, write_shards
+
+CONFIG = """\
+model:
+  name: vit_reuse_tiny_patch16_224
+  plan: exact reuse
+  keywords: {{img_size: 8, patch_size: 4, in_chans: 1, num_classes: 3, embed_dim: 16, depth: 2, num_heads: 2}}
+data: {{root: {root}, num_workers: 0}}
+train:
+  epochs: 3
+  global_batch_size: 4
+  device: cpu
+  num_threads: 1
+  optimizer: {{lr: 1e-2}}
+  checkpoint: {{every_steps: 2, keep_last: 20}}
+  log_every_steps: 1
+eval: {{crop_pct: 1.0}}
+"""
+PATIENCE_S = 60
+
+
+@pytest.fixture
+def config_path(tmp_path) -> Path:
+    for split, number in (("train", 12), ("val", 5)):
+        samples = []
+        for i in range(number):
+            content = io.BytesIO()
+            pixels = np.random.default_rng(i).integers(0, 256, (8, 8), dtype=np.uint8)
+            Image.fromarray(pixels).save(content, "png")
+            samples.append(EncodedSample(str(i), content.getvalue(), "png", i % 3))
+        write_shards(samples, tmp_path / "data" / split, ("a", "b", "c"), 5)
+    path = tmp_path / "x.yaml"
+    path.write_text(CONFIG.format(root=tmp_path / "data"))
+    return path
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(config_path, tmp_path, monkeypatch):
+    """The writer waits until the next step is done, which would never come if that waited for the writer."""
+    write, train_step, steps, waited = train.checkpoint._write, Trainer.train_step, [0], []
+
+    def slow(state: dict[str, Any], file: Any) -> None:
+        step, deadline = state["counters"]["step"], time.monotonic() + PATIENCE_S
+        while steps[-1] <= min(step, 8) and time.monotonic() < deadline:  # behind the ninth none comes
+            time.sleep(0.001)
+        waited.append(steps[-1] > min(step, 8))
+        write(state, file)
+
+    def counted(trainer: Trainer, *args: Any) -> Any:
+        result = train_step(trainer, *args)
+        steps.append(trainer.counters.step)
+        return result
+
+    monkeypatch.setattr("train.checkpoint._write", slow)
+    monkeypatch.setattr("train.loop._Loop._end_epoch", lambda *_: None)  # an evaluation's first workers wait
+    monkeypatch.setattr("train.loop._Loop._finish", lambda loop: loop.folder.writing.settle())
+    monkeypatch.setattr(Trainer, "train_step", counted)
+    assert main([str(config_path), f"run_dir={tmp_path / 'run'}"]) == 0
+    assert waited == [True] * 6  # after steps 2, 3, 4, 6, 8 and 9
+
+
+def test_a_checkpoint_is_the_state_of_its_step(config_path, tmp_path):
+    """As one of a run that ends there."""
+    run = tmp_path / "run"
+    assert main([str(config_path), f"run_dir={run}"]) == 0
+    for step in (2, 4, 6, 8):
+        state = torch.load(run / f"checkpoints/step-{step:09d}/state.pt", weights_only=True)
+        assert state["counters"]["step"] == step
+        moments = state["optimizer"]["state"].values()
+        assert {int(moment["step"]) for moment in moments} == {step}
+    states = [torch.load(path, weights_only=True) for path in sorted(run.glob("checkpoints/*/state.pt"))]
+    weights = [state["model"]["head.weight"] for state in states]
+    assert len({tuple(weight.flatten().tolist()) for weight in weights}) == len(states) == 6
+
+
+def test_a_copy_stays_as_it_was():
+    state = {"a": torch.ones(3), "b": {"c": torch.arange(4).view(2, 2), "d": "text", "e": [torch.zeros(())]}, "f": 3}
+    taken = copied(state)
+    state["a"].zero_(), state["b"]["c"].zero_(), state["b"]["e"][0].fill_(7)
+    assert taken["a"].tolist() == [1, 1, 1] and taken["b"]["c"].tolist() == [[0, 1], [2, 3]]
+    assert taken["b"]["e"][0] == 0 and (taken["b"]["d"], taken["f"]) == ("text", 3)
+
+
+@pytest.mark.parametrize("step", [2, 8])
+def test_a_disk_that_fills_up_meanwhile_ends_the_run_in_a_sentence(config_path, tmp_path, capsys, monkeypatch, step):
+    """In the middle, or behind the last step but one."""
+    write = train.checkpoint._write
+
+    def full(state: dict[str, Any], file: Any) -> None:
+        if state["counters"]["step"] == step:
+            raise OSError(28, "No space left on device")
+        write(state, file)
+
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr("train.checkpoint._write", full)
+        assert main([str(config_path), f"run_dir={run}"]) == 1
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert "No space left on device" in told and "run it again to go on" in told
+    assert json.loads((run / "run.json").read_text())["status"] == "failed"
+    assert not list(run.rglob("*.tmp"))
+    assert main([str(config_path), f"run_dir={run}"]) == 0
+    whole = tmp_path / "whole"
+    assert main([str(config_path), f"run_dir={whole}"]) == 0
+    weights, expected = (load_file(folder / "model.safetensors") for folder in (run, whole))
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+def test_what_is_being_written_when_training_fails_is_written_to_its_end(config_path, tmp_path):
+    folder, begun, go_on = RunFolder(tmp_path / "run", load_config(config_path)), threading.Event(), threading.Event()
+    folder.path.mkdir()
+    written = []
+
+    def write() -> None:
+        begun.set()
+        assert go_on.wait(PATIENCE_S)
+        written.append(1)
+
+    folder.writing.do(write)
+    assert begun.wait(PATIENCE_S)
+    threading.Timer(0.2, go_on.set).start()
+    folder.fail("another reason")
+    assert written == [1]
+
+
+def test_writing_is_in_order_and_each_error_is_told_once():
+    writing, done = Background(), []
+
+    def fail() -> None:
+        raise OSError("full")
+
+    for write in (lambda: done.append(1), fail, lambda: done.append(2)):
+        writing.do(write)
+    with pytest.raises(OSError, match="full"):
+        writing.settle()
+    writing.settle()
+    writing.check()
+    assert done == [1, 2]
+    writing.do(fail)
+    with pytest.raises(OSError, match="full"):
+        for _ in range(10_000):
+            writing.check()
+            threading.Event().wait(0.001)
