@@ -17,7 +17,7 @@ from vitreuse.config import ConfigError
 from vitreuse.io.process import OtherRankError, choose_device
 
 # A rank may wait for one that compiles, reads a cold disk or has the larger images, for longer than torch's 10 minutes.
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+TIME_OUT_MINUTES = 30.0
 SETTLE_S = 0.05  # a thousand times what freeing them takes
 CPU = torch.device("cpu")
 
@@ -115,13 +115,14 @@ def _broadcast(tensor: Tensor) -> Tensor:
 
 
 @contextmanager
-def joined(device_name: str) -> Iterator[Ranks]:
+def joined(device_name: str, time_out_minutes: float = TIME_OUT_MINUTES) -> Iterator[Ranks]:
     """The ranks that torchrun started, or this process alone.
 
     After an error they are not parted: over NCCL that waits for the others, which may wait for this one.
 
     Args:
         device_name: auto, cpu or cuda.
+        time_out_minutes: How long a rank waits for the others before it gives up.
 
     Raises:
         ConfigError: cuda is asked for and there is none, or more ranks than devices.
@@ -129,9 +130,10 @@ def joined(device_name: str) -> Iterator[Ranks]:
     rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
     world_size, store = int(os.environ.get("WORLD_SIZE", "1")), None
     if world_size > 1:
+        time_out = timedelta(minutes=time_out_minutes)
         backend = "cpu:gloo,cuda:nccl" if device_name != "cpu" and torch.cuda.is_available() else "gloo"
-        store, *_ = next(dist.rendezvous("env://", timeout=COLLECTIVE_TIMEOUT))
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT)
+        store, *_ = next(dist.rendezvous("env://", timeout=time_out))
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=time_out)
     ranks = Ranks(rank, world_size, local_rank, store=store)
     with ranks.together():
         device = _own_device(device_name, local_rank)

@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import track
 from torch import Tensor, nn
-from torch.utils.data import BatchSampler, DataLoader, Dataset
+from torch.utils._pytree import tree_map_only
+from torch.utils.data import BatchSampler, DataLoader, Dataset, default_collate, get_worker_info
 
 from eval.distributed import Ranks
 from vitreuse.cli.console import add_allow, add_count, local_path
@@ -67,6 +68,7 @@ class Share:
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
             worker_init_fn=worker_init_fn,
+            collate_fn=_collate,
             pin_memory=ranks.device.type == "cuda",
             generator=torch.Generator(),  # the loader draws a base seed each time: not from that of the model
         )
@@ -102,6 +104,19 @@ class Share:
                 f"{len(numbers)} in all: a set must have an image, and each must be answered once."
             )
         return [batch for _, batch in found]
+
+
+def in_shared_memory(batch: Any) -> Any:
+    """A batch of a worker, whose tensors are where the rank can read them; elsewhere the batch as it is.
+
+    A worker's queue would move them there too, but in a thread whose errors nobody hears, and the rank would wait for
+    ever for a batch that found no room.
+    """
+    return batch if get_worker_info() is None else tree_map_only(Tensor, Tensor.share_memory_, batch)
+
+
+def _collate(items: list[Any]) -> Any:
+    return in_shared_memory(default_collate(items))
 
 
 class _Images(Dataset[tuple[Tensor, Any, str]]):

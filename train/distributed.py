@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import re
@@ -51,10 +52,13 @@ def reason(error: BaseException) -> str:
 
 
 def lost_process(error: RuntimeError) -> str | None:
-    """The sentence for a process that this one waited for in vain; None for any other error.
+    """The sentence for a process that this one waited for in vain, or that had no room; None for any other error.
 
     torch has no type for most of them: the texts are those of its DataLoader and of gloo's transport.
     """
+    if "unable to allocate shared memory" in str(error):
+        less = "lower data.num_workers or the batch, or give it more (docker run --shm-size)"
+        return f"a worker found no room in /dev/shm for its batch: {less}, and run it again to go on."
     reason = str(error).partition("\n")[0].partition(". ")[0]
     if reason.startswith("DataLoader worker (pid"):
         return f"{reason}: run it again to go on, with a smaller data.num_workers if memory was short."
@@ -92,6 +96,27 @@ def end_process(code: int) -> NoReturn:
     if code:
         os._exit(code)
     sys.exit(code)
+
+
+class Watch:
+    """Tells on standard error what every thread of this process does, once it has made no progress for so long.
+
+    A rank that others wait for in vain hears of nothing itself: each is watched, and all tell of the same moment. A
+    process alone waits for none, and is not watched.
+    """
+
+    def __init__(self, ranks: Ranks, minutes: float):
+        self.seconds = 60 * minutes if ranks.world_size > 1 else None
+
+    def progress(self) -> None:
+        """Begins to wait anew."""
+        if self.seconds is not None:
+            faulthandler.dump_traceback_later(self.seconds)
+
+    def end(self) -> None:
+        """Waits for nothing any more."""
+        if self.seconds is not None:
+            faulthandler.cancel_dump_traceback_later()
 
 
 FAILED = "a rank has failed"  # a word in the store of the ranks

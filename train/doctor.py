@@ -61,7 +61,7 @@ def doctor(config: Config, run_dir: Path, allow: Collection[str] = ()) -> int:
         ConfigError, DataError, OtherRankError: As training does at the start; there is nothing to examine then.
         DivergedError: Weights are not finite, or the loss is not from the first steps on.
     """
-    with joined(config.train.device) as ranks:
+    with joined(config.train.device, config.train.time_out_minutes) as ranks:
         checks = list(_examine(set_up(config, ranks, allow), RunFolder(run_dir, config), ranks))
     if ranks.is_main:
         _print(checks)

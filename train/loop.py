@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from eval.distributed import joined
-from train.distributed import StopSignal, ended_with_others, kill_workers, reason
+from train.distributed import StopSignal, Watch, ended_with_others, kill_workers, reason
 from train.experiment import checkpoint_is_due, evaluation_is_due, inputs, raw_is_due, remarks, set_up
 from train.findings import Findings, look, validation_share
 from train.mfu import Mfu
@@ -45,7 +45,8 @@ def train(config: Config, run_dir: Path, command: str, allow: Collection[str] = 
         DivergedError: Weights or logits are infinite or NaN, or the loss stayed so.
         OtherRankError: Another rank raised one of these at the start or in an evaluation.
     """
-    with joined(config.train.device) as ranks, StopSignal().listening() as stop, ExitStack() as held:
+    minutes = config.train.time_out_minutes
+    with joined(config.train.device, minutes) as ranks, StopSignal().listening() as stop, ExitStack() as held:
         folder = RunFolder(run_dir, config)
         with ranks.together():
             folder.refuse_other_run()
@@ -67,6 +68,7 @@ def train(config: Config, run_dir: Path, command: str, allow: Collection[str] = 
                 folder.refuse_other_inputs(read, class_names)
         try:
             with ended_with_others(ranks):
+                held.callback(loop.watch.end)
                 loop.resume()
                 return loop.run({"command": command, "inputs": read, "class_names": class_names})
         except BaseException as error:
@@ -106,6 +108,7 @@ class _Loop:
         self.mfu = Mfu(self.config, self.ranks)
         traced = self.config.train.profile if self.ranks.is_main else None
         self.trace = StepTrace(traced, folder.path, self.ranks.device)
+        self.watch = Watch(self.ranks, self.config.train.time_out_minutes)
         self.has_begun = self.has_looked = False
 
     def resume(self) -> None:
@@ -166,6 +169,7 @@ class _Loop:
             result = trainer.train_step(batch, self.stop.received)
             done = time.perf_counter()
             self.pace.add(result.num_images, batch.images.shape[-2:], received - previous, done - previous)
+            self.watch.progress()
             trainer.counters.seconds += done - previous
             for warning in result.warnings:
                 print_note(f"{warning} Another image takes its place.")
@@ -258,6 +262,7 @@ class _Loop:
         return found, figures
 
     def _look(self, model: torch.nn.Module) -> Findings:
+        self.watch.progress()
         if not self.has_looked:  # its workers are forked now, for which no thread should be writing
             self.folder.writing.settle()
         self.has_looked = True

@@ -15,6 +15,7 @@ from timm.data import Mixup
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from eval.labelled import in_shared_memory
 from train.augmentation import Transform, transforms_by_epoch
 from train.draws import Augmented, Drawn, gather
 from train.operations import augmented, erased
@@ -168,7 +169,11 @@ def training_images(
 
 
 def collate(items: list[Item]) -> Batch:
-    """A Batch of samples; of none, an empty one."""
+    """A Batch of samples; of none, an empty one. A worker's is in shared memory, and raises where there is no room."""
+    return in_shared_memory(_batch(items))
+
+
+def _batch(items: list[Item]) -> Batch:
     if not items:
         return Batch(torch.empty(0, dtype=torch.uint8), gather([]), torch.empty(0, dtype=torch.long), [], {})
     images, labels, keys, bad_images = zip(*items, strict=True)

@@ -115,7 +115,7 @@ def take_steps(config: Config, folder: Path, allow: Collection[str], name: str) 
 
     RESUMED starts from the checkpoint, any other at step 0 and saves one half-way.
     """
-    with joined(config.train.device) as ranks:
+    with joined(config.train.device, config.train.time_out_minutes) as ranks:
         trainer = set_up(config, ranks, allow).trainer
         last = min(NUM_STEPS, trainer.num_steps)
         if name == RESUMED:

@@ -18,6 +18,7 @@ from stage import NUM_TRAIN, SHORTER, Stage
 from vitreuse.data import load_index
 
 POISONED = str(CHECKOUT / "tests/storms/poisoned.py")
+SMALL_SHM = str(CHECKOUT / "tests/storms/small_shm.py")
 RAISING = str(CHECKOUT / "tests/storms/raising.py")
 ENDED_S = 20  # on two busy cores; the time-out of a collective is 30 minutes
 DISK_BYTES, FREE_BYTES = 16 << 20, 64 << 10  # of a full disk free is room for logs and none for a checkpoint
@@ -194,6 +195,34 @@ def one_rank_raises(stage: Stage) -> str:
     return f"{len(seconds)} errors, all processes ended within {max(seconds):.1f} s, exit code 1, one reason; {EQUAL}"
 
 
+def one_rank_is_silent(stage: Stage) -> str:
+    """It hangs, and the other waits for it in a collective: both tell where they stand, and the run ends."""
+    run = stage.run("silent", "everything", SHORTER, "train.time_out_minutes=0.15")
+    start = run.start(ranks=2, program=(RAISING, "1", "5", "silent", "runtime"))
+    start.wait_until(lambda: run.status == "failed", "the time-out")
+    check(start.end() == 1, f"{run.name}: torchrun ended with {start.process.returncode} after the time-out")
+    for rank, place in enumerate(("in train_step", "raising.py")):
+        told = start.said_by(rank)
+        check("Timeout (0:00:09" in told and place in told, f"{run.name}: rank {rank} told {told}")
+    check("another rank does not answer" in start.said_by(0), f"{run.name}: {start.said_by(0)}")
+    run.complete(ranks=2)
+    run.check_equals(stage.whole_on_two)
+    return f"both ranks told their stacks after 9 s; {EQUAL}"
+
+
+def there_is_no_shared_memory(stage: Stage) -> str:
+    """/dev/shm, by which workers hand over their batches, is full: one sentence, and nothing is lost."""
+    run = stage.run("small-shm")
+    _started(run).kill()
+    saved = run.saved_step
+    start = run.start(program=(SMALL_SHM, "64k"))
+    start.check_fails(1, "no room in /dev/shm", "run it again to go on")
+    check(run.saved_step == saved, f"{run.name} had saved step {saved} and has {run.saved_step}")
+    run.complete()
+    run.check_equals(stage.whole)
+    return f"one sentence; {EQUAL}"
+
+
 SCENARIOS = (
     the_disk_is_full,
     the_folder_cannot_be_written,
@@ -203,4 +232,6 @@ SCENARIOS = (
     a_rank_dies,
     the_loss_of_one_rank_is_nan,
     one_rank_raises,
+    one_rank_is_silent,
+    there_is_no_shared_memory,
 )

@@ -2,7 +2,7 @@
 
 PLACE is where: in the step itself, in its loss, in a worker of the loader, in an evaluation, in a worker of that, while
 a checkpoint is half written, or in a callback that logs; stuck is in the step while the workers hang, and alone while
-the other ranks hang outside any collective. It is raised at
+the other ranks hang outside any collective; silent raises nothing and hangs. It is raised at
 the first of them after so many steps; in the loader after so many of a worker's batches.
 """
 
@@ -85,6 +85,8 @@ if rank == sys.argv[1]:
     if place == "stuck":
         # the epoch's last batch, where a worker has two of three
         TrainingImages.__getitems__ = hanging(TrainingImages.__getitems__, lambda *_: next(calls) >= step)
+    elif place == "silent":
+        Trainer.train_step = hanging(counted, lambda trainer, *_: trainer.counters.step >= step)
     elif place == "loss":
         Trainer._loss = raising(Trainer._loss, enough)
     elif place == "loader":

@@ -114,6 +114,12 @@ class TrainConfig:
         choices=("ddp", "fsdp2"),
         changes_run=False,
     )
+    time_out_minutes: float = setting(
+        "how long a rank waits for the others before the run ends; each then tells on standard error where it stands",
+        30.0,
+        above=0,
+        changes_run=False,
+    )
     num_threads: int | None = setting(
         "CPU threads per rank; null leaves torch's own number", None, above=0, maximum=1024, changes_run=False
     )
