@@ -850,3 +850,59 @@ def test_a_rate_that_moves_behind_each_epoch_stays_through_one(make):
     peak = trainer.config.train.optimizer.lr
     assert steps > 1 and [len(found) for found in by_epoch] == [1] * 4
     assert [*by_epoch[0], *by_epoch[1], *by_epoch[2]] == pytest.approx([1e-5, 1e-5, (1e-5 + peak) / 2])
+
+
+# ---- compiled
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """Compiles by Dynamo alone, which is quick, and counts the graphs that it makes."""
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    compile_module = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda module: compile_module(module, backend="eager"))
+    yield lambda: counters["stats"]["unique_graphs"]
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("more", [[], ["train.accumulation_steps=3"]])
+def test_the_smaller_last_batch_is_not_compiled_anew(make, compiled, more):
+    losses = _steps(make(*more), 6)  # batches of 8, 8 and 1
+    assert compiled() == 0
+    trainer = make("train.compile=true", *more)
+    assert _steps(trainer, 1) == pytest.approx(losses[:1], rel=1e-5)
+    num_graphs = compiled()
+    assert num_graphs > 0
+    assert _steps(trainer, 5) == pytest.approx(losses[1:], rel=1e-4)
+    assert compiled() == num_graphs
+
+
+def test_a_teacher_is_compiled_with_its_student(make, compiled, teacher):
+    distill = f"train.distill={{teacher: {teacher}, kind: soft}}"
+    losses = _steps(make(distill), 4)
+    trainer = make(distill, "train.compile=true")
+    assert _steps(trainer, 4) == pytest.approx(losses, rel=1e-4)
+    assert trainer.objective.teacher.model._compiled_call_impl is not None and compiled() == 2
+
+
+def test_batch_statistics_are_of_images_alone(make, compiled, tmp_path):
+    """A model with batch normalisation is compiled anew rather than shown images that are none."""
+    other = CONFIG.replace("vit_reuse_tiny_patch16_224", "resnet10t").replace("  plan: exact reuse\n", "")
+    (tmp_path / "x.yaml").write_text(other.replace(SMALL, "num_classes: 3, in_chans: 1"))
+    losses = _steps(make("train.optimizer.lr=1e-4"), 3)
+    assert _steps(make("train.optimizer.lr=1e-4", "train.compile=true"), 3) == pytest.approx(losses, rel=1e-3)
+
+
+def test_a_convolutional_teacher_lies_pixel_by_pixel(make, tmp_path):
+    torch.manual_seed(2)
+    save_file(timm.create_model("resnet10t", num_classes=3, in_chans=1).state_dict(), tmp_path / "teacher.safetensors")
+    teacher = f"{{name: resnet10t, weights: {tmp_path / 'teacher.safetensors'}}}"
+    trainer = make(f"train.distill={{kind: hard, teacher: {teacher}}}")
+    seen = []
+    trainer.objective.teacher.model.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    _steps(trainer, 1)
+    kernels = [weight for weight in trainer.objective.teacher.model.parameters() if weight.ndim == 4]
+    assert all(kernel.is_contiguous(memory_format=torch.channels_last) for kernel in kernels)
+    assert seen[0].is_contiguous(memory_format=torch.channels_last)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from timm.models import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from train.weights import load_weights, start_from
@@ -91,6 +91,9 @@ class Teacher:
         statistics = (images["mean"], images["std"], own["mean"], own["std"])
         mean, std, own_mean, own_std = (_per_channel(each, num_channels, device) for each in statistics)
         self.scale, self.shift = std / own_std, (mean - own_mean) / own_std
+        is_convnet = sum(isinstance(module, nn.Conv2d) for module in model.modules()) > 1  # a ViT cuts patches by one
+        self.memory_format = torch.channels_last if is_convnet else torch.contiguous_format
+        model.to(memory_format=self.memory_format)
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
@@ -106,7 +109,7 @@ class Teacher:
         """Images as the model takes them."""
         if images.shape[-2:] != self.size:
             images = F.interpolate(images, self.size, mode="bicubic", antialias=True)
-        return images * self.scale + self.shift
+        return (images * self.scale + self.shift).contiguous(memory_format=self.memory_format)
 
 
 def _per_channel(statistics: Sequence[float], num_channels: int, device: torch.device) -> Tensor:

@@ -32,6 +32,11 @@ class Facts(NamedTuple):
 NOTHING = Facts({}, "")
 
 
+def first(said: Any, number: int) -> Any:
+    """What is said of so many of the first images, by one head or two."""
+    return tuple(logits[:number] for logits in said) if isinstance(said, tuple) else said[:number]
+
+
 class Objective(nn.Module):
     """The loss by the recipe's criterion alone; a module around the model, of which each rank has a replica."""
 
@@ -46,9 +51,12 @@ class Objective(nn.Module):
         self.precision = getattr(torch, config.train.precision)
 
     def forward(self, images: Tensor, targets: Tensor, step: int) -> Tensor:
-        """The mean loss of images (B, channels, rows, columns), in the step that comes after ``step`` others."""
+        """The mean loss of images (B, channels, rows, columns), in the step that comes after ``step`` others.
+
+        Images beyond the number of targets only fill a batch up.
+        """
         with self.autocast(images):
-            logits = self.model(images)
+            logits = first(self.model(images), len(targets))
         return self.criterion(logits.float(), targets)
 
     def autocast(self, images: Tensor) -> torch.autocast:
@@ -78,7 +86,7 @@ class DistillationObjective(Objective):
         with self.autocast(images):
             said = self.model.forward_features(images) if self.asks_tokens else self.model(images)
             answers = self.answers(images)
-        return self.mixed_loss(said, answers, targets)
+        return self.mixed_loss(first(said, len(targets)), first(answers, len(targets)), targets)
 
     def answers(self, images: Tensor) -> Tensor:
         """What the teacher says of images: logits, or all tokens."""
@@ -147,6 +155,8 @@ def create_objective(
     if distill is None:
         return Objective(config, model)
     teacher = create_teacher(distill, model, settings, class_names)
+    if config.train.compile:
+        teacher.model.compile()
     if not config.train.reads_labels:
         for name, parameter in model.named_parameters():  # no gradient reaches a head
             parameter.requires_grad_(parameter.requires_grad and not name.startswith(HEADS))

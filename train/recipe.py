@@ -132,3 +132,8 @@ def step_of_rate(settings: ScheduleConfig, step: int, steps_per_epoch: int) -> i
     that a warm-up begins with.
     """
     return step if settings.every == "step" else max(0, step // steps_per_epoch - 1) * steps_per_epoch
+
+
+def has_batch_norm(model: nn.Module) -> bool:
+    """Whether what a model says of an image in training depends on the others of its batch."""
+    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())

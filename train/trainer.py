@@ -29,7 +29,7 @@ from train.pipeline import (
     seed_generators,
     training_images,
 )
-from train.recipe import create_optimizer, create_scheduler, freeze, step_of_rate
+from train.recipe import create_optimizer, create_scheduler, freeze, has_batch_norm, step_of_rate
 from train.sharding import check_shardable, gradients_kept, part_like, part_of, parts_like, shard, whole, whole_state
 from vitreuse.config import Config, ConfigError
 from vitreuse.data import DataError
@@ -99,7 +99,10 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=recipe.precision == "float16")
         if recipe.grad_checkpointing:
             model.set_grad_checkpointing(True)
+        self._filled_to = 0
         if recipe.compile:
+            share = -(-recipe.global_batch_size // ranks.world_size)
+            self._filled_to = 0 if has_batch_norm(model) else -(-share // recipe.accumulation_steps)
             model.compile()
         self._empty_images = torch.zeros(1, *settings["input_size"], device=ranks.device)
 
@@ -209,7 +212,10 @@ class Trainer:
         return mixed_in_groups(self.mixup, images, labels, seeds)
 
     def _loss(self, images: Tensor, targets: Tensor) -> Tensor:
-        """The mean loss of some images."""
+        """The mean loss of some images; of a compiled model, which sees as many each time, filled up by black ones."""
+        if len(images) < self._filled_to:
+            black = images.new_zeros(self._filled_to - len(images), *images.shape[1:])
+            images = torch.cat([images, black])
         return self.replica(images, targets, self.counters.step)
 
     def _update(self) -> None:
