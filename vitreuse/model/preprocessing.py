@@ -40,7 +40,8 @@ class EvaluationTransform:
 
 
 def image_settings(model: Any, use_test_size: bool = False) -> dict[str, Any]:
-    """timm's data settings of a model (interpolation, mean, std, crop_pct, ...), for a ViT with its own input_size.
+    """timm's data settings of a model (interpolation, mean, std, crop_pct, ...), with the channels that its first
+    convolution takes, and for a ViT its own image size.
 
     ImageNet's three statistics become their mean for every channel of images that are not RGB.
 
@@ -48,13 +49,23 @@ def image_settings(model: Any, use_test_size: bool = False) -> dict[str, Any]:
         use_test_size: The size and crop that timm's table was measured at, where they are not those of the training.
     """
     settings: dict[str, Any] = resolve_model_data_config(model, use_test_size=use_test_size)
-    if not isinstance(model, VisionTransformer):
-        return settings
-    in_chans, (rows, columns) = model.patch_embed.proj.in_channels, model.patch_embed.img_size
+    _, *size = settings["input_size"]
+    if isinstance(model, VisionTransformer):
+        size = model.patch_embed.img_size
+    in_chans = _num_channels(model, settings)
     for key in ("mean", "std"):
         if len(settings[key]) != in_chans:
             settings[key] = (sum(settings[key]) / len(settings[key]),) * in_chans
-    return {**settings, "input_size": (in_chans, rows, columns)}
+    return {**settings, "input_size": (in_chans, *size)}
+
+
+def _num_channels(model: Any, settings: dict[str, Any]) -> int:
+    """The channels that a model takes: timm names its first convolution, or the first of several."""
+    if isinstance(model, VisionTransformer):
+        return model.patch_embed.proj.in_channels
+    named = getattr(model, "pretrained_cfg", {}).get("first_conv")
+    name = named if isinstance(named, str) or named is None else named[0]
+    return settings["input_size"][0] if name is None else getattr(model.get_submodule(name), "in_channels", 3)
 
 
 def image_mode(model: Any) -> str:
