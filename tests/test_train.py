@@ -424,7 +424,7 @@ class _SlowImages:
 def test_a_signal_in_an_evaluation_does_not_kill_its_workers(config_path):
     config = load_config(config_path, ["data.num_workers=1"])
     loop = _Loop(_trainer(config), _SlowImages(), RunFolder(Path("unused"), config), StopSignal())
-    assert loop._look(loop.trainer.model).figures["n"] == 7
+    assert loop._look(loop.trainer.model, loop.share).figures["n"] == 7
 
 
 @pytest.mark.parametrize("name", ["cosine", "tanh", "poly", "wsd"])

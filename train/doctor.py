@@ -146,7 +146,8 @@ def _run_folder(folder: RunFolder, trainer: Trainer, ranks: Ranks) -> tuple[Chec
 def _data(experiment: Experiment) -> Check:
     train_set, val_set = experiment.train_set, experiment.val_set
     classes = f" of {len(train_set.class_names):,} classes" if train_set.class_names else ", without labels,"
-    numbers = f"{len(train_set):,} images{classes} to train on, {len(val_set):,} to validate with"
+    chosen = "" if experiment.held_out is None else f"{len(experiment.held_out):,} to choose by, "
+    numbers = f"{len(train_set):,} images{classes} to train on, {chosen}{len(val_set):,} to validate with"
     if isinstance(train_set, Part):
         return Check("data", OK, f"{numbers}, in {train_set.folder}.")
     if not isinstance(train_set, ShardDataset):
@@ -252,7 +253,8 @@ def _evaluation_seconds(experiment: Experiment, ranks: Ranks) -> float:
     share = validation_share(config, trainer.model, Subset(val_set, range(num_images)), ranks)
     look(config, trainer.final_model, teacher, share)
     num_models = 1 if trainer.ema is None else 2  # the raw weights too
-    return (time.perf_counter() - start) * num_models * len(val_set) / num_images
+    num_answers = num_models * len(val_set) + len(experiment.held_out or ())
+    return (time.perf_counter() - start) * num_answers / num_images
 
 
 def _disk(folder: RunFolder, trainer: Trainer, ranks: Ranks) -> tuple[Check, float]:

@@ -16,7 +16,7 @@ from train.pipeline import restored_generators
 from train.trainer import Trainer
 from train.weights import start_from, weight_files
 from vitreuse.config import Config, ConfigError
-from vitreuse.data import ShardDataset, open_split, open_without_labels, prepare_source
+from vitreuse.data import ShardDataset, hold_out, open_split, open_without_labels, prepare_source
 from vitreuse.data.labels import are_numbers, listed, numbered_as
 from vitreuse.io.process import allow_open_files, print_note
 from vitreuse.io.urls import url_kind
@@ -31,11 +31,15 @@ REMARKS = {  # by whether a class has images to train on and images to validate 
 
 
 class Experiment(NamedTuple):
-    """What a configuration describes, on one rank: the trainer at step 0, the training and the validation set."""
+    """What a configuration describes, on one rank: the trainer at step 0, the training and the validation set.
+
+    With data.holdout there are images held out of the training set, too.
+    """
 
     trainer: Trainer
     train_set: Any
     val_set: Any
+    held_out: Any = None
 
 
 def set_up(config: Config, ranks: Ranks, allow: Collection[str] = ()) -> Experiment:
@@ -70,7 +74,11 @@ def set_up(config: Config, ranks: Ranks, allow: Collection[str] = ()) -> Experim
             print_note(start_from(model, config.model.weights, train_set.class_names if reads_labels else None))
         if reads_labels:
             name_classes(model, train_set.class_names)
-        return Experiment(Trainer(config, model, train_set, settings, ranks), train_set, val_set)
+        held_out = None
+        if config.data.holdout is not None:
+            same = open_split(config.data.folder, "train", mode, cache_root=config.data.cache_root, allow=allow)
+            train_set, held_out = hold_out(train_set, same, config.data.holdout, config.train.seed)
+        return Experiment(Trainer(config, model, train_set, settings, ranks), train_set, val_set, held_out)
 
 
 def _open_sets(config: Config, mode: str, allow: Collection[str]) -> tuple[Any, Any]:
@@ -87,6 +95,8 @@ def _open_sets(config: Config, mode: str, allow: Collection[str]) -> tuple[Any, 
 def inputs(experiment: Experiment) -> dict[str, str]:
     """Digests of what an experiment reads: both splits, and every file of weights."""
     splits = {"training images": experiment.train_set, "validation images": experiment.val_set}
+    if experiment.held_out is not None:
+        splits["images held out"] = experiment.held_out
     return {name: split.digest for name, split in splits.items()} | weight_files(experiment.trainer.config)
 
 

@@ -8,12 +8,14 @@ from collections import Counter
 from collections.abc import Collection
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from eval.distributed import joined
+from eval.labelled import Share
 from train.distributed import StopSignal, Watch, ended_with_others, kill_workers, reason
 from train.experiment import checkpoint_is_due, evaluation_is_due, inputs, raw_is_due, remarks, set_up
 from train.findings import Findings, look, validation_share
@@ -30,7 +32,8 @@ from vitreuse.cost.measure import peak_process_memory_mib
 from vitreuse.io.process import print_note
 from vitreuse.io.progress import WorkProgress
 
-RAW = ("top1", "top5", "val_loss", "cosine", "patch_cosine")  # what is noted of raw weights beside their moving average
+# What is noted of raw weights beside their moving average, and of images held out.
+RAW = ("top1", "top5", "val_loss", "cosine", "patch_cosine")
 
 
 def train(config: Config, run_dir: Path, command: str, allow: Collection[str] = ()) -> bool:
@@ -60,7 +63,7 @@ def train(config: Config, run_dir: Path, command: str, allow: Collection[str] = 
         experiment = set_up(config, ranks, allow)
         for remark in remarks(experiment.train_set, experiment.val_set):
             print_note(remark)
-        loop = _Loop(experiment.trainer, experiment.val_set, folder, stop, reference)
+        loop = _Loop(experiment.trainer, experiment.val_set, folder, stop, reference, experiment.held_out)
         with ranks.together():
             read, class_names = inputs(experiment), list(experiment.train_set.class_names)
             if ranks.is_main:
@@ -80,6 +83,14 @@ def train(config: Config, run_dir: Path, command: str, allow: Collection[str] = 
             raise RuntimeError(f"training was ended from inside by {reason(error)}") from error  # signals are none
 
 
+class _Measured(NamedTuple):
+    """What an evaluation found: of the validation images, all figures of its record, and the one to choose by."""
+
+    found: Findings
+    figures: dict[str, float]
+    score: float
+
+
 @dataclass
 class _Pace:
     """Images and seconds since the last step record."""
@@ -97,12 +108,21 @@ class _Loop:
     """Steps, records, evaluations and checkpoints of one start of a run."""
 
     def __init__(
-        self, trainer: Trainer, val_set: Any, folder: RunFolder, stop: StopSignal, reference: Reference | None = None
+        self,
+        trainer: Trainer,
+        val_set: Any,
+        folder: RunFolder,
+        stop: StopSignal,
+        reference: Reference | None = None,
+        held_out: Any = None,
     ):
         self.trainer, self.folder, self.stop = trainer, folder, stop
         self.config, self.ranks = trainer.config, trainer.ranks
         self.share = validation_share(self.config, trainer.model, val_set, self.ranks)
-        self.measured: tuple[Findings, dict[str, float]] | None = None  # the newest evaluation, and all its figures
+        self.choosing = None
+        if held_out is not None:
+            self.choosing = validation_share(self.config, trainer.model, held_out, self.ranks)
+        self.measured: _Measured | None = None  # at the newest evaluation
         self.reference = reference  # None of every rank but the main one
         self.pace = _Pace()
         self.mfu = Mfu(self.config, self.ranks)
@@ -229,7 +249,7 @@ class _Loop:
         objective = self.trainer.objective
         if objective.record_kind is None or self._record(0, objective.record_kind):
             return
-        facts = objective.facts_before(self.trainer.final_model, self._look)
+        facts = objective.facts_before(self.trainer.final_model, partial(self._look, share=self.share))
         if self.ranks.is_main:
             self.folder.log(objective.record_kind, step=0, epoch=0, **facts.values)
             self.progress.line(facts.sentence)
@@ -242,8 +262,8 @@ class _Loop:
         if self.ranks.is_main:
             figures, score = {}, ""
             if self.measured:
-                found, figures = self.measured
-                self.folder.rate(counters.step, found.score)
+                found, figures = self.measured.found, self.measured.figures
+                self.folder.rate(counters.step, self.measured.score)
                 score = f", {found.text}"
             facts = {"train_loss": loss, "bad_images": len(counters.bad_images), **figures}
             self.folder.log("epoch", step=counters.step, epoch=epoch, **facts)
@@ -251,26 +271,29 @@ class _Loop:
             self.progress.reach(counters.step)
             self.progress.line(f"epoch {epoch}/{self.config.train.epochs}, loss {shown}{score}")
 
-    def _evaluate(self) -> tuple[Findings, dict[str, float]]:
+    def _evaluate(self) -> _Measured:
         """What is found of the model that the run would leave now; with a moving average, of the raw weights too."""
-        found = self._look(self.trainer.final_model)
+        found = chosen = self._look(self.trainer.final_model, self.share)
         figures = {**found.figures}
         step, steps_per_epoch = self.trainer.counters.step, self.trainer.batches.steps_per_epoch
         if self.trainer.ema is not None and raw_is_due(self.config, step, steps_per_epoch):
-            raw = self._look(self.trainer.model).figures
+            raw = self._look(self.trainer.model, self.share).figures
             figures |= {f"raw_{name}": raw[name] for name in RAW if name in raw}
-        return found, figures
+        if self.choosing is not None:
+            chosen = self._look(self.trainer.final_model, self.choosing)
+            figures |= {f"holdout_{name}": chosen.figures[name] for name in RAW if name in chosen.figures}
+        return _Measured(found, figures, chosen.score)
 
-    def _look(self, model: torch.nn.Module) -> Findings:
+    def _look(self, model: torch.nn.Module, share: Share) -> Findings:
         self.watch.progress()
         if not self.has_looked:  # its workers are forked now, for which no thread should be writing
             self.folder.writing.settle()
         self.has_looked = True
-        return look(self.config, model, self.trainer.objective.feature_teacher, self.share)
+        return look(self.config, model, self.trainer.objective.feature_teacher, share)
 
     def _finish(self) -> None:
         self.trainer.check_updated()
-        found, measured = self.measured or self._evaluate()  # resumed after the last step, nothing was measured
+        found, measured, _ = self.measured or self._evaluate()  # resumed after the last step, nothing was measured
         objective, counters = self.trainer.objective, self.trainer.counters
         before = None if objective.record_kind is None else self._record(0, objective.record_kind)
         weights = self.trainer.final_weights()

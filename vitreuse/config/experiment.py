@@ -39,6 +39,14 @@ class DataConfig:
         above=0,
     )
 
+    holdout: float | None = setting(
+        "share of the training images, drawn by train.seed, that are not trained on and say which checkpoint is the "
+        "best, so that it is not chosen on what is reported; null chooses by the validation images",
+        None,
+        above=0,
+        maximum=0.5,
+    )
+
     def __post_init__(self):
         if (self.root is None) == (self.source is None):
             raise ConfigError("root and source: give exactly one of the two, the other null.")
@@ -80,6 +88,13 @@ class Config:
     data: DataConfig = setting("which images")
     train: TrainConfig = setting("the recipe")
     eval: EvalConfig = setting("the measurement")
+
+    def __post_init__(self):
+        if self.data.holdout is not None and not self.train.reads_labels:
+            raise ConfigError(
+                f"data.holdout {self.data.holdout:g} has no effect under train.distill.kind 'features', which holds "
+                "images out by itself: leave it out."
+            )
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:

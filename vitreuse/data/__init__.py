@@ -2,7 +2,7 @@
 
 from vitreuse.data.datasets import CACHE_ROOT, FolderDataset, ShardDataset, open_images, open_split
 from vitreuse.data.decode import Decoder, Sample, decode_image, decode_tensor
-from vitreuse.data.holdout import Part, open_without_labels, split_apart
+from vitreuse.data.holdout import Part, hold_out, open_without_labels, split_apart
 from vitreuse.data.shards.build import BuildSettings, build_shards
 from vitreuse.data.shards.folder import EncodedSample, shards_info, verify_shards, write_shard, write_shards
 from vitreuse.data.shards.index import build_index, load_index
@@ -36,6 +36,7 @@ __all__ = [
     "load_index",
     "open_images",
     "open_split",
+    "hold_out",
     "open_without_labels",
     "prepare_source",
     "shards_info",

@@ -85,7 +85,11 @@ class ShardDataset(Dataset[Sample]):
 
     def class_sizes(self) -> list[int]:
         """How many images each class has."""
-        return np.bincount(self._index.records["label"], minlength=len(self.class_names)).tolist()
+        return np.bincount(self.labels(), minlength=len(self.class_names)).tolist()
+
+    def labels(self) -> np.ndarray:
+        """The label of each sample, without a look at its image."""
+        return self._index.records["label"]
 
     def close(self) -> None:
         """Closes the open shards; a later read opens them again."""
@@ -179,6 +183,10 @@ class FolderDataset(Dataset[Sample]):
     def class_sizes(self) -> list[int]:
         """How many images each class has."""
         return np.bincount(self._labels, minlength=len(self.class_names)).tolist() if self.class_names else []
+
+    def labels(self) -> np.ndarray:
+        """The label of each image, without a look at it; -1 without classes."""
+        return self._labels
 
 
 def open_split(
