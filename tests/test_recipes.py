@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, build_sincos2d_pos_embed
 from timm.scheduler import CosineLRScheduler
@@ -21,7 +22,10 @@ from eval.flops import model_macs
 from train.augmentation import CropTransform, train_transform
 from train.pipeline import Normalize, create_mixup, seed_generators
 from train.recipe import create_criterion, create_optimizer, create_scheduler, freeze, step_of_rate
+from train.weights import start_from
+from vitreuse.__main__ import main as vitreuse_main
 from vitreuse.config import Config, ConfigError, CropConfig, ModelConfig, load_config
+from vitreuse.export.networks import load_experiment
 from vitreuse.model.preprocessing import image_settings
 from vitreuse.plan import PRESETS, preset_plan
 
@@ -304,3 +308,20 @@ def test_crops_are_resized_as_the_recipe_says(interpolation):
     counts = [sum(column) for column in zip(*found, strict=True)]
     assert counts == {"bilinear": [8, 0], "bicubic": [0, 8]}.get(interpolation, counts)
     assert sum(counts) == 8 and (interpolation != "random" or min(counts) > 0)
+
+
+def test_continual_training_goes_on_from_a_converted_model(tmp_path, capsys):
+    """As docs/training.md says it, with weights of no training."""
+    torch.manual_seed(0)
+    source: Any = timm.create_model("deit_small_patch16_224")
+    save_file(source.state_dict(), tmp_path / "deit.safetensors")
+    arguments = ["convert", "deit_small_patch16_224", "--checkpoint", tmp_path / "deit.safetensors"]
+    arguments += ["--image-size", 384, "--plan", "exact-24*12", "-o", tmp_path / "merged", "--json"]
+    assert vitreuse_main([*map(str, arguments)]) == 0
+    overrides = [f"model.name=local-dir:{tmp_path / 'merged'}", "model.plan=null", "model.weights=null", "data.root=x"]
+    config = load_experiment(FOLDER / "continual_30_small_384_exact.yaml", overrides)
+    model: Any = config.model.create()
+    assert str(model.plan) == "exact-24*12" and model.patch_embed.img_size == (384, 384)
+    assert config.model.weights == str(tmp_path / "merged" / "model.safetensors")
+    start_from(model, config.model.weights)
+    assert torch.equal(model.blocks[1].attn.qkv.weight, source.blocks[1].attn.qkv.weight)
