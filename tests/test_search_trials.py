@@ -311,13 +311,13 @@ def test_falling_merging_is_the_least_that_keeps_the_cost():
 
 def test_a_search_begins_where_a_schedule_is_better(monkeypatch):
     """The front's starts are made bad ones, and the clock stands: what is chosen is the best of the schedules."""
-    model, costs = original().float(), PlanCosts(original())
+    model = original(**KINDS["features"])
+    costs = PlanCosts(model)
     most = 0.6 * costs.of(SPACE.exact)
     skipped = parse_plan("skip*4")
     worst = Candidate(costs.of(skipped), 1.0, skipped)
     monkeypatch.setattr("vitreuse.compress.search.found._best_start", lambda *_: worst)
-    found = search(model, [images.float() for images in batches(8)], [images.float() for images in batches(4, seed=7)],
-                   SPACE, costs, 0.6, minutes=0)  # fmt: skip
+    found = search(model, batches(24), batches(5, seed=7), SPACE, costs, 0.6, minutes=0)
     assert found is not None
     schedules = [falling_merging(SPACE, costs, most, share) for share in (1.0, *FALLING)]
     assert found.chosen.plan == min(filter(None, schedules), key=found.trials.distance)
