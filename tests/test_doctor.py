@@ -3,16 +3,19 @@
 import io
 import math
 import os
+import random
 import re
 import shutil
 import subprocess
 import sys
 from collections import namedtuple
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 from storms.pictures import write_pictures
 from storms.processes import CHECKOUT
@@ -21,7 +24,15 @@ from eval.distributed import Ranks
 from train.__main__ import main
 from train.run import RunFolder
 from train.trainer import Trainer
-from train.verdicts import Pace, judge_batches, judge_images, judge_memory, judge_pace, judge_shards
+from train.verdicts import (
+    Pace,
+    judge_batches,
+    judge_images,
+    judge_memory,
+    judge_pace,
+    judge_shards,
+    judge_shared_memory,
+)
 from vitreuse.config import ModelConfig, load_config
 from vitreuse.data import load_index
 
@@ -96,7 +107,8 @@ def test_a_sound_experiment_passes(examine, tmp_path):
     code, table = examine()
     assert code == 0
     assert list(table) == [
-        "run folder", "data", "classes", "batches", "images", "parameters", "memory", "speed", "disk", "duration",
+        "run folder", "data", "classes", "batches", "images", "augmentation", "shared memory", "parameters", "memory",
+        "speed", "disk", "duration",
     ]  # fmt: skip
     assert {state for subject, (state, _) in table.items() if subject != "speed"} == {"ok"}
     findings = {subject: finding for subject, (_, finding) in table.items()}
@@ -104,6 +116,8 @@ def test_a_sound_experiment_passes(examine, tmp_path):
     assert findings["data"].startswith("17 images of 3 classes to train on, 7 to validate with; the index of 4 shards")
     assert findings["batches"] == "3 steps an epoch of 8 images, 1 in the last."
     assert findings["images"].startswith("24 of them")
+    assert findings["augmentation"] == "2,000 draws of it, and none failed."
+    assert findings["shared memory"] == "without workers none is needed."
     assert findings["parameters"] == "all 32, 6,467 numbers, get a gradient."
     assert "5 more of 7" in findings["disk"]  # kB: weights and two moments of 6,467 numbers
     for part in ("180 steps", "3 evaluations", "31 checkpoints"):
@@ -300,3 +314,32 @@ def test_memory_is_judged_by_its_share():
 
 def test_as_many_shards_as_readers_are_enough():
     assert [judge_shards(4, num_readers).state for num_readers in (4, 5)] == ["ok", "warning"]
+
+
+def test_an_augmentation_that_fails_now_and_then_is_found(examine, monkeypatch):
+    """Once in some hundred draws: training would meet it within the first epochs."""
+    draw = torchvision.transforms.RandomAffine.get_params
+
+    def seldom(*args: Any) -> Any:
+        if random.random() < 0.005:
+            raise ValueError("bits must be between 1 and 8")
+        return draw(*args)
+
+    monkeypatch.setattr(torchvision.transforms.RandomAffine, "get_params", staticmethod(seldom))
+    code, table = examine("train.affine={degrees: 9}")
+    assert code == 2
+    assert table["augmentation"] == (
+        "wrong", "it fails for what it may draw (bits must be between 1 and 8): change train.crop or affine."
+    )  # fmt: skip
+
+
+def test_batches_that_do_not_fit_into_shared_memory_are_found(examine, monkeypatch):
+    """Two workers have two batches each ready, of 8 images of 64 bytes to train on and 256 to evaluate."""
+    usage = shutil.disk_usage("/")
+    for free, state in ((10**6, "ok"), (68_000, "warning"), (60_000, "wrong")):
+        monkeypatch.setattr("train.doctor.shutil.disk_usage", lambda path, free=free: usage._replace(free=free))
+        check = judge_shared_memory(2 * 2 * 64 * (8 + 256), free, 2)
+        assert check.state == state and ("docker run --shm-size" in check.finding) == (state != "ok")
+    monkeypatch.undo()
+    _, table = examine("data.num_workers=2", "data.cache_images=false")
+    assert table["shared memory"][1].startswith("batches that workers have ready take 67.6 kB of /dev/shm, ")

@@ -16,6 +16,7 @@ from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from traceback import clear_frames
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,8 +32,10 @@ from torch.utils.data import Subset
 from eval.distributed import Ranks, joined
 from train import verdicts
 from train.checkpoint import Checkpoints, copied
+from train.distributed import reason
 from train.experiment import Experiment, checkpoint_is_due, evaluation_is_due, remarks, set_up
 from train.findings import look, validation_share
+from train.order import Draw
 from train.pipeline import Batch
 from train.run import RunFolder
 from train.trainer import Trainer
@@ -45,9 +48,11 @@ from vitreuse.data import DataError, Part, ShardDataset
 from vitreuse.io.durable import nearest_folder
 from vitreuse.io.file_names import for_terminal
 from vitreuse.io.process import DONE, WRONG_INPUT, OtherRankError
+from vitreuse.model.preprocessing import image_settings
 
 STYLES = {OK: "green", WARNING: "yellow", WRONG: "bold red"}
 NUM_SAMPLED = 256  # images of each split that are decoded: less than a second's work of one core
+NUM_DRAWN, NUM_AUGMENTED = 2000, 16  # draws of augmentation, of so many images
 NUM_EVALUATED = 2  # batches of an evaluation for each worker
 
 
@@ -94,6 +99,8 @@ def _examine(experiment: Experiment, folder: RunFolder, ranks: Ranks) -> Iterato
     yield check
     if check.state == WRONG:
         return
+    yield _augmentation(trainer, ranks)
+    yield _shared_memory(trainer, ranks)
     trainer.check_weights()
     trainer.counters.step = _first_of_last_epoch(trainer)
     try:
@@ -172,6 +179,34 @@ def _images(experiment: Experiment, ranks: Ranks) -> Check:
             errors.append((split is experiment.train_set, str(error)))
     found = [error for share in ranks.gather(errors) for error in share]
     return verdicts.judge_images(found, len(sampled), experiment.trainer.config.data.max_bad_images)
+
+
+def _augmentation(trainer: Trainer, ranks: Ranks) -> Check:
+    """Draws the augmentation of an image so often that what is rare comes too, each rank its share."""
+    images: Any = trainer.loader.dataset
+    epoch, error = trainer.config.train.epochs - 1, None
+    try:
+        for copy in range(ranks.rank, NUM_DRAWN, ranks.world_size):
+            images[Draw(epoch, copy % NUM_AUGMENTED % len(images.samples), copy)]
+    except (ValueError, RuntimeError, TypeError) as caught:  # whatever a transform raises for what it drew
+        error = reason(caught)
+    met = [text for text in ranks.gather(error) if text is not None]
+    if met:
+        return Check("augmentation", WRONG, f"it fails for what it may draw ({met[0]}): change train.crop or affine.")
+    return Check("augmentation", OK, f"{NUM_DRAWN:,} draws of it, and none failed.")
+
+
+def _shared_memory(trainer: Trainer, ranks: Ranks) -> Check:
+    """Whether the batches of training and of evaluation, whose workers stay, fit into /dev/shm on each machine."""
+    config, size = trainer.config, math.prod(image_settings(trainer.model)["input_size"])
+    share = -(-config.train.global_batch_size // ranks.world_size)
+    noise = config.train.crop.erase_prob / 3 * 4 if config.train.crop is not None else 0.0  # of floats, at most
+    batches = size * (share * (1 + noise) + config.eval.batch_size)
+    num_sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    needed = num_sharing * config.data.num_workers * (trainer.loader.prefetch_factor or 0) * batches
+    shared = Path("/dev/shm")
+    free = shutil.disk_usage(shared).free if shared.exists() else 0
+    return verdicts.judge_shared_memory(needed, min(ranks.gather(free)), config.data.num_workers)
 
 
 def _first_of_last_epoch(trainer: Trainer) -> int:

@@ -98,6 +98,17 @@ def judge_memory(peak: float, total: int, owner: str) -> Check:
     return Check("memory", OK, f"{taken}.")
 
 
+def judge_shared_memory(needed: float, free: int, num_workers: int) -> Check:
+    """Whether the batches that workers have ready fit into /dev/shm, by which they hand them over; in bytes."""
+    if not num_workers:
+        return Check("shared memory", OK, "without workers none is needed.")
+    taken = f"batches that workers have ready take {decimal(int(needed))} of /dev/shm, {decimal(free)} of it is free"
+    way_out = "lower data.num_workers or eval.batch_size, or give it more (docker run --shm-size)"
+    if needed > FULL * free:
+        return Check("shared memory", WRONG if needed > free else WARNING, f"{taken}: {way_out}.")
+    return Check("shared memory", OK, f"{taken}.")
+
+
 def judge_pace(pace: Pace, batch_size: int, ranks: Ranks) -> Check:
     """Whether the loaders keep up with the steps, and how many workers would."""
     workers, device = f"{ranks.world_size} x {pace.num_workers} workers", device_name(ranks.device)
