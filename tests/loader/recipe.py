@@ -17,11 +17,13 @@ train: {{epochs: 100, global_batch_size: {batch_size}, device: cpu, optimizer: {
 """
 
 
-def create_trainer(root: Path, side_px: int, num_classes: int, num_workers: int, batch_size: int) -> Trainer:
+def create_trainer(
+    root: Path, side_px: int, num_classes: int, num_workers: int, batch_size: int, *overrides: str
+) -> Trainer:
     """The trainer of a model for images of side_px, with the samples of ROOT/train."""
     path = root / "recipe.yaml"
     path.write_text(CONFIG.format(**locals()))
-    config = load_config(path)
+    config = load_config(path, overrides)
     model: Any = config.model.create()
     samples = open_split(root, "train", "RGB", train_decoder(config))
     return Trainer(config, model, samples, image_settings(model), Ranks())
