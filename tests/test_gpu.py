@@ -12,7 +12,7 @@ from tests.gpu import page
 
 ROOT = Path(__file__).parent.parent
 COMMAND = (sys.executable, "-m", "tests.gpu")
-ENVIRONMENT = {**os.environ, "PYTHONPATH": "tests"}
+ENVIRONMENT = {**os.environ, "PYTHONPATH": "tests", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def called(*arguments: str) -> subprocess.CompletedProcess[str]:
