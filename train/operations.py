@@ -67,14 +67,14 @@ def _affine(images: Tensor, arguments: Tensor, mode: str) -> Tensor:
     The edges count as going on for the neighbours of a place inside.
     """
     rows, columns = images.shape[-2:]
-    matrix, fill = arguments[:, :6].reshape(-1, 2, 3), arguments[:, 6:, None, None]
-    y, x = (torch.arange(side, device=images.device) + 0.5 for side in (rows, columns))
-    places = torch.stack([*torch.meshgrid(x, y, indexing="xy"), torch.ones(rows, columns, device=images.device)])
-    sources = torch.einsum("nij,jyx->nyxi", matrix, places)
-    sides = torch.tensor([columns, rows], device=images.device)
-    is_inside = ((sources >= 0) & (sources < sides)).all(-1)[:, None]
-    taken = F.grid_sample(images.float(), 2 * sources / sides - 1, mode, padding_mode="border", align_corners=False)
-    return _bytes(torch.where(is_inside, taken, fill))
+    a, b, c, d, e, f = arguments[:, :6, None, None].unbind(1)
+    x = torch.arange(columns, device=images.device) + 0.5
+    y = torch.arange(rows, device=images.device).view(-1, 1) + 0.5
+    x, y = a * x + b * y + c, d * x + e * y + f  # (n, rows, columns), by no product that TF32 would round
+    is_inside = (x >= 0) & (x < columns) & (y >= 0) & (y < rows)
+    grid = torch.stack([2 * x / columns - 1, 2 * y / rows - 1], dim=-1)
+    taken = F.grid_sample(images.float(), grid, mode, padding_mode="border", align_corners=False)
+    return _bytes(torch.where(is_inside[:, None], taken, arguments[:, 6:, None, None]))
 
 
 def _blur(images: Tensor, radii: Tensor) -> Tensor:
