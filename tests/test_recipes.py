@@ -4,6 +4,7 @@ import math
 import re
 import shlex
 from collections import defaultdict
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -325,3 +326,17 @@ def test_continual_training_goes_on_from_a_converted_model(tmp_path, capsys):
     assert config.model.weights == str(tmp_path / "merged" / "model.safetensors")
     start_from(model, config.model.weights)
     assert torch.equal(model.blocks[1].attn.qkv.weight, source.blocks[1].attn.qkv.weight)
+
+
+def test_query_key_and_value_begin_as_in_the_source():
+    """big_vision draws each uniformly, as a matrix of its own (xavier_uniform), and its biases as zeros."""
+    torch.manual_seed(0)
+    model: Any = load_config(FILES["plain_90_small_exact"]).model.create()
+    for block in model.blocks:
+        for part in block.attn.qkv.weight.chunk(3):
+            bound = math.sqrt(6 / (384 + 384))
+            assert 0.995 * bound < part.abs().max() <= bound * (1 + 1e-6)
+            assert part.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.02)
+    other = load_config(FILES["deit_300_small_exact"]).model
+    with pytest.raises(ConfigError, match=r"qkv_init 'apart' has no effect without keywords\.weight_init jax"):
+        replace(other, qkv_init="apart")

@@ -48,6 +48,13 @@ class ModelConfig:
         choices=("growing", "uniform"),
     )
 
+    qkv_init: str = setting(
+        "how query, key and value begin under keywords.weight_init jax: as one matrix, as in timm's models; apart, as "
+        "in JAX, with 1.41 times the deviation",
+        "whole",
+        choices=("whole", "apart"),
+    )
+
     @property
     def is_folder(self) -> bool:
         """Whether the name is that of a folder, in whose place export/networks.py puts what the folder says."""
@@ -77,6 +84,8 @@ class ModelConfig:
             _fill_with_sincos2d(model)
         if self.drop_path == "uniform" and self.keywords["drop_path_rate"]:
             _drop_paths_alike(model, self.keywords["drop_path_rate"])
+        if self.qkv_init == "apart":
+            _spread_qkv(model)
         return model
 
     def __post_init__(self):
@@ -88,6 +97,8 @@ class ModelConfig:
             raise ConfigError(f"name {self.name!r} brings weights of its own: leave out weights and pos_embed.")
         if self.drop_path == "uniform" and "drop_path_rate" not in self.keywords:
             raise ConfigError("drop_path 'uniform' has no effect without a keywords.drop_path_rate: give both or none.")
+        if self.qkv_init == "apart" and not str(self.keywords.get("weight_init", "")).startswith("jax"):
+            raise ConfigError("qkv_init 'apart' has no effect without keywords.weight_init jax: give both or none.")
         if self.pos_embed != "learned" and self.weights is not None:
             effect = f"pos_embed {self.pos_embed!r} has no effect beside weights, which hold a position embedding"
             raise ConfigError(f"{effect}: leave one of the two out.")
@@ -121,6 +132,15 @@ def _drop_paths_alike(model: Any, rate: float) -> None:
     for block in model.blocks:
         for name in [name for name, _ in block.named_modules() if name.rpartition(".")[2].startswith("drop_path")]:
             block.set_submodule(name, DropPath(rate))
+
+
+@torch.no_grad()
+def _spread_qkv(model: Any) -> None:
+    """Gives query, key and value, uniform as one matrix (rows, C), the bound that each has as one of its own (C, C)."""
+    for name, weight in model.named_parameters():
+        if name.endswith("attn.qkv.weight"):
+            rows, width = weight.shape
+            weight *= ((rows + width) / (2 * width)) ** 0.5
 
 
 def _unknown_keyword(name: str, error: Exception) -> str | None:
