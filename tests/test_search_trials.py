@@ -13,14 +13,14 @@ from cases import randomized
 from vitreuse import convert, parse_plan
 from vitreuse.compress.damage import Change
 from vitreuse.compress.fidelity import mean_distance, output_distance
-from vitreuse.compress.search import Candidate, Space, search
+from vitreuse.compress.search import Space, search
 from vitreuse.compress.search.audit import audit
+from vitreuse.compress.search.constant import constant_merging
 from vitreuse.compress.search.forecast import measure_changes, tries
 from vitreuse.compress.search.found import make_pieces
 from vitreuse.compress.search.healing import expected_of_healing, mirrored_in_turns
 from vitreuse.compress.search.pieces import Pieces, fit_pieces
 from vitreuse.compress.search.refine import Refiner, Step, best_steps, fits, neighbours
-from vitreuse.compress.search.schedules import FALLING, constant_merging, falling_merging
 from vitreuse.compress.search.trials import Trials, parting
 from vitreuse.cost.plan_costs import PlanCosts
 from vitreuse.io.progress import WorkProgress
@@ -294,33 +294,6 @@ def test_constant_merging_is_the_least_that_keeps_the_cost():
     halved = parse_plan("exact-12 exact-6 exact-3 exact-2")
     assert constant_merging(SPACE, costs, costs.of(halved)) == halved
     assert constant_merging(SPACE, costs, costs.of(halved) - 1) is None
-
-
-def test_falling_merging_is_the_least_that_keeps_the_cost():
-    costs = PlanCosts(original())
-    exact = costs.of(SPACE.exact)
-    plan = falling_merging(SPACE, costs, 0.7 * exact, 0.5)
-    assert plan is not None
-    merged = [spec.merged for spec in plan]
-    assert merged == [round(merged[0] * 0.5**layer) for layer in range(4)] and costs.of(plan) <= 0.7 * exact
-    less = falling_merging(SPACE, costs, costs.of(plan) + 1, 0.5)
-    assert less is not None and less[0].merged <= merged[0]
-    assert falling_merging(SPACE, costs, 0.7 * exact, 1.0) == constant_merging(SPACE, costs, 0.7 * exact)
-    assert falling_merging(SPACE, costs, 0.01 * exact, 0.5) is None
-
-
-def test_a_search_begins_where_a_schedule_is_better(monkeypatch):
-    """The front's starts are made bad ones, and the clock stands: what is chosen is the best of the schedules."""
-    model = original(**KINDS["features"])
-    costs = PlanCosts(model)
-    most = 0.6 * costs.of(SPACE.exact)
-    skipped = parse_plan("skip*4")
-    worst = Candidate(costs.of(skipped), 1.0, skipped)
-    monkeypatch.setattr("vitreuse.compress.search.found._best_start", lambda *_: worst)
-    found = search(model, batches(24), batches(5, seed=7), SPACE, costs, 0.6, minutes=0)
-    assert found is not None
-    schedules = [falling_merging(SPACE, costs, most, share) for share in (1.0, *FALLING)]
-    assert found.chosen.plan == min(filter(None, schedules), key=found.trials.distance)
 
 
 def test_a_short_healing_learns_and_leaves_the_model_as_it_is():

@@ -35,7 +35,7 @@ from eval.table import Column, to_markdown
 from vitreuse import convert, fit_layers
 from vitreuse.compress.hidden_units import contributing_units
 from vitreuse.compress.search import Space, search
-from vitreuse.compress.search.schedules import constant_merging
+from vitreuse.compress.search.constant import constant_merging
 from vitreuse.cost.measure import describe_machine
 from vitreuse.cost.plan_costs import PlanCosts
 from vitreuse.io.durable import write_durably

@@ -25,8 +25,8 @@ from vitreuse.compress.damage import check_specs, refuse_other_layers
 from vitreuse.compress.hidden_units import contributing_units
 from vitreuse.compress.search import Candidate, Found, Space, least_cost, search
 from vitreuse.compress.search.audit import audit, batch_of
+from vitreuse.compress.search.constant import constant_merging
 from vitreuse.compress.search.healing import expected_of_healing
-from vitreuse.compress.search.schedules import constant_merging
 from vitreuse.cost.backends import fused_attention
 from vitreuse.cost.plan_costs import METRICS, PlanCosts
 from vitreuse.data import find_split

@@ -14,11 +14,11 @@ from torch import Tensor
 from vitreuse.compress.redundancy import measure_head_errors
 from vitreuse.compress.row_sample import NUM_ROWS
 from vitreuse.compress.search.clock import Clock
+from vitreuse.compress.search.constant import constant_merging
 from vitreuse.compress.search.forecast import Forecast, measure_changes, tries
 from vitreuse.compress.search.front import Candidate, best_within, pareto_front
 from vitreuse.compress.search.pieces import Pieces, fit_pieces
 from vitreuse.compress.search.refine import Refiner
-from vitreuse.compress.search.schedules import FALLING, falling_merging
 from vitreuse.compress.search.space import Space
 from vitreuse.compress.search.trials import Trials
 from vitreuse.cost.plan_costs import PlanCosts
@@ -36,7 +36,7 @@ class Found:
 
     Attributes:
         front: The plans that no other beats in cost and forecast damage at once, the cheapest first.
-        start: The one of them from which the search went on by real distances, if merging by a schedule was no better.
+        start: The one of them from which the search went on by real distances, if constant merging was no better.
         chosen: Where it came to, with its cost and its forecast.
         distance: How far its answers are from the original's, over the images on which plans were tried.
         is_best: Whether no combination of changes that was tried makes it better; else time was up.
@@ -86,8 +86,8 @@ def search(
     start = _best_start(front, most, trials)
     if start is None:
         return None
-    schedules = (falling_merging(space, costs, most, share) for share in (1.0, *FALLING))
-    begin = min([start.plan, *(plan for plan in schedules if plan is not None)], key=trials.distance)
+    constant = constant_merging(space, costs, most)
+    begin = min([start.plan] if constant is None else [start.plan, constant], key=trials.distance)
     deadline = time.monotonic() + 60 * minutes
     with WorkProgress("improving", "seconds", round(60 * minutes)) as progress:
         clock = Clock(deadline, progress)
