@@ -16,6 +16,7 @@ from timm.data import ImageNetInfo
 from timm.models._hub import save_for_hf
 
 from eval.__main__ import main as evaluate
+from eval.labelled import Share
 from eval.sets import SETS, Among, imagenet_order, named_set
 from eval.top1 import evaluate as predictions_of
 from train.__main__ import main as train
@@ -287,11 +288,8 @@ def test_a_published_set_finds_its_classes_in_a_run(tmp_path):
         (tmp_path / synsets[number]).mkdir()
         Image.new("L", (1, 1), number).save(tmp_path / synsets[number] / "0.png")
     test_set = named_set(SETS["sketch"], FolderDataset(tmp_path, "L"), whole=False)
-    found = predictions_of(
-        Among(Reader(), test_set.classes, order),
-        test_set.images,
-        transform=lambda image: torch.tensor(image.getpixel((0, 0))),
-    )
+    share = Share(test_set.images, transform=lambda image: torch.tensor(image.getpixel((0, 0))))
+    found = predictions_of(Among(Reader(), test_set.classes, order), share)
     assert (found.labels.tolist(), found.top1) == ([3, 200], 100)
 
 

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from eval.__main__ import main as evaluate
+from eval.labelled import ALONE
 from eval.report.measured import similarity
-from eval.top1 import ALONE
 from train.__main__ import main as train
 from train.experiment import set_up
 from vitreuse.cli.source import learning_split, sample_images

@@ -36,7 +36,7 @@ from train.distributed import reason
 from train.experiment import Experiment, checkpoint_is_due, evaluation_is_due, remarks, set_up
 from train.findings import look, validation_share
 from train.order import Draw
-from train.pipeline import Batch
+from train.pipeline import Batch, TrainingImages
 from train.run import RunFolder
 from train.trainer import Trainer
 from train.verdicts import NUM_REPEATS, NUM_ROUNDS, NUM_WARMUPS, OK, WARNING, WRONG, Check, Pace
@@ -88,13 +88,7 @@ def _examine(experiment: Experiment, folder: RunFolder, ranks: Ranks) -> Iterato
     trainer, config = experiment.trainer, experiment.trainer.config
     check, done = _run_folder(folder, trainer, ranks)
     yield check
-    yield _data(experiment)
-    if config.train.reads_labels:
-        yield verdicts.judge_classes(remarks(experiment.train_set, experiment.val_set))
-    if config.data.shuffle_window is not None and isinstance(experiment.train_set, ShardDataset):
-        num_readers = ranks.world_size * max(config.data.num_workers, 1)
-        yield verdicts.judge_shards(len(experiment.train_set.shard_sizes), num_readers)
-    yield verdicts.judge_batches(trainer.batches.num_draws, sum(trainer.batches.shard_sizes), config, ranks.world_size)
+    yield from _splits(experiment, ranks)
     check = _images(experiment, ranks)
     yield check
     if check.state == WRONG:
@@ -130,6 +124,18 @@ def _examine(experiment: Experiment, folder: RunFolder, ranks: Ranks) -> Iterato
     check, saving = _disk(folder, trainer, ranks)
     yield check
     yield _duration(config, trainer, done, pace, saving)
+
+
+def _splits(experiment: Experiment, ranks: Ranks) -> Iterator[Check]:
+    """What can be said of both splits without a look at an image."""
+    trainer, config = experiment.trainer, experiment.trainer.config
+    yield _data(experiment)
+    if config.train.reads_labels:
+        yield verdicts.judge_classes(remarks(experiment.train_set, experiment.val_set))
+    if config.data.shuffle_window is not None and isinstance(experiment.train_set, ShardDataset):
+        num_readers = ranks.world_size * max(config.data.num_workers, 1)
+        yield verdicts.judge_shards(len(experiment.train_set.shard_sizes), num_readers)
+    yield verdicts.judge_batches(trainer.batches.num_draws, sum(trainer.batches.shard_sizes), config, ranks.world_size)
 
 
 def _run_folder(folder: RunFolder, trainer: Trainer, ranks: Ranks) -> tuple[Check, int]:
@@ -182,12 +188,13 @@ def _images(experiment: Experiment, ranks: Ranks) -> Check:
 
 
 def _augmentation(trainer: Trainer, ranks: Ranks) -> Check:
-    """Draws the augmentation of an image so often that what is rare comes too, each rank its share."""
-    images: Any = trainer.loader.dataset
+    """Draws the augmentation of some images so often that what is rare comes too, each rank its share."""
+    own: Any = trainer.loader.dataset
+    images = TrainingImages(own.samples, own.transforms, own.seed, cache_images=True)  # which are read once
     epoch, error = trainer.config.train.epochs - 1, None
     try:
         for copy in range(ranks.rank, NUM_DRAWN, ranks.world_size):
-            images[Draw(epoch, copy % NUM_AUGMENTED % len(images.samples), copy)]
+            images[Draw(epoch, copy % NUM_AUGMENTED % len(own.samples), copy)]
     except (ValueError, RuntimeError, TypeError) as caught:  # whatever a transform raises for what it drew
         error = reason(caught)
     met = [text for text in ranks.gather(error) if text is not None]
