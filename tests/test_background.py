@@ -1,17 +1,15 @@
 """Checkpoints written while training goes on: whole states of their step, errors that are told, nothing lost."""
 
-import io
 import json
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
+from storms.pictures import write_pictures
 
 import train.checkpoint
 from train.__main__ import main
@@ -19,7 +17,6 @@ from train.checkpoint import Background, copied
 from train.run import RunFolder
 from train.trainer import Trainer
 from vitreuse.config import load_config
-from vitreuse.data import EncodedSample, write_shards
 
 CONFIG = """\
 model:
@@ -42,14 +39,7 @@ PATIENCE_S = 60
 
 @pytest.fixture
 def config_path(tmp_path) -> Path:
-    for split, number in (("train", 12), ("val", 5)):
-        samples = []
-        for i in range(number):
-            content = io.BytesIO()
-            pixels = np.random.default_rng(i).integers(0, 256, (8, 8), dtype=np.uint8)
-            Image.fromarray(pixels).save(content, "png")
-            samples.append(EncodedSample(str(i), content.getvalue(), "png", i % 3))
-        write_shards(samples, tmp_path / "data" / split, ("a", "b", "c"), 5)
+    write_pictures(tmp_path / "data", 12, 5, per_shard=5)
     path = tmp_path / "x.yaml"
     path.write_text(CONFIG.format(root=tmp_path / "data"))
     return path

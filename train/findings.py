@@ -77,21 +77,23 @@ def look(config: Config, model: nn.Module, teacher: Teacher | None, share: Share
     Raises:
         DivergedError: Of some images it says nothing: its logits or features are not finite.
     """
+    precision = getattr(torch, config.eval.precision)
     with unsharded(model):
         if teacher is not None:
-            return _alikeness(model, teacher, share)
-        found = evaluate(model, share, getattr(torch, config.eval.precision))
+            return _alikeness(model, teacher, share, precision)
+        found = evaluate(model, share, precision)
     if found.num_not_finite:
         raise _diverged(f"the logits of {found.num_not_finite} of {found.n} validation images are")
     figures = found.figures if found.loss is None else {**found.figures, "val_loss": found.loss}
     return Findings(figures, "top1", "top-1 {:.2f} %", found)
 
 
-def _alikeness(model: Any, teacher: Teacher, share: Share) -> Findings:
+def _alikeness(model: Any, teacher: Teacher, share: Share, precision: torch.dtype) -> Findings:
     """The cosines of a model's features with its teacher's."""
 
     def compare(images: Tensor, *_: Any) -> dict[str, Tensor]:
-        cosines = token_cosines(teacher.model, teacher.tokens(images), model, model.forward_features(images))
+        with torch.autocast(images.device.type, precision, enabled=precision != torch.float32):
+            cosines = token_cosines(teacher.model, teacher.tokens(images), model, model.forward_features(images))
         return {name: values.cpu() for name, values in cosines.items()}
 
     was_training = model.training
