@@ -83,6 +83,17 @@ def healing(tmp_path, photographs):
     return arguments
 
 
+def test_features_are_compared_in_the_precision_of_the_evaluation(tmp_path, healing):
+    """Before the first step, so that training is the same: none has happened."""
+    found = {}
+    for precision in ("float32", "bfloat16"):
+        run = Run(tmp_path / precision, tuple(healing(f"eval.precision={precision}")))
+        assert main([*run.arguments, f"run_dir={run.folder}"]) == 0
+        found[precision] = run.records()[0]["before_mean_cosine"]
+    assert found["bfloat16"] != found["float32"]
+    assert found["bfloat16"] == pytest.approx(found["float32"], abs=0.05)
+
+
 def test_features_come_nearer_on_images_that_were_held_out(tmp_path, healing, capsys):
     run = Run(tmp_path / "run", tuple(healing()))
     assert main([*run.arguments, f"run_dir={run.folder}"]) == 0
