@@ -25,6 +25,7 @@ from eval.labelled import (
     add_batches,
     add_data,
     add_weights,
+    computed_in,
     data_root,
     load,
     open_for,
@@ -78,7 +79,7 @@ def evaluate(
     model.eval()
 
     def answer(images: Tensor, labels: Tensor, keys: Sequence[str]) -> Answers:
-        with torch.autocast(images.device.type, precision, enabled=precision != torch.float32):
+        with computed_in(precision, images.device):
             logits = model(images)
         return answers(logits, labels, keys)
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from eval.labelled import computed_in
 from train.distill import Teacher, create_teacher, distillation_loss, features_loss
 from train.findings import Findings, Look
 from train.heal import create_healing, outputs_loss, plan_share
@@ -61,7 +62,7 @@ class Objective(nn.Module):
 
     def autocast(self, images: Tensor) -> torch.autocast:
         """The recipe's precision, for forward passes alone."""
-        return torch.autocast(images.device.type, self.precision, enabled=self.precision != torch.float32)
+        return computed_in(self.precision, images.device)
 
     def facts_before(self, model: nn.Module, look: Look) -> Facts:
         """What is recorded before the first step of the model that the run would leave; ``look`` measures a network."""
