@@ -1,5 +1,7 @@
 """Layers fitted in closed form: the algebra against naive sums, and models whose best weights are known."""
 
+import resource
+
 import pytest
 import timm
 import torch
@@ -113,6 +115,16 @@ def test_a_spool_gives_back_what_was_put_in_and_leaves_nothing():
         folder = spool._path(0).parent
         assert folder.exists()
     assert not folder.exists()
+
+
+def test_a_full_disk_is_one_sentence():
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with Spool() as spool, pytest.raises(OSError, match="set TMPDIR to a folder on a larger disk"):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+        try:
+            spool.append(torch.zeros(9999))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_an_exact_plan_is_left_alone():

@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+import time
 from itertools import islice
 
 import pytest
@@ -15,13 +16,15 @@ from vitreuse.compress.damage import Change
 from vitreuse.compress.fidelity import mean_distance, output_distance
 from vitreuse.compress.search import Space, search
 from vitreuse.compress.search.audit import audit
+from vitreuse.compress.search.clock import Clock
 from vitreuse.compress.search.constant import constant_merging
+from vitreuse.compress.search.delivery import deliveries, nearest
 from vitreuse.compress.search.forecast import measure_changes, tries
 from vitreuse.compress.search.found import make_pieces
 from vitreuse.compress.search.healing import expected_of_healing, mirrored_in_turns
 from vitreuse.compress.search.pieces import Pieces, fit_pieces
 from vitreuse.compress.search.refine import Refiner, Step, best_steps, fits, neighbours
-from vitreuse.compress.search.trials import Trials, parting
+from vitreuse.compress.search.trials import Trials, begin_trials, parting
 from vitreuse.cost.plan_costs import PlanCosts
 from vitreuse.io.progress import WorkProgress
 from vitreuse.model.copies import exact_copy
@@ -274,6 +277,65 @@ def test_a_search_keeps_to_the_budget_and_is_the_same_every_time():
     assert search(model, batches(24), batches(5, seed=7), SPACE, costs, 0.01, minutes=0) is None
 
 
+def test_what_an_earlier_start_has_tried_has_used_up_its_time(tmp_path):
+    found = make_pieces(original(**KINDS["features"]), batches(16), SPACE)
+    path, plans = tmp_path / "trials.jsonl", some_plans(5)
+    first = Trials.on(found, batches(4), path)
+    wanted = [first.distance(plan) for plan in plans]
+    assert first.seconds_saved == 0 and len(first.asked) == len(set(plans))
+    again = Trials.on(found, batches(4), path)
+    assert [again.distance(plan) for plan in plans * 2] == wanted * 2
+    assert again.seconds_saved == pytest.approx(sum(trial.seconds for trial in first.known.values())) and wanted
+    assert Clock(time.monotonic() + 60, quiet()).is_over(61) and not Clock(time.monotonic() + 60, quiet()).is_over(9)
+
+
+def test_a_file_of_trials_is_of_one_model_and_its_images(tmp_path):
+    path, one = tmp_path / "trials.jsonl", original()
+    begin_trials(path, one, batches(8), batches(4, seed=7), None)
+    begin_trials(path, one, batches(8), batches(4, seed=7), None)
+    assert path.read_text().count("\n") == 1
+    other = original()
+    other.blocks[0].mlp.fc2.weight.data[0, 0] += 1e-6
+    for others in ((other, batches(8), batches(4, seed=7)), (one, batches(9), batches(4, seed=7))):
+        with pytest.raises(ValueError, match="trials of another model, or on other images"):
+            begin_trials(path, *others, None)
+    with pytest.raises(ValueError, match="trials of another model"):
+        begin_trials(path, one, batches(8), batches(4), None)
+    with pytest.raises(ValueError, match="trials of another model"):
+        begin_trials(path, one, batches(8), batches(4, seed=7), (256, 0))
+
+
+def test_too_few_images_are_refused_before_anything_is_done():
+    model = original(**KINDS["features"])
+    costs = PlanCosts(model)
+    with pytest.raises(ValueError, match="3 images are too few: one of 4 decides, so give 4 or more"):
+        search(model, batches(3), batches(4, seed=7), SPACE, costs, 0.7)
+    with pytest.raises(ValueError, match="there are 0 images to try plans on"):
+        search(model, batches(8), [], SPACE, costs, 0.7)
+
+
+def test_means_that_no_bias_could_take_are_in_no_piece():
+    model = original(**KINDS["features"], reg_tokens=2, no_embed_class=True)
+    found = make_pieces(model, batches(8), SPACE)
+    assert {layer for layer, _ in found.means} == {1, 2, 3}
+    assert {layer for layer, _ in make_pieces(original(**KINDS["features"]), batches(8), SPACE).means} == {0, 1, 2, 3}
+
+
+def test_what_is_handed_over_keeps_to_the_budget_and_is_the_nearest():
+    model = original(**KINDS["features"])
+    costs = PlanCosts(model)
+    plans = {"searched": parse_plan("exact linear exact*2"), "constant merging": parse_plan("exact-3*4")}
+    made = deliveries(model, plans, batches(24), batches(6, seed=7))
+    assert list(made) == [name + fitted for name in plans for fitted in (", fitted", "")]
+    for delivery in made.values():
+        assert delivery.distance == mean_distance(model, delivery.conversion.model, batches(6, seed=7))
+    assert made["searched, fitted"].distance < made["searched"].distance
+    least = min(made, key=lambda name: made[name].distance)
+    assert nearest(made, costs, costs.of(SPACE.exact)) == least
+    cheapest = min(plans.values(), key=costs.of)
+    assert made[nearest(made, costs, costs.of(cheapest))].plan == cheapest
+
+
 def test_an_audit_is_in_turns_with_the_best_plain_model():
     model = original(**KINDS["features"]).float()
     plain = [timm.create_model("vit_tiny_patch16_224", **{**SIZES, **KINDS["features"]}) for _ in range(2)]
@@ -309,6 +371,7 @@ def test_a_short_healing_learns_and_leaves_the_model_as_it_is():
 
 def test_images_to_heal_on_are_mirrored_every_second_time():
     one, other = torch.arange(6.0).reshape(1, 1, 2, 3), torch.ones(2, 1, 2, 3)
-    found = [*islice(mirrored_in_turns([one, other]), 5)]
+    found = [*islice(mirrored_in_turns([one, other], 2), 5)]
     expected = [one, other, one.flip(-1), other.flip(-1), one]
     assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+    assert [len(part) for part in islice(mirrored_in_turns([torch.ones(5, 1, 2, 3)], 2), 4)] == [2, 2, 1, 2]

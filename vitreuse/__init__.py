@@ -6,6 +6,7 @@ Importing registers the models: ``timm.create_model("vit_reuse_small_patch16_224
 from vitreuse.compress.closed_form import fit_layers
 from vitreuse.compress.convert import convert, fit_projections
 from vitreuse.compress.damage import measure_damage
+from vitreuse.compress.fitting import convert_on_images
 from vitreuse.compress.fold import fold
 from vitreuse.compress.redundancy import measure_redundancy
 from vitreuse.compress.search import Space, search
@@ -31,6 +32,7 @@ __all__ = [
     "Spec",
     "attention_maps",
     "convert",
+    "convert_on_images",
     "count_macs",
     "count_params",
     "create_model",

@@ -9,9 +9,11 @@ import argparse
 import json
 import os
 import platform
+import signal
 import sys
+import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
@@ -102,7 +104,7 @@ def run_command(
     args = parser.parse_args(argv)
     command = commands[args.command]
     try:
-        with redirect_stdout(sys.stderr):  # whatever a library prints must not end up inside the JSON
+        with interrupted_by_sigterm(), redirect_stdout(sys.stderr):  # what a library prints is not to be in the JSON
             result = command.run(args)
         if is_first_rank():
             _print_whole(json.dumps(result) + "\n" if args.json else command.render(result))
@@ -113,6 +115,19 @@ def run_command(
         print(f"{prog} {args.command}: interrupted.", file=sys.stderr)
         return INTERRUPTED
     return DONE
+
+
+@contextmanager
+def interrupted_by_sigterm() -> Iterator[None]:
+    """Inside the block SIGTERM does what Ctrl-C does, so that temporary folders go."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def versions() -> str:

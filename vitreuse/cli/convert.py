@@ -2,9 +2,7 @@
 
 import argparse
 import json
-from collections.abc import Iterator
 from dataclasses import asdict
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -21,11 +19,11 @@ from vitreuse.cli.source import (
     rows_remarks,
     training_note,
 )
-from vitreuse.compress.closed_form import ASIDE, LayerFit, fit_layers
-from vitreuse.compress.convert import LOWRANK_STARTS, Conversion, convert, fit_projections, fitting_plan
+from vitreuse.compress.convert import LOWRANK_STARTS, convert, fitting_plan
 from vitreuse.compress.fidelity import agreement
-from vitreuse.compress.hidden_units import contributing_units
+from vitreuse.compress.fitting import FittedConversion, convert_on_images
 from vitreuse.compress.redundancy import measure_head_errors, measure_redundancy
+from vitreuse.compress.ridge import ASIDE
 from vitreuse.compress.row_sample import NUM_ROWS, count_rows
 from vitreuse.cost.macs import count_macs, count_params
 from vitreuse.data.samples import ImageSample
@@ -58,9 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-match-heads", action="store_true", help=meaning)
     meaning = "match by the error of the layer's output, or by the total variation of the maps; default: error"
     parser.add_argument("--match-by", choices=DISTANCES, help=meaning)
-    meaning = "what token projections start as; default: fitted on images, where there are any, else pooled"
     meaning = "leave layers as they come out of the original; default: fitted in closed form, where there are images"
     parser.add_argument("--no-fit", action="store_true", help=meaning)
+    meaning = "what token projections start as; default: fitted on images, where there are any, else pooled"
     parser.add_argument("--lowrank-start", choices=LOWRANK_STARTS, help=meaning)
     parser.add_argument("--lowrank-sharing", choices=SHARINGS, help="what shares a token projection")
     parser.add_argument("--lowrank-projection", choices=PROJECTIONS, help="how tokens are projected")
@@ -77,7 +75,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     _refuse_idle(args, plan)
     samples = _samples(args, target, model)
     how = _choose(args, plan, 0 if samples is None else len(samples.learned))
-    conversion, fits, layer_fits = _convert(args, original, plan, how, samples)
+    fitted = _convert(args, original, plan, how, samples)
+    conversion = fitted.conversion
     result = {
         "name": target.label,
         "training": training_note(args, target),
@@ -85,8 +84,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         **how._asdict(),
         "rows": count_rows(original, args.rows or NUM_ROWS) if how.heads in DISTANCES else None,
         "matches": conversion.matches,
-        "fits": fits,
-        "layer_fits": [asdict(fit) for fit in layer_fits],
+        "fits": dict(fitted.projections),
+        "layer_fits": [asdict(fit) for fit in fitted.layers],
         **{key: list(getattr(conversion, key)) for key in ("new", "touched", "dropped")},
         "macs": [sum(count_macs(of, theoretical=True).values()) for of in (original, conversion.model)],
         "params": [count_params(of) for of in (original, conversion.model)],
@@ -186,34 +185,25 @@ def _choose(args: argparse.Namespace, plan: Plan, num_images: int) -> _How:
 
 def _convert(
     args: argparse.Namespace, original: Any, plan: Plan, how: _How, samples: _Samples | None
-) -> tuple[Conversion, dict[int, tuple[float, float]], list[LayerFit]]:
-    """The conversion, what a fit of its projections gained by layer, and what those of its layers did."""
+) -> FittedConversion:
+    """The conversion, and what its fits gained."""
     options = {key: getattr(args, key) for key in ("lowrank_sharing", "lowrank_projection") if getattr(args, key)}
-    if samples is None:
-        torch.manual_seed(args.seed)
-        return convert(original, plan, pooled=how.lowrank_start != "random", **options), {}, []
-    distances = _distances(args, original, how.heads, samples.learned) if how.heads in DISTANCES else None
-    units = contributing_units(original, plan, _images(args, samples.learned))
+    distances = None
+    if samples is not None and how.heads in DISTANCES:
+        distances = _distances(args, original, how.heads, samples.learned)
     torch.manual_seed(args.seed)
-    conversion = convert(original, plan, distances, pooled=how.lowrank_start != "random", units=units, **options)
-    fits, layer_fits = {}, []
-    if how.lowrank_start == "fitted":
-        with WorkProgress("fitting", "projections", sum(spec.word == "lowrank" for spec in plan)) as progress:
-            reach = partial(_one_more, progress)
-            fits = fit_projections(conversion, _images(args, samples.learned), args.seed, reach)
-    if how.layers == "fitted":
-        with WorkProgress("fitting", "layers", len(plan)) as progress:
-            layer_fits = fit_layers(conversion, _images(args, samples.learned), progress)
-    return conversion, fits, layer_fits
-
-
-def _images(args: argparse.Namespace, sample: ImageSample) -> Iterator[Tensor]:
-    """The images of a sample, batch by batch, without their labels."""
-    return (images for images, _ in sample.batches(args.batch_size))
-
-
-def _one_more(progress: WorkProgress, _: int) -> None:
-    progress.reach(progress.done + 1)
+    if samples is None:
+        return FittedConversion(convert(original, plan, pooled=how.lowrank_start != "random", **options), {}, [])
+    return convert_on_images(
+        original,
+        plan,
+        samples.learned.inputs(args.batch_size),
+        distances,
+        lowrank_start=how.lowrank_start or "pooled",
+        fits_layers=how.layers == "fitted",
+        seed=args.seed,
+        **options,
+    )
 
 
 def _distances(args: argparse.Namespace, original: Any, by: str, sample: ImageSample) -> Tensor:

@@ -17,7 +17,7 @@ Shapes: B images, N0 tokens of the first layer, N that are left, C channels, F i
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -27,13 +27,12 @@ from torch import Tensor, nn
 
 from vitreuse.attention import EMPTY_CARRY, Carry
 from vitreuse.compress.convert import Conversion
-from vitreuse.compress.ridge import NormalEquations, best_fit, row_weights
+from vitreuse.compress.ridge import Rows, best_fit, equations_apart, is_kept_aside, refuse_few, row_weights
 from vitreuse.io.progress import WorkProgress
 from vitreuse.io.spool import Spool
 from vitreuse.model.recording import inputs_of, layer_pass
 from vitreuse.plan import EXACT
 
-ASIDE = 4  # every fourth image is not fitted: it decides
 LEAST_SCALE = 1e-6  # of a LayerScale, below which nothing can be written through it
 
 
@@ -123,8 +122,7 @@ def fit_layers(conversion: Conversion, batches: Iterable[Tensor], progress: Work
         for images in batches:
             states.append(_start(model, original, images.to(next(model.parameters()).device), num_images))
             num_images += len(images)
-        if num_images < ASIDE:
-            raise ValueError(f"{num_images} images are too few: one of {ASIDE} decides, so give {ASIDE} or more.")
+        refuse_few(num_images)
         is_changed = False
         for layer, (block, old) in enumerate(zip(model.blocks, original.blocks, strict=True)):
             states.replace(partial(_with_original, old))
@@ -167,17 +165,20 @@ def _bias_before(model: Any, layer: int) -> _Writer | None:
         if part is not None:
             writer = _writer(model, before, part)
             return None if writer is None or writer.bias is None else writer._replace(linear=None)
-    reaches_all = model.pos_embed is not None and not model.no_embed_class and isinstance(model.norm_pre, nn.Identity)
-    return _Writer(None, model.pos_embed, None) if reaches_all else None
+    return _Writer(None, model.pos_embed, None) if embedding_takes_bias(model) else None
+
+
+def embedding_takes_bias(model: Any) -> bool:
+    """Whether what is added to the position embedding reaches all tokens of the first layer as it is."""
+    return model.pos_embed is not None and not model.no_embed_class and isinstance(model.norm_pre, nn.Identity)
 
 
 def _start(model: Any, original: Any, images: Tensor, first: int) -> _State:
     """Images before the first layer, the number of the first of them given."""
-    is_aside = torch.arange(first, first + len(images)) % ASIDE == ASIDE - 1
     tokens, grid = model.embed(images)
     theirs, _ = original.embed(images)
     carry = EMPTY_CARRY._replace(layerwise_proj=model.key_proj)
-    return _State(is_aside, theirs, theirs, theirs, tokens, carry, grid)
+    return _State(is_kept_aside(first, len(images)), theirs, theirs, theirs, tokens, carry, grid)
 
 
 def _with_original(old: Any, state: _State) -> _State:
@@ -194,20 +195,17 @@ def _behind(block: Any, state: _State) -> _State:
 
 def _fit(block: Any, layer: int, part: str, writer: _Writer, states: Spool) -> LayerFit:
     """Fits a part of a layer, and keeps the fit if it helps on the images that are kept aside."""
-    sums: dict[bool, NormalEquations] = {}
-    added = 0.0
-    for state in states:
-        features, errors, sizes = _observe(block, part, writer, state)
-        weights = row_weights(errors, sizes, block.attn.num_prefix_tokens)
-        added += _added(state, block.attn.num_prefix_tokens)
-        for is_aside in (False, True):
-            chosen = state.is_aside == is_aside
-            rows = (values[chosen].flatten(0, 1) for values in (features, errors, weights))
-            own = NormalEquations.of(*rows, has_bias=writer.bias is not None)
-            sums[is_aside] = sums[is_aside] + own if is_aside in sums else own
-    fit = best_fit(sums[False], sums[True])
-    added = max(added, sys.float_info.min)  # of a layer that adds nothing
-    before = sums[True].energy / added
+    sums = []
+
+    def rows() -> Iterator[Rows]:
+        for state in states:
+            sums.append(_added(state, block.attn.num_prefix_tokens))
+            yield _observe(block, part, writer, state)
+
+    fitted, aside = equations_apart(rows(), writer.bias is not None)
+    fit = best_fit(fitted, aside)
+    added = max(sum(sums), sys.float_info.min)  # of a layer that adds nothing
+    before = aside.energy / added
     if fit is None:
         return LayerFit(layer, part, None, before, before)
     writer.add(fit.update)
@@ -216,15 +214,18 @@ def _fit(block: Any, layer: int, part: str, writer: _Writer, states: Spool) -> L
     return LayerFit(layer, part, fit.strength, before, fit.after / added)
 
 
-def _observe(block: Any, part: str, writer: _Writer, state: _State) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What a writer reads, (B, N, F), the error (B, N, C) that is left where it writes, and the sizes (B, N) there."""
+def _observe(block: Any, part: str, writer: _Writer, state: _State) -> Rows:
+    """What a writer reads, the error that is left where it writes, and what each token there counts."""
     wanted = state.middle if block.has_mlp and part != "mlp" else state.after
     if writer.linear is None:
-        return state.tokens[..., :0], merged_alike(wanted, state.carry) - state.tokens, state.carry.sizes
-    with inputs_of(writer.linear) as inputs:
-        seen = layer_pass(block, state.tokens, state.carry, state.grid)
-    found, carry = (seen.middle, state.carry) if part == "attention" else (seen.after, seen.carry)
-    return inputs[0], merged_alike(wanted, carry) - found, carry.sizes
+        features, found, carry = state.tokens[..., :0], state.tokens, state.carry
+    else:
+        with inputs_of(writer.linear) as inputs:
+            seen = layer_pass(block, state.tokens, state.carry, state.grid)
+        features = inputs[0]
+        found, carry = (seen.middle, state.carry) if part == "attention" else (seen.after, seen.carry)
+    errors = merged_alike(wanted, carry) - found
+    return Rows(features, errors, row_weights(errors, carry.sizes, block.attn.num_prefix_tokens))
 
 
 def merged_alike(x: Tensor, carry: Carry) -> Tensor:

@@ -45,6 +45,14 @@ class Agreement:
     original_top1: float | None = None
     converted_top1: float | None = None
 
+    @property
+    def distance(self) -> float:
+        """The mean of output_distance over the images, of ViTs."""
+        if self.kl_divergence_nats is not None:
+            return self.kl_divergence_nats
+        assert self.cosine is not None and self.patch_cosine is not None
+        return 1 - (self.cosine + self.patch_cosine) / 2
+
 
 @torch.inference_mode()
 def agreement(original: Any, converted: Any, batches: Iterable[tuple[Tensor, Tensor]], has_labels: bool) -> Agreement:

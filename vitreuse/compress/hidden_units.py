@@ -10,7 +10,9 @@ Shapes: B images, N tokens, C channels, F hidden units, R rows of all images and
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -18,9 +20,12 @@ from torch import Tensor
 
 from vitreuse.attention import EMPTY_CARRY
 from vitreuse.compress.ridge import NormalEquations, row_weights
+from vitreuse.io.spool import Spool
 from vitreuse.model.plan_weights import Units
 from vitreuse.model.recording import inputs_of
 from vitreuse.plan import Plan
+
+_State = tuple[Tensor, tuple[int, int] | None]  # tokens (B, N, C), and their grid where it is not the built one
 
 DAMPING = 1e-3  # of the mean variance of a unit, added to each: what is never seen apart counts as this much apart
 
@@ -53,31 +58,35 @@ def contributing_units(original: Any, plan: Plan, batches: Iterable[Tensor]) -> 
     Args:
         original: The model with all units, one of ours, whose MLPs end in ``fc2``.
         plan: What it is converted into.
-        batches: Images (B, channels, rows, columns); their tokens are in memory while layer follows layer.
+        batches: Images (B, channels, rows, columns). Their tokens lie in a temporary folder, so that memory does not
+            grow with them.
     """
     fewer = {layer for layer, spec in enumerate(plan) if spec.hidden}
     fewer = {layer for layer in fewer if original.blocks[layer].mlp.fc2.in_features != plan[layer].hidden}
     if not fewer:
         return {}
-    device = next(original.parameters()).device
-    states, chosen = [original.embed(images.to(device)) for images in batches], {}
-    for layer, block in enumerate(original.blocks[: max(fewer) + 1]):
-        sums: NormalEquations | None = None
-        fc2, passed = block.mlp.fc2, []
-        for tokens, grid in states:
-            with inputs_of(fc2) as hidden:
-                passed.append((block(tokens, EMPTY_CARRY, grid)[0], grid))
+    device, chosen = next(original.parameters()).device, {}
+    with Spool() as states:
+        for images in batches:
+            states.append(original.embed(images.to(device)))
+        for layer, block in enumerate(original.blocks[: max(fewer) + 1]):
             if layer in fewer:
-                own = _equations(hidden[0], block.attn.num_prefix_tokens, fc2.bias is not None)
-                sums = own if sums is None else sums + own
-        states = passed
-        if sums is not None:
-            ranking = unit_ranking(sums.covariance(), fc2.weight.double().square().sum(0))
-            chosen[layer] = sorted(ranking[: plan[layer].hidden])
+                equations = reduce(operator.add, (_equations(block, *state) for state in states))
+                ranking = unit_ranking(equations.covariance(), block.mlp.fc2.weight.double().square().sum(0))
+                chosen[layer] = sorted(ranking[: plan[layer].hidden])
+            states.replace(partial(_behind, block))
     return chosen
 
 
-def _equations(hidden: Tensor, num_prefix_tokens: int, has_bias: bool) -> NormalEquations:
-    """Those of hidden units (B, N, F) alone, of no errors."""
-    rows = (hidden, hidden[..., :0], row_weights(hidden, None, num_prefix_tokens))
-    return NormalEquations.of(*(values.flatten(0, 1) for values in rows), has_bias=has_bias)
+def _behind(block: Any, state: _State) -> _State:
+    """The tokens behind a layer."""
+    tokens, grid = state
+    return block(tokens, EMPTY_CARRY, grid)[0], grid
+
+
+def _equations(block: Any, tokens: Tensor, grid: tuple[int, int] | None) -> NormalEquations:
+    """Those of the hidden units of a layer that reads tokens (B, N, C) alone, of no errors."""
+    with inputs_of(block.mlp.fc2) as hidden:
+        block(tokens, EMPTY_CARRY, grid)
+    rows = (hidden[0], hidden[0][..., :0], row_weights(hidden[0], None, block.attn.num_prefix_tokens))
+    return NormalEquations.of(*(values.flatten(0, 1) for values in rows), has_bias=block.mlp.fc2.bias is not None)

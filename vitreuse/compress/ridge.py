@@ -5,13 +5,15 @@ Shapes: R rows, F features, the last of them constant where there is a bias, C o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 STRENGTHS = tuple(10.0**power for power in range(-5, 3))
+ASIDE = 4  # every fourth image is not fitted: it decides
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,44 @@ def row_weights(tokens: Tensor, sizes: Tensor | None, num_prefix_tokens: int) ->
     prefix, patches = weights.split([num_prefix_tokens, weights.shape[1] - num_prefix_tokens], dim=1)
     together = patches.sum(1, keepdim=True) / max(1, num_prefix_tokens)
     return torch.cat([together.expand_as(prefix), patches], dim=1)
+
+
+class Rows(NamedTuple):
+    """What is fitted of some images: features (B, N, F), errors (B, N, C), how much each counts (B, N)."""
+
+    features: Tensor
+    errors: Tensor
+    weights: Tensor
+
+
+def equations_apart(batches: Iterable[Rows], has_bias: bool) -> tuple[NormalEquations, NormalEquations]:
+    """The normal equations of images that are fitted, and of every fourth, which is kept aside.
+
+    Raises:
+        ValueError: There are fewer than four images.
+    """
+    sums: dict[bool, NormalEquations] = {}
+    count = 0
+    for rows in batches:
+        is_aside = is_kept_aside(count, len(rows.features)).to(rows.features.device)
+        count += len(rows.features)
+        for aside in (False, True):
+            parts = (values[is_aside == aside].flatten(0, 1) for values in rows)
+            own = NormalEquations.of(*parts, has_bias=has_bias)
+            sums[aside] = sums[aside] + own if aside in sums else own
+    refuse_few(count)
+    return sums[False], sums[True]
+
+
+def is_kept_aside(first: int, count: int) -> Tensor:
+    """Which of so many images (count,) are kept aside, the number of the first of them given."""
+    return torch.arange(first, first + count) % ASIDE == ASIDE - 1
+
+
+def refuse_few(num_images: int) -> None:
+    """Raises ValueError where none of the images would be kept aside."""
+    if num_images < ASIDE:
+        raise ValueError(f"{num_images} images are too few: one of {ASIDE} decides, so give {ASIDE} or more.")
 
 
 @dataclass(frozen=True)

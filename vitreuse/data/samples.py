@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from copy import copy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -73,3 +74,18 @@ class ImageSample:
             samples = [self.dataset[number] for number in self.numbers[first : first + batch_size]]
             images = torch.stack([self.transform(sample.image) for sample in samples])
             yield images, torch.tensor([sample.label for sample in samples])
+
+    def inputs(self, batch_size: int) -> Inputs:
+        """The inputs of batches without labels, for who goes over them more than once."""
+        return Inputs(self, batch_size)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Inputs (B, channels, rows, columns) of a sample, decoded anew each time that they are iterated over."""
+
+    sample: ImageSample
+    batch_size: int
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (images for images, _ in self.sample.batches(self.batch_size))

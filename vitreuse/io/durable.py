@@ -8,7 +8,9 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
+
+import torch
 
 TEMPORARY_FILES = ".*.tmp"  # glob pattern of what durable_file leaves where its process is killed
 
@@ -31,6 +33,16 @@ def durable_file(path: Path) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+def save_tensors(value: Any, file: BinaryIO) -> None:
+    """torch.save, but a full disk stays an OSError: its writer of archives raises a RuntimeError about positions."""
+    try:
+        torch.save(value, file)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
 
 
 def write_durably(path: Path, content: bytes) -> None:

@@ -10,9 +10,15 @@ from typing import Any
 
 import torch
 
+from vitreuse.io.durable import save_tensors
+
 
 class Spool:
-    """Values in order, of which one is in memory at a time; a context manager whose folder is temporary."""
+    """Values in order, of which one is in memory at a time; a context manager whose folder is temporary.
+
+    Raises:
+        OSError: The disk of temporary files is full.
+    """
 
     def __init__(self) -> None:
         self._folder = TemporaryDirectory(prefix="vitreuse-")
@@ -46,7 +52,12 @@ class Spool:
         return Path(self._folder.name) / f"{number}.pt"
 
     def _write(self, number: int, value: Any) -> None:
-        torch.save(value, self._path(number))
+        try:
+            with self._path(number).open("wb") as file:
+                save_tensors(value, file)
+        except OSError as error:
+            full = f"{self._folder.name} takes no more tokens of images ({error.strerror})"
+            raise OSError(f"{full}: set TMPDIR to a folder on a larger disk, or give fewer images.") from error
 
     def _read(self, number: int) -> Any:
         return torch.load(self._path(number), weights_only=False)  # written by this very process

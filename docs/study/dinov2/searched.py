@@ -32,14 +32,14 @@ from docs.study.dinov2.measure import (
 from docs.study.dinov2.packages import HERE
 from docs.study.dinov2.weights import trained
 from eval.table import Column, to_markdown
-from vitreuse import convert, fit_layers
-from vitreuse.compress.hidden_units import contributing_units
+from vitreuse import convert
+from vitreuse.compress.fitting import convert_on_images
 from vitreuse.compress.search import Space, search
 from vitreuse.compress.search.constant import constant_merging
 from vitreuse.cost.measure import describe_machine
 from vitreuse.cost.plan_costs import PlanCosts
+from vitreuse.data.samples import Inputs
 from vitreuse.io.durable import write_durably
-from vitreuse.io.progress import WorkProgress
 from vitreuse.model.copies import exact_copy
 from vitreuse.plan import EXACT, Plan, Spec
 
@@ -100,7 +100,7 @@ def searched(image_size_px: int, share_text: str) -> Line:
         for name, (plan, _) in rows.items()
     ]
     lines[0] |= keeps(image_size_px, models["searched"])
-    about = {"num_tried": len(found.trials.known), "is_best": found.is_best, "machine": describe_machine(CPU)}
+    about = {"num_tried": len(found.trials.asked), "is_best": found.is_best, "machine": describe_machine(CPU)}
     return {"image_size_px": image_size_px, "plan": share_text, "rows": lines, **about}
 
 
@@ -115,11 +115,10 @@ def _is_known(plan: Plan, space: Space) -> bool:
     return all(spec.word in {word.word for word in space.words} for spec in plan)
 
 
-def images_to_learn_from(image_size_px: int) -> list[list[Tensor]]:
-    """Batches of images that layers are fitted on, and of others that plans are tried on."""
+def images_to_learn_from(image_size_px: int) -> list[Inputs]:
+    """Images that layers are fitted on, and others that plans are tried on."""
     sample = images_of(f"{image_size_px}/train", trained(image_size_px), sum(NUM_IMAGES[image_size_px]))
-    parts = sample.parts(*NUM_IMAGES[image_size_px])
-    return [[images for images, _ in part.batches(BATCH[image_size_px])] for part in parts]
+    return [part.inputs(BATCH[image_size_px]) for part in sample.parts(*NUM_IMAGES[image_size_px])]
 
 
 def rivals(space: Space, latency: PlanCosts, most: int) -> dict[str, tuple[Plan, bool]]:
@@ -137,14 +136,9 @@ def rivals(space: Space, latency: PlanCosts, most: int) -> dict[str, tuple[Plan,
     return found
 
 
-def _made(original: Any, plan: Plan, is_fitted: bool, fitted: list[Tensor]) -> Any:
+def _made(original: Any, plan: Plan, is_fitted: bool, fitted: Inputs) -> Any:
     """The model under a plan, fitted as a whole or as it comes, in evaluation mode."""
-    units = contributing_units(original, plan, fitted) if is_fitted else None
-    conversion = convert(original, plan, units=units)
-    if is_fitted:
-        with WorkProgress(str(plan), "layers", len(plan)) as progress:
-            fit_layers(conversion, fitted, progress)
-    return conversion.model.eval()
+    return convert_on_images(original, plan, fitted).conversion.model if is_fitted else convert(original, plan).model
 
 
 @cache

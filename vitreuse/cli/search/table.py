@@ -52,15 +52,19 @@ def _sentences(result: dict[str, Any]) -> list[str]:
     chosen = result["audited"]["chosen"]
     found = {name: value for name, value in chosen["agreement"].items() if value is not None}
     said = [form.format(found[name]) for name, form in AGREEMENT.items() if name in found]
-    time_was_up = f"time was up after {result['minutes']:g} minutes"
-    how = "nothing within reach improves it" if result["is_best"] else time_was_up
-    start = result["start"]
+    how = f"time was up after {result['minutes']:g} minutes"
+    if result["is_best"]:
+        how = "no combination of the changes that were tried improves it"
+    elif not result["minutes"]:
+        how = "no minutes were given to improve it"
+    start, delivered = result["start"], result["delivered"]
     healing = [_of_healing(result["healing"])] if "healing" in result else []
     return [
         f"chosen: {', '.join(said)} over {found['num_images']:,} images on which nothing was chosen, "
         f"{chosen['speedup']:.2f} times as fast as the best plain model in batches of {result['batch_size_timed']}",
-        f"distance of answers on the images that plans were tried on: {start['distance']:.3g} for the best plan by "
-        f"forecast ({start['damage']:.3g}), {result['distance']:.3g} after {result['num_tried']:,} trials: {how}",
+        f"distance of answers on the images that plans were tried on: {start['distance']:.3g} for the best of the "
+        f"front (forecast {start['damage']:.3g}), {result['distance']:.3g} after {result['num_tried']:,} trials: {how}",
+        f"handed over: {delivered['name']}, the nearest of those that were made, {delivered['distance']:.3g} there",
         *healing,
     ]
 

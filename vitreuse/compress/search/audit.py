@@ -6,13 +6,16 @@ Distances are means over these images, and times are taken in turns in one run w
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from vitreuse.compress.fidelity import Agreement, agreement, mean_distance
+from vitreuse.compress.fidelity import Agreement, agreement
 from vitreuse.cost.measure import Timing, inference_call, time_interleaved
+from vitreuse.io.progress import WorkProgress
 from vitreuse.model.preprocessing import example
 
 TOKENS_TIMED = 2056  # of a batch: 8 images of 257 tokens
@@ -42,6 +45,7 @@ def audit(
     plain: Callable[[bool], Any],
     batches: Callable[[], Iterable[tuple[Tensor, Tensor]]],
     has_labels: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> dict[str, Audited]:
     """Measures models in evaluation mode on the device of the original.
 
@@ -51,20 +55,24 @@ def audit(
         plain: Makes timm's plain model, with fused attention or without.
         batches: Gives images (B, channels, rows, columns) and labels (B,) from the first on.
         has_labels: Whether the labels are classes of the models.
+        dtype: Of weights and images while times are taken.
     """
-    device = next(original.parameters()).device
-    distances = {
-        name: mean_distance(original, model, (images for images, _ in batches())) for name, model in models.items()
-    }
-    agreements = {name: agreement(original, model, batches(), has_labels) for name, model in models.items()}
+    device, agreements = next(original.parameters()).device, {}
+    with WorkProgress("measuring", "models", len(models)) as progress:
+        for number, (name, model) in enumerate(models.items(), 1):
+            agreements[name] = agreement(original, model, batches(), has_labels)
+            progress.reach(number)
     baselines = {f"timm, {name}": plain(name == "fused").to(device).eval() for name in ("fused", "unfused")}
-    images = example(original, batch_of(original))
-    calls = {name: inference_call(_forward(model), images) for name, model in {**baselines, **models}.items()}
+    images = example(original, batch_of(original)).to(dtype)
+    is_own = next(original.parameters()).dtype == dtype
+    timed = {name: model if is_own else deepcopy(model).to(dtype) for name, model in models.items()}
+    timed |= {name: model.to(dtype) for name, model in baselines.items()}
+    calls = {name: inference_call(_forward(model), images) for name, model in timed.items()}
     timings = time_interleaved(calls, device, REPEATS)
     best = min(timings[name].minimum_ms for name in baselines)
     return {
-        name: Audited(distances[name], agreements[name], timings[name], best / timings[name].minimum_ms)
-        for name in models
+        name: Audited(agreed.distance, agreed, timings[name], best / timings[name].minimum_ms)
+        for name, agreed in agreements.items()
     }
 
 

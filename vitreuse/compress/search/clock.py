@@ -22,8 +22,8 @@ class Clock:
     progress: WorkProgress
     said: str = ""
 
-    def is_over(self) -> bool:
-        """Whether the deadline is past."""
-        left = self.deadline - time.monotonic()
+    def is_over(self, used_before: float = 0.0) -> bool:
+        """Whether the deadline is past, or would be had the seconds that an earlier start used been used now."""
+        left = self.deadline - time.monotonic() - used_before
         self.progress.reach(min(self.progress.total, round(self.progress.total - left)), self.said)
         return left <= 0

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from vitreuse.compress.damage import check_specs, refuse_other_layers
 from vitreuse.compress.redundancy import measure_head_errors
+from vitreuse.compress.ridge import refuse_few
 from vitreuse.compress.row_sample import NUM_ROWS
 from vitreuse.compress.search.clock import Clock
 from vitreuse.compress.search.constant import constant_merging
@@ -20,7 +23,7 @@ from vitreuse.compress.search.front import Candidate, best_within, pareto_front
 from vitreuse.compress.search.pieces import Pieces, fit_pieces
 from vitreuse.compress.search.refine import Refiner
 from vitreuse.compress.search.space import Space
-from vitreuse.compress.search.trials import Trials
+from vitreuse.compress.search.trials import Trials, begin_trials
 from vitreuse.cost.plan_costs import PlanCosts
 from vitreuse.io.progress import WorkProgress
 from vitreuse.plan import Plan
@@ -55,8 +58,8 @@ class Found:
 
 def search(
     original: Any,
-    fitted: Sequence[Tensor],
-    tried: Sequence[Tensor],
+    fitted: Iterable[Tensor],
+    tried: Iterable[Tensor],
     space: Space,
     costs: PlanCosts,
     budget: float,
@@ -68,16 +71,27 @@ def search(
 
     Args:
         original: One of ours with exact layers, in evaluation mode.
-        fitted: Batches of images (B, channels, rows, columns) that layers are fitted on; no photograph of them should
-            be among those that are tried.
+        fitted: Batches of images (B, channels, rows, columns) that layers are fitted on, which are gone over several
+            times; no photograph of them should be among those that are tried.
         tried: Batches on which plans are tried, some hundred times: thirty images will do.
         space: What a layer may become.
         costs: What that saves.
         budget: The most that the plan may cost, as a share of the exact plan's cost.
-        minutes: How long the search by real distances may take.
+        minutes: How long the search by real distances may take, over all starts of it.
         path: A file that takes every trial, so that a search which was killed goes on.
         rows: How many of the rows of maps are looked at, and the seed of their choice, where heads are matched.
+
+    Raises:
+        ValueError: The model has layers that are not exact or not named words, there are too few images, or the file is
+            of another search.
     """
+    refuse_other_layers(original)
+    check_specs(original, space.attention_words)
+    refuse_few(sum(map(len, fitted)))
+    if not any(map(len, tried)):
+        raise ValueError("there are 0 images to try plans on: give some that are not among those that are fitted.")
+    if path is not None:
+        begin_trials(path, original, fitted, tried, rows if space.reads_maps else None)
     pieces = make_pieces(original, fitted, space, rows)
     trials = Trials.on(pieces, tried, path)
     with WorkProgress("trying changes", "changes", len(tries(space))) as progress:
@@ -91,25 +105,40 @@ def search(
     deadline = time.monotonic() + 60 * minutes
     with WorkProgress("improving", "seconds", round(60 * minutes)) as progress:
         clock = Clock(deadline, progress)
-        refiner = Refiner(trials, space, forecast, costs.of, most, clock.is_over, _reported(clock))
+        is_over = partial(_is_over, clock, trials, trials.seconds_saved)
+        refiner = Refiner(trials, space, forecast, costs.of, most, is_over, _reported(clock))
         plan, distance, is_best = refiner.refine(begin)
     chosen = Candidate(costs.of(plan), forecast.of(plan), plan)
     return Found(front, start, chosen, distance, is_best, forecast, trials)
 
 
+def _is_over(clock: Clock, trials: Trials, saved_before: float) -> bool:
+    """Whether time is up, of which what an earlier start has used is gone."""
+    return clock.is_over(trials.seconds_saved - saved_before)
+
+
 def make_pieces(
-    original: Any, fitted: Sequence[Tensor], space: Space, rows: tuple[int | None, int] = (NUM_ROWS, 0)
+    original: Any, fitted: Iterable[Tensor], space: Space, rows: tuple[int | None, int] = (NUM_ROWS, 0)
 ) -> Pieces:
     """What the plans of a space are put together from, fitted on batches of images."""
-    distances = None
+    distances, num_images = None, sum(map(len, fitted))
     if space.reads_maps:
-        num_images = sum(map(len, fitted))
         with WorkProgress("matching heads", "images", num_images) as progress:
-            distances = measure_head_errors(original, [(images,) for images in fitted], progress, *rows)
-    images = torch.cat(list(fitted))
-    some = images[:: -(-len(images) // NUM_FITTED)].split(max(map(len, fitted)))
+            distances = measure_head_errors(original, ((images,) for images in fitted), progress, *rows)
+    some = _evenly(fitted, num_images, NUM_FITTED)
     with WorkProgress("fitting pieces", "layers", space.depth) as progress:
         return fit_pieces(original, some, space.words, space.hidden, distances, progress)
+
+
+def _evenly(batches: Iterable[Tensor], num_images: int, most: int) -> Iterator[Tensor]:
+    """The images of batches, or as many as are wanted, evenly spread over all."""
+    chosen = set(torch.linspace(0, num_images - 1, min(num_images, most)).round().int().tolist())
+    first = 0
+    for images in batches:
+        own = [number for number in range(len(images)) if first + number in chosen]
+        first += len(images)
+        if own:
+            yield images[own]
 
 
 def _best_start(front: Sequence[Candidate], most: float, trials: Trials) -> Candidate | None:

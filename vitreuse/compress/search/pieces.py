@@ -16,17 +16,17 @@ from torch import Tensor
 
 from vitreuse.attention import EMPTY_CARRY
 from vitreuse.attention.lowrank import grid_pooling
-from vitreuse.compress.closed_form import ASIDE, before_scale
+from vitreuse.compress.closed_form import before_scale, embedding_takes_bias
 from vitreuse.compress.convert import in_order_of_heads
 from vitreuse.compress.hidden_units import unit_ranking
-from vitreuse.compress.ridge import NormalEquations, best_fit, row_weights
+from vitreuse.compress.ridge import NormalEquations, Rows, best_fit, equations_apart, row_weights
 from vitreuse.io.progress import WorkProgress
 from vitreuse.model.keywords import read_keywords
 from vitreuse.model.plan_weights import in_plan
 from vitreuse.model.recording import inputs_of, layer_pass
 from vitreuse.plan import Plan, Spec
 
-STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1)  # of the ridge
+STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1)  # of the ridge; fewer than where a whole plan is fitted, since pieces are many
 
 
 class Matrix(NamedTuple):
@@ -143,9 +143,10 @@ def fit_pieces(
     states = [original.embed(images.to(next(original.parameters()).device)) for images in batches]
     for layer, block in enumerate(original.blocks):
         seen = [_seen(block, tokens, grid) for tokens, grid in states]
-        if "none" in kinds:
+        takes_mean = layer > 0 or embedding_takes_bias(original)
+        if "none" in kinds and takes_mean:
             pieces.means[layer, "none"] = _mean(of.middle - of.before for of in seen).to(seen[0].before)
-        if "skip" in kinds:
+        if "skip" in kinds and takes_mean:
             pieces.means[layer, "skip"] = _mean(of.after - of.before for of in seen).to(seen[0].before)
         if "linear" in kinds:
             pieces.linear[layer] = _linear_fit(block, seen)
@@ -176,25 +177,13 @@ def _with_mean(block: Any, mean: Tensor) -> Tensor:
     return (bias + before_scale(mean, getattr(block.ls1, "gamma", None))).to(bias)
 
 
-def _equations(block: Any, rows: Iterable[tuple[Tensor, Tensor]], has_bias: bool) -> list[NormalEquations]:
-    """Of features (B, N, F) and errors (B, N, C) of batches: those of the images that are fitted, and of the others."""
-    sums: dict[bool, NormalEquations] = {}
-    first = 0
-    for features, errors in rows:
-        weights = row_weights(errors, None, block.attn.num_prefix_tokens)
-        is_aside = torch.arange(first, first + len(features)) % ASIDE == ASIDE - 1
-        first += len(features)
-        for aside in (False, True):
-            chosen = is_aside == aside
-            parts = (values[chosen].flatten(0, 1) for values in (features, errors, weights))
-            own = NormalEquations.of(*parts, has_bias=has_bias)
-            sums[aside] = sums[aside] + own if aside in sums else own
-    return [sums[False], sums[True]]
+def _rows(block: Any, features: Tensor, errors: Tensor) -> Rows:
+    return Rows(features, errors, row_weights(errors, None, block.attn.num_prefix_tokens))
 
 
 def _linear_fit(block: Any, seen: Sequence[_Layer]) -> Matrix:
     """The affine map of a token (C, C) that a layer is most like; zero where none is better than nothing."""
-    fitted, aside = _equations(block, ((of.before, of.after - of.before) for of in seen), True)
+    fitted, aside = equations_apart((_rows(block, of.before, of.after - of.before) for of in seen), True)
     fit = best_fit(fitted, aside, STRENGTHS)
     num_channels = seen[0].before.shape[-1]
     update = torch.zeros(num_channels + 1, num_channels) if fit is None else fit.update
@@ -212,9 +201,8 @@ def _fit_hidden(pieces: Pieces, layer: int, seen: Sequence[_Layer], hidden: Sequ
     fewer = [number for number in hidden if 0 < number < num_units]
     if not fewer:
         return
-    nothing = ((of.hidden, of.hidden[..., :0]) for of in seen)
-    fitted, aside = _equations(block, nothing, fc2.bias is not None)
     has_bias, weight = fc2.bias is not None, fc2.weight.double()
+    fitted, aside = equations_apart((_rows(block, of.hidden, of.hidden[..., :0]) for of in seen), has_bias)
     ranking = torch.tensor(unit_ranking(fitted.covariance(), weight.square().sum(0)), device=weight.device)
     for number in fewer:
         kept, dropped = ranking[:number].sort().values, ranking[number:]

@@ -2,14 +2,16 @@
 
 A plan is put together from pieces and run from where it parts from one that has been run, so that a change of a late
 layer costs little. What was tried is known by the plan's text, in a file too if one is given: a search that was killed
-goes on where it was.
+goes on where it was, and has used up the time that it had used.
 
 Shapes: B images, N tokens, C channels.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +23,7 @@ from torch import Tensor
 from vitreuse.attention import EMPTY_CARRY, Carry
 from vitreuse.compress.fidelity import answer_of_tokens, output_distance
 from vitreuse.compress.search.pieces import Pieces
+from vitreuse.io.durable import write_durably
 from vitreuse.model.block import all_tokens
 from vitreuse.plan import Plan
 
@@ -31,6 +34,13 @@ class State(NamedTuple):
     tokens: Tensor
     carry: Carry
     grid: tuple[int, int] | None
+
+
+class Trial(NamedTuple):
+    """How far a plan's answers are from the original's, a mean over the images, and how long it took to find out."""
+
+    distance: float
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -49,15 +59,19 @@ class Trials:
         pieces: What plans are put together from.
         starts: The images before the first layer, batch by batch.
         wanted: What the original says of them.
-        known: The distances that are known, by the plan's text.
-        path: A file that takes them, a line each.
+        known: What was found, by the plan's text.
+        path: A file that takes it, a line each.
+        seconds_saved: What the trials took that an earlier start made and this one has asked for.
+        asked: The texts of the plans that this start has asked for.
     """
 
     pieces: Pieces
     starts: Sequence[State]
     wanted: Sequence[Tensor]
-    known: dict[str, float] = field(default_factory=dict)
+    known: dict[str, Trial] = field(default_factory=dict)
     path: Path | None = None
+    seconds_saved: float = 0.0
+    asked: set[str] = field(default_factory=set)
 
     @classmethod
     @torch.no_grad()
@@ -87,18 +101,20 @@ class Trials:
         text = str(plan)
         if text not in self.known:
             first = 0 if standing is None else parting(plan, standing.plan)
-            states = self.starts if standing is None else standing.states[first]
-            self._learn(text, self._run_from(plan, first, states)[0])
-        return self.known[text]
-
-    def distances(self, plan: Plan) -> Tensor:
-        """How far a plan's answers are from the original's, image by image."""
-        return self._run_from(plan, 0, self.starts)[0]
+            states, begun = self.starts if standing is None else standing.states[first], time.monotonic()
+            self._learn(text, self._run_from(plan, first, states)[0], begun)
+        elif text not in self.asked:
+            self.seconds_saved += self.known[text].seconds
+        self.asked.add(text)
+        return self.known[text].distance
 
     def run(self, plan: Plan) -> Standing:
         """Runs a plan from the start, and keeps its images before each layer."""
+        begun = time.monotonic()
         distances, states = self._run_from(plan, 0, self.starts)
-        self._learn(str(plan), distances)
+        if str(plan) not in self.known:
+            self._learn(str(plan), distances, begun)
+        self.asked.add(str(plan))
         return Standing(plan, states)
 
     @torch.no_grad()
@@ -113,13 +129,11 @@ class Trials:
         by_layer = [list(batches) for batches in zip(*passed, strict=True)]
         return torch.cat(distances), by_layer
 
-    def _learn(self, text: str, distances: Tensor) -> None:
-        if text in self.known:
-            return
-        self.known[text] = distance = float(distances.double().mean())
+    def _learn(self, text: str, distances: Tensor, begun: float) -> None:
+        self.known[text] = trial = Trial(float(distances.double().mean()), time.monotonic() - begun)
         if self.path is not None:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"plan": text, "distance": distance}) + "\n")
+                file.write(json.dumps({"plan": text, **trial._asdict()}) + "\n")
 
 
 def _run(pieces: Pieces, model: Any, plan: Plan, first: int, state: State) -> tuple[Tensor, list[State]]:
@@ -147,7 +161,39 @@ def parting(plan: Plan, other: Plan) -> int:
     return first
 
 
-def _read(path: Path) -> dict[str, float]:
+def begin_trials(path: Path, original: Any, fitted: Iterable[Tensor], tried: Iterable[Tensor], rows: object) -> None:
+    """Begins a file of trials, by a first line that says what they are of, or finds that it is of the same.
+
+    Args:
+        path: The file.
+        original: The model that is searched.
+        fitted: Batches of images that its pieces are fitted on.
+        tried: Batches that plans are tried on.
+        rows: Which rows of maps heads are matched by, if any are.
+
+    Raises:
+        ValueError: It is of another model, or of other images.
+    """
+    weights = (value for _, value in sorted(original.state_dict().items()))
+    about = {"weights": digest(weights), "fitted": digest(fitted), "tried": digest(tried), "rows": rows}
+    line = json.dumps(about)
+    first = path.read_text(encoding="utf-8").partition("\n")[0] if path.exists() else ""
+    if first and first != line:
+        of = f"{path} has trials of another model, or on other images"
+        raise ValueError(f"{of}, by its first line: give another folder, or the same arguments.")
+    if not first:
+        write_durably(path, (line + "\n").encode())
+
+
+def digest(tensors: Iterable[Tensor]) -> str:
+    """A digest of the numbers in tensors, one after the other."""
+    found = hashlib.sha256()
+    for tensor in tensors:
+        found.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def _read(path: Path) -> dict[str, Trial]:
     """The trials in a file, whose last line may be cut short, and is then ended."""
     found = {}
     text = path.read_text(encoding="utf-8") if path.exists() else ""
@@ -157,7 +203,7 @@ def _read(path: Path) -> dict[str, float]:
     for line in text.splitlines():
         try:
             trial = json.loads(line)
-            found[trial["plan"]] = trial["distance"]
+            found[trial["plan"]] = Trial(trial["distance"], trial["seconds"])
         except (ValueError, LookupError, TypeError):
             continue
     return found
