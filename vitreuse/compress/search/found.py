@@ -85,11 +85,7 @@ def search(
         ValueError: The model has layers that are not exact or not named words, there are too few images, or the file is
             of another search.
     """
-    refuse_other_layers(original)
-    check_specs(original, space.attention_words)
-    refuse_few(sum(map(len, fitted)))
-    if not any(map(len, tried)):
-        raise ValueError("there are 0 images to try plans on: give some that are not among those that are fitted.")
+    _refuse_unfit(original, fitted, tried, space)
     if path is not None:
         begin_trials(path, original, fitted, tried, rows if space.reads_maps else None)
     pieces = make_pieces(original, fitted, space, rows)
@@ -110,6 +106,15 @@ def search(
         plan, distance, is_best = refiner.refine(begin)
     chosen = Candidate(costs.of(plan), forecast.of(plan), plan)
     return Found(front, start, chosen, distance, is_best, forecast, trials)
+
+
+def _refuse_unfit(original: Any, fitted: Iterable[Tensor], tried: Iterable[Tensor], space: Space) -> None:
+    """Raises ValueError for what cannot be searched, or not on these images."""
+    refuse_other_layers(original)
+    check_specs(original, space.attention_words)
+    refuse_few(sum(map(len, fitted)))
+    if not any(map(len, tried)):
+        raise ValueError("there are 0 images to try plans on: give some that are not among those that are fitted.")
 
 
 def _is_over(clock: Clock, trials: Trials, saved_before: float) -> bool:
