@@ -71,9 +71,8 @@ def search(
 
     Args:
         original: One of ours with exact layers, in evaluation mode.
-        fitted: Batches of images (B, channels, rows, columns) that layers are fitted on, which are gone over several
-            times; no photograph of them should be among those that are tried.
-        tried: Batches on which plans are tried, some hundred times: thirty images will do.
+        fitted: Batches of images (B, channels, rows, columns) that layers are fitted on, gone over several times.
+        tried: Batches of others, none of the same photographs, on which plans are tried: thirty images will do.
         space: What a layer may become.
         costs: What that saves.
         budget: The most that the plan may cost, as a share of the exact plan's cost.
@@ -82,25 +81,21 @@ def search(
         rows: How many of the rows of maps are looked at, and the seed of their choice, where heads are matched.
 
     Raises:
-        ValueError: The model has layers that are not exact or not named words, there are too few images, or the file is
-            of another search.
+        ValueError: The model's layers are not exact, there are too few images, or the file is of another search.
     """
     _refuse_unfit(original, fitted, tried, space)
     if path is not None:
         begin_trials(path, original, fitted, tried, rows if space.reads_maps else None)
-    pieces = make_pieces(original, fitted, space, rows)
-    trials = Trials.on(pieces, tried, path)
+    trials = Trials.on(make_pieces(original, fitted, space, rows), tried, path)
     with WorkProgress("trying changes", "changes", len(tries(space))) as progress:
         forecast = measure_changes(trials, space, progress)
     front, most = pareto_front(space, forecast, costs), budget * costs.of(space.exact)
-    start = _best_start(front, most, trials)
+    start, constant = _best_start(front, most, trials), constant_merging(space, costs, most)
     if start is None:
         return None
-    constant = constant_merging(space, costs, most)
     begin = min([start.plan] if constant is None else [start.plan, constant], key=trials.distance)
-    deadline = time.monotonic() + 60 * minutes
     with WorkProgress("improving", "seconds", round(60 * minutes)) as progress:
-        clock = Clock(deadline, progress)
+        clock = Clock(time.monotonic() + 60 * minutes, progress)
         is_over = partial(_is_over, clock, trials, trials.seconds_saved)
         refiner = Refiner(trials, space, forecast, costs.of, most, is_over, _reported(clock))
         plan, distance, is_best = refiner.refine(begin)
