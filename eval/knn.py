@@ -34,6 +34,7 @@ from eval.labelled import (
     shown,
     unfinished,
 )
+from eval.precision import evaluated_in
 from eval.predictions import Answers, Predictions, write_tables
 from eval.table import Column, to_rich
 from vitreuse.cli.console import add_count, add_output
@@ -83,10 +84,13 @@ def head_input(model: Any, images: Tensor) -> Tensor:
 
 
 def features(model: Any, share: Share, progress: Callable[[Iterable[Any]], Iterable[Any]] = iter) -> Features:
-    """The features of a data set, in order, of which each rank has a share, by a model in inference."""
-    found = share.answered(
-        lambda images, labels, keys: Features(head_input(model, images).cpu(), labels, keys), progress
-    )
+    """The features of a data set, in order, of which each rank has a share, by a model in inference, in float32."""
+
+    def answer(images: Tensor, labels: Tensor, keys: Sequence[str]) -> Features:
+        with evaluated_in(torch.float32, images.device):
+            return Features(head_input(model, images).cpu(), labels, keys)
+
+    found = share.answered(answer, progress)
     values, labels, keys = zip(*found, strict=True)
     return Features(torch.cat(values), torch.cat(labels), [key for batch in keys for key in batch])
 

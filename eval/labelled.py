@@ -106,11 +106,6 @@ class Share:
         return [batch for _, batch in found]
 
 
-def computed_in(precision: torch.dtype, device: torch.device) -> torch.autocast:
-    """Computes products in a precision inside the block, where that is not float32; weights stay as they are."""
-    return torch.autocast(device.type, precision, enabled=precision != torch.float32)
-
-
 def in_shared_memory(batch: Any) -> Any:
     """A batch of a worker, whose tensors are where the rank can read them; elsewhere the batch as it is.
 

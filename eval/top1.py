@@ -25,7 +25,6 @@ from eval.labelled import (
     add_batches,
     add_data,
     add_weights,
-    computed_in,
     data_root,
     load,
     open_for,
@@ -34,6 +33,7 @@ from eval.labelled import (
     shown,
     unfinished,
 )
+from eval.precision import evaluated_in
 from eval.predictions import Answers, Predictions, answers, write_tables
 from eval.sets import NUM_CLASSES, SETS
 from eval.table import Column, to_rich
@@ -70,7 +70,7 @@ def evaluate(
     Several ranks call this together, with their models on their devices, and every rank returns the same.
 
     Args:
-        precision: Of products, by torch.autocast; float32 is without.
+        precision: Of products, by torch.autocast; float32 is without, and without TF32.
 
     Raises:
         ValueError: The ranks together did not answer each image once, or a label is none of the model's classes.
@@ -79,7 +79,7 @@ def evaluate(
     model.eval()
 
     def answer(images: Tensor, labels: Tensor, keys: Sequence[str]) -> Answers:
-        with computed_in(precision, images.device):
+        with evaluated_in(precision, images.device):
             logits = model(images)
         return answers(logits, labels, keys)
 

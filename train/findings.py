@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from eval.distributed import Ranks
-from eval.labelled import Labelled, Share, computed_in
+from eval.labelled import Labelled, Share
+from eval.precision import evaluated_in
 from eval.predictions import Predictions
 from eval.top1 import evaluate
 from train.distill import Teacher
@@ -92,7 +93,7 @@ def _alikeness(model: Any, teacher: Teacher, share: Share, precision: torch.dtyp
     """The cosines of a model's features with its teacher's."""
 
     def compare(images: Tensor, *_: Any) -> dict[str, Tensor]:
-        with computed_in(precision, images.device):
+        with evaluated_in(precision, images.device):
             cosines = token_cosines(teacher.model, teacher.tokens(images), model, model.forward_features(images))
         return {name: values.cpu() for name, values in cosines.items()}
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from eval.labelled import computed_in
+from eval.precision import computed_in
 from train.distill import Teacher, create_teacher, distillation_loss, features_loss
 from train.findings import Findings, Look
 from train.heal import create_healing, outputs_loss, plan_share
