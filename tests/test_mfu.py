@@ -4,8 +4,11 @@ import pytest
 import torch
 
 from eval.distributed import Ranks
+from eval.labelled import ALONE
+from train.heal import create_healing
 from train.mfu import PEAK_TFLOPS, Mfu, Peak, peak_flops
-from vitreuse.config import Config, load_config
+from train.recipe import freeze
+from vitreuse.config import Config, HealConfig, load_config
 from vitreuse.cost.measure import device_name
 
 CONFIG = """\
@@ -36,32 +39,66 @@ def load(tmp_path, monkeypatch):
     return load_with
 
 
+def mfu_of(config: Config, ranks: Ranks = ALONE) -> Mfu:
+    """Of an experiment whose model is frozen as it says."""
+    model = config.model.create("meta")
+    freeze(model, config.train.freeze)
+    return Mfu(config, model, ranks)
+
+
 def test_utilization_is_three_forward_passes_over_the_peak_of_all_ranks(load):
-    used = Mfu(load(), Ranks(world_size=2)).percent({(8, 8): 700}, seconds=2)
+    used = mfu_of(load(), Ranks(world_size=2)).percent({(8, 8): 700}, seconds=2)
     assert used == pytest.approx(100 * 700 * 3 * 2 * MACS_OF_4_PATCHES / (2 * 2 * 3e9))
-    used = Mfu(load("train.precision=bfloat16"), Ranks()).percent({(8, 8): 700}, seconds=2)
+    used = mfu_of(load("train.precision=bfloat16")).percent({(8, 8): 700}, seconds=2)
     assert used == pytest.approx(100 * 700 * 3 * 2 * MACS_OF_4_PATCHES / (2 * 5e9))
 
 
 def test_images_count_by_their_size(load):
-    mfu = Mfu(load("model.keywords.dynamic_img_size=true"), Ranks())
+    mfu = mfu_of(load("model.keywords.dynamic_img_size=true"))
     flops = 3 * 2 * (100 * MACS_OF_4_PATCHES + 50 * MACS_OF_2_PATCHES)
     assert mfu.percent({torch.Size((8, 8)): 100, torch.Size((4, 8)): 50}, seconds=1) == pytest.approx(flops / 3e7)
 
 
 def test_a_plain_model_is_counted_too(load):
     plain = load("model.name=vit_tiny_patch16_224", "model.plan=null")
-    assert Mfu(plain, Ranks()).percent({(8, 8): 1}, seconds=1) == pytest.approx(6 * MACS_OF_TIMMS / 3e7)
+    assert mfu_of(plain).percent({(8, 8): 1}, seconds=1) == pytest.approx(6 * MACS_OF_TIMMS / 3e7)
 
 
 def test_an_attention_pool_is_counted(load):
-    used = [Mfu(load(f"model.keywords.global_pool={pool}"), Ranks()).percent({(8, 8): 1}, 1) for pool in ("avg", "map")]
+    used = [mfu_of(load(f"model.keywords.global_pool={pool}")).percent({(8, 8): 1}, 1) for pool in ("avg", "map")]
     assert used[1] > used[0]
 
 
-@pytest.mark.parametrize("override", ["train.freeze=[blocks]", "train.precision=float16"])
-def test_what_cannot_be_counted_has_no_utilization(load, override):
-    assert Mfu(load(override), Ranks()).percent({(8, 8): 1}, seconds=1) is None
+def test_what_has_no_peak_has_no_utilization(load):
+    assert mfu_of(load("train.precision=float16")).percent({(8, 8): 1}, seconds=1) is None
+
+
+@pytest.mark.parametrize("frozen", ["blocks", "blocks.0.mlp.fc1.weight", "patch_embed", "*.key_proj"])
+def test_frozen_matrices_shorten_the_backward_pass_and_leave_no_utilization(load, frozen):
+    config = load(f"train.freeze=['{frozen}']", "model.plan=lowrank:2")
+    assert mfu_of(config).percent({(8, 8): 1}, seconds=1) is None
+    assert mfu_of(load("model.plan=lowrank:2")).percent({(8, 8): 1}, seconds=1) is not None
+
+
+@pytest.mark.parametrize("frozen", ["pos_embed", "cls_token", "*norm*", "*.bias", "head"])
+def test_what_is_frozen_without_a_product_leaves_utilization_as_it_is(load, frozen):
+    expected = mfu_of(load()).percent({(8, 8): 1}, seconds=1)
+    assert mfu_of(load(f"train.freeze=['{frozen}']")).percent({(8, 8): 1}, seconds=1) == expected
+
+
+@pytest.mark.parametrize(("parameters", "is_known"), [("all", True), ("touched", False), ("new", False)])
+def test_healing_a_part_of_a_model_has_no_utilization(load, parameters, is_known):
+    config = load("model.plan=lowrank:2 exact", "model.keywords.depth=2")
+    model = config.model.create("meta")
+    create_healing(HealConfig(parameters=parameters, outputs=0.0, anneal_epochs=0.0), model, None, asks_tokens=False)
+    assert (Mfu(config, model, ALONE).percent({(8, 8): 1}, seconds=1) is not None) == is_known
+
+
+def test_tf32_has_a_peak_of_its_own(load):
+    plain, tf32 = (mfu_of(load(f"train.tf32={used}")).percent({(8, 8): 1}, seconds=1) for used in ("false", "true"))
+    assert plain is not None and tf32 == pytest.approx(plain * 3 / 2.5)  # half of 5 in place of 3
+    beside = mfu_of(load("train.tf32=true", "train.precision=bfloat16"))
+    assert beside.percent({(8, 8): 1}, 1) == pytest.approx(plain * 3 / 5)
 
 
 @pytest.mark.parametrize(
@@ -70,6 +107,8 @@ def test_what_cannot_be_counted_has_no_utilization(load, override):
         ("NVIDIA H100 80GB HBM3", "bfloat16", 989.4),
         ("NVIDIA A100-SXM4-80GB", "float16", 312),
         ("NVIDIA A100-SXM4-80GB", "float32", 19.5),
+        ("NVIDIA A100-SXM4-80GB", "tf32", 156),
+        ("Tesla T4", "tf32", 8.1),  # which has none
         ("A100-SXM4-80GB", "float16", 312),  # before driver 470
         ("Tesla T4", "float16", 65),
         ("Tesla T4", "bfloat16", None),

@@ -125,7 +125,7 @@ class _Loop:
         self.measured: _Measured | None = None  # at the newest evaluation
         self.reference = reference  # None of every rank but the main one
         self.pace = _Pace()
-        self.mfu = Mfu(self.config, self.ranks)
+        self.mfu = Mfu(self.config, self.trainer.model, self.ranks)
         traced = self.config.train.profile if self.ranks.is_main else None
         self.trace = StepTrace(traced, folder.path, self.ranks.device)
         self.watch = Watch(self.ranks, self.config.train.time_out_minutes)

@@ -17,6 +17,8 @@ from eval.distributed import Ranks
 from eval.flops import model_macs
 from vitreuse.config import Config
 from vitreuse.cost.measure import device_name
+from vitreuse.model.checkpoint import HEADS
+from vitreuse.model.plan_weights import TOKEN_PROJECTIONS
 
 TRAINING_FLOPS_PER_MAC = 2 * 3  # a forward pass, and a backward pass of twice its products
 
@@ -26,7 +28,12 @@ class Peak(NamedTuple):
 
     bfloat16: float | None
     float16: float | None
-    float32: float  # of the CUDA cores: torch leaves TF32 off
+    float32: float  # of the CUDA cores
+
+    @property
+    def tf32(self) -> float:
+        """Of float32 numbers in TF32: by every data sheet half of bfloat16's; where there is neither, float32's."""
+        return self.float32 if self.bfloat16 is None else self.bfloat16 / 2
 
 
 # By the name that the driver gives. NVIDIA's data sheets, https://www.nvidia.com/en-us/data-center/NAME/ and
@@ -58,7 +65,7 @@ PEAK_TFLOPS = {
 
 
 def peak_flops(name: str, precision: str) -> float | None:
-    """FLOP/s of a device, by what its maker calls it, at its peak in a precision; None where it is not known.
+    """FLOP/s of a device, by what its maker calls it, at its peak in a precision or tf32; None where it is not known.
 
     So it is of a CPU or a slice of a GPU.
     """
@@ -68,19 +75,20 @@ def peak_flops(name: str, precision: str) -> float | None:
 
 
 class Mfu:
-    """The model FLOPs utilization of one experiment; all ranks have the device of this one."""
+    """The model FLOPs utilization of one experiment and its model; all ranks have the device of this one."""
 
-    def __init__(self, config: Config, ranks: Ranks):
+    def __init__(self, config: Config, model: nn.Module, ranks: Ranks):
         self.config = config
-        peak = peak_flops(device_name(ranks.device), config.train.precision)
-        # frozen layers have a shorter backward pass
-        self.peak = None if peak is None or config.train.freeze else peak * ranks.world_size
+        precision = config.train.precision
+        products = "tf32" if precision == "float32" and config.train.tf32 else precision
+        peak = peak_flops(device_name(ranks.device), products)
+        self.peak = None if peak is None or not _trains_all_products(model) else peak * ranks.world_size
         self._flops_by_size: dict[tuple[int, int], int] = {}
 
     def percent(self, num_images: Mapping[Any, int], seconds: float) -> float | None:
         """MFU in percent, by how many images of each size, (rows, columns) in pixels, all ranks have trained on.
 
-        None where the peak is not known, layers are frozen, or the products cannot be counted.
+        None where the peak is not known, weights are frozen, or the products cannot be counted.
         """
         if self.peak is None:
             return None
@@ -101,3 +109,15 @@ class Mfu:
     def _model(self) -> nn.Module:
         """A second model, without memory, to count on: the trained one may be compiled or spread over ranks."""
         return self.config.model.create("meta")
+
+
+def _trains_all_products(model: nn.Module) -> bool:
+    """Whether all matrices that a model multiplies by are trained: frozen ones have a shorter backward pass.
+
+    Its head may be frozen, as it is where no label is read: it is a small part of the products.
+    """
+    return all(
+        parameter.requires_grad
+        for name, parameter in model.named_parameters()
+        if parameter.ndim > 1 and name.endswith(("weight", *TOKEN_PROJECTIONS)) and not name.startswith(HEADS)
+    )
