@@ -22,6 +22,8 @@ from storms.processes import CHECKOUT
 
 from eval.distributed import Ranks
 from train.__main__ import main
+from train.doctor import _duration
+from train.experiment import set_up
 from train.run import RunFolder
 from train.trainer import Trainer
 from train.verdicts import (
@@ -57,6 +59,8 @@ UNREAD = """
 import sys
 from torch import nn
 from train.__main__ import main
+from train.doctor import _duration
+from train.experiment import set_up
 from vitreuse.config import ModelConfig
 create = ModelConfig.create
 def create_with_unread(*args, **kwargs):
@@ -274,18 +278,36 @@ def test_help_tells_what_the_options_are_for(capsys):
 
 
 def test_workers_are_enough_when_data_take_no_longer_than_steps():
-    check = judge_pace(Pace(data=0.4, step=0.4, evaluation=1.0, num_workers=2), 100, Ranks())
+    check = judge_pace(Pace(data=0.4, step=0.4, answer=1.0, num_workers=2), 100, Ranks())
     assert check.state == "ok" and "1 x 2 workers yield 250 images/s" in check.finding
-    check = judge_pace(Pace(data=0.9, step=0.4, evaluation=1.0, num_workers=2), 100, Ranks())
+    check = judge_pace(Pace(data=0.9, step=0.4, answer=1.0, num_workers=2), 100, Ranks())
     assert check.state == "warning" and "so that 56% of the time" in check.finding  # (0.9 - 0.4) / 0.9
     assert "data.num_workers=5 would do" in check.finding  # 2 * 0.9 / 0.4, rounded up
 
 
 def test_without_workers_data_and_steps_take_turns():
-    assert Pace(data=0.1, step=1.0, evaluation=1.0, num_workers=0).waiting == 0.1
-    assert Pace(data=0.1, step=1.0, evaluation=1.0, num_workers=1).waiting == 0.0
-    check = judge_pace(Pace(data=0.2, step=1.0, evaluation=1.0, num_workers=0), 100, Ranks())
+    assert Pace(data=0.1, step=1.0, answer=1.0, num_workers=0).waiting == 0.1
+    assert Pace(data=0.1, step=1.0, answer=1.0, num_workers=1).waiting == 0.0
+    check = judge_pace(Pace(data=0.2, step=1.0, answer=1.0, num_workers=0), 100, Ranks())
     assert check.state == "warning" and "data.num_workers=1 would do" in check.finding
+
+
+@pytest.mark.parametrize(
+    ("overrides", "done", "num_answers"),
+    [
+        ([], 0, 3 * 7),
+        (["train.ema.decay=0.9"], 0, 3 * 2 * 7),
+        (["train.ema.decay=0.9", "eval.raw_every_epochs=40"], 0, 3 * 7 + 2 * 7),  # after 20, 40, 60 epochs; 40, 60
+        (["train.ema.decay=0.9", "eval.raw_every_epochs=7", "data.holdout=0.25"], 0, 3 * (7 + 4) + 7),
+        (["eval.raw_every_epochs=40"], 60, 2 * 7),
+    ],
+)
+def test_evaluations_are_as_long_as_the_images_that_each_is_of(config_path, overrides, done, num_answers):
+    experiment = set_up(load_config(config_path, overrides), Ranks())
+    pace = Pace(data=0.0, step=0.0, answer=60.0, num_workers=1)
+    num_evaluations = 3 - done // 60
+    expected = f"0:{num_answers:02d}:00 for {num_evaluations} evaluations"
+    assert expected in _duration(experiment, done, pace, saving=0.0).finding
 
 
 def test_batches_name_what_is_left_over(config_path):

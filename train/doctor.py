@@ -33,7 +33,7 @@ from eval.distributed import Ranks, joined
 from train import verdicts
 from train.checkpoint import Checkpoints, copied
 from train.distributed import reason
-from train.experiment import Experiment, checkpoint_is_due, evaluation_is_due, remarks, set_up
+from train.experiment import Experiment, checkpoint_is_due, evaluation_is_due, raw_is_due, remarks, set_up
 from train.findings import look, validation_share
 from train.order import Draw
 from train.pipeline import Batch, TrainingImages
@@ -108,7 +108,7 @@ def _examine(experiment: Experiment, folder: RunFolder, ranks: Ranks) -> Iterato
         times = time_interleaved({"": _one_step(trainer, batch)}, ranks.device, NUM_REPEATS, NUM_WARMUPS)
         step = max(ranks.gather(times[""].median_ms / 1000))
         yield _memory(ranks)
-        evaluation = max(ranks.gather(_evaluation_seconds(experiment, ranks)))
+        answer = max(ranks.gather(_answer_seconds(experiment, ranks)))
     except (DataError, OtherRankError) as error:
         clear_frames(error.__traceback__)  # they keep a loader, whose workers outlive SIGTERM
         yield Check("images", WRONG, str(error))
@@ -119,11 +119,11 @@ def _examine(experiment: Experiment, folder: RunFolder, ranks: Ranks) -> Iterato
             raise ConfigError(check.finding) from error
         yield check
         return
-    pace = Pace(config.train.global_batch_size / rate, step, evaluation, config.data.num_workers)
+    pace = Pace(config.train.global_batch_size / rate, step, answer, config.data.num_workers)
     yield verdicts.judge_pace(pace, config.train.global_batch_size, ranks)
     check, saving = _disk(folder, trainer, ranks)
     yield check
-    yield _duration(config, trainer, done, pace, saving)
+    yield _duration(experiment, done, pace, saving)
 
 
 def _splits(experiment: Experiment, ranks: Ranks) -> Iterator[Check]:
@@ -285,8 +285,8 @@ def _memory_limit(device: torch.device) -> tuple[int, str]:
     return memory_bytes(device.type), "this machine, for its ranks without their workers"
 
 
-def _evaluation_seconds(experiment: Experiment, ranks: Ranks) -> float:
-    """How long an evaluation takes, from one of the first images."""
+def _answer_seconds(experiment: Experiment, ranks: Ranks) -> float:
+    """How long an image of an evaluation takes, from one of the first images."""
     trainer, val_set, config = experiment.trainer, experiment.val_set, experiment.trainer.config
     batch_size = config.eval.batch_size * ranks.world_size
     num_images = min(len(val_set), NUM_EVALUATED * max(config.data.num_workers, 1) * batch_size)
@@ -294,9 +294,7 @@ def _evaluation_seconds(experiment: Experiment, ranks: Ranks) -> float:
     teacher = trainer.objective.feature_teacher
     share = validation_share(config, trainer.model, Subset(val_set, range(num_images)), ranks)
     look(config, trainer.final_model, teacher, share)
-    num_models = 1 if trainer.ema is None else 2  # the raw weights too
-    num_answers = num_models * len(val_set) + len(experiment.held_out or ())
-    return (time.perf_counter() - start) * num_answers / num_images
+    return (time.perf_counter() - start) / num_images
 
 
 def _disk(folder: RunFolder, trainer: Trainer, ranks: Ranks) -> tuple[Check, float]:
@@ -325,14 +323,18 @@ def _disk(folder: RunFolder, trainer: Trainer, ranks: Ranks) -> tuple[Check, flo
     return Check("disk", OK, f"{where} has {decimal(free)} free, checkpoints need {sizes}."), waiting
 
 
-def _duration(config: Config, trainer: Trainer, done: int, pace: Pace, saving: float) -> Check:
+def _duration(experiment: Experiment, done: int, pace: Pace, saving: float) -> Check:
     """How long the run has still to go."""
+    trainer, config = experiment.trainer, experiment.trainer.config
     steps, steps_per_epoch = range(done + 1, trainer.num_steps + 1), trainer.batches.steps_per_epoch
-    num_evaluations = sum(evaluation_is_due(config, step, steps_per_epoch) for step in steps)
+    evaluated = [step for step in steps if evaluation_is_due(config, step, steps_per_epoch)]
+    is_averaged = trainer.ema is not None
+    num_raw = sum(is_averaged and raw_is_due(config, step, steps_per_epoch) for step in evaluated)
+    num_answers = (len(evaluated) + num_raw) * len(experiment.val_set) + len(evaluated) * len(experiment.held_out or ())
     num_saves = sum(checkpoint_is_due(config, step, steps_per_epoch) for step in steps)
     parts = {
         f"{len(steps):,} steps": len(steps) * (pace.step + pace.waiting),
-        f"{num_evaluations:,} evaluations": num_evaluations * pace.evaluation,
+        f"{len(evaluated):,} evaluations": num_answers * pace.answer,
         f"{num_saves:,} checkpoints": num_saves * saving,
     }
     listed = ", ".join(f"{timedelta(seconds=round(seconds))} for {part}" for part, seconds in parts.items())

@@ -33,7 +33,7 @@ class Pace(NamedTuple):
 
     data: float  # for the loaders of all ranks to yield a global batch
     step: float  # for all ranks to train on it
-    evaluation: float
+    answer: float  # for all ranks to answer an image of an evaluation, by one model
     num_workers: int  # of each rank; without any, a rank decodes and trains in turns
 
     @property
