@@ -18,8 +18,9 @@ from train.augmentation import augments_on_device, train_transform
 from train.auto_augment import colour_transform, operations_of
 from train.draws import Draws, gather, noted_colours
 from train.operations import OPERATIONS, augmented
-from train.pipeline import Batch, Normalize, OnDevice, collate
+from train.pipeline import Batch, OnDevice, collate
 from vitreuse.config import ConfigError, CropConfig, load_config
+from vitreuse.model.preprocessing import Normalize
 
 POLICIES = [text for text in EVERY_KIND if "augmix" not in text]
 EXACT = {"autocontrast", "brightness", "equalize", "invert", "posterize", "sharpness", "solarize", "solarize_add"}

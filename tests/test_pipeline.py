@@ -11,9 +11,9 @@ from torchvision import transforms
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from train.augmentation import train_decoder, train_transform
-from train.pipeline import Normalize
 from vitreuse.config import ConfigError, load_config
 from vitreuse.data import decode_image, decode_tensor
+from vitreuse.model.preprocessing import Normalize
 
 SETTINGS = {"input_size": (3, 48, 56), "interpolation": "bicubic", "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)}
 EXPERIMENT = """
@@ -80,7 +80,19 @@ def test_batches_of_bytes_are_normalised_as_torchvision_normalises_an_image(expe
     assert {drawn_image.dtype for drawn_image in drawn_images} == {torch.uint8}
     one_by_one = transforms.Normalize(SETTINGS["mean"], SETTINGS["std"])
     expected = torch.stack([one_by_one(drawn_image / 255) for drawn_image in drawn_images])
-    torch.testing.assert_close(Normalize(SETTINGS)(torch.stack(drawn_images)), expected, rtol=0, atol=1e-6)
+    assert torch.equal(Normalize(SETTINGS)(torch.stack(drawn_images)), expected)
+
+
+@pytest.mark.parametrize("num_channels", [1, 3, 5])
+def test_statistics_are_those_of_each_channel_and_moved_to_a_device_once(num_channels, monkeypatch):
+    mean, std = (tuple(first + i / 10 for i in range(num_channels)) for first in (0.2, 0.3))
+    normalize, moved, move = Normalize({"mean": mean, "std": std}), [], torch.Tensor.to
+    expected = [(200 / 255 - mean[i]) / std[i] for i in range(num_channels)]
+    images = torch.full((2, num_channels, 3, 4), 200, dtype=torch.uint8)
+    assert normalize(images).mean((0, 2, 3)).tolist() == pytest.approx(expected)
+    monkeypatch.setattr(torch.Tensor, "to", lambda own, *to, **how: moved.append(to[0]) or move(own, *to, **how))
+    assert [normalize(images.to("meta")).shape for _ in range(3)] == 3 * [images.shape]
+    assert moved.count(torch.device("meta")) == 1
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -21,13 +21,13 @@ from torchvision.transforms.v2.functional import InterpolationMode, resize
 
 from eval.flops import model_macs
 from train.augmentation import CropTransform, train_transform
-from train.pipeline import Normalize, create_mixup, seed_generators
+from train.pipeline import create_mixup, seed_generators
 from train.recipe import create_criterion, create_optimizer, create_scheduler, freeze, step_of_rate
 from train.weights import start_from
 from vitreuse.__main__ import main as vitreuse_main
 from vitreuse.config import Config, ConfigError, CropConfig, ModelConfig, load_config
 from vitreuse.export.networks import load_experiment
-from vitreuse.model.preprocessing import image_settings
+from vitreuse.model.preprocessing import Normalize, image_settings
 from vitreuse.plan import PRESETS, preset_plan
 
 ROOT = Path(__file__).parent.parent

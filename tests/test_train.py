@@ -604,7 +604,7 @@ def test_weights_that_are_not_finite_are_not_trained(config_path, tmp_path, caps
 
 @pytest.mark.parametrize("precision", ["float32", "float16"])
 def test_a_run_of_which_every_step_was_skipped_fails(config_path, tmp_path, capsys, monkeypatch, precision):
-    monkeypatch.setattr("train.pipeline.Normalize.__call__", lambda self, images: images.float() * math.nan)
+    monkeypatch.setattr("train.pipeline.Normalize", lambda settings: lambda images: images.float() * math.nan)
     told = _fails([str(config_path), *BRIEF, f"train.precision={precision}"], tmp_path / "run", capsys)
     assert "all 3 of 3 steps were skipped" in told
 

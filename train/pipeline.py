@@ -22,6 +22,7 @@ from train.operations import augmented, erased
 from train.order import Draw, RankBatches, Stream, seed_sequence
 from vitreuse.config import Config
 from vitreuse.data import DecodeError, Sample
+from vitreuse.model.preprocessing import Normalize
 
 Item = tuple[Augmented, int, str, dict[str, str]]  # image, label, key, and what it replaces as in Batch.bad_images
 
@@ -70,24 +71,11 @@ def restored_generators() -> Iterator[None]:
         torch.set_rng_state(states[2])
 
 
-class Normalize:
-    """Makes of bytes what a model of these image_settings takes."""
-
-    def __init__(self, settings: dict[str, Any], device: torch.device | None = None):
-        statistics = (torch.tensor(settings[key], device=device).view(-1, 1, 1) for key in ("mean", "std"))
-        self.mean, self.std = (255 * numbers for numbers in statistics)
-
-    def __call__(self, images: Tensor) -> Tensor:
-        """Normalised floats of images of bytes (..., channels, rows, columns)."""
-        floats = images.to(torch.float32, memory_format=torch.contiguous_format)
-        return floats.sub_(self.mean).div_(self.std)
-
-
 class OnDevice:
     """What is done to a batch on the rank's device: what was drawn for its images, and what they are normalised by."""
 
     def __init__(self, settings: dict[str, Any], device: torch.device):
-        self.normalize, self.device = Normalize(settings, device), device
+        self.normalize, self.device = Normalize(settings), device
 
     def __call__(self, batch: Batch) -> Batch:
         """The batch with images that a model takes; an empty one stays so."""

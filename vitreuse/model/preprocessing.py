@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,22 +17,31 @@ PREPROCESSING = ("mean", "std", "interpolation", "crop_pct", "crop_mode")  # of 
 Transform = Callable[[Any], Tensor]  # from a PIL image to (channels, rows, columns)
 
 
+class Normalize:
+    """Makes of bytes what a model of these image_settings takes, to the bit as torchvision's transform does."""
+
+    def __init__(self, settings: Mapping[str, Any]):
+        self._statistics = torch.tensor([settings["mean"], settings["std"]])[..., None, None]
+        self._on_device = {self._statistics.device: self._statistics}
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Normalised floats of bytes (..., channels, rows, columns), on their device."""
+        if images.device not in self._on_device:
+            self._on_device[images.device] = self._statistics.to(images.device)
+        mean, std = self._on_device[images.device]
+        return images.to(torch.float32, memory_format=torch.contiguous_format).div_(255).sub_(mean).div_(std)
+
+
 class EvaluationTransform:
     """What is done to a PIL image before a model answers it: one half as bytes, the other to a whole batch at a time.
 
     Attributes:
         to_bytes: Resizes and crops an image, to bytes (channels, rows, columns).
-        mean, std: Of each channel, of values from 0 to 1.
+        normalize: Of one or many.
     """
 
-    def __init__(self, to_bytes: Transform, mean: Sequence[float], std: Sequence[float]):
-        self.to_bytes = to_bytes
-        self.mean, self.std = (torch.tensor(numbers).view(-1, 1, 1) for numbers in (mean, std))
-
-    def normalize(self, images: Tensor) -> Tensor:
-        """Normalised floats of bytes (..., channels, rows, columns), on their device."""
-        mean, std = (numbers.to(images.device) for numbers in (self.mean, self.std))
-        return images.to(torch.float32, memory_format=torch.contiguous_format).div_(255).sub_(mean).div_(std)
+    def __init__(self, to_bytes: Transform, normalize: Normalize):
+        self.to_bytes, self.normalize = to_bytes, normalize
 
     def __call__(self, image: Any) -> Tensor:
         """The normalised image (channels, rows, columns), as timm's transform makes it."""
@@ -128,7 +137,7 @@ def evaluation_transform(
     settings = image_settings(model, use_test_size)
     settings["crop_pct"] = crop_pct or settings["crop_pct"]
     to_bytes: Any = create_transform(**settings, is_training=False, normalize=False)
-    return EvaluationTransform(to_bytes, settings["mean"], settings["std"])
+    return EvaluationTransform(to_bytes, Normalize(settings))
 
 
 def example(model: nn.Module, batch_size: int) -> Tensor:
