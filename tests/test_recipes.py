@@ -21,7 +21,8 @@ from torchvision.transforms.v2.functional import InterpolationMode, resize
 
 from eval.flops import model_macs
 from train.augmentation import CropTransform, train_transform
-from train.pipeline import create_mixup, seed_generators
+from train.pipeline import create_mixup
+from train.randomness import seed_generators
 from train.recipe import create_criterion, create_optimizer, create_scheduler, freeze, step_of_rate
 from train.weights import start_from
 from vitreuse.__main__ import main as vitreuse_main

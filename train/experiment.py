@@ -12,7 +12,7 @@ from timm.models import VisionTransformer
 
 from eval.distributed import Ranks
 from train.augmentation import train_decoder
-from train.pipeline import restored_generators
+from train.randomness import restored_generators
 from train.trainer import Trainer
 from train.weights import start_from, weight_files
 from vitreuse.config import Config, ConfigError

@@ -7,29 +7,12 @@ from the r-th on. Numbers of ranks and workers do not enter, so that a run is re
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from enum import IntEnum
 from typing import NamedTuple
 
 import numpy as np
 from torch.utils.data import Sampler
 
-
-class Stream(IntEnum):
-    """What randomness is for; each purpose has a stream of its own under one seed."""
-
-    ORDER = 0
-    SAMPLE = 1
-    STEP = 2
-    REPLACEMENT = 3
-    MIXUP = 4
-
-
-def seed_sequence(seed: int, stream: Stream, *key: int) -> np.random.SeedSequence:
-    """The source of randomness for one purpose and key: an epoch, a draw, or a step and rank.
-
-    Nothing is handed on from step to step: a checkpoint holds no generator, and any number of ranks may resume it.
-    """
-    return np.random.SeedSequence(seed, spawn_key=(stream, *key))
+from train.randomness import Stream, seed_sequence
 
 
 class Draw(NamedTuple):

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import random
 import signal
 from collections import ChainMap
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +17,8 @@ from eval.labelled import in_shared_memory
 from train.augmentation import Transform, transforms_by_epoch
 from train.draws import Augmented, Drawn, gather
 from train.operations import augmented, erased
-from train.order import Draw, RankBatches, Stream, seed_sequence
+from train.order import Draw, RankBatches
+from train.randomness import Stream, restored_generators, seed_generators, seed_sequence
 from vitreuse.config import Config
 from vitreuse.data import DecodeError, Sample
 from vitreuse.model.preprocessing import Normalize
@@ -43,32 +42,6 @@ class Batch(NamedTuple):
     labels: Tensor
     keys: list[str]
     bad_images: dict[str, str]
-
-
-def seed_generators(source: np.random.SeedSequence, device: torch.device | None = None) -> None:
-    """Seeds random, numpy and torch's CPU generator, and that of a CUDA device if one is given."""
-    words = source.generate_state(3).tolist()
-    random.seed(words[0])
-    np.random.seed(words[1])
-    torch.default_generator.manual_seed(words[2])  # torch.manual_seed would touch every device
-    if device is not None and device.type == "cuda":
-        torch.cuda.manual_seed(words[2])
-
-
-@contextmanager
-def restored_generators() -> Iterator[None]:
-    """Puts random, numpy and torch's CPU generator back as they were.
-
-    timm's and torchvision's transforms draw from all three. Unrestored, decoding in the rank itself (0 workers) would
-    move what the model draws next.
-    """
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
 
 
 class OnDevice:

@@ -19,16 +19,9 @@ from train.augmentation import augments_on_device
 from train.distributed import replicated
 from train.findings import DivergedError
 from train.objective import create_objective
-from train.order import RankBatches, Stream, seed_sequence
-from train.pipeline import (
-    Batch,
-    OnDevice,
-    create_loader,
-    create_mixup,
-    mixed_in_groups,
-    seed_generators,
-    training_images,
-)
+from train.order import RankBatches
+from train.pipeline import Batch, OnDevice, create_loader, create_mixup, mixed_in_groups, training_images
+from train.randomness import Stream, seed_generators, seed_sequence
 from train.recipe import create_optimizer, create_scheduler, freeze, has_batch_norm, step_of_rate
 from train.sharding import check_shardable, gradients_kept, part_like, part_of, parts_like, shard, whole, whole_state
 from vitreuse.config import Config, ConfigError
