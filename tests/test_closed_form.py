@@ -15,11 +15,11 @@ from vitreuse import convert, parse_plan
 from vitreuse.attention import Carry
 from vitreuse.compress.closed_form import fit_layers, merged_alike, row_weights
 from vitreuse.compress.hidden_units import contributing_units
+from vitreuse.compress.recording import inputs_of
 from vitreuse.compress.ridge import NormalEquations, best_fit
 from vitreuse.io.progress import WorkProgress
 from vitreuse.io.spool import Spool
 from vitreuse.model.copies import exact_copy
-from vitreuse.model.recording import inputs_of
 
 SIZES = {"depth": 3, "embed_dim": 24, "num_heads": 3, "img_size": 20, "patch_size": 4, "num_classes": 5}
 

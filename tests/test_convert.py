@@ -22,6 +22,7 @@ from vitreuse.cli.source import sample_images
 from vitreuse.compress.convert import convert, fit_projections
 from vitreuse.compress.fidelity import agreement
 from vitreuse.compress.head_matching import match_heads, order_of_heads, rows_of_heads
+from vitreuse.compress.recording import attention_maps
 from vitreuse.compress.redundancy import measure_head_errors, measure_redundancy
 from vitreuse.export.hub import save_hub_folder
 from vitreuse.export.networks import resolve_targets
@@ -29,7 +30,6 @@ from vitreuse.io.durable import durable_folder
 from vitreuse.io.progress import WorkProgress
 from vitreuse.model.copies import exact_copy
 from vitreuse.model.preprocessing import image_settings
-from vitreuse.model.recording import attention_maps
 
 
 def test_heads_are_matched_at_the_least_sum():

@@ -16,11 +16,11 @@ from torch import nn
 from train.__main__ import main
 from train.heal import Healing, _train_only, outputs_loss, plan_share
 from vitreuse.compress.head_matching import rows_of_heads
+from vitreuse.compress.recording import recorded_attention
 from vitreuse.config import ConfigError
 from vitreuse.export.hub import save_hub_folder
 from vitreuse.export.networks import load_experiment, resolve_targets
 from vitreuse.model.checkpoint import load_checkpoint
-from vitreuse.model.recording import recorded_attention
 
 SIZES = {"img_size": 8, "patch_size": 4, "in_chans": 1, "num_classes": 3, "embed_dim": 16, "depth": 2, "num_heads": 2}
 CONFIG = """\

@@ -9,12 +9,12 @@ import torch
 from PIL import Image
 
 from vitreuse.__main__ import main
+from vitreuse.compress.recording import attention_maps
 from vitreuse.compress.redundancy import Redundancy, map_similarity, measure_redundancy
 from vitreuse.compress.row_sample import draw_rows
 from vitreuse.cost.measure import peak_memory_mib
 from vitreuse.export.hub import save_hub_folder
 from vitreuse.io.progress import WorkProgress
-from vitreuse.model.recording import attention_maps
 
 SIZES = {"img_size": 15, "patch_size": 3, "embed_dim": 22, "depth": 4, "num_heads": 2, "num_classes": 7}
 H, N = 2, 26

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 from vitreuse.attention.submodules import is_plain_linear
-from vitreuse.model.recording import attention_maps
+from vitreuse.compress.recording import attention_maps
 
 every_case = pytest.mark.parametrize(("name", "backend"), with_backends(CASES))
 UNFUSED = {"cpu float32 inference": [(1, 9.0, 1.0, 1.0, 1.0)], "cpu float32 train": [(1, 9.0, 1.0, 1.0, 1.0)]}

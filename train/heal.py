@@ -24,11 +24,11 @@ from torch.nn import functional as F
 
 from vitreuse.attention import Carry
 from vitreuse.attention.maps import Mask, log_sizes
+from vitreuse.compress.recording import AttentionCall, project_heads, recorded_attention
 from vitreuse.config import ConfigError, HealConfig
 from vitreuse.model.block import all_tokens
 from vitreuse.model.merge import merge_tokens
 from vitreuse.model.plan_weights import ADDED
-from vitreuse.model.recording import AttentionCall, project_heads, recorded_attention
 from vitreuse.plan import EXACT
 from vitreuse.plan.language import WHOLE
 

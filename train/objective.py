@@ -18,9 +18,9 @@ from train.distill import Teacher, create_teacher, distillation_loss, features_l
 from train.findings import Findings, Look
 from train.heal import create_healing, outputs_loss, plan_share
 from train.recipe import create_criterion
+from vitreuse.compress.recording import recorded_attention
 from vitreuse.config import Config, DistillConfig, HealConfig
 from vitreuse.model.checkpoint import HEADS
-from vitreuse.model.recording import recorded_attention
 
 
 class Facts(NamedTuple):

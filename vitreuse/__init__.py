@@ -8,6 +8,7 @@ from vitreuse.compress.convert import convert, fit_projections
 from vitreuse.compress.damage import measure_damage
 from vitreuse.compress.fitting import convert_on_images
 from vitreuse.compress.fold import fold
+from vitreuse.compress.recording import attention_maps
 from vitreuse.compress.redundancy import measure_redundancy
 from vitreuse.compress.search import Space, search
 from vitreuse.cost.macs import count_macs, count_params
@@ -15,7 +16,6 @@ from vitreuse.cost.plan_costs import PlanCosts
 from vitreuse.model import registry
 from vitreuse.model.checkpoint import LoadReport, load_checkpoint
 from vitreuse.model.create import create_model
-from vitreuse.model.recording import attention_maps
 from vitreuse.model.vit import PlanVisionTransformer, PlanVisionTransformerDistilled
 from vitreuse.plan import PRESETS, Plan, Spec, parse_plan, preset_plan
 

@@ -23,10 +23,10 @@ from torch.nn import functional as F
 from eval.table import Column, to_markdown
 from vitreuse import convert
 from vitreuse.cli.source import sample_images
+from vitreuse.compress.recording import project_heads
 from vitreuse.cost.measure import inference_call, time_interleaved
 from vitreuse.export.networks import resolve_targets
 from vitreuse.model.merge import Merging, TokenMerging, merge
-from vitreuse.model.recording import project_heads
 
 TEACHERS = Path("runs/study")
 TASKS, SEEDS, MERGED = ("digits", "pointer"), range(5), (1, 2)

@@ -27,10 +27,10 @@ from torch import Tensor, nn
 
 from vitreuse.attention import EMPTY_CARRY, Carry
 from vitreuse.compress.convert import Conversion
+from vitreuse.compress.recording import inputs_of, layer_pass
 from vitreuse.compress.ridge import Rows, best_fit, equations_apart, is_kept_aside, refuse_few, row_weights
 from vitreuse.io.progress import WorkProgress
 from vitreuse.io.spool import Spool
-from vitreuse.model.recording import inputs_of, layer_pass
 from vitreuse.plan import EXACT
 
 LEAST_SCALE = 1e-6  # of a LayerScale, below which nothing can be written through it

@@ -21,11 +21,11 @@ from torch.nn import functional as F
 from vitreuse.attention import LowRankAttention
 from vitreuse.attention.lowrank import grid_pooling, init_projection
 from vitreuse.compress.head_matching import match_plan, order_of_heads, rows_of_heads
+from vitreuse.compress.recording import recorded_attention
 from vitreuse.model.checkpoint import load_checkpoint
 from vitreuse.model.copies import exact_copy, untrained_copy
 from vitreuse.model.keywords import layers_of
 from vitreuse.model.plan_weights import Units, refuse_more_units
-from vitreuse.model.recording import recorded_attention
 from vitreuse.plan import Plan, parse_plan
 
 LOWRANK_STARTS = ("random", "pooled", "fitted")

@@ -30,12 +30,12 @@ from torch import Tensor
 from vitreuse.attention import ExactAttention
 from vitreuse.compress.convert import pool_projections
 from vitreuse.compress.head_matching import match_heads
+from vitreuse.compress.recording import AttentionCall, attentions, dense_map, project_map, recorded_attention
 from vitreuse.compress.redundancy import Batches, Redundancy, mean_over_images
 from vitreuse.compress.row_sample import NUM_ROWS, RowSample
 from vitreuse.io.progress import WorkProgress
 from vitreuse.model.block import PlanBlock, PlanBlocks
 from vitreuse.model.copies import adopted_layers
-from vitreuse.model.recording import AttentionCall, attentions, dense_map, project_map, recorded_attention
 from vitreuse.plan import EXACT, Spec
 from vitreuse.plan.language import WHOLE
 

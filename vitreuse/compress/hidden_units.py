@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from vitreuse.attention import EMPTY_CARRY
+from vitreuse.compress.recording import inputs_of
 from vitreuse.compress.ridge import NormalEquations, row_weights
 from vitreuse.io.spool import Spool
 from vitreuse.model.plan_weights import Units
-from vitreuse.model.recording import inputs_of
 from vitreuse.plan import Plan
 
 _State = tuple[Tensor, tuple[int, int] | None]  # tokens (B, N, C), and their grid where it is not the built one

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from vitreuse.compress.head_matching import match_heads
+from vitreuse.compress.recording import attention_maps, attentions, dense_map, project_map, recorded_attention
 from vitreuse.compress.row_sample import NUM_ROWS, RowSample, count_rows, draw_rows
 from vitreuse.io.progress import WorkProgress
-from vitreuse.model.recording import attention_maps, attentions, dense_map, project_map, recorded_attention
 
 Batches = Iterable[Any]  # of images (B, channels, rows, columns) and whatever else, as a loader or ImageSample has them
 MAP_NUMBERS = 2**23  # of all maps computed at a time, 32 MiB; carried ones come on top, and one image may have more

@@ -24,13 +24,13 @@ from eval.table import Column, to_markdown
 from vitreuse import convert, fit_layers, parse_plan
 from vitreuse.compress import closed_form
 from vitreuse.compress.hidden_units import contributing_units
+from vitreuse.compress.recording import inputs_of
 from vitreuse.compress.ridge import Fit, NormalEquations
 from vitreuse.cost.measure import describe_machine
 from vitreuse.io.durable import write_durably
 from vitreuse.io.progress import WorkProgress
 from vitreuse.model.copies import exact_copy
 from vitreuse.model.plan_weights import Units
-from vitreuse.model.recording import inputs_of
 from vitreuse.plan import EXACT, Plan
 
 PLANS = ("exact-16*12", "exact*2 none exact/768*3 exact*2 linear exact/384 skip exact")

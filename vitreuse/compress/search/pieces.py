@@ -19,11 +19,11 @@ from vitreuse.attention.lowrank import grid_pooling
 from vitreuse.compress.closed_form import before_scale, embedding_takes_bias
 from vitreuse.compress.convert import in_order_of_heads
 from vitreuse.compress.hidden_units import unit_ranking
+from vitreuse.compress.recording import inputs_of, layer_pass
 from vitreuse.compress.ridge import NormalEquations, Rows, best_fit, equations_apart, row_weights
 from vitreuse.io.progress import WorkProgress
 from vitreuse.model.keywords import read_keywords
 from vitreuse.model.plan_weights import in_plan
-from vitreuse.model.recording import inputs_of, layer_pass
 from vitreuse.plan import Plan, Spec
 
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1)  # of the ridge; fewer than where a whole plan is fitted, since pieces are many
