@@ -4,17 +4,16 @@ import inspect
 import re
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import timm
 import torch
-from timm.layers import DropPath, build_sincos2d_pos_embed
 from torch import nn
 
 from vitreuse.config.strict_yaml import setting
 from vitreuse.io.errors import ConfigError, nearest
 from vitreuse.io.urls import refuse_url
 from vitreuse.model.create import create_model
+from vitreuse.model.initialisation import fill_with_sincos2d, set_drop_paths_alike, spread_qkv
 from vitreuse.model.vit import PlanVisionTransformer
 
 LOCAL_DIR = "local-dir:"  # as timm spells the name of a hub folder on disk
@@ -81,11 +80,11 @@ class ModelConfig:
             said = _unknown_keyword(self.name, error) or f"model {self.name!r} cannot be built: {reason}"
             raise ConfigError(said) from error
         if self.pos_embed == "sincos2d":
-            _fill_with_sincos2d(model)
+            fill_with_sincos2d(model)
         if self.drop_path == "uniform" and self.keywords["drop_path_rate"]:
-            _drop_paths_alike(model, self.keywords["drop_path_rate"])
+            set_drop_paths_alike(model, self.keywords["drop_path_rate"])
         if self.qkv_init == "apart":
-            _spread_qkv(model)
+            spread_qkv(model)
         return model
 
     def __post_init__(self):
@@ -102,45 +101,6 @@ class ModelConfig:
         if self.pos_embed != "learned" and self.weights is not None:
             effect = f"pos_embed {self.pos_embed!r} has no effect beside weights, which hold a position embedding"
             raise ConfigError(f"{effect}: leave one of the two out.")
-
-
-@torch.no_grad()
-def _fill_with_sincos2d(model: Any) -> None:
-    """Writes timm's sines and cosines over the patch grid into the position embedding; prefix tokens have zeros."""
-    pos_embed = getattr(model, "pos_embed", None)
-    if not isinstance(model, timm.models.VisionTransformer) or pos_embed is None:
-        raise ConfigError(
-            f"model.pos_embed 'sincos2d' needs a vision transformer with a position embedding, {type(model).__name__} "
-            "has none: leave it out."
-        )
-    if model.embed_dim % 4:
-        raise ConfigError(
-            f"model.pos_embed 'sincos2d' needs a width that is a multiple of 4, not {model.embed_dim}: "
-            "choose another embed_dim, or leave it out."
-        )
-    grid = list(model.patch_embed.grid_size)
-    table = build_sincos2d_pos_embed(grid, model.embed_dim, device=pos_embed.device, dtype=pos_embed.dtype)
-    pos_embed.zero_()
-    pos_embed[:, -len(table) :] = table
-
-
-def _drop_paths_alike(model: Any, rate: float) -> None:
-    """Gives every layer the same rate of stochastic depth."""
-    if not isinstance(model, timm.models.VisionTransformer):
-        kind = type(model).__name__
-        raise ConfigError(f"model.drop_path 'uniform' needs a vision transformer, and this is a {kind}: leave it out.")
-    for block in model.blocks:
-        for name in [name for name, _ in block.named_modules() if name.rpartition(".")[2].startswith("drop_path")]:
-            block.set_submodule(name, DropPath(rate))
-
-
-@torch.no_grad()
-def _spread_qkv(model: Any) -> None:
-    """Gives query, key and value, uniform as one matrix (rows, C), the bound that each has as one of its own (C, C)."""
-    for name, weight in model.named_parameters():
-        if name.endswith("attn.qkv.weight"):
-            rows, width = weight.shape
-            weight *= ((rows + width) / (2 * width)) ** 0.5
 
 
 def _unknown_keyword(name: str, error: Exception) -> str | None:
