@@ -23,14 +23,18 @@ from train.__main__ import main as train
 from train.distill import create_teacher
 from train.weights import known_rows
 from vitreuse.__main__ import main as vitreuse
+from vitreuse.compress.convert import convert
+from vitreuse.compress.fidelity import agreement
 from vitreuse.config import ConfigError, DistillConfig, ModelConfig
 from vitreuse.data import EncodedSample, FolderDataset, write_shards
 from vitreuse.data.labels import are_numbers, places
 from vitreuse.export.hub import save_hub_folder
 from vitreuse.export.networks import resolve_targets
-from vitreuse.model.class_names import names_of, read_names
+from vitreuse.model.class_names import has_classes, name_classes, names_of, read_names
+from vitreuse.model.copies import exact_copy
 from vitreuse.model.preprocessing import image_settings
 
+TOWER = {"embed_dim": 24, "depth": 2, "num_heads": 3}  # the shape of a small CLIP tower
 GREYS = {"cat": 20, "dog": 120, "emu": 220}  # what an image of each class looks like
 OTHER_ORDER = ("emu", "cat", "dog")
 CONFIG = """
@@ -453,3 +457,31 @@ def test_a_model_of_another_number_of_classes_has_no_names(tmp_path):
     assert names_of(model) is None
     save_hub_folder(model, tmp_path)
     assert "label_names" not in json.loads((tmp_path / "config.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("name", "keywords", "wanted"),
+    [
+        ("vit_base_patch16_clip_224.openai", {}, False),
+        ("vit_large_patch14_clip_224.metaclip_2pt5b", {}, False),
+        ("vit_base_patch16_clip_224.openai", {"num_classes": 10}, True),
+        ("vit_base_patch16_clip_224.openai_ft_in1k", {}, True),
+        ("vit_tiny_patch16_224", {"num_classes": 512}, True),
+        ("vit_small_patch14_dinov2", {}, False),
+    ],
+)
+def test_the_embedding_of_a_tower_is_no_logits_of_classes(name, keywords, wanted, tmp_path):
+    model = timm.create_model(name, **TOWER, **keywords)
+    converted = convert(model, "exact none").model
+    save_hub_folder(converted, tmp_path)
+    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    assert [has_classes(each) for each in (model, exact_copy(model), converted, loaded)] == [wanted] * 4
+    images = torch.randn(2, 3, *model.patch_embed.img_size)
+    found = agreement(exact_copy(model), converted.eval(), [(images, torch.zeros(2))], has_labels=False)
+    assert (found.kl_divergence_nats is None, found.cosine is None) == (not wanted, wanted)
+
+
+def test_a_tower_whose_classes_have_names_has_classes():
+    model = timm.create_model("vit_base_patch16_clip_224.openai", **TOWER)
+    name_classes(model, [f"class {number}" for number in range(512)])
+    assert has_classes(model)

@@ -32,6 +32,7 @@ from vitreuse.export.networks import Target
 from vitreuse.io.durable import durable_folder, refuse_filled, write_durably
 from vitreuse.io.process import choose_device
 from vitreuse.io.progress import WorkProgress
+from vitreuse.model.class_names import has_classes
 from vitreuse.model.copies import exact_copy
 from vitreuse.plan import EXACT, Plan
 from vitreuse.plan.options import POOLS, PROJECTIONS, SHARINGS
@@ -217,7 +218,7 @@ def _distances(args: argparse.Namespace, original: Any, by: str, sample: ImageSa
 
 def _agreement(args: argparse.Namespace, model: Any, converted: Any, sample: ImageSample) -> dict[str, Any]:
     """How the converted model agrees with the original; with top-1 where images and model have as many classes."""
-    has_labels = len(sample.class_names) == model.num_classes > 0
+    has_labels = has_classes(model) and len(sample.class_names) == model.num_classes
     return asdict(agreement(model, converted, sample.batches(args.batch_size), has_labels))
 
 

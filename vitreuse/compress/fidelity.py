@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vitreuse.cost.measure import top_classes
+from vitreuse.model.class_names import has_classes
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def agreement(original: Any, converted: Any, batches: Iterable[tuple[Tensor, Ten
     rows: dict[str, list[Tensor]] = defaultdict(list)
     for images, labels in batches:
         seen = images.to(device)
-        wanted = original(seen) if original.num_classes > 0 else None
+        wanted = original(seen) if has_classes(original) else None
         if wanted is not None and wanted.ndim == 2:
             compared = _of_classes(wanted, converted(seen), labels.to(device), has_labels)
         else:  # no classes, or of each token its own
@@ -116,7 +117,7 @@ def _features(model: Any, tokens: Tensor) -> Tensor:
 
 def answer_of_tokens(model: Any, tokens: Tensor) -> Tensor:
     """What two ViTs are compared by, of tokens (B, N, C) after the final norm: logits, without classes the tokens."""
-    return model.forward_head(tokens) if model.num_classes > 0 else tokens
+    return model.forward_head(tokens) if has_classes(model) else tokens
 
 
 def output_distance(original: Any, wanted: Tensor, found: Tensor) -> Tensor:

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.data import OPENAI_CLIP_MEAN
 
 from vitreuse.io.checkpoint_file import read_metadata
 
 LABEL_NAMES = "label_names"  # as timm calls them
+CLIP_DIMS = (512, 640, 768, 1024, 1280)  # of the embeddings that timm's towers project to
 Names = tuple[str, ...]
 
 
@@ -24,6 +26,14 @@ def names_of(model: Any) -> Names | None:
     """The names of a model's classes; None where they are not known."""
     names = _as_names((getattr(model, "pretrained_cfg", None) or {}).get(LABEL_NAMES))
     return names if names is not None and len(names) == model.num_classes else None
+
+
+def has_classes(model: Any) -> bool:
+    """Whether a model's answers are logits of classes: not so without a head, or where the head is the projection of a
+    CLIP tower, which the numbers of its embedding and of its images tell, as long as nobody has named classes."""
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    is_tower = model.num_classes in CLIP_DIMS and tuple(cfg.get("mean") or ()) == OPENAI_CLIP_MEAN
+    return model.num_classes > 0 and not (is_tower and names_of(model) is None)
 
 
 def pack_names(names: Sequence[str]) -> str:

@@ -15,6 +15,7 @@ from vitreuse.cost.backends import fused_attention
 from vitreuse.cost.plan_costs import PlanCosts
 from vitreuse.data.samples import ImageSample
 from vitreuse.export.networks import plain_model
+from vitreuse.model.class_names import has_classes
 from vitreuse.plan import PRESETS, Plan, preset_plan
 
 SEARCHED, CONSTANT = "searched", "constant merging"
@@ -59,7 +60,7 @@ class Measured:
         for name, plan in self._presets().items():
             plans[name] = plan
             models[name] = convert(self.original, plan, self.found.trials.pieces.distances).model
-        has_labels = len(self.shown.class_names) == self.source.model.num_classes > 0
+        has_labels = has_classes(self.source.model) and len(self.shown.class_names) == self.source.model.num_classes
         batches, plain = partial(self.shown.batches, self.batch_size), partial(plain_model_of, self.source)
         measured = audit(self.original, models, plain, batches, has_labels, self.costs.conditions.dtype)
         latency, exact = self._latency(), self.space.exact

@@ -25,6 +25,7 @@ from vitreuse.compress.fidelity import answer_of_tokens, output_distance
 from vitreuse.compress.search.pieces import Pieces
 from vitreuse.io.durable import write_durably
 from vitreuse.model.block import all_tokens
+from vitreuse.model.class_names import has_classes
 from vitreuse.plan import Plan
 
 
@@ -139,7 +140,7 @@ class Trials:
 def _run(pieces: Pieces, model: Any, plan: Plan, first: int, state: State) -> tuple[Tensor, list[State]]:
     """What a model under a plan says of images that are before one of its layers, and the images before each layer."""
     tokens, carry, grid = state
-    reads_class_rows = model.reads_class_rows and model.num_classes > 0
+    reads_class_rows = model.reads_class_rows and has_classes(pieces.original)
     passed, rows = [], None
     for layer in range(first, len(plan)):
         passed.append(State(tokens, carry, grid))
@@ -148,7 +149,7 @@ def _run(pieces: Pieces, model: Any, plan: Plan, first: int, state: State) -> tu
             rows = model.num_class_rows
         tokens, carry = model.blocks[layer](tokens if mean is None else tokens + mean, carry, grid, rows)
     tokens = tokens if rows is not None else all_tokens(tokens, carry)
-    return answer_of_tokens(model, model.norm(tokens)), passed
+    return answer_of_tokens(pieces.original, model.norm(tokens)), passed
 
 
 def parting(plan: Plan, other: Plan) -> int:
