@@ -141,6 +141,15 @@ def test_a_tilde_is_a_home_folder(started, monkeypatch, tmp_path):
     assert started == [[f"{tmp_path}/x.yaml", f"run_dir={tmp_path}/r/x"]]
 
 
+@pytest.mark.parametrize("given", [["--allow=https", "--allow=pipe"], ["--allow", "https", "--allow", "pipe"]])
+def test_kinds_of_url_are_handed_on_to_each_run(started, given):
+    assert main([*given, "a/x.yaml", "train.epochs=2", "seeds=2", "runs=r"]) == 0
+    allowed = ["--allow=https", "--allow=pipe"]
+    assert started == [
+        ["a/x.yaml", "train.epochs=2", f"train.seed={seed}", f"run_dir=r/x-seed{seed}", *allowed] for seed in (0, 1)
+    ]
+
+
 def test_without_seeds_the_configs_own_holds(started):
     assert main(["a/x.yaml", "train.seed=3"]) == 0
     assert started == [["a/x.yaml", "train.seed=3", "run_dir=runs/x"]]

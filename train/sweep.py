@@ -5,6 +5,8 @@ DIR/NAME-seed4, all configs under one seed before the next, so that a sweep brok
 terminal shows a bar per run, read from its run folder; elsewhere the runs' own lines are passed on. Runs that are
 completed already are not started again.
 
+--allow KIND lets the data of every run come from URLs of that kind, as for `python -m train`.
+
 With cards=DIR each run leaves its card there as NAME.json or NAME-seed0.json, and one whose card is there counts as
 completed: cards are small enough to be committed, and a sweep goes on from them where there are no run folders.
 """
@@ -31,24 +33,30 @@ from eval.card import NAME as CARD
 from eval.card import is_of, read_card
 from train.distributed import StopSignal
 from train.run import RunFolder
+from vitreuse.cli.console import Parser, add_allow
 from vitreuse.config import ConfigError
 from vitreuse.export.networks import load_experiment
 from vitreuse.io.durable import write_durably
 from vitreuse.io.process import DONE, STOPPED, WRONG_INPUT, print_error
 from vitreuse.io.progress import progress_bars
 
-USAGE = "usage: python -m train.sweep CONFIG... [section.key=value ...] [runs=DIR] [jobs=N] [seeds=N] [cards=DIR]"
+USAGE = (
+    "usage: python -m train.sweep CONFIG... [section.key=value ...] [runs=DIR] [jobs=N] [seeds=N] [cards=DIR] "
+    "[--allow KIND]"
+)
 SECONDS_BETWEEN_LOOKS = 0.5
 
 
 @dataclass
 class Run:
-    """One `python -m train`: its config, overrides, folder and card to keep, and its process once it is started."""
+    """One `python -m train`: its config, overrides, kinds of URL allowed, folder and card to keep, and its process once
+    it is started."""
 
     config: Path
     overrides: list[str]
     folder: Path  # by whose name it is known
     card: Path | None = None
+    allow: Sequence[str] = ()
     process: subprocess.Popen[bytes] | None = None
     output: Path | None = None  # on a terminal: what it says, until it is shown above the bars
 
@@ -86,6 +94,7 @@ class Run:
         """Starts the process; what it says goes into a file, or where this process's own errors go."""
         self.output = output
         command = [sys.executable, "-m", "train", str(self.config), *self.overrides, f"run_dir={self.folder}"]
+        command += [f"--allow={kind}" for kind in self.allow]
         with nullcontext() if output is None else output.open("wb") as stderr:
             self.process = subprocess.Popen(command, stderr=stderr)
 
@@ -185,6 +194,9 @@ def main(arguments: list[str]) -> int:
 
 def _parse(arguments: Sequence[str]) -> tuple[list[Run], int]:
     """The runs of a command line, and how many at a time."""
+    parser = Parser("train.sweep", add_help=False, allow_abbrev=False)
+    add_allow(parser)
+    given, arguments = parser.parse_known_args(arguments)
     configs = [Path(os.path.expanduser(argument)) for argument in arguments if "=" not in argument]
     own, overrides = {}, []
     for argument in arguments:
@@ -208,7 +220,7 @@ def _parse(arguments: Sequence[str]) -> tuple[list[Run], int]:
     for seed, config in product(seeds, configs):
         name = config.stem if seed is None else f"{config.stem}-seed{seed}"
         settings = overrides if seed is None else [*overrides, f"train.seed={seed}"]
-        runs.append(Run(config, settings, folder / name, cards and cards / f"{name}.json"))
+        runs.append(Run(config, settings, folder / name, cards and cards / f"{name}.json", given.allow))
     return runs, jobs
 
 
