@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -34,6 +35,7 @@ from eval.top1 import evaluate
 from train.__main__ import main
 from train.augmentation import image_size
 from train.distill import Teacher, distillation_loss
+from train.findings import look, validation_share
 from train.order import RankBatches
 from train.pipeline import collate
 from train.recipe import create_criterion
@@ -41,7 +43,7 @@ from train.trainer import DivergedError, Trainer
 from train.weights import start_from
 from vitreuse.config import ConfigError, DistillConfig, ModelConfig, ResolutionConfig, load_config
 from vitreuse.data import Sample
-from vitreuse.model.preprocessing import image_settings
+from vitreuse.model.preprocessing import evaluation_transform, image_settings
 
 SIZES = {"img_size": 8, "patch_size": 4, "in_chans": 1, "num_classes": 3, "embed_dim": 16, "depth": 2, "num_heads": 2}
 SMALL = "img_size: 8, patch_size: 4, in_chans: 1, num_classes: 3, embed_dim: 16, depth: 2, num_heads: 2"
@@ -239,6 +241,21 @@ def test_a_teacher_of_colours_takes_grey_images_by_the_mean_of_its_statistics():
     teacher = Teacher(model, {"input_size": (1, 160, 160), "mean": (0.5,), "std": (0.5,)})
     pixels = torch.rand(2, 1, 160, 160)
     torch.testing.assert_close(teacher((pixels - 0.5) / 0.5), model((pixels - 0.3) / 0.4), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("side", [8, 16])
+def test_healing_measures_its_teacher_on_images_as_the_teacher_takes_them(make, teacher, side):
+    """Of other statistics than the model; of the model's size, or of another."""
+    sized = f"train.distill.teacher.keywords.img_size={side}"
+    trainer = make(f"train.distill={{teacher: {teacher}, kind: soft}}", "train.heal={}", sized)
+    images = [Images()[number] for number in range(17)]
+    transform = evaluation_transform(trainer.model, trainer.config.eval.crop_pct)
+    answers = trainer.objective.teacher(torch.stack([transform(image.image) for image in images])).argmax(-1)
+    taught = [image._replace(label=int(label)) for image, label in zip(images, answers, strict=True)]
+    share = validation_share(trainer.config, trainer.model, taught, ALONE)
+    facts = trainer.objective.facts_before(trainer.model, partial(look, trainer.config, teacher=None, share=share))
+    assert facts.values["teacher_top1"] == 100 > facts.values["before_top1"]
+    assert not trainer.objective.teacher.model.training
 
 
 def test_a_teacher_is_a_constant_that_no_checkpoint_holds(make, teacher):

@@ -81,11 +81,13 @@ def _token_shape(model: Any) -> str:
     return f"{rows} x {columns} patches and {model.num_prefix_tokens} prefix tokens of {model.embed_dim} channels"
 
 
-class Teacher:
+class Teacher(nn.Module):
     """A trained model that answers without gradients, for images as another model takes them, by its image_settings."""
 
     def __init__(self, model: Any, images: dict[str, Any]):
-        self.model = model.eval()
+        super().__init__()
+        self.model = model
+        self.eval()
         own, num_channels, device = image_settings(model), images["input_size"][0], next(model.parameters()).device
         self.size = tuple(own["input_size"][-2:])
         statistics = (images["mean"], images["std"], own["mean"], own["std"])
@@ -96,7 +98,7 @@ class Teacher:
         model.to(memory_format=self.memory_format)
 
     @torch.no_grad()
-    def __call__(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor:
         """Logits (B, classes) for normalised images (B, channels, rows, columns) of any size."""
         return self.model(self._as_its_own(images))
 

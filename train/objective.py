@@ -76,12 +76,14 @@ class Objective(nn.Module):
 class DistillationObjective(Objective):
     """The criterion mixed with the loss against a teacher; of a model's two heads the last learns from the teacher."""
 
+    teacher: Teacher
+
     def __init__(self, config: Config, model: Any, settings: DistillConfig, teacher: Teacher):
         super().__init__(config, model)
-        self.settings, self.teacher = settings, teacher  # which is no module: nobody trains, saves or replicates it
+        self.settings, self.asks_tokens = settings, settings.kind == "features"
+        # past nn.Module, which would register it: nobody trains, saves or replicates it
+        vars(self).update(teacher=teacher, feature_teacher=teacher if self.asks_tokens else None)
         self.constants = {"teacher": teacher.model}
-        self.asks_tokens = settings.kind == "features"
-        self.feature_teacher = teacher if self.asks_tokens else None
 
     def forward(self, images: Tensor, targets: Tensor, step: int) -> Tensor:
         with self.autocast(images):
@@ -128,7 +130,7 @@ class HealingObjective(DistillationObjective):
 
     def facts_before(self, model: nn.Module, look: Look) -> Facts:
         own = look(model)
-        teacher = 1.0 if self.asks_tokens else look(self.teacher.model).score  # whose features are its own
+        teacher = 1.0 if self.asks_tokens else look(self.teacher).score  # whose features are its own
         sentence = f"{own.form.format(teacher)} of the teacher, {own.text} before healing"
         return Facts({f"teacher_{own.name}": teacher, f"before_{own.name}": own.score}, sentence)
 
