@@ -18,7 +18,7 @@ from train.__main__ import main
 from train.distill import features_loss
 from train.heal import plan_share
 from vitreuse.compress.fidelity import agreement, worst_tenth
-from vitreuse.data import open_without_labels
+from vitreuse.data import EncodedSample, open_without_labels, write_shards
 from vitreuse.export.hub import save_hub_folder
 from vitreuse.export.networks import resolve_targets
 from vitreuse.model.preprocessing import evaluation_transform
@@ -232,6 +232,15 @@ def test_images_held_out_are_others_than_those_learned_from(tmp_path, photograph
     shutil.rmtree(tmp_path / "both" / "val")
     learned, held_out = open_without_labels(tmp_path / "both", "RGB")
     assert (len(learned), len(held_out)) == (4, 1)
+
+
+def test_shards_are_shuffled_within_stretches(tmp_path, healing, photographs, capsys):
+    encoded = [EncodedSample(path.stem, path.read_bytes(), "png", 0) for path in sorted(photographs.iterdir())]
+    write_shards(encoded, tmp_path / "shards" / "train", ["any"], 5)
+    window, run_dir = "data.shuffle_window=6", f"run_dir={tmp_path / 'run'}"
+    assert main([*healing(window, root=tmp_path / "shards"), "train.epochs=1", run_dir]) == 0
+    assert main([*healing(window), "--doctor", run_dir]) == 2
+    assert f"data.shuffle_window 6 is for shards and {photographs} has none: set it to null" in capsys.readouterr().err
 
 
 def test_the_doctor_says_that_there_are_no_labels(tmp_path, healing, capsys):

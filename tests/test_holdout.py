@@ -77,8 +77,10 @@ def test_the_draw_follows_the_seed_and_keeps_labels(tmp_path, config_path):
 
 
 def test_the_doctor_counts_what_is_held_out(config_path, tmp_path, capsys):
-    assert main([str(config_path), "--doctor", f"run_dir={tmp_path / 'run'}"]) == 0
-    assert "32 images of 3 classes to train on, 11 to choose by, 13 to validate with" in capsys.readouterr().out
+    assert main([str(config_path), "data.shuffle_window=6", "--doctor", f"run_dir={tmp_path / 'run'}"]) == 0
+    told = capsys.readouterr().out
+    assert "32 images of 3 classes to train on, 11 to choose by, 13 to validate with; the index of 9 shards" in told
+    assert "9 shards for 1 reading processes." in told
 
 
 def test_a_share_without_images_or_without_effect_is_refused(config_path, tmp_path, capsys):

@@ -44,10 +44,11 @@ from vitreuse.attention.policy import memory_bytes
 from vitreuse.cli.console import fitted
 from vitreuse.config import Config, ConfigError
 from vitreuse.cost.measure import device_name, peak_process_memory_mib, time_interleaved
-from vitreuse.data import DataError, Part, ShardDataset
+from vitreuse.data import DataError
 from vitreuse.io.durable import nearest_folder
 from vitreuse.io.file_names import for_terminal
 from vitreuse.io.process import DONE, WRONG_INPUT, OtherRankError
+from vitreuse.io.urls import url_kind
 from vitreuse.model.preprocessing import image_settings
 
 STYLES = {OK: "green", WARNING: "yellow", WRONG: "bold red"}
@@ -132,7 +133,7 @@ def _splits(experiment: Experiment, ranks: Ranks) -> Iterator[Check]:
     yield _data(experiment)
     if config.train.reads_labels:
         yield verdicts.judge_classes(remarks(experiment.train_set, experiment.val_set))
-    if config.data.shuffle_window is not None and isinstance(experiment.train_set, ShardDataset):
+    if config.data.shuffle_window is not None and experiment.train_set.is_sharded:
         num_readers = ranks.world_size * max(config.data.num_workers, 1)
         yield verdicts.judge_shards(len(experiment.train_set.shard_sizes), num_readers)
     yield verdicts.judge_batches(trainer.batches.num_draws, sum(trainer.batches.shard_sizes), config, ranks.world_size)
@@ -161,12 +162,12 @@ def _data(experiment: Experiment) -> Check:
     classes = f" of {len(train_set.class_names):,} classes" if train_set.class_names else ", without labels,"
     chosen = "" if experiment.held_out is None else f"{len(experiment.held_out):,} to choose by, "
     numbers = f"{len(train_set):,} images{classes} to train on, {chosen}{len(val_set):,} to validate with"
-    if isinstance(train_set, Part):
-        return Check("data", OK, f"{numbers}, in {train_set.folder}.")
-    if not isinstance(train_set, ShardDataset):
-        return Check("data", OK, f"{numbers}, in class folders.")
+    if not train_set.is_sharded:
+        where = "class folders" if train_set.class_names else train_set.folder
+        return Check("data", OK, f"{numbers}, in {where}.")
     index = f"the index of {len(train_set.shard_sizes)} shards is whole"
-    shards = "their names and sizes agree with it" if train_set.url is None else "each is compared when it is fetched"
+    is_fetched = url_kind(experiment.trainer.config.data.folder) is not None
+    shards = "each is compared when it is fetched" if is_fetched else "their names and sizes agree with it"
     return Check("data", OK, f"{numbers}; {index}, and {shards}.")
 
 

@@ -16,7 +16,7 @@ from train.randomness import restored_generators
 from train.trainer import Trainer
 from train.weights import start_from, weight_files
 from vitreuse.config import Config, ConfigError
-from vitreuse.data import ShardDataset, hold_out, open_split, open_without_labels, prepare_source
+from vitreuse.data import hold_out, open_split, open_without_labels, prepare_source
 from vitreuse.data.labels import are_numbers, listed, numbered_as
 from vitreuse.io.process import allow_open_files, print_note
 from vitreuse.io.urls import url_kind
@@ -110,10 +110,10 @@ def _check_model(model: Any, settings: dict[str, Any], name: str, device: torch.
 
 
 def _check_shuffled(config: Config, train_set: Any) -> None:
-    """Refuses to shuffle class folders within stretches: an epoch would go through one class after another."""
+    """Refuses to shuffle folders of images within stretches: an epoch would go through one class after another."""
     window = config.data.shuffle_window
-    if window is not None and not isinstance(train_set, ShardDataset):
-        unfit = f"data.shuffle_window {window} is for shards and {config.data.folder} has class folders"
+    if window is not None and not train_set.is_sharded:
+        unfit = f"data.shuffle_window {window} is for shards and {config.data.folder} has none"
         raise ConfigError(f"{unfit}: set it to null, or write shards with vitreuse shards build.")
 
 

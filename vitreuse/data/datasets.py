@@ -38,6 +38,7 @@ class ShardDataset(Dataset[Sample]):
         url: URL of the files, with {} for a name, if the folder is a cache: what it lacks is fetched at its first use.
 
     Attributes:
+        is_sharded: Whether the samples are in shards.
         class_names: The name of each label.
         shard_sizes: The number of samples of each shard.
         digest: SHA-256 of the index, which holds those of shards and samples: equal ones have the same samples.
@@ -46,6 +47,8 @@ class ShardDataset(Dataset[Sample]):
     Raises:
         DataError: The index is missing or does not fit the shards.
     """
+
+    is_sharded = True
 
     def __init__(
         self, folder: str | Path, mode: str | None = None, decode: Decoder = decode_image, url: str | None = None
@@ -128,6 +131,7 @@ class FolderDataset(Dataset[Sample]):
         is_labelled: False for images without classes: all those below the folder, each with the label -1.
 
     Attributes:
+        is_sharded: Whether the samples are in shards.
         class_names: The names of the class folders; none without classes.
         shard_sizes: One entry, the number of samples.
         digest: SHA-256 of the paths in order; what the files hold is not looked at.
@@ -136,6 +140,8 @@ class FolderDataset(Dataset[Sample]):
     Raises:
         DataError: There are no class folders, one has no images, or a folder cannot be read.
     """
+
+    is_sharded = False
 
     def __init__(
         self, folder: str | Path, mode: str | None = None, decode: Decoder = decode_image, is_labelled: bool = True

@@ -28,7 +28,7 @@ class Part(Dataset[Sample]):
 
     def __init__(self, dataset: Any, numbers: np.ndarray, is_labelled: bool = False) -> None:
         self.dataset, self.numbers, self.is_labelled = dataset, np.sort(numbers), is_labelled
-        self.folder, self.notes = dataset.folder, dataset.notes
+        self.folder, self.notes, self.is_sharded = dataset.folder, dataset.notes, dataset.is_sharded
         self.class_names = dataset.class_names if is_labelled else ()
         ends = np.searchsorted(self.numbers, np.cumsum(dataset.shard_sizes))
         self.shard_sizes = np.diff(ends, prepend=0).tolist()
