@@ -556,7 +556,7 @@ def test_a_loss_that_is_not_finite_skips_the_step_and_then_ends_the_run(config_p
     batches = list(trainer.remaining_batches())
     trainer.train_step(batches[0], stop=False)
     before, moments = _weights(trainer), copy.deepcopy(trainer.optimizer.state_dict()["state"])
-    broken = batches[1]._replace(images=batches[1].images.index_fill(0, torch.tensor([3]), float("nan")))
+    broken = batches[1]._replace(images=batches[1].images.float().index_fill(0, torch.tensor([3]), float("nan")))
     assert trainer.train_step(broken, stop=False).skipped
     torch.testing.assert_close(_weights(trainer), before, rtol=0, atol=0)
     torch.testing.assert_close(trainer.optimizer.state_dict()["state"], moments, rtol=0, atol=0)

@@ -190,7 +190,7 @@ def test_distillation_is_timms(make, teacher, kind):
         task = TokenDistillationTask(student, network, distill_type="hard", **weights)
     task.student_mean = task.teacher.mean_kd  # both are DeiTs; timm would broadcast three means over a grey image
     task.student_std = task.teacher.std_kd
-    expected = task(batch.images, batch.labels)["loss"]
+    expected = task(trainer.on_device(batch).images, batch.labels)["loss"]
     expected.backward()
     assert trainer.train_step(batch, stop=False).loss == pytest.approx(expected.item(), rel=1e-6)
     gradients = {name: parameter.grad for name, parameter in student.named_parameters()}
@@ -202,7 +202,8 @@ def test_hard_distillation_mixes_two_cross_entropies(make, teacher):
     trainer = make(f"train.distill={{teacher: {teacher}, kind: hard, alpha: 0.2}}")
     batch = next(trainer.remaining_batches())
     student = copy.deepcopy(_scaled(trainer.model)).train()
-    logits, said = student(batch.images), trainer.objective.teacher(batch.images).argmax(-1)
+    images = trainer.on_device(batch).images
+    logits, said = student(images), trainer.objective.teacher(images).argmax(-1)
     assert not torch.equal(said, batch.labels)
     expected = 0.8 * F.cross_entropy(logits, batch.labels) + 0.2 * F.cross_entropy(logits, said)
     assert trainer.train_step(batch, stop=False).loss == pytest.approx(expected.item(), rel=1e-6)
@@ -438,7 +439,7 @@ def test_float16_steps_on_gradients_of_the_scaled_loss(make):
     torch.testing.assert_close(_state(half.model), _state(whole.model), rtol=1e-2, atol=1e-3)
     assert half.scaler.state_dict()["_growth_tracker"] == 2 and half.counters.skipped == 0
     assert all(parameter.dtype == torch.float32 for parameter in half.model.parameters())
-    batch, dtypes = next(half.remaining_batches()), []
+    batch, dtypes = half.on_device(next(half.remaining_batches())), []
     with half.objective.autocast(batch.images):
         assert half.model(batch.images).dtype == torch.float16
     half.objective.criterion.register_forward_pre_hook(lambda criterion, args: dtypes.append(args[0].dtype))
@@ -674,11 +675,26 @@ def test_the_moving_average_is_timms_and_by_hand(make, warmup):
     torch.testing.assert_close(trainer.final_model.head.weight.detach(), expected)
 
 
+def test_a_step_leaves_its_batch_as_it_was(make):
+    """As bytes: what is done to images on the device is part of each step, and of its time."""
+    losses = []
+    for num_before in (0, 3):
+        trainer = make("train.mixup={}", "train.optimizer.lr=1e-30")
+        batch = next(trainer.remaining_batches())
+        images = batch.images.clone()
+        for _ in range(num_before):
+            trainer.train_step(batch, stop=False)
+            trainer.counters.step = 0
+        losses.append(trainer.train_step(batch, stop=False).loss)
+        assert batch.images.dtype == torch.uint8 and torch.equal(batch.images, images)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
 def test_accumulated_gradients_are_those_of_the_mean_loss(make):
     trainer = make("train.accumulation_steps=3")
     batch = next(trainer.remaining_batches())
     model = copy.deepcopy(trainer.model).train()
-    F.cross_entropy(model(batch.images), batch.labels).backward()
+    F.cross_entropy(model(trainer.on_device(batch).images), batch.labels).backward()
     trainer.train_step(batch, stop=False)  # pieces of 3, 3 and 2
     found = {name: parameter.grad for name, parameter in trainer.model.named_parameters()}
     torch.testing.assert_close(found, {name: parameter.grad for name, parameter in model.named_parameters()})

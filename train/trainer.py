@@ -125,19 +125,19 @@ class Trainer:
         return self.objective if self._is_sharded else replicated(self.objective, self.ranks)
 
     def remaining_batches(self) -> Iterator[Batch]:
-        """This rank's batches from the next step to the end of its epoch, on its device, as the model takes them.
+        """This rank's batches from the next step to the end of its epoch, as the loader gives them.
 
         After a resume too: the order of an epoch follows from seed and epoch, its first step from the counters.
         """
         self.batches.start_at(self.epoch, self.counters.step % self.batches.steps_per_epoch)
         self.ranks.settle()
-        yield from map(self.on_device, self.loader)
+        yield from self.loader
 
     def train_step(self, batch: Batch, stop: bool) -> StepResult:
-        """One optimizer step, by all ranks together.
+        """One optimizer step, by all ranks together, with what is still to be done to its images on the device.
 
         Args:
-            batch: This rank's share, perhaps empty.
+            batch: This rank's share, perhaps empty; it stays as it is.
             stop: Whether this rank was asked to stop; every rank learns of it.
 
         Raises:
@@ -145,7 +145,7 @@ class Trainer:
             DataError: More images than data.max_bad_images could not be decoded; raised by the first rank.
             OtherRankError: The same, by the others.
         """
-        recipe, counters, ranks = self.config.train, self.counters, self.ranks
+        batch, recipe, counters, ranks = self.on_device(batch), self.config.train, self.counters, self.ranks
         count = self.batches.count(counters.step % self.batches.steps_per_epoch)
         seed_generators(seed_sequence(recipe.seed, Stream.STEP, counters.step, ranks.rank), ranks.device)
         self.scheduler.step_update(step_of_rate(recipe.schedule, counters.step, self.batches.steps_per_epoch))
