@@ -37,7 +37,7 @@ from eval.predictions import Predictions, answers
 from train.__main__ import main
 from train.augmentation import train_decoder, train_transform
 from train.checkpoint import Checkpoints
-from train.distributed import StopSignal, ended_with_others
+from train.distributed import StopSignal, Watch, ended_with_others
 from train.loop import _Loop
 from train.order import Draw
 from train.pipeline import TrainingImages
@@ -789,3 +789,18 @@ def test_training_does_not_wait_for_the_connection_by_which_it_hears_of_others()
         raise KeyError
     assert time.monotonic() - start < 60
     assert store.words == ["a rank has failed"]
+
+
+def test_all_ranks_are_watched_from_before_the_newest_checkpoint_is_read(config_path, tmp_path, monkeypatch):
+    events = []
+
+    def noted(owner: type, name: str, event: str) -> None:
+        method = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args: events.append(event) or method(*args))
+
+    noted(Watch, "progress", "watched")
+    noted(Checkpoints, "load_newest", "read")
+    noted(Trainer, "remaining_batches", "batches")
+    noted(Trainer, "train_step", "step")
+    assert main([str(config_path), "train.epochs=2", f"run_dir={tmp_path / 'run'}"]) == 0
+    assert events[:5] == ["watched", "read", "watched", "batches", "step"]

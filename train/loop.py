@@ -133,6 +133,7 @@ class _Loop:
 
     def resume(self) -> None:
         """Goes to where the newest checkpoint was saved, if there is one; the main rank reads it for all."""
+        self.watch.progress()
         with self.ranks.together():
             read = self.folder.checkpoints.load_newest() if self.ranks.is_main else None
         state = self.ranks.from_main(read)
@@ -183,6 +184,7 @@ class _Loop:
     def _train_epoch(self) -> bool:
         """The rest of an epoch; whether a signal stopped it."""
         trainer, previous = self.trainer, time.perf_counter()
+        self.watch.progress()  # the first step exchanges, and compiles, what none before it did
         self.trace.begin(trainer.counters.step)
         for batch in trainer.remaining_batches():
             received = time.perf_counter()
