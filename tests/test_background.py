@@ -3,20 +3,24 @@
 import json
 import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from storms.pictures import write_pictures
+from torch.utils.data import DataLoader
 
 import train.checkpoint
 from train.__main__ import main
-from train.checkpoint import Background, copied
+from train.checkpoint import Background, Checkpoints, copied
 from train.run import RunFolder
 from train.trainer import Trainer
 from vitreuse.config import load_config
+from vitreuse.export.hub import save_hub_folder
 
 CONFIG = """\
 model:
@@ -81,6 +85,51 @@ def test_a_checkpoint_is_the_state_of_its_step(config_path, tmp_path):
     states = [torch.load(path, weights_only=True) for path in sorted(run.glob("checkpoints/*/state.pt"))]
     weights = [state["model"]["head.weight"] for state in states]
     assert len({tuple(weight.flatten().tolist()) for weight in weights}) == len(states) == 6
+
+
+@pytest.fixture
+def is_writing(monkeypatch):
+    """Whether something was being written when each loader was first asked for batches, and so forks its workers."""
+    found, loaders, writers, ask = [], [], [], DataLoader.__iter__
+
+    def slow(write: Callable[..., None]) -> Callable[..., None]:
+        return lambda *args: time.sleep(0.1) or write(*args)
+
+    class Noted(Background):
+        def __init__(self) -> None:
+            super().__init__()
+            writers.append(self)
+
+    def first_asked(loader: DataLoader) -> Iterator[Any]:
+        if loader not in loaders:
+            loaders.append(loader)
+            found.append(any(not begun.done() for writer in writers for begun in writer._begun))
+        return ask(loader)
+
+    monkeypatch.setattr("train.run.Background", Noted)
+    monkeypatch.setattr("train.checkpoint._write", slow(train.checkpoint._write))
+    monkeypatch.setattr(Checkpoints, "rate", slow(Checkpoints.rate))
+    monkeypatch.setattr(DataLoader, "__iter__", first_asked)
+    return found
+
+
+def test_nothing_is_written_while_workers_for_images_held_out_are_forked(config_path, tmp_path, is_writing):
+    """A healing has looked at the validation images before the first step."""
+    save_hub_folder(load_config(config_path).model.create(), tmp_path / "teacher", crop_pct=1.0)
+    teacher = f"{{name: 'local-dir:{tmp_path / 'teacher'}'}}"
+    heal = [f"train.distill={{kind: soft, teacher: {teacher}}}", "train.heal={}", "data.holdout=0.25"]
+    assert main([str(config_path), *heal, "train.epochs=1", f"run_dir={tmp_path / 'run'}"]) == 0
+    assert is_writing == [False] * 3
+
+
+def test_nothing_is_written_while_workers_for_training_are_forked(config_path, tmp_path, monkeypatch, is_writing):
+    """An epoch's end that a start before has left to this one is measured first."""
+    with monkeypatch.context() as patch:
+        patch.setattr("train.loop._Loop._end_epoch", Mock(side_effect=MemoryError))
+        assert main([str(config_path), f"run_dir={tmp_path / 'run'}"]) == 1
+    is_writing.clear()
+    assert main([str(config_path), f"run_dir={tmp_path / 'run'}"]) == 0
+    assert is_writing == [False] * 2
 
 
 def test_a_copy_stays_as_it_was():

@@ -129,7 +129,8 @@ class _Loop:
         traced = self.config.train.profile if self.ranks.is_main else None
         self.trace = StepTrace(traced, folder.path, self.ranks.device)
         self.watch = Watch(self.ranks, self.config.train.time_out_minutes)
-        self.has_begun = self.has_looked = False
+        self.has_begun = False
+        self.looked_at: set[Share] = set()
 
     def resume(self) -> None:
         """Goes to where the newest checkpoint was saved, if there is one; the main rank reads it for all."""
@@ -155,6 +156,7 @@ class _Loop:
                 self._record_start()
             elif trainer.at_epoch_end and not self._record(step, "epoch"):  # a start that was stopped may have left it
                 self._end_epoch()
+            self.folder.writing.settle()  # the workers of training are forked next
             while trainer.counters.step < trainer.num_steps:
                 if self._train_epoch():
                     self.trace.end()
@@ -288,9 +290,9 @@ class _Loop:
 
     def _look(self, model: torch.nn.Module, share: Share) -> Findings:
         self.watch.progress()
-        if not self.has_looked:  # its workers are forked now, for which no thread should be writing
+        if share not in self.looked_at:  # its workers are forked now, for which no thread should be writing
             self.folder.writing.settle()
-        self.has_looked = True
+        self.looked_at.add(share)
         return look(self.config, model, self.trainer.objective.feature_teacher, share)
 
     def _finish(self) -> None:
