@@ -3,6 +3,7 @@
 import json
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,11 @@ from storms.pictures import write_pictures
 from torch.utils.data import DataLoader
 
 import train.checkpoint
+from eval.distributed import Ranks
 from train.__main__ import main
-from train.checkpoint import Background, Checkpoints, copied
+from train.checkpoint import Background, Checkpoints
 from train.run import RunFolder
+from train.sharding import whole_state
 from train.trainer import Trainer
 from vitreuse.config import load_config
 from vitreuse.export.hub import save_hub_folder
@@ -132,12 +135,35 @@ def test_nothing_is_written_while_workers_for_training_are_forked(config_path, t
     assert is_writing == [False] * 2
 
 
-def test_a_copy_stays_as_it_was():
+def test_there_is_one_copy_of_a_state(config_path, tmp_path, monkeypatch):
+    """Of the main rank: none is left of the one before when the next is made, and it is that one which is written."""
+    write, state_dict, copies, left, written = train.checkpoint._write, Trainer.state_dict, [], [], []
+
+    def made(trainer: Trainer) -> Any:
+        time.sleep(0.01)  # for the writer to let go of what it has written
+        left.append(sum(copy() is not None for copy in copies))
+        state = state_dict(trainer)
+        copies.append(weakref.ref(state["model"]["head.weight"]))
+        return state
+
+    def slow(state: dict[str, Any], file: Any) -> None:
+        time.sleep(0.05)
+        written.append(copies[-1]() is state["model"]["head.weight"])
+        write(state, file)
+
+    monkeypatch.setattr(Trainer, "state_dict", made)
+    monkeypatch.setattr("train.checkpoint._write", slow)
+    assert main([str(config_path), f"run_dir={tmp_path / 'run'}"]) == 0
+    assert left == [0] * 6 and written == [True] * 6
+
+
+def test_a_state_is_a_copy_of_the_main_rank():
     state = {"a": torch.ones(3), "b": {"c": torch.arange(4).view(2, 2), "d": "text", "e": [torch.zeros(())]}, "f": 3}
-    taken = copied(state)
+    taken, other = whole_state(state, Ranks(0, 2)), whole_state(state, Ranks(1, 2))
     state["a"].zero_(), state["b"]["c"].zero_(), state["b"]["e"][0].fill_(7)
     assert taken["a"].tolist() == [1, 1, 1] and taken["b"]["c"].tolist() == [[0, 1], [2, 3]]
     assert taken["b"]["e"][0] == 0 and (taken["b"]["d"], taken["f"]) == ("text", 3)
+    assert other == {"a": None, "b": {"c": None, "d": "text", "e": [None]}, "f": 3}
 
 
 @pytest.mark.parametrize("step", [2, 8])

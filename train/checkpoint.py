@@ -17,8 +17,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from vitreuse.config import ConfigError
 from vitreuse.io.durable import durable_file, sync, write_durably
@@ -101,11 +99,6 @@ class Checkpoints:
             if folder not in keep:
                 (folder / MARKER_FILE).unlink(missing_ok=True)
                 shutil.rmtree(folder)
-
-
-def copied(state: Any) -> Any:
-    """A state whose tensors are copies on the CPU, which training leaves as they are."""
-    return tree_map_only(Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), state)
 
 
 class Background:

@@ -31,7 +31,7 @@ from torch.utils.data import Subset
 
 from eval.distributed import Ranks, joined
 from train import verdicts
-from train.checkpoint import Checkpoints, copied
+from train.checkpoint import Checkpoints
 from train.distributed import reason
 from train.experiment import Experiment, checkpoint_is_due, evaluation_is_due, raw_is_due, remarks, set_up
 from train.findings import look, validation_share
@@ -300,8 +300,11 @@ def _answer_seconds(experiment: Experiment, ranks: Ranks) -> float:
 
 def _disk(folder: RunFolder, trainer: Trainer, ranks: Ranks) -> tuple[Check, float]:
     """Whether the checkpoints will fit on the disk, and the seconds that training waits for one."""
-    state = trainer.state_dict()  # by all ranks
+    start = time.perf_counter()
+    state = trainer.state_dict()
+    waiting = time.perf_counter() - start
     size = sum(leaf.numel() * leaf.element_size() for leaf in tree_leaves(state) if isinstance(leaf, Tensor))
+    size = ranks.gather(size)[0]  # the others' have no tensors
     num_there = len(list(folder.checkpoints.folder.glob("step-*")))
     num_more = max(trainer.config.train.checkpoint.keep_last + 2 - num_there, 1)  # the best, and the one being written
     where = nearest_folder(folder.path)
@@ -312,14 +315,11 @@ def _disk(folder: RunFolder, trainer: Trainer, ranks: Ranks) -> tuple[Check, flo
         return Check("disk", WRONG, f"{where} has {decimal(free)} free, checkpoints need {sizes}: {less}."), 0.0
     if not os.access(where, os.W_OK):
         return Check("disk", WRONG, f"{where} cannot be written: choose another run_dir=PATH."), 0.0
-    waiting = 0.0
     if ranks.is_main:
         start = time.perf_counter()
-        state = copied(state)
-        waiting = time.perf_counter() - start
         with TemporaryDirectory(dir=nearest_folder(folder.path.absolute().parent), prefix=".doctor-") as beside:
             Checkpoints(Path(beside), keep_last=1).save(state, 0)
-        seconds = time.perf_counter() - start - waiting
+        seconds = time.perf_counter() - start
         sizes += f"; training waits {waiting:.2g} s for a copy, which is written in {seconds:.2g} s"
     return Check("disk", OK, f"{where} has {decimal(free)} free, checkpoints need {sizes}."), waiting
 

@@ -202,9 +202,7 @@ class _Loop:
             self.folder.writing.check()
             stop = result.stop and trainer.counters.step < trainer.num_steps
             if stop or checkpoint_is_due(self.config, trainer.counters.step, trainer.batches.steps_per_epoch):
-                state = trainer.state_dict()  # by all ranks
-                if self.ranks.is_main:
-                    self.folder.save(state, trainer.counters.step)
+                self._save()
             if stop:
                 return True
             if trainer.at_epoch_end:  # saved before: an evaluation may take longer than who wants to stop waits
@@ -212,6 +210,17 @@ class _Loop:
             self.trace.begin(trainer.counters.step)
             previous = time.perf_counter()
         return False
+
+    def _save(self) -> None:
+        """Saves where the run is, by all ranks, once what is being written is: the main one has memory for one copy.
+
+        Raises:
+            OSError: What was being written could not be.
+        """
+        self.folder.writing.settle()
+        state = self.trainer.state_dict()
+        if self.ranks.is_main:
+            self.folder.save(state, self.trainer.counters.step)
 
     def _record_step(self, result: StepResult, keys: list[str]) -> None:
         step, recipe = self.trainer.counters.step, self.config.train

@@ -29,7 +29,7 @@ from eval import card
 from eval.distributed import Ranks
 from eval.predictions import Predictions
 from train.augmentation import augments_on_device
-from train.checkpoint import Background, Checkpoints, copied
+from train.checkpoint import Background, Checkpoints
 from train.trackers import Start, Trackers
 from vitreuse.config import Config, ConfigError, changed_settings, load_config, to_yaml
 from vitreuse.cost.macs import count_params
@@ -184,15 +184,8 @@ class RunFolder:
         return [json.loads(line) for line in (path.read_bytes().splitlines() if path.exists() else ())]
 
     def save(self, state: dict[str, Any], step: int) -> None:
-        """Writes a checkpoint, after the logs that lead up to it, from a copy and while training goes on.
-
-        One that is still being written is waited for: there is memory for one copy.
-
-        Raises:
-            OSError: That one could not be written.
-        """
-        self.writing.settle()
-        self.writing.do(self._save, copied(state), step)
+        """Writes a checkpoint, after the logs that lead up to it, while training goes on and leaves the state alone."""
+        self.writing.do(self._save, state, step)
 
     def _save(self, state: dict[str, Any], step: int) -> None:
         for path in self._logs():

@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map_only
 
 from eval.distributed import Ranks
 from vitreuse.config import ConfigError, TrainConfig
@@ -92,16 +93,16 @@ def part_of(tensor: Tensor) -> Tensor:
 
 
 def whole_state(state: Any, ranks: Ranks) -> Any:
-    """A state dict with whole tensors, on the CPU, in place of parts; the main rank alone keeps these.
+    """A state whose tensors are whole and copies on the CPU, which training leaves as they are.
 
-    All ranks call this together. What no rank shares with others stays as it is.
+    All ranks call this together; the main rank's alone has tensors.
     """
-    if isinstance(state, Mapping):
-        return {key: whole_state(value, ranks) for key, value in state.items()}
-    if not isinstance(state, DTensor):
-        return state
-    tensor = state.full_tensor()
-    return tensor.cpu() if ranks.is_main else None
+
+    def taken(tensor: Tensor) -> Tensor | None:
+        tensor = whole(tensor.detach())
+        return tensor.to("cpu", copy=True) if ranks.is_main else None
+
+    return tree_map_only(Tensor, taken, state)
 
 
 def part_like(value: Any, like: Tensor) -> Any:

@@ -290,7 +290,7 @@ class Trainer:
     def state_dict(self) -> dict[str, Any]:
         """Tensors, numbers and strings from which load_state_dict goes on as if nothing had happened.
 
-        All ranks call this together; under fsdp2 only the main rank's is complete.
+        All ranks call this together; the main rank's alone has tensors, copies on the CPU.
         """
         state: dict[str, Any] = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
         state["counters"] = asdict(self.counters)
