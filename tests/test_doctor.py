@@ -356,12 +356,14 @@ def test_an_augmentation_that_fails_now_and_then_is_found(examine, monkeypatch):
 
 
 def test_batches_that_do_not_fit_into_shared_memory_are_found(examine, monkeypatch):
-    """Two workers have two batches each ready, of 8 images of 64 bytes to train on and 256 to evaluate."""
+    """Two workers have two batches each ready, of 8 images of 64 bytes to train on or 256 to evaluate."""
     usage = shutil.disk_usage("/")
     for free, state in ((10**6, "ok"), (68_000, "warning"), (60_000, "wrong")):
         monkeypatch.setattr("train.doctor.shutil.disk_usage", lambda path, free=free: usage._replace(free=free))
-        check = judge_shared_memory(2 * 2 * 64 * (8 + 256), free, 2)
+        check = judge_shared_memory(2 * 2 * 64 * 256, free, 2)
         assert check.state == state and ("docker run --shm-size" in check.finding) == (state != "ok")
     monkeypatch.undo()
     _, table = examine("data.num_workers=2", "data.cache_images=false")
-    assert table["shared memory"][1].startswith("batches that workers have ready take 67.6 kB of /dev/shm, ")
+    assert table["shared memory"][1].startswith("batches that workers have ready take 65.5 kB of /dev/shm, ")
+    _, table = examine("data.num_workers=2", "data.cache_images=false", "eval.batch_size=4")
+    assert table["shared memory"][1].startswith("batches that workers have ready take 2.0 kB of /dev/shm, ")

@@ -205,13 +205,16 @@ def _augmentation(trainer: Trainer, ranks: Ranks) -> Check:
 
 
 def _shared_memory(trainer: Trainer, ranks: Ranks) -> Check:
-    """Whether the batches of training and of evaluation, whose workers stay, fit into /dev/shm on each machine."""
+    """Whether the batches of training, or those of an evaluation, fit into /dev/shm on each machine.
+
+    The two are never there together: after its last batch a loader has none ready.
+    """
     config, size = trainer.config, math.prod(image_settings(trainer.model)["input_size"])
     share = -(-config.train.global_batch_size // ranks.world_size)
     noise = config.train.crop.erase_prob / 3 * 4 if config.train.crop is not None else 0.0  # of floats, at most
-    batches = size * (share * (1 + noise) + config.eval.batch_size)
+    largest = size * max(share * (1 + noise), config.eval.batch_size)
     num_sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    needed = num_sharing * config.data.num_workers * (trainer.loader.prefetch_factor or 0) * batches
+    needed = num_sharing * config.data.num_workers * (trainer.loader.prefetch_factor or 0) * largest
     shared = Path("/dev/shm")
     free = shutil.disk_usage(shared).free if shared.exists() else 0
     return verdicts.judge_shared_memory(needed, min(ranks.gather(free)), config.data.num_workers)
