@@ -163,6 +163,11 @@ def test_values_are_read_by_declared_type(write):
             "train.distill={teacher: {name: vgg11}, kind: soft}",
             "train.distill.teacher.weights is missing: an un",
         ),
+        (
+            "model={qkv_init: apart, keywords: {weight_init: jax}, name: vit_small_patch16_224, weights: a.pth}",
+            "model.qkv_init 'apart' has no effect beside weights, which hold query, key and value: leave one of the",
+        ),
+        ("eval.raw_every_epochs=2", "eval.raw_every_epochs 2 has no effect without train.ema: leave it out."),
         ("train.distill={teacher: {name: vgg11, weights: a.pth}}", "train.distill.kind is missing (soft: its prob"),
         (
             "train.distill={teacher: {name: vgg11, weights: a.pth}, kind: token, temperature: 2}",

@@ -115,8 +115,9 @@ def test_weights_may_be_a_folder(tmp_path, write, capsys):
     [
         ("nowhere", [], "nowhere is no folder: give a run folder, or one that vitreuse convert or export wrote."),
         ("data", [], "data is neither a run folder nor a hub folder"),
-        ("hub", ["model.weights=x.pth"], "brings weights of its own: leave out weights and pos_embed."),
-        ("hub", ["model.pos_embed=sincos2d"], "brings weights of its own: leave out weights and pos_embed."),
+        ("hub", ["model.weights=x.pth"], "brings weights of its own: leave out weights, pos_embed and qkv_init."),
+        ("hub", ["model.pos_embed=sincos2d"], "brings weights of its own: leave out weights, pos_embed and qkv_init."),
+        ("hub", ["model.qkv_init=apart"], "brings weights of its own: leave out weights, pos_embed and qkv_init."),
         ("begun", [], "begun has no model.safetensors yet: go on with its training."),
     ],
 )

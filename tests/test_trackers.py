@@ -9,6 +9,7 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -293,3 +294,16 @@ def test_a_trace_is_of_the_steps_that_are_named(pictures, tmp_path, monkeypatch,
     assert sum(event.get("name", "").startswith("Optimizer.step#") for event in events) == 1  # the run ends amid them
     assert main([str(pictures / "small.yaml"), f"run_dir={tmp_path / 'none'}"]) == 0
     assert not (tmp_path / "none/trace.json").exists()
+
+
+def test_a_trace_that_will_not_be_is_told(pictures, tmp_path, monkeypatch, capsys):
+    """Of steps beyond the run, and of steps that a start before has done."""
+    arguments = [str(pictures / "small.yaml"), f"run_dir={tmp_path / 'run'}"]
+    assert main([*arguments, "train.profile={first_step: 7}"]) == 2
+    beyond = "train.profile.first_step 7 is beyond the 6 steps of the run: choose an earlier one, or leave profile out."
+    assert capsys.readouterr().err == f"train: {beyond}\n" and not (tmp_path / "run").exists()
+    monkeypatch.setattr("train.loop._Loop._finish", Mock(side_effect=MemoryError))
+    said = "train.profile traces nothing: step 5 was done before this start."
+    for traced, is_said in (([], False), (["train.profile={first_step: 5}"], True)):
+        assert main([*arguments, *traced]) == 1
+        assert (said in capsys.readouterr().err) is is_said

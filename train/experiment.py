@@ -78,7 +78,9 @@ def set_up(config: Config, ranks: Ranks, allow: Collection[str] = ()) -> Experim
         if config.data.holdout is not None:
             same = open_split(config.data.folder, "train", mode, cache_root=config.data.cache_root, allow=allow)
             train_set, held_out = hold_out(train_set, same, config.data.holdout, config.train.seed)
-        return Experiment(Trainer(config, model, train_set, settings, ranks), train_set, val_set, held_out)
+        trainer = Trainer(config, model, train_set, settings, ranks)
+        _check_profiled(config, trainer.num_steps)
+        return Experiment(trainer, train_set, val_set, held_out)
 
 
 def _open_sets(config: Config, mode: str, allow: Collection[str]) -> tuple[Any, Any]:
@@ -115,6 +117,14 @@ def _check_shuffled(config: Config, train_set: Any) -> None:
     if window is not None and not train_set.is_sharded:
         unfit = f"data.shuffle_window {window} is for shards and {config.data.folder} has none"
         raise ConfigError(f"{unfit}: set it to null, or write shards with vitreuse shards build.")
+
+
+def _check_profiled(config: Config, num_steps: int) -> None:
+    """Refuses to trace steps that the run does not come to."""
+    traced = config.train.profile
+    if traced is not None and traced.first_step > num_steps:
+        beyond = f"train.profile.first_step {traced.first_step} is beyond the {num_steps} steps of the run"
+        raise ConfigError(f"{beyond}: choose an earlier one, or leave profile out.")
 
 
 def evaluation_is_due(config: Config, step: int, steps_per_epoch: int) -> bool:

@@ -142,6 +142,7 @@ class _Loop:
             self.trainer.load_state_dict(state)
             step = self.trainer.counters.step
             print_note(f"{self.folder.path} goes on after step {step} of {self.trainer.num_steps}.")
+            self.trace.go_on(step)
 
     def run(self, facts: dict[str, Any]) -> bool:
         """Trains to the end or to a signal, with these facts in run.json, and leaves the weights; whether it ended."""

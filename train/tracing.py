@@ -28,6 +28,11 @@ class StepTrace:
         self._activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
         self._profile: profile | None = None
 
+    def go_on(self, step: int) -> None:
+        """Told how many steps are done before this start; says so where the first to trace is one and left no trace."""
+        if self.settings is not None and step >= self.settings.first_step and not self.path.exists():
+            print_note(f"train.profile traces nothing: step {self.settings.first_step} was done before this start.")
+
     def begin(self, step: int) -> None:
         """Told how many steps are done, before the data of the next one are asked for."""
         if self.settings is not None and self._profile is None and step == self.settings.first_step - 1:

@@ -95,6 +95,9 @@ class Config:
                 f"data.holdout {self.data.holdout:g} has no effect under train.distill.kind 'features', which holds "
                 "images out by itself: leave it out."
             )
+        raw = self.eval.raw_every_epochs
+        if raw != EvalConfig.raw_every_epochs and self.train.ema is None:
+            raise ConfigError(f"eval.raw_every_epochs {raw} has no effect without train.ema: leave it out.")
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:

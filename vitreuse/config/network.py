@@ -92,14 +92,19 @@ class ModelConfig:
         for word, key in {"plan": "plan", "pretrained": "weights", "checkpoint_path": "weights"}.items():
             if word in self.keywords:
                 raise ConfigError(f"keywords.{word} has a key of its own, {key} beside keywords.")
-        if self.is_folder and (self.weights is not None or self.pos_embed != "learned"):
-            raise ConfigError(f"name {self.name!r} brings weights of its own: leave out weights and pos_embed.")
+        begins_anew = self.pos_embed != "learned" or self.qkv_init != "whole"
+        if self.is_folder and (self.weights is not None or begins_anew):
+            left_out = "leave out weights, pos_embed and qkv_init"
+            raise ConfigError(f"name {self.name!r} brings weights of its own: {left_out}.")
         if self.drop_path == "uniform" and "drop_path_rate" not in self.keywords:
             raise ConfigError("drop_path 'uniform' has no effect without a keywords.drop_path_rate: give both or none.")
         if self.qkv_init == "apart" and not str(self.keywords.get("weight_init", "")).startswith("jax"):
             raise ConfigError("qkv_init 'apart' has no effect without keywords.weight_init jax: give both or none.")
         if self.pos_embed != "learned" and self.weights is not None:
             effect = f"pos_embed {self.pos_embed!r} has no effect beside weights, which hold a position embedding"
+            raise ConfigError(f"{effect}: leave one of the two out.")
+        if self.qkv_init != "whole" and self.weights is not None:
+            effect = f"qkv_init {self.qkv_init!r} has no effect beside weights, which hold query, key and value"
             raise ConfigError(f"{effect}: leave one of the two out.")
 
 
