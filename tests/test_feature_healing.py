@@ -154,6 +154,19 @@ def test_no_label_is_read(tmp_path, healing, photographs):
     assert not torch.equal(weights[0]["blocks.0.mlp.fc1.weight"], original["blocks.0.mlp.fc1.weight"])
 
 
+@pytest.mark.parametrize("names", [(["a", "b"], ["a", "c"]), (["0", "1", "2"],) * 2, (["a", "b", "c"],) * 2])
+def test_no_label_behind_a_url_is_read(tmp_path, healing, photographs, capsys, names):
+    """Classes that one split does not know, or has no images of, are nobody's concern."""
+    paths = sorted(photographs.iterdir())
+    for split, own, chosen in (("train", names[0], paths[3:]), ("val", names[1], paths[:3])):
+        label = 0 if split == "train" else len(own) - 1
+        samples = [EncodedSample(path.stem, path.read_bytes(), "png", label) for path in chosen]
+        write_shards(samples, tmp_path / "behind" / split, own, 10)
+    behind = [f"data.root=pipe:cat {tmp_path / 'behind'}/{{}}", f"data.cache_root={tmp_path / 'cache'}", "--allow=pipe"]
+    assert main([*healing("train.epochs=1"), *behind, f"run_dir={tmp_path / 'run'}"]) == 0
+    assert "class" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [

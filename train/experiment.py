@@ -68,7 +68,8 @@ def set_up(config: Config, ranks: Ranks, allow: Collection[str] = ()) -> Experim
         train_set, val_set = _open_sets(config, mode, allow)
         for note in (*train_set.notes, *val_set.notes):
             print_note(note)
-        _check_numbers(train_set, val_set)
+        if reads_labels:
+            _check_numbers(train_set, val_set)
         _check_shuffled(config, train_set)
         if config.model.weights is not None:
             print_note(start_from(model, config.model.weights, train_set.class_names if reads_labels else None))
@@ -84,14 +85,16 @@ def set_up(config: Config, ranks: Ranks, allow: Collection[str] = ()) -> Experim
 
 
 def _open_sets(config: Config, mode: str, allow: Collection[str]) -> tuple[Any, Any]:
-    """The images to train on and those to validate with, of one numbering of classes; or with no labels at all."""
-    data, decode = config.data, train_decoder(config)
-    if not config.train.reads_labels and url_kind(data.folder) is None:
+    """The images to train on and those to validate with, of one numbering of classes; or by no label."""
+    data, decode, reads_labels = config.data, train_decoder(config), config.train.reads_labels
+    if not reads_labels and url_kind(data.folder) is None:
         return open_without_labels(Path(data.folder), mode, decode)
     where = {"cache_root": data.cache_root, "allow": allow}
     train_set = open_split(data.folder, "train", mode, decode, **where)
     val_set = open_split(data.folder, "val", mode, **where)
-    return train_set, numbered_as(val_set, train_set.class_names, str(train_set.folder), "give both the same classes")
+    if reads_labels:
+        val_set = numbered_as(val_set, train_set.class_names, str(train_set.folder), "give both the same classes")
+    return train_set, val_set
 
 
 def inputs(experiment: Experiment) -> dict[str, str]:

@@ -61,7 +61,7 @@ def train(config: Config, run_dir: Path, command: str, allow: Collection[str] = 
             print_note(f"{run_dir} is completed already: nothing to do.")
             return True
         experiment = set_up(config, ranks, allow)
-        for remark in remarks(experiment.train_set, experiment.val_set):
+        for remark in remarks(experiment.train_set, experiment.val_set) if config.train.reads_labels else ():
             print_note(remark)
         loop = _Loop(experiment.trainer, experiment.val_set, folder, stop, reference, experiment.held_out)
         with ranks.together():
