@@ -135,6 +135,18 @@ def test_nothing_is_written_while_workers_for_training_are_forked(config_path, t
     assert is_writing == [False] * 2
 
 
+def test_a_score_is_noted_before_the_record_that_it_was_measured(config_path, tmp_path, monkeypatch):
+    """Of a checkpoint that was measured when the run ended, the next start measures it."""
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "rate", Mock(side_effect=MemoryError))
+        assert main([str(config_path), f"run_dir={run}"]) == 1
+    assert main([str(config_path), f"run_dir={run}"]) == 0
+    marker = json.loads((run / "checkpoints/step-000000003/complete.json").read_text())
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert marker["top1"] == next(record["top1"] for record in records if record["kind"] == "epoch")
+
+
 def test_there_is_one_copy_of_a_state(config_path, tmp_path, monkeypatch):
     """Of the main rank: none is left of the one before when the next is made, and it is that one which is written."""
     write, state_dict, copies, left, written = train.checkpoint._write, Trainer.state_dict, [], [], []

@@ -157,7 +157,6 @@ class _Loop:
                 self._record_start()
             elif trainer.at_epoch_end and not self._record(step, "epoch"):  # a start that was stopped may have left it
                 self._end_epoch()
-            self.folder.writing.settle()  # the workers of training are forked next
             while trainer.counters.step < trainer.num_steps:
                 if self._train_epoch():
                     self.trace.end()

@@ -193,8 +193,12 @@ class RunFolder:
         self.checkpoints.save(state, step)
 
     def rate(self, step: int, score: float) -> None:
-        """Notes what was measured of a checkpoint, once it is written."""
-        self.writing.do(self.checkpoints.rate, step, score)
+        """Notes what was measured of a checkpoint, once it is written.
+
+        This is done before a record says that it was measured: a run that goes on measures only what has no record.
+        """
+        self.writing.settle()
+        self.checkpoints.rate(step, score)
 
     def finish(
         self, model: nn.Module, weights: dict[str, Tensor], predictions: Predictions | None, seconds: float
