@@ -144,7 +144,7 @@ def test_a_score_is_noted_before_the_record_that_it_was_measured(config_path, tm
     assert main([str(config_path), f"run_dir={run}"]) == 0
     marker = json.loads((run / "checkpoints/step-000000003/complete.json").read_text())
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert marker["top1"] == next(record["top1"] for record in records if record["kind"] == "epoch")
+    assert marker["score"] == next(record["top1"] for record in records if record["kind"] == "epoch")
 
 
 def test_there_is_one_copy_of_a_state(config_path, tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from storms.pictures import write_pictures
 
+from eval.__main__ import main as eval_main
 from eval.labelled import Share
 from eval.top1 import evaluate
 from train.__main__ import main
@@ -41,7 +42,7 @@ def config_path(tmp_path) -> Path:
 
 
 @pytest.mark.parametrize("more", [[], ["data.shuffle_window=6"]])
-def test_what_is_held_out_is_not_trained_on_and_chooses_the_best(config_path, tmp_path, more):
+def test_what_is_held_out_is_not_trained_on_and_chooses_the_best(config_path, tmp_path, capsys, more):
     run = tmp_path / "run"
     assert main([str(config_path), *more, f"run_dir={run}"]) == 0
     images = open_split(tmp_path / "data", "train", "L")
@@ -51,7 +52,7 @@ def test_what_is_held_out_is_not_trained_on_and_chooses_the_best(config_path, tm
     assert len(keys) == 11 and not keys & trained and len(keys | trained) == 43
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     epochs = [record for record in records if record["kind"] == "epoch"]
-    noted = [json.loads(path.read_text())["top1"] for path in sorted(run.glob("checkpoints/*/complete.json"))]
+    noted = [json.loads(path.read_text())["score"] for path in sorted(run.glob("checkpoints/*/complete.json"))]
     assert noted == [record["holdout_top1"] for record in epochs] and {record["n"] for record in epochs} == {13}
     model = load_config(config_path).model.create()
     for path, record in zip(sorted(run.glob("checkpoints/*/state.pt")), epochs, strict=True):
@@ -59,9 +60,16 @@ def test_what_is_held_out_is_not_trained_on_and_chooses_the_best(config_path, tm
         for name, part in (("holdout_", held_out), ("", open_split(tmp_path / "data", "val", "L"))):
             found = evaluate(model, Share(part, transform=evaluation_transform(model, 1.0)))
             assert (found.top1, found.loss) == pytest.approx((record[f"{name}top1"], record[f"{name}val_loss"]))
-    assert {"training images", "validation images", "images held out"} <= json.loads(
-        (run / "run.json").read_text()
-    )["inputs"].keys()
+    best = {"best_step": max(epochs, key=lambda record: (record["holdout_top1"], record["step"]))["step"]}
+    best["best_score"] = max(noted)
+    facts = json.loads((run / "run.json").read_text())
+    assert best.items() <= records[-1].items() and best.items() <= facts.items()
+    assert {"training images", "validation images", "images held out"} <= facts["inputs"].keys()
+    capsys.readouterr()
+    checkpoint = run / f"checkpoints/step-{best['best_step']:09d}/state.pt"
+    assert eval_main(["top1", str(run), "--checkpoint", str(checkpoint), "--device", "cpu", "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["rows"]
+    assert row["top1"] == next(record["top1"] for record in epochs if record["step"] == best["best_step"])
 
 
 def test_the_draw_follows_the_seed_and_keeps_labels(tmp_path, config_path):

@@ -674,8 +674,20 @@ def test_checkpoints_keep_the_newest_and_the_best(tmp_path):
         if top1 is not None:
             checkpoints.rate(step, top1)
     checkpoints.rate(3, 90.0)  # gone: nothing to note
-    assert _states(checkpoints) == [2, 4, 5]
+    assert _states(checkpoints) == [2, 4, 5] and checkpoints.best() == (2, 80.0)
     assert checkpoints.load_newest()["step"] == 5
+
+
+def test_the_score_of_a_checkpoint_was_once_its_top1(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep_last=2)
+    for step, score in ((1, 50.0), (2, 40.0)):
+        checkpoints.save({"step": step}, step)
+        marker = json.loads((tmp_path / f"step-{step:09d}/complete.json").read_text())
+        del marker["score"]
+        (tmp_path / f"step-{step:09d}/complete.json").write_text(json.dumps({**marker, "top1": score}))
+    assert checkpoints.best() == (1, 50.0)
+    checkpoints.rate(2, 60.0)
+    assert checkpoints.best() == (2, 60.0)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "no marker", "no state", "half a marker"])

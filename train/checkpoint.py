@@ -2,7 +2,7 @@
 
 checkpoints/step-000000450/
     state.pt        tensors, numbers and strings; torch.load(weights_only=True) reads it
-    complete.json   written last: step, size and checksum of state.pt, top-1 if measured
+    complete.json   written last: step, size and checksum of state.pt, and the score, such as top-1, if measured
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -27,7 +27,7 @@ MARKER_FILE = "complete.json"
 
 
 class Checkpoints:
-    """The checkpoints of a folder: the newest few stay, and the one with the best top-1."""
+    """The checkpoints of a folder: the newest few stay, and the one with the best score."""
 
     def __init__(self, folder: Path, keep_last: int):
         self.folder, self.keep_last = folder, keep_last
@@ -43,16 +43,21 @@ class Checkpoints:
         with durable_file(folder / STATE_FILE) as file:
             _write(state, file)
         marker = {"step": step, "bytes": (folder / STATE_FILE).stat().st_size, "crc32": _crc32(folder / STATE_FILE)}
-        write_durably(folder / MARKER_FILE, json.dumps({**marker, "top1": None}).encode())
+        write_durably(folder / MARKER_FILE, json.dumps({**marker, "score": None}).encode())
         sync(self.folder)
         self._prune(step)
 
-    def rate(self, step: int, top1: float) -> None:
+    def rate(self, step: int, score: float) -> None:
         """Notes what was measured of a checkpoint, if that step has one; the best one stays."""
         path = self.folder / f"step-{step:09d}" / MARKER_FILE
         if path.exists():
-            write_durably(path, json.dumps({**json.loads(path.read_bytes()), "top1": top1}).encode())
+            write_durably(path, json.dumps({**json.loads(path.read_bytes()), "score": score}).encode())
             self._prune(step)
+
+    def best(self) -> tuple[int, float] | None:
+        """Step and score of the best checkpoint, of equal ones the last; None where none was measured."""
+        found = _best(self._complete())
+        return None if found is None else (found[1]["step"], found[1]["score"])
 
     def load_newest(self) -> dict[str, Any] | None:
         """The state of the newest whole checkpoint, on the CPU; None if there is none.
@@ -85,20 +90,26 @@ class Checkpoints:
         found = []
         for path in sorted(self.folder.glob(f"step-*/{MARKER_FILE}")):
             with suppress(ValueError):  # a disk lost part of it: no marker
-                found.append((path.parent, json.loads(path.read_bytes())))
+                marker = json.loads(path.read_bytes())
+                found.append((path.parent, {"score": marker.get("top1"), **marker}))  # as older runs called it
         return found
 
     def _prune(self, step: int) -> None:
         """Keeps what need stay up to a step; a run only comes to lie before a checkpoint by passing over it."""
         complete = [(folder, marker) for folder, marker in self._complete() if marker["step"] <= step]
         keep = {folder for folder, _ in complete[-self.keep_last :]}
-        measured = [(marker["top1"], folder) for folder, marker in complete if marker["top1"] is not None]
-        if measured:
-            keep.add(max(measured)[1])
+        if best := _best(complete):
+            keep.add(best[0])
         for folder in self.folder.glob("step-*"):
             if folder not in keep:
                 (folder / MARKER_FILE).unlink(missing_ok=True)
                 shutil.rmtree(folder)
+
+
+def _best(complete: Sequence[tuple[Path, dict[str, Any]]]) -> tuple[Path, dict[str, Any]] | None:
+    """The folder and marker of the best checkpoint among these, oldest first, that were measured."""
+    measured = [(marker["score"], folder, marker) for folder, marker in complete if marker["score"] is not None]
+    return max(measured)[1:] if measured else None
 
 
 class Background:

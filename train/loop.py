@@ -316,7 +316,8 @@ class _Loop:
         if facts.sentence:
             print_note(facts.sentence)
         seconds = round(counters.seconds, 3)
-        figures = {"skipped": counters.skipped, "seconds": seconds, **measured, **facts.values}
+        totals = {"skipped": counters.skipped, "seconds": seconds, **self.folder.best()}
+        figures = {**totals, **measured, **facts.values}
         self.folder.log("final", step=counters.step, epoch=self.trainer.epoch, **figures)
         self.folder.finish(self.trainer.final_model, weights, found.predictions, seconds)
 

@@ -200,6 +200,11 @@ class RunFolder:
         self.writing.settle()
         self.checkpoints.rate(step, score)
 
+    def best(self) -> dict[str, float | None]:
+        """Step and score of the best checkpoint, where one was measured."""
+        step, score = self.checkpoints.best() or (None, None)
+        return {"best_step": step, "best_score": score}
+
     def finish(
         self, model: nn.Module, weights: dict[str, Tensor], predictions: Predictions | None, seconds: float
     ) -> None:
@@ -214,7 +219,7 @@ class RunFolder:
         write_durably(self.path / WEIGHTS, content)
         if predictions is not None:
             self._write_card(predictions, class_names, seconds)
-        self.describe(status="completed")
+        self.describe(status="completed", **self.best())
 
     def _write_card(self, predictions: Predictions, class_names: Names | None, seconds: float) -> None:
         settings = self.config.model
