@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from storms.processes import Run
+from storms.processes import CHECKOUT, Run
 from torch.nn.functional import cosine_similarity
 
 import vitreuse
@@ -100,6 +100,8 @@ def test_features_come_nearer_on_images_that_were_held_out(tmp_path, healing, ca
     told = capsys.readouterr().err
     assert "has no images set apart: 2 of its 23 are held out." in told
     records = run.records()
+    page = (CHECKOUT / "docs/training.md").read_text()
+    assert {name for record in records for name in record if f"`{name}`" not in page} == {"kind"}
     first, last = records[0], records[-1]
     assert first["kind"] == "heal" and first["teacher_mean_cosine"] == pytest.approx(1, abs=1e-6)
     assert last["mean_cosine"] == pytest.approx((last["cosine"] + last["patch_cosine"]) / 2)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from storms.pictures import write_pictures
+from storms.processes import CHECKOUT
 
 from eval.__main__ import main as eval_main
 from eval.labelled import Share
@@ -65,6 +66,8 @@ def test_what_is_held_out_is_not_trained_on_and_chooses_the_best(config_path, tm
     facts = json.loads((run / "run.json").read_text())
     assert best.items() <= records[-1].items() and best.items() <= facts.items()
     assert {"training images", "validation images", "images held out"} <= facts["inputs"].keys()
+    page = (CHECKOUT / "docs/training.md").read_text()
+    assert {name for record in records for name in record if f"`{name}`" not in page} == {"kind"}
     capsys.readouterr()
     checkpoint = run / f"checkpoints/step-{best['best_step']:09d}/state.pt"
     assert eval_main(["top1", str(run), "--checkpoint", str(checkpoint), "--device", "cpu", "--json"]) == 0

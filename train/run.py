@@ -4,6 +4,7 @@ RUN_DIR/config.yaml         the resolved experiment
         run.json            status, versions, commit, command, hardware, plan
         metrics.jsonl       one object a line; kind is step, epoch, heal or final
         ledger.jsonl        with train.ledger: step, rank and the keys of its samples
+        trace.json          with train.profile: what torch.profiler saw of some steps
         tensorboard/ wandb/ with train.loggers: the same records, for those programs
         checkpoints/        see checkpoint.py
         model.safetensors   at the end: the weights, with name, plan and keywords as metadata
