@@ -14,12 +14,12 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
 from vitreuse.config import ConfigError
-from vitreuse.io.durable import durable_file, sync, write_durably
+from vitreuse.io.durable import durable_file, save_tensors, sync, write_durably
 from vitreuse.io.process import print_note
 
 STATE_FILE = "state.pt"
@@ -41,7 +41,7 @@ class Checkpoints:
         folder = self.folder / f"step-{step:09d}"
         folder.mkdir(parents=True, exist_ok=True)
         with durable_file(folder / STATE_FILE) as file:
-            _write(state, file)
+            save_tensors(state, file)
         marker = {"step": step, "bytes": (folder / STATE_FILE).stat().st_size, "crc32": _crc32(folder / STATE_FILE)}
         write_durably(folder / MARKER_FILE, json.dumps({**marker, "score": None}).encode())
         sync(self.folder)
@@ -136,16 +136,6 @@ class Background:
         """Waits until everything is written; raises what went wrong."""
         while self._begun:
             self._begun.pop(0).result()
-
-
-def _write(state: dict[str, Any], file: BinaryIO) -> None:
-    """torch.save, but a full disk stays an OSError: its writer of archives raises a RuntimeError about positions."""
-    try:
-        torch.save(state, file)
-    except RuntimeError as error:
-        if isinstance(error.__context__, OSError):
-            raise error.__context__ from None
-        raise
 
 
 def _crc32(path: Path) -> int:
