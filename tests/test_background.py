@@ -54,7 +54,7 @@ def config_path(tmp_path) -> Path:
 
 def test_training_goes_on_while_a_checkpoint_is_written(config_path, tmp_path, monkeypatch):
     """The writer waits until the next step is done, which would never come if that waited for the writer."""
-    write, train_step, steps, waited = train.checkpoint._write, Trainer.train_step, [0], []
+    write, train_step, steps, waited = train.checkpoint.save_tensors, Trainer.train_step, [0], []
 
     def slow(state: dict[str, Any], file: Any) -> None:
         step, deadline = state["counters"]["step"], time.monotonic() + PATIENCE_S
@@ -68,7 +68,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(config_path, tmp_path, m
         steps.append(trainer.counters.step)
         return result
 
-    monkeypatch.setattr("train.checkpoint._write", slow)
+    monkeypatch.setattr("train.checkpoint.save_tensors", slow)
     monkeypatch.setattr("train.loop._Loop._end_epoch", lambda *_: None)  # an evaluation's first workers wait
     monkeypatch.setattr("train.loop._Loop._finish", lambda loop: loop.folder.writing.settle())
     monkeypatch.setattr(Trainer, "train_step", counted)
@@ -110,7 +110,7 @@ def is_writing(monkeypatch):
         return ask(loader)
 
     monkeypatch.setattr("train.run.Background", Noted)
-    monkeypatch.setattr("train.checkpoint._write", slow(train.checkpoint._write))
+    monkeypatch.setattr("train.checkpoint.save_tensors", slow(train.checkpoint.save_tensors))
     monkeypatch.setattr(Checkpoints, "rate", slow(Checkpoints.rate))
     monkeypatch.setattr(DataLoader, "__iter__", first_asked)
     return found
@@ -149,7 +149,7 @@ def test_a_score_is_noted_before_the_record_that_it_was_measured(config_path, tm
 
 def test_there_is_one_copy_of_a_state(config_path, tmp_path, monkeypatch):
     """Of the main rank: none is left of the one before when the next is made, and it is that one which is written."""
-    write, state_dict, copies, left, written = train.checkpoint._write, Trainer.state_dict, [], [], []
+    write, state_dict, copies, left, written = train.checkpoint.save_tensors, Trainer.state_dict, [], [], []
 
     def made(trainer: Trainer) -> Any:
         time.sleep(0.01)  # for the writer to let go of what it has written
@@ -164,7 +164,7 @@ def test_there_is_one_copy_of_a_state(config_path, tmp_path, monkeypatch):
         write(state, file)
 
     monkeypatch.setattr(Trainer, "state_dict", made)
-    monkeypatch.setattr("train.checkpoint._write", slow)
+    monkeypatch.setattr("train.checkpoint.save_tensors", slow)
     assert main([str(config_path), f"run_dir={tmp_path / 'run'}"]) == 0
     assert left == [0] * 6 and written == [True] * 6
 
@@ -181,7 +181,7 @@ def test_a_state_is_a_copy_of_the_main_rank():
 @pytest.mark.parametrize("step", [2, 8])
 def test_a_disk_that_fills_up_meanwhile_ends_the_run_in_a_sentence(config_path, tmp_path, capsys, monkeypatch, step):
     """In the middle, or behind the last step but one."""
-    write = train.checkpoint._write
+    write = train.checkpoint.save_tensors
 
     def full(state: dict[str, Any], file: Any) -> None:
         if state["counters"]["step"] == step:
@@ -190,7 +190,7 @@ def test_a_disk_that_fills_up_meanwhile_ends_the_run_in_a_sentence(config_path, 
 
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr("train.checkpoint._write", full)
+        patch.setattr("train.checkpoint.save_tensors", full)
         assert main([str(config_path), f"run_dir={run}"]) == 1
     told = capsys.readouterr().err.splitlines()[-1]
     assert "No space left on device" in told and "run it again to go on" in told

@@ -204,7 +204,7 @@ def test_a_run_killed_in_an_evaluation_has_saved_its_epoch(config_path, tmp_path
     assert main([*recipe, f"run_dir={killed.folder}"]) == 0
     killed.check_equals(whole)
     markers = [path / "complete.json" for run in (whole, killed) for path in run.checkpoints]
-    noted = [json.loads(marker.read_text())["top1"] for marker in markers]
+    noted = [json.loads(marker.read_text())["score"] for marker in markers]
     assert len(noted) == 4 and noted[:2] == noted[2:] and isinstance(noted[1], float)
 
 
@@ -365,7 +365,7 @@ PLACES = {
     "in an update": "train.trainer.Trainer._update",
     "in the loader": "train.pipeline.TrainingImages.__getitems__",
     "in an evaluation": "train.loop.look",
-    "while saving": "train.checkpoint._write",
+    "while saving": "train.checkpoint.save_tensors",
     "while logging": "train.run.RunFolder.log",
     "while finishing": "train.run.pack_weights",
 }

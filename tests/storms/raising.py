@@ -96,7 +96,7 @@ if rank == sys.argv[1]:
     elif place == "evaluation_worker":
         eval.labelled._Images.__getitem__ = raising(eval.labelled._Images.__getitem__, lambda *_: next(calls) > step)
     elif place == "saving" and rank == "0":
-        train.checkpoint._write = raising(train.checkpoint._write, enough, after=True)
+        train.checkpoint.save_tensors = raising(train.checkpoint.save_tensors, enough, after=True)
     elif place == "saving":
         Trainer.state_dict = raising(Trainer.state_dict, enough)
     elif place == "logging":
