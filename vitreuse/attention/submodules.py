@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+OF_ALL_MODULES = tuple(f"_global{name}" for name in HOOKS)  # hooks that torch keeps beside those of each
 SCOPE_HOOKS = "fvcore.nn.jit_analysis"  # fvcore's hooks name the scope of what it traces and change nothing
 
 
@@ -20,6 +21,11 @@ def is_watched(module: nn.Module) -> bool:
     """Whether a call of the module does more than its class's forward: it has hooks, or a forward of its own."""
     hooks = [hook for name in HOOKS for hook in getattr(module, name).values()]
     return "forward" in module.__dict__ or any(type(hook).__module__ != SCOPE_HOOKS for hook in hooks)
+
+
+def are_all_watched() -> bool:
+    """Whether hooks are set that the calls of all modules run."""
+    return any(getattr(torch.nn.modules.module, name) for name in OF_ALL_MODULES)
 
 
 def is_plain_linear(module: nn.Module) -> bool:

@@ -11,11 +11,10 @@ import torch
 from timm.layers import DropPath, LayerScale, Mlp
 from timm.models import checkpoint
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from vitreuse.attention import ATTENTION, EMPTY_CARRY, AttentionConfig, Carry
 from vitreuse.attention.maps import overwrites
-from vitreuse.attention.submodules import is_watched
+from vitreuse.attention.submodules import are_all_watched, is_watched
 from vitreuse.model import merge  # functions that a symbolic trace leaves whole are named by their file
 from vitreuse.plan import Spec
 from vitreuse.plan.language import num_mergeable
@@ -241,4 +240,4 @@ class InplaceMlp(Mlp):
         if not (isinstance(hidden, Tensor) and overwrites(hidden)):  # FX traces proxies
             return False
         is_plain = type(self.fc1) is nn.Linear and type(self.act) is nn.GELU and self.act.approximate == "none"
-        return is_plain and not (is_watched(self.fc1) or is_watched(self.act) or _has_any_global_hook())
+        return is_plain and not (is_watched(self.fc1) or is_watched(self.act) or are_all_watched())
