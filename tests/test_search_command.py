@@ -174,6 +174,9 @@ def test_a_gated_mlp_keeps_its_hidden_units(folder, capsys, tmp_path):
 def test_a_budget_may_be_of_time_memory_or_bytes(metric, folder, capsys):
     found = searched(capsys, *argv(folder, "--budget", "0.9", "--metric", metric, "--words", "exact,linear,-2,/32"))
     assert 0.5 < found["chosen"]["share"] <= 0.9
+    for row in found["audited"].values():  # a file and a training step are as large as they were said to be
+        assert metric == "latency" or row["measured_share"] == pytest.approx(row["share"], rel=0.02)
+        assert metric != "latency" or row["measured_share"] == 1 / row["speedup"]
 
 
 @pytest.mark.parametrize(

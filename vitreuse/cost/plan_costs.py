@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from copy import deepcopy
 from functools import cache
 from itertools import pairwise
 from typing import Any
@@ -89,6 +90,10 @@ class PlanCosts:
         for anchor in {anchor for anchor in plan.anchors if anchor is not None}:
             total += self.handing_on(anchor, plan[anchor], left[anchor])
         return total
+
+    def of_model(self, model: Any) -> int:
+        """The cost of a model as it stands, by itself and not put together from parts."""
+        return sum(_MEASURES[self.metric](deepcopy(model), self.conditions))
 
     def whole(self, layer: int, spec: Spec, patches: int) -> int:
         """The cost of a linear or skipped layer that gets so many patch tokens."""

@@ -69,6 +69,7 @@ class Measured:
                 "plan": str(plan),
                 "cost": self.costs.of(plan),
                 "share": self.costs.of(plan) / self.costs.of(exact),
+                "measured_share": self._measured_share(models[name], measured[name].speedup),
                 "predicted_speedup": None if latency is None else latency.of(exact) / latency.of(plan),
                 "damage": self.found.forecast.of(plan),
                 **asdict(measured[name]),
@@ -76,6 +77,12 @@ class Measured:
             for name, plan in plans.items()
         }
         return {"audited": rows, "batch_size_timed": batch_of(self.original)}
+
+    def _measured_share(self, model: Any, speedup: float) -> float:
+        """What a model costs as it stands, as a share of the original; of time, as a share of the best plain model's."""
+        if self.costs.metric == "latency":
+            return 1 / speedup
+        return self.costs.of_model(model) / self.costs.of_model(self.original)
 
     def _latency(self) -> PlanCosts | None:
         """What predicts times; None where nothing was measured on this device."""

@@ -31,11 +31,12 @@ def _cells(row: dict[str, Any]) -> tuple[str, str, str]:
 def _measured(result: dict[str, Any]) -> Table:
     """The chosen model and others, measured on images that nothing was chosen on."""
     share = f"{METRICS[result['metric']]} / exact"
-    headings = ("measured", share, "times as fast", "predicted", "distance", "forecast", "plan")
+    headings = ("measured", share, "as it is", "times as fast", "predicted", "distance", "forecast", "plan")
     rows = [
         (
             name,
             f"{row['share']:.3f}",
+            f"{row['measured_share']:.3f}",
             f"{row['speedup']:.2f}",
             "-" if row["predicted_speedup"] is None else f"{row['predicted_speedup']:.2f}",
             f"{row['distance']:.3g}",
@@ -49,7 +50,7 @@ def _measured(result: dict[str, Any]) -> Table:
 
 def _sentences(result: dict[str, Any]) -> list[str]:
     """What a user needs to know of the chosen model, and how it was found."""
-    chosen = result["audited"]["chosen"]
+    chosen, metric = result["audited"]["chosen"], METRICS[result["metric"]]
     found = {name: value for name, value in chosen["agreement"].items() if value is not None}
     said = [form.format(found[name]) for name, form in AGREEMENT.items() if name in found]
     how = f"time was up after {result['minutes']:g} minutes"
@@ -59,12 +60,16 @@ def _sentences(result: dict[str, Any]) -> list[str]:
         how = "no minutes were given to improve it"
     start, delivered = result["start"], result["delivered"]
     healing = [_of_healing(result["healing"])] if "healing" in result else []
+    over = []
+    if round(chosen["measured_share"], 2) > result["budget"]:
+        over = [f"over the budget of {result['budget']:g}: {chosen['measured_share']:.3f} of the {metric} as it is"]
     return [
         f"chosen: {', '.join(said)} over {found['num_images']:,} images on which nothing was chosen, "
         f"{chosen['speedup']:.2f} times as fast as the best plain model in batches of {result['batch_size_timed']}",
         f"distance of answers on the images that plans were tried on: {start['distance']:.3g} for the best of the "
         f"front (forecast {start['damage']:.3g}), {result['distance']:.3g} after {result['num_tried']:,} trials: {how}",
         f"handed over: {delivered['name']}, the nearest of those that were made, {delivered['distance']:.3g} there",
+        *over,
         *healing,
     ]
 
