@@ -79,7 +79,7 @@ class Measured:
         return {"audited": rows, "batch_size_timed": batch_of(self.original)}
 
     def _measured_share(self, model: Any, speedup: float) -> float:
-        """What a model costs as it stands, as a share of the original; of time, as a share of the best plain model's."""
+        """What a model costs as it stands, as a share of the original; its time, of the best plain model's."""
         if self.costs.metric == "latency":
             return 1 / speedup
         return self.costs.of_model(model) / self.costs.of_model(self.original)
