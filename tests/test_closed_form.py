@@ -1,6 +1,7 @@
 """Layers fitted in closed form: the algebra against naive sums, and models whose best weights are known."""
 
 import resource
+from dataclasses import replace
 
 import pytest
 import timm
@@ -13,7 +14,9 @@ from torch.nn import functional as F
 from train.heal import Healing
 from vitreuse import convert, parse_plan
 from vitreuse.attention import Carry
+from vitreuse.compress import closed_form
 from vitreuse.compress.closed_form import fit_layers, merged_alike, row_weights
+from vitreuse.compress.fidelity import mean_distance
 from vitreuse.compress.hidden_units import contributing_units
 from vitreuse.compress.recording import inputs_of
 from vitreuse.compress.ridge import NormalEquations, best_fit
@@ -130,6 +133,26 @@ def test_a_full_disk_is_one_sentence():
 def test_an_exact_plan_is_left_alone():
     conversion, found = fitted(trained(), "exact*3")
     assert found == [] and distance(conversion.original, conversion.model) == 0
+
+
+def test_a_fit_stays_if_the_whole_model_comes_nearer(monkeypatch):
+    plan = "linear exact/48 none"
+    conversion, found = fitted(trained(), plan)
+    aside = pixels(48)[3::4]
+    assert found[-1].distance == pytest.approx(mean_distance(conversion.original, conversion.model, [aside]))
+    left = [fit.distance for fit in found]
+    assert left == sorted(left, reverse=True) and left[-1] < left[0]
+    best = closed_form.best_fit
+
+    def opposite(equations, others):
+        fit = best(equations, others)
+        return fit and replace(fit, update=-fit.update)
+
+    monkeypatch.setattr(closed_form, "best_fit", opposite)
+    conversion, found = fitted(trained(), plan)
+    as_it_comes = convert(trained(), plan).model
+    assert found and all(fit.strength is None and fit.after == fit.before for fit in found)
+    assert all(torch.equal(*pair) for pair in zip(conversion.model.parameters(), as_it_comes.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("layer", [0, 1])

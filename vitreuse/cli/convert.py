@@ -234,9 +234,18 @@ def render(result: dict[str, Any]) -> Group:
 
 
 def _layer_fits(fits: list[dict[str, Any]]) -> Table:
-    """What each fit left of the error, which is that of the tokens over what the original's layer adds to them."""
-    headings = ("layer", "fitted", "error before (%)", "after (%)")
-    rows = [(str(fit["layer"]), fit["part"], *(f"{100 * fit[key]:.3g}" for key in ("before", "after"))) for fit in fits]
+    """What each fit left of the error, which is that of the tokens over what the original's layer adds to them, and how
+    far the whole model was from the original then."""
+    headings = ("layer", "fitted", "error before (%)", "after (%)", "distance of answers")
+    rows = [
+        (
+            str(fit["layer"]),
+            fit["part"],
+            *(f"{100 * fit[key]:.3g}" for key in ("before", "after")),
+            f"{fit['distance']:.3g}",
+        )
+        for fit in fits
+    ]
     return table_of(headings, rows, ("fitted",))
 
 

@@ -8,8 +8,10 @@ into the tokens, by ridge regression of the error that is left on what that matr
     linear      the matrix of a linear layer
     mean        what a none or skip layer leaves out, on the average: in the last bias before it, and where there is no
                 layer before it in the position embedding, so that it costs nothing
-How strong the ridge is, and whether a fit stays at all, is decided on whole images that were not fitted. The errors of
-an image's prefix tokens count together as much as those of its patches. What each of these is worth: experiments.md.
+How strong the ridge is is decided on whole images that were not fitted, and so is whether a fit stays, wholly or by
+half: by what the whole model says of them then, for less error of a layer may lead later ones to merge other tokens.
+The errors of an image's prefix tokens count together as much as those of its patches. What each of these is worth:
+experiments.md.
 
 Shapes: B images, N0 tokens of the first layer, N that are left, C channels, F inputs of a matrix, R rows.
 """
@@ -17,7 +19,7 @@ Shapes: B images, N0 tokens of the first layer, N that are left, C channels, F i
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -27,12 +29,15 @@ from torch import Tensor, nn
 
 from vitreuse.attention import EMPTY_CARRY, Carry
 from vitreuse.compress.convert import Conversion
+from vitreuse.compress.fidelity import answer_of_tokens, output_distance
 from vitreuse.compress.recording import inputs_of, layer_pass
-from vitreuse.compress.ridge import Rows, best_fit, equations_apart, is_kept_aside, refuse_few, row_weights
+from vitreuse.compress.ridge import Rows, best_fit, equations_of, images_apart, row_weights
 from vitreuse.io.progress import WorkProgress
 from vitreuse.io.spool import Spool
+from vitreuse.model.block import all_tokens
 from vitreuse.plan import EXACT
 
+SHARES = (1.0, 0.5)  # of a fit that are tried
 LEAST_SCALE = 1e-6  # of a LayerScale, below which nothing can be written through it
 
 
@@ -46,6 +51,7 @@ class LayerFit:
         strength: Of the ridge, as NormalEquations.solve takes it; None where no fit helped and none was kept.
         before: Squared error of the tokens, over the square of what the original's layer adds to them.
         after: The same with the fit.
+        distance: How far the answers of the whole model are from the original's behind this fit, see output_distance.
     """
 
     layer: int
@@ -53,13 +59,13 @@ class LayerFit:
     strength: float | None
     before: float
     after: float
+    distance: float
 
 
 class _State(NamedTuple):
     """Some images before a layer; of the original what that layer makes of them, too.
 
     Attributes:
-        is_aside: (B,), which of them are kept aside.
         original: (B, N0, C), the original's tokens.
         middle: (B, N0, C), those between its attention and MLP.
         after: (B, N0, C), those behind it.
@@ -68,7 +74,6 @@ class _State(NamedTuple):
         grid: The (rows, columns) of patches where it is not the built one.
     """
 
-    is_aside: Tensor
     original: Tensor
     middle: Tensor
     after: Tensor
@@ -83,6 +88,18 @@ class _Writer(NamedTuple):
     linear: Any | None
     bias: Tensor | None
     scale: Tensor | None
+
+    def copies(self) -> list[Tensor]:
+        """What is written with, as it is now."""
+        return [parameter.clone() for parameter in self._parameters()]
+
+    def restore(self, copies: list[Tensor]) -> None:
+        """Takes what is written with back to what it was."""
+        for parameter, before in zip(self._parameters(), copies, strict=True):
+            parameter.copy_(before)
+
+    def _parameters(self) -> list[Tensor]:
+        return [each for each in (self.linear and self.linear.weight, self.bias) if each is not None]
 
     def add(self, update: Tensor) -> None:
         """Adds an update (F, C) of what is written, whose last row is the bias where there is one."""
@@ -117,23 +134,67 @@ def fit_layers(conversion: Conversion, batches: Iterable[Tensor], progress: Work
     """
     model, original = conversion.model, conversion.original
     found: list[LayerFit] = []
-    with Spool() as states:
-        num_images = 0
-        for images in batches:
-            states.append(_start(model, original, images.to(next(model.parameters()).device), num_images))
-            num_images += len(images)
-        refuse_few(num_images)
-        is_changed = False
+    with Spool() as fitted, Spool() as states, Spool() as answers:
+        for images, is_aside in images_apart(batches):
+            images = images.to(next(model.parameters()).device)
+            (states if is_aside else fitted).append(_start(model, original, images))
+            if is_aside:
+                answers.append(answer_of_tokens(original, original.forward_features(images)))
+        aside, is_changed = _Aside(model, original, states, answers), False
         for layer, (block, old) in enumerate(zip(model.blocks, original.blocks, strict=True)):
-            states.replace(partial(_with_original, old))
+            for each in (fitted, states):
+                each.replace(partial(_with_original, old))
             is_changed = is_changed or block.spec != EXACT
             for part in _parts_of(block) if is_changed else ():
                 writer = _writer(model, layer, part)
                 if writer is not None:
-                    found.append(_fit(block, layer, part, writer, states))
-            states.replace(partial(_behind, block))
+                    found.append(_fit(block, layer, part, writer, fitted, aside))
+            for each in (fitted, states):
+                each.replace(partial(_behind, block))
             progress.reach(layer + 1)
     return found
+
+
+class _Aside:
+    """The images that are kept aside, and what the whole model says of them.
+
+    Args:
+        model: The converted model.
+        original: The original.
+        states: The images, before the first layer now and before each that is fitted then.
+        answers: What the original says of them.
+
+    Attributes:
+        distance: How far the answers of the model, as it stands, are from the original's, a mean over the images.
+    """
+
+    def __init__(self, model: Any, original: Any, states: Spool, answers: Spool) -> None:
+        self.model, self.original, self.states, self.answers = model, original, states, answers
+        self.distance = self._measure(0)
+
+    def keep_nearest(self, layer: int, writer: _Writer, update: Tensor) -> float:
+        """Writes the share of an update (F, C) by which the answers come nearest; the share, 0 where they do not."""
+        before, kept = writer.copies(), 0.0
+        for share in SHARES:
+            writer.restore(before)
+            writer.add(share * update)
+            distance = self._measure(layer, share * update[-1] if writer.linear is None else None)
+            if distance < self.distance:
+                self.distance, kept = distance, share
+        writer.restore(before)
+        writer.add(kept * update)
+        return kept
+
+    def _measure(self, layer: int, added: Tensor | None = None) -> float:
+        """The distance, by the layers from one on, and with something added to all tokens (C,) before it."""
+        parts = []
+        for state, wanted in zip(self.states, self.answers, strict=True):
+            tokens, carry = state.tokens if added is None else state.tokens + added.to(state.tokens), state.carry
+            for block in self.model.blocks[layer:]:
+                tokens, carry = block(tokens, carry, state.grid)
+            found = answer_of_tokens(self.model, self.model.norm(all_tokens(tokens, carry)))
+            parts.append(output_distance(self.original, wanted, found))
+        return float(torch.cat(parts).double().mean())
 
 
 def _parts_of(block: Any) -> list[str]:
@@ -173,12 +234,11 @@ def embedding_takes_bias(model: Any) -> bool:
     return model.pos_embed is not None and not model.no_embed_class and isinstance(model.norm_pre, nn.Identity)
 
 
-def _start(model: Any, original: Any, images: Tensor, first: int) -> _State:
-    """Images before the first layer, the number of the first of them given."""
+def _start(model: Any, original: Any, images: Tensor) -> _State:
+    """Images before the first layer."""
     tokens, grid = model.embed(images)
     theirs, _ = original.embed(images)
-    carry = EMPTY_CARRY._replace(layerwise_proj=model.key_proj)
-    return _State(is_kept_aside(first, len(images)), theirs, theirs, theirs, tokens, carry, grid)
+    return _State(theirs, theirs, theirs, tokens, EMPTY_CARRY._replace(layerwise_proj=model.key_proj), grid)
 
 
 def _with_original(old: Any, state: _State) -> _State:
@@ -193,25 +253,21 @@ def _behind(block: Any, state: _State) -> _State:
     return state._replace(original=state.after, tokens=seen.after, carry=seen.carry)
 
 
-def _fit(block: Any, layer: int, part: str, writer: _Writer, states: Spool) -> LayerFit:
-    """Fits a part of a layer, and keeps the fit if it helps on the images that are kept aside."""
-    sums = []
-
-    def rows() -> Iterator[Rows]:
-        for state in states:
-            sums.append(_added(state, block.attn.num_prefix_tokens))
-            yield _observe(block, part, writer, state)
-
-    fitted, aside = equations_apart(rows(), writer.bias is not None)
-    fit = best_fit(fitted, aside)
-    added = max(sum(sums), sys.float_info.min)  # of a layer that adds nothing
-    before = aside.energy / added
-    if fit is None:
-        return LayerFit(layer, part, None, before, before)
-    writer.add(fit.update)
+def _fit(block: Any, layer: int, part: str, writer: _Writer, fitted: Spool, aside: _Aside) -> LayerFit:
+    """Fits a part of a layer, and keeps of the fit what helps on the images that are kept aside."""
+    observed, has_bias = partial(_observe, block, part, writer), writer.bias is not None
+    errors = equations_of(map(observed, aside.states), has_bias)
+    added = sum(_added(state, block.attn.num_prefix_tokens) for state in aside.states)
+    added = max(added, sys.float_info.min)  # of a layer that adds nothing
+    fit, before = best_fit(equations_of(map(observed, fitted), has_bias), errors), errors.energy / added
+    share = 0.0 if fit is None else aside.keep_nearest(layer, writer, fit.update)
+    if fit is None or not share:
+        return LayerFit(layer, part, None, before, before, aside.distance)
+    update = share * fit.update
     if part == "mean":
-        states.replace(lambda state: state._replace(tokens=state.tokens + fit.update[-1].to(state.tokens)))
-    return LayerFit(layer, part, fit.strength, before, fit.after / added)
+        for states in (fitted, aside.states):
+            states.replace(lambda state: state._replace(tokens=state.tokens + update[-1].to(state.tokens)))
+    return LayerFit(layer, part, fit.strength, before, errors.error(update) / added, aside.distance)
 
 
 def _observe(block: Any, part: str, writer: _Writer, state: _State) -> Rows:
@@ -237,6 +293,6 @@ def merged_alike(x: Tensor, carry: Carry) -> Tensor:
 
 
 def _added(state: _State, num_prefix_tokens: int) -> float:
-    """The square of what the original's layer adds to the images that are kept aside, weighed as errors are."""
-    added = (state.after - state.original)[state.is_aside].double()
+    """The square of what the original's layer adds to images, weighed as errors are."""
+    added = (state.after - state.original).double()
     return float((added.square().sum(-1) * row_weights(added, None, num_prefix_tokens)).sum())

@@ -5,8 +5,10 @@ Shapes: R rows, F features, the last of them constant where there is a bias, C o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import operator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -89,28 +91,27 @@ class Rows(NamedTuple):
     weights: Tensor
 
 
-def equations_apart(batches: Iterable[Rows], has_bias: bool) -> tuple[NormalEquations, NormalEquations]:
-    """The normal equations of images that are fitted, and of every fourth, which is kept aside.
+def equations_of(batches: Iterable[Rows], has_bias: bool) -> NormalEquations:
+    """The normal equations of all rows of batches, of at least one."""
+    rows = (NormalEquations.of(*(values.flatten(0, 1) for values in batch), has_bias=has_bias) for batch in batches)
+    return reduce(operator.add, rows)
+
+
+def images_apart(batches: Iterable[Tensor]) -> Iterator[tuple[Tensor, bool]]:
+    """Of batches (B, ...) the images that are fitted, and of all every fourth, which is kept aside, each by themselves
+    and with whether they are.
 
     Raises:
-        ValueError: There are fewer than four images.
+        ValueError: There are fewer than four images, when they are all given.
     """
-    sums: dict[bool, NormalEquations] = {}
-    count = 0
-    for rows in batches:
-        is_aside = is_kept_aside(count, len(rows.features)).to(rows.features.device)
-        count += len(rows.features)
+    first = 0
+    for images in batches:
+        is_aside = torch.arange(first, first + len(images)) % ASIDE == ASIDE - 1
+        first += len(images)
         for aside in (False, True):
-            parts = (values[is_aside == aside].flatten(0, 1) for values in rows)
-            own = NormalEquations.of(*parts, has_bias=has_bias)
-            sums[aside] = sums[aside] + own if aside in sums else own
-    refuse_few(count)
-    return sums[False], sums[True]
-
-
-def is_kept_aside(first: int, count: int) -> Tensor:
-    """Which of so many images (count,) are kept aside, the number of the first of them given."""
-    return torch.arange(first, first + count) % ASIDE == ASIDE - 1
+            if (is_aside == aside).any():
+                yield images[is_aside == aside], aside
+    refuse_few(first)
 
 
 def refuse_few(num_images: int) -> None:

@@ -55,6 +55,14 @@ def _always(strength: float) -> Callable[[NormalEquations, NormalEquations], Fit
     return fit
 
 
+class _Unjudged(closed_form._Aside):
+    """Keeps each fit wholly, whatever the whole model says then."""
+
+    def keep_nearest(self, layer: int, writer: Any, update: torch.Tensor) -> float:
+        writer.add(update)
+        return 1.0
+
+
 def _without(part: str) -> Callable[[Any], list[str]]:
     return lambda block: [each for each in _parts_of(block) if each != part]
 
@@ -87,10 +95,10 @@ def _as_one_patch(tokens: Any, sizes: Any, num_prefix_tokens: int) -> Any:
 
 @dataclass(frozen=True)
 class Variant:
-    """What is done otherwise: functions of closed_form.py that are replaced, another choice of units, no fit."""
+    """What is done otherwise: what of closed_form.py is replaced, another choice of units, no fit."""
 
     name: str
-    replaced: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    replaced: Mapping[str, Any] = field(default_factory=dict)
     choose: Callable[[Any, Plan, Sequence[torch.Tensor]], Units] = contributing_units
     is_fitted: bool = True
 
@@ -102,8 +110,9 @@ VARIANTS = (
     Variant("units by norms", choose=_units_of_largest_norms),
     Variant("units by variance", choose=_units_of_most_variance),
     Variant("on the original's tokens", {"_observe": _on_the_originals}),
-    Variant("strength 0.001, always kept", {"best_fit": _always(1e-3)}),
-    Variant("strength 0.1, always kept", {"best_fit": _always(1e-1)}),
+    Variant("kept by the error of the layer", {"_Aside": _Unjudged}),
+    Variant("strength 0.001, always kept", {"best_fit": _always(1e-3), "_Aside": _Unjudged}),
+    Variant("strength 0.1, always kept", {"best_fit": _always(1e-1), "_Aside": _Unjudged}),
     Variant("layers that change alone", {"_parts_of": lambda block: _parts_of(block) if block.spec != EXACT else []}),
     Variant("no MLPs", {"_parts_of": _without("mlp")}),
     Variant("no means", {"_parts_of": _without("mean")}),

@@ -20,7 +20,7 @@ from vitreuse.compress.closed_form import before_scale, embedding_takes_bias
 from vitreuse.compress.convert import in_order_of_heads
 from vitreuse.compress.hidden_units import unit_ranking
 from vitreuse.compress.recording import inputs_of, layer_pass
-from vitreuse.compress.ridge import NormalEquations, Rows, best_fit, equations_apart, row_weights
+from vitreuse.compress.ridge import NormalEquations, Rows, best_fit, equations_of, images_apart, row_weights
 from vitreuse.io.progress import WorkProgress
 from vitreuse.model.keywords import read_keywords
 from vitreuse.model.plan_weights import in_plan
@@ -112,12 +112,14 @@ def _pooled(model: Any, like: Tensor) -> dict[str, Tensor]:
 
 
 class _Layer(NamedTuple):
-    """Some images before a layer of the original and behind it, tokens (B, N, C) and what fc2 reads (B, N, F)."""
+    """Some images before a layer of the original and behind it, tokens (B, N, C), what fc2 reads (B, N, F), and whether
+    the images are kept aside."""
 
     before: Tensor
     middle: Tensor
     after: Tensor
     hidden: Tensor
+    is_aside: bool
 
 
 @torch.no_grad()
@@ -140,9 +142,10 @@ def fit_pieces(
         progress: Told the number of layers that are done.
     """
     pieces, kinds = Pieces(original, distances), {spec.word for spec in words}
-    states = [original.embed(images.to(next(original.parameters()).device)) for images in batches]
+    device = next(original.parameters()).device
+    states = [(*original.embed(images.to(device)), is_aside) for images, is_aside in images_apart(batches)]
     for layer, block in enumerate(original.blocks):
-        seen = [_seen(block, tokens, grid) for tokens, grid in states]
+        seen = [_seen(block, tokens, grid, is_aside) for tokens, grid, is_aside in states]
         takes_mean = layer > 0 or embedding_takes_bias(original)
         if "none" in kinds and takes_mean:
             pieces.means[layer, "none"] = _mean(of.middle - of.before for of in seen).to(seen[0].before)
@@ -153,15 +156,15 @@ def fit_pieces(
         _fit_hidden(pieces, layer, seen, hidden)
         if 0 in hidden and block.attn.proj.bias is not None:
             pieces.proj_bias[layer] = _with_mean(block, _mean(of.after - of.middle for of in seen))
-        states = [(of.after, grid) for of, (_, grid) in zip(seen, states, strict=True)]
+        states = [(of.after, grid, of.is_aside) for of, (_, grid, _) in zip(seen, states, strict=True)]
         progress.reach(layer + 1)
     return pieces
 
 
-def _seen(block: Any, tokens: Tensor, grid: tuple[int, int] | None) -> _Layer:
+def _seen(block: Any, tokens: Tensor, grid: tuple[int, int] | None, is_aside: bool) -> _Layer:
     with inputs_of(block.mlp.fc2) as hidden:
         made = layer_pass(block, tokens, EMPTY_CARRY, grid)
-    return _Layer(tokens, made.middle, made.after, hidden[0])
+    return _Layer(tokens, made.middle, made.after, hidden[0], is_aside)
 
 
 def _mean(parts: Iterator[Tensor]) -> Tensor:
@@ -177,13 +180,18 @@ def _with_mean(block: Any, mean: Tensor) -> Tensor:
     return (bias + before_scale(mean, getattr(block.ls1, "gamma", None))).to(bias)
 
 
-def _rows(block: Any, features: Tensor, errors: Tensor) -> Rows:
-    return Rows(features, errors, row_weights(errors, None, block.attn.num_prefix_tokens))
+def _equations(block: Any, rows: Iterable[tuple[Tensor, Tensor, bool]], has_bias: bool) -> list[NormalEquations]:
+    """Of features (B, N, F) and errors (B, N, C): those of the images that are fitted, and of those kept aside."""
+    parts: dict[bool, list[Rows]] = {False: [], True: []}
+    for features, errors, is_aside in rows:
+        weights = row_weights(errors, None, block.attn.num_prefix_tokens)
+        parts[is_aside].append(Rows(features, errors, weights))
+    return [equations_of(parts[is_aside], has_bias) for is_aside in (False, True)]
 
 
 def _linear_fit(block: Any, seen: Sequence[_Layer]) -> Matrix:
     """The affine map of a token (C, C) that a layer is most like; zero where none is better than nothing."""
-    fitted, aside = equations_apart((_rows(block, of.before, of.after - of.before) for of in seen), True)
+    fitted, aside = _equations(block, ((of.before, of.after - of.before, of.is_aside) for of in seen), True)
     fit = best_fit(fitted, aside, STRENGTHS)
     num_channels = seen[0].before.shape[-1]
     update = torch.zeros(num_channels + 1, num_channels) if fit is None else fit.update
@@ -202,7 +210,7 @@ def _fit_hidden(pieces: Pieces, layer: int, seen: Sequence[_Layer], hidden: Sequ
     if not fewer:
         return
     has_bias, weight = fc2.bias is not None, fc2.weight.double()
-    fitted, aside = equations_apart((_rows(block, of.hidden, of.hidden[..., :0]) for of in seen), has_bias)
+    fitted, aside = _equations(block, ((of.hidden, of.hidden[..., :0], of.is_aside) for of in seen), has_bias)
     ranking = torch.tensor(unit_ranking(fitted.covariance(), weight.square().sum(0)), device=weight.device)
     for number in fewer:
         kept, dropped = ranking[:number].sort().values, ranking[number:]
