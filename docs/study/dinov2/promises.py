@@ -72,6 +72,16 @@ def random_plan(space: Space, rng: np.random.Generator) -> Plan:
     return Plan(tuple(specs))
 
 
+def random_plans(space: Space, rng: np.random.Generator) -> list[Plan]:
+    """So many plans of a space, all different, that change something."""
+    found: dict[Plan, None] = {}
+    while len(found) < NUM_PLANS:
+        plan = random_plan(space, rng)
+        if plan != space.exact:
+            found[plan] = None
+    return [*found]
+
+
 def spearman(one: Sequence[float], other: Sequence[float]) -> float:
     """The correlation of ranks of numbers that are all different."""
     ranks, others = (np.argsort(np.argsort(values)) for values in (one, other))
@@ -96,8 +106,7 @@ def measured() -> list[dict[str, Any]]:
     added: Forecast = measure_changes(
         Adding(pieces, trials.starts, trials.wanted, trials.known), space, WorkProgress("", "", 1, enabled=False)
     )
-    rng = np.random.default_rng(SEED)
-    plans = [*dict.fromkeys(random_plan(space, rng) for _ in range(NUM_PLANS))]
+    plans = random_plans(space, np.random.default_rng(SEED))
     images = example(original, SPEED_BATCH[SIZE_PX])
     models = {plan: pieces.model(plan) for plan in (space.exact, *plans)}
     calls = {str(plan): inference_call(model.forward_features, images) for plan, model in models.items()}
