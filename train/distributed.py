@@ -28,10 +28,11 @@ def replicated(model: nn.Module, ranks: Ranks) -> nn.Module:
     device_ids = [ranks.device] if ranks.device.type == "cuda" else None
     # A class token's gradient is a slice of one row, whose strides say nothing.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
-    # Buffers are constants here; exchanging them would tie the ranks' numbers of forward passes together.
-    return DistributedDataParallel(
-        model, device_ids=device_ids, forward_sync_buffers=False, gradient_as_bucket_view=True
-    )
+    replica = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+    # Buffers are constants here; exchanging them would tie the ranks' numbers of forward passes together. The attribute
+    # is older than torch's new name for the argument, which warns of the old one.
+    replica.broadcast_buffers = False
+    return replica
 
 
 def reason(error: BaseException) -> str:

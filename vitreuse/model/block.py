@@ -75,7 +75,7 @@ class PlanBlock(nn.Module):
             ValueError: The layer needs what an earlier one hands on or merges tokens, and no carry was given; or it was
                 given something else, such as timm's second argument, a mask.
         """
-        if not isinstance(carry, Carry | None):
+        if carry is not None and not isinstance(carry, Carry):
             raise ValueError(f"carry is a {type(carry).__name__} and must be a Carry or None: give attn_mask by name.")
         if carry is None and self.merge is not None:
             raise ValueError(
