@@ -39,13 +39,14 @@ class Labelled(Protocol):
 
 
 class Share:
-    """A rank's batches of a data set, in order: r, r + world_size, ...; read by workers that stay. Nothing is padded.
+    """A rank's batches of a data set, in order: r, r + world_size, ...; read by workers that stay.
 
     An image is computed in the same batch under any number of ranks, so that they agree to the bit.
 
     Args:
         transform: Of each image, in the workers.
         prepare: Of a batch of what transform gave, on the rank's device.
+        fills_up: Whether a smaller last batch has black images behind its own, so that a compiled model sees one size.
     """
 
     def __init__(
@@ -58,8 +59,10 @@ class Share:
         batch_size: int = 256,
         num_workers: int = 0,
         worker_init_fn: Callable[[int], None] | None = None,
+        fills_up: bool = False,
     ):
         self.dataset, self.prepare, self.ranks = dataset, prepare, ranks
+        self.least_images = batch_size if fills_up else 0
         batches = [*BatchSampler(range(len(dataset)), batch_size, drop_last=False)]
         self.num_batches, self.own = len(batches), range(ranks.rank, len(batches), ranks.world_size)
         self.loader = DataLoader(
@@ -85,7 +88,8 @@ class Share:
 
         Args:
             answer: What is said of images (B, channels, rows, columns) on the rank's device, their labels and their
-                keys; called in inference mode. It should be on the CPU.
+                keys, of which there are fewer where a batch is filled up; called in inference mode. It should be on the
+                CPU.
 
         Raises:
             ValueError: The ranks together did not answer each image once, or what answer raises.
@@ -95,6 +99,9 @@ class Share:
             self.ranks.settle()
             for number, (inputs, labels, keys) in zip(self.own, progress(self.loader), strict=True):
                 images = self.prepare(inputs.to(self.ranks.device, non_blocking=True))
+                if len(images) < self.least_images:
+                    black = images.new_zeros(self.least_images - len(images), *images.shape[1:])
+                    images = torch.cat([images, black])
                 found.append((number, answer(images, labels, keys)))
         found = sorted(chain(*self.ranks.gather(found)), key=lambda batch: batch[0])
         numbers = [number for number, _ in found]

@@ -97,6 +97,17 @@ def test_one_rank_counts_every_image_once(num_images, batch_size, num_workers):
     assert model.training
 
 
+@pytest.mark.parametrize("num_images", [1, 11, 12])
+def test_a_batch_that_is_filled_up_counts_no_image_more(num_images):
+    model, sizes = Reader(), []
+    model.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    plain, filled = (
+        Share(Numbers(num_images), transform=to_number, batch_size=4, fills_up=fills_up) for fills_up in (False, True)
+    )
+    assert evaluate(model, filled).to_csv() == evaluate(Reader(), plain).to_csv()
+    assert sizes == [4] * -(-num_images // 4)
+
+
 def test_several_ranks_need_a_process_group():
     with pytest.raises(ValueError, match="process group has not been initialized"):
         evaluate(Reader(), Share(Numbers(3), transform=to_number, ranks=Ranks(0, 2)))

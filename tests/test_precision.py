@@ -85,3 +85,15 @@ def test_every_evaluation_computes_without_tf32(switches, what, tmp_path):
         teacher = None if what == "look" else Teacher(model, image_settings(model))
         look(load_config(tmp_path / "x.yaml"), model, teacher, share)
     assert set(met) == {(False, False)} and switched_on() == (True, True)
+
+
+def test_images_that_fill_up_a_batch_are_compared_with_no_features(tmp_path):
+    (tmp_path / "x.yaml").write_text(CONFIG)
+    model, other = (timm.create_model("vit_tiny_patch16_224", **SIZES) for _ in range(2))
+    teacher, transform = Teacher(other, image_settings(other)), evaluation_transform(model, 1.0)
+    reading = {"transform": transform.to_bytes, "prepare": transform.normalize, "batch_size": len(Squares()) + 3}
+    plain, filled = (Share(Squares(), **reading, fills_up=fills_up) for fills_up in (False, True))
+    config = load_config(tmp_path / "x.yaml")
+    wanted = look(config, model, teacher, plain).figures
+    assert look(config, model, teacher, filled).figures == pytest.approx(wanted, rel=1e-5)
+    assert wanted["n"] == len(Squares())

@@ -3,7 +3,7 @@ teacher."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -66,6 +66,7 @@ def validation_share(config: Config, model: nn.Module, val_set: Labelled, ranks:
         batch_size=config.eval.batch_size,
         num_workers=config.data.num_workers,
         worker_init_fn=ignore_stop_signals,
+        fills_up=config.train.compile,
     )
 
 
@@ -92,10 +93,10 @@ def look(config: Config, model: nn.Module, teacher: Teacher | None, share: Share
 def _alikeness(model: Any, teacher: Teacher, share: Share, precision: torch.dtype) -> Findings:
     """The cosines of a model's features with its teacher's."""
 
-    def compare(images: Tensor, *_: Any) -> dict[str, Tensor]:
+    def compare(images: Tensor, _: Tensor, keys: Sequence[str]) -> dict[str, Tensor]:
         with evaluated_in(precision, images.device):
             cosines = token_cosines(teacher.model, teacher.tokens(images), model, model.forward_features(images))
-        return {name: values.cpu() for name, values in cosines.items()}
+        return {name: values[: len(keys)].cpu() for name, values in cosines.items()}
 
     was_training = model.training
     model.eval()
