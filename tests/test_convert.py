@@ -19,8 +19,9 @@ from vitreuse import parse_plan
 from vitreuse.__main__ import main
 from vitreuse.attention.lowrank import grid_pooling
 from vitreuse.cli.source import sample_images
-from vitreuse.compress.convert import convert, fit_projections
+from vitreuse.compress.convert import convert
 from vitreuse.compress.fidelity import agreement
+from vitreuse.compress.fitting import fit_projections
 from vitreuse.compress.head_matching import match_heads, order_of_heads, rows_of_heads
 from vitreuse.compress.recording import attention_maps
 from vitreuse.compress.redundancy import measure_head_errors, measure_redundancy
@@ -334,13 +335,13 @@ def test_token_projections_start_as_pooling(sharing):
 
 @pytest.mark.parametrize("options", [{}, {"lowrank_sharing": "none"}, {"lowrank_projection": "conv"}])
 def test_fitted_projections_come_nearer_and_are_the_same_again(options, monkeypatch):
-    monkeypatch.setattr("vitreuse.compress.convert.FIT_STEPS", 30)
+    monkeypatch.setattr("vitreuse.compress.fitting.FIT_STEPS", 30)
     model = trained()
-    images = pixels(model, 8)
-    pooled, fitted, again = (convert(model, "exact lowrank:5 lowrank:9", **options) for _ in range(3))
-    errors = fit_projections(fitted, [images[:4], images[4:]])
-    fit_projections(again, [images[:4], images[4:]])
-    assert list(errors) == [1, 2]
+    images = pixels(model, 128)
+    pooled, fitted, again = (convert(model, "lowrank:7 lowrank:5 exact", **options) for _ in range(3))
+    errors = fit_projections(fitted, [images[:64], images[64:]])
+    fit_projections(again, [images[:64], images[64:]])
+    assert list(errors) == [0, 1]
     assert all(after < before for before, after in errors.values())
     for key, value in fitted.model.state_dict().items():
         assert torch.equal(value, again.model.state_dict()[key])
@@ -354,13 +355,40 @@ def test_fitted_projections_come_nearer_and_are_the_same_again(options, monkeypa
 
 def test_tokens_units_and_layers_that_go_leave_the_fit_as_it_is(monkeypatch):
     """Each layer is fitted on the tokens of the original."""
-    monkeypatch.setattr("vitreuse.compress.convert.FIT_STEPS", 3)
+    monkeypatch.setattr("vitreuse.compress.fitting.FIT_STEPS", 3)
     model = trained(depth=5)
     plans = ("exact lowrank:5 lowrank:9 exact*2", "linear lowrank:5/0 lowrank:9/7 exact-3 skip")
     whole, less = (convert(model, plan) for plan in plans)
-    assert fit_projections(whole, [pixels(model)]) == fit_projections(less, [pixels(model)])
+    assert fit_projections(whole, [pixels(model, 4)]) == fit_projections(less, [pixels(model, 4)])
     for key in whole.new:
         assert torch.equal(whole.model.state_dict()[key], less.model.state_dict()[key])
+
+
+@pytest.mark.parametrize("is_alike", [True, False])
+def test_projections_stay_as_they_were_where_images_kept_aside_do_not_gain(is_alike, monkeypatch):
+    monkeypatch.setattr("vitreuse.compress.fitting.FIT_STEPS", 30)
+    model = trained()
+    images = pixels(model, 1).repeat(8, 1, 1, 1)
+    if not is_alike:
+        images[3::4] = images[3::4].flip(-1, -2) * 9
+    pooled, fitted = (convert(model, "exact*2 lowrank:9") for _ in range(2))
+    before, after = fit_projections(fitted, [images])[2]
+    state, start = fitted.model.state_dict(), pooled.model.state_dict()
+    assert (after < before) == is_alike
+    assert all(torch.equal(state[key], start[key]) for key in fitted.new) != is_alike
+
+
+def test_images_in_other_batches_are_fitted_to_the_same(monkeypatch):
+    """Which images are kept aside, and what their error is, does not go by batches; three images are too few."""
+    monkeypatch.setattr("vitreuse.compress.fitting.FIT_STEPS", 0)
+    model = trained()
+    images = pixels(model, 8)
+    (once, _), (again, _) = (
+        fit_projections(convert(model, "exact*2 lowrank:9"), images.split(size))[2] for size in (8, 3)
+    )
+    assert once == pytest.approx(again, rel=1e-5) and once > 0
+    with pytest.raises(ValueError, match="3 images are too few"):
+        fit_projections(convert(model, "exact*2 lowrank:9"), [images[:3]])
 
 
 def test_one_projection_for_all_layers_is_not_fitted():
@@ -417,7 +445,7 @@ def command(folder, *argv):
 
 
 def test_the_command_writes_a_folder_that_timm_loads(folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("vitreuse.compress.convert.FIT_STEPS", 20)
+    monkeypatch.setattr("vitreuse.compress.fitting.FIT_STEPS", 20)
     argv = ("--plan", "exact reuse:2 lowrank:6", "-o", tmp_path / "new", "--data", folder / "data", "--json")
     assert command(folder, *argv) == 0
     result = json.loads(capsys.readouterr().out)

@@ -4,9 +4,9 @@ Importing registers the models: ``timm.create_model("vit_reuse_small_patch16_224
 """
 
 from vitreuse.compress.closed_form import fit_layers
-from vitreuse.compress.convert import convert, fit_projections
+from vitreuse.compress.convert import convert
 from vitreuse.compress.damage import measure_damage
-from vitreuse.compress.fitting import convert_on_images
+from vitreuse.compress.fitting import convert_on_images, fit_projections
 from vitreuse.compress.fold import fold
 from vitreuse.compress.recording import attention_maps
 from vitreuse.compress.redundancy import measure_redundancy

@@ -1,27 +1,24 @@
-"""A trained ViT taken into a plan, before any training.
+"""A trained ViT taken into a plan, before anything is fitted.
 
 Heads: the map that a reuse layer reads is mixed by the value head that suits it, and queries and keys go. Token
-projections start as pooling over the grid, or as what fits the attention of the original on images. Hidden units: the
-largest stay, or those that are named. Linear layers begin as ones that do nothing. All else stays.
+projections start as pooling over the grid. Hidden units: the largest stay, or those that are named. Linear layers begin
+as ones that do nothing. All else stays.
 
-Shapes: L layers, B images, H heads, N tokens, C channels.
+Shapes: L layers, H heads, C channels.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from vitreuse.attention import LowRankAttention
-from vitreuse.attention.lowrank import grid_pooling, init_projection
+from vitreuse.attention.lowrank import grid_pooling
 from vitreuse.compress.head_matching import match_plan, order_of_heads, rows_of_heads
-from vitreuse.compress.recording import recorded_attention
 from vitreuse.model.checkpoint import load_checkpoint
 from vitreuse.model.copies import exact_copy, untrained_copy
 from vitreuse.model.keywords import layers_of
@@ -29,8 +26,6 @@ from vitreuse.model.plan_weights import Units, refuse_more_units
 from vitreuse.plan import Plan, parse_plan
 
 LOWRANK_STARTS = ("random", "pooled", "fitted")
-FIT_STEPS, FIT_BATCH_SIZE = 300, 16
-FIT_LR = 0.06  # of the share that one of N tokens has in a mean that makes k, k / N
 
 
 @dataclass(frozen=True)
@@ -138,78 +133,12 @@ def pool_projections(layers: Iterable[Any], layerwise_proj: Tensor | None = None
     """Starts token projections as averages over cells of the grid; a convolution's as its mean."""
     for attn in (layer.attn for layer in layers if isinstance(layer.attn, LowRankAttention)):
         for projection in (attn.key_proj, attn.value_proj, layerwise_proj):
-            if projection is not None and attn.kind == "conv":
-                init_projection(projection, attn.kind, "mean")
-            elif projection is not None:
-                projection.copy_(grid_pooling(attn.grid, attn.num_prefix_tokens, attn.projected_dim))
+            if projection is not None:
+                projection.copy_(pooled_projection(attn, projection))
 
 
-def fit_projections(
-    conversion: Conversion, images: Iterable[Tensor], seed: int = 0, progress: Callable[[int], None] = lambda _: None
-) -> dict[int, tuple[float, float]]:
-    """Takes the token projections to what best gives back the attention of the original, each layer by itself.
-
-    Each layer sees the tokens that it has in the original, and its projections are all that moves: Adam on the squared
-    error of its output against that of exact attention, from where they are.
-
-    Args:
-        conversion: What convert returned; its model changes.
-        images: Batches (B, channels, rows, columns) to learn from.
-        seed: Of the order of the images.
-        progress: Told each layer that is done.
-
-    Returns:
-        By layer, the error before and after, relative to the square of the exact output.
-
-    Raises:
-        ValueError: Layers share a projection, so that none can be fitted by itself.
-    """
-    if conversion.model.key_proj is not None:
-        raise ValueError("projections of all layers in one cannot be fitted layer by layer: choose the pooled start.")
-    batches = list(images)
-    errors = {}
-    for layer, block in enumerate(conversion.model.blocks):
-        projections = [parameter for name, parameter in block.attn.named_parameters() if name.endswith("_proj")]
-        if isinstance(block.attn, LowRankAttention) and projections:
-            tokens, outputs = _attention_pairs(conversion.original, layer, batches)
-            errors[layer] = _fit(block.attn, projections, tokens, outputs, seed)
-            progress(layer)
-    return errors
-
-
-@torch.no_grad()
-def _attention_pairs(model: Any, layer: int, batches: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """What the attention of a layer is given, and gives back in the rows that are read, over all images."""
-    given, returned = [], []
-    with recorded_attention(model) as calls:
-        for images in batches:
-            model(images.to(next(model.parameters()).device))
-            given.append(calls[layer].inputs[0])
-            returned.append(calls[layer].output)
-    return torch.cat(given), torch.cat(returned)
-
-
-def _fit(attn: Any, projections: list[Any], tokens: Tensor, outputs: Tensor, seed: int) -> tuple[float, float]:
-    """Fits the projections of one attention; its error before and after. The better ones stay."""
-    generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.Adam(projections, lr=FIT_LR * attn.projected_dim / tokens.shape[1])
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, FIT_STEPS)
-    before, start = _error(attn, tokens, outputs), copy.deepcopy(attn.state_dict())
-    for _ in range(FIT_STEPS):
-        chosen = torch.randint(len(tokens), (min(FIT_BATCH_SIZE, len(tokens)),), generator=generator)
-        found = attn(tokens[chosen], num_queries=outputs.shape[1])
-        loss = F.mse_loss(found, outputs[chosen]) / outputs.square().mean()
-        optimizer.zero_grad()
-        loss.backward(inputs=projections)
-        optimizer.step()
-        schedule.step()
-    after = _error(attn, tokens, outputs)
-    if after >= before:
-        attn.load_state_dict(start)
-    return before, min(before, after)
-
-
-@torch.no_grad()
-def _error(attn: Any, tokens: Tensor, outputs: Tensor) -> float:
-    found = torch.cat([attn(part, num_queries=outputs.shape[1]) for part in tokens.split(FIT_BATCH_SIZE)])
-    return float(F.mse_loss(found, outputs) / outputs.square().mean())
+def pooled_projection(attn: LowRankAttention, projection: Tensor) -> Tensor:
+    """What pool_projections makes of one projection of an attention, of its shape, on the CPU."""
+    if attn.kind == "conv":
+        return torch.full(projection.shape, 1 / projection.shape[-1])
+    return grid_pooling(attn.grid, attn.num_prefix_tokens, attn.projected_dim).expand(projection.shape)

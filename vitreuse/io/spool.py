@@ -36,7 +36,10 @@ class Spool:
         return self._count
 
     def __iter__(self) -> Iterator[Any]:
-        return map(self._read, range(self._count))
+        return map(self.__getitem__, range(self._count))
+
+    def __getitem__(self, number: int) -> Any:
+        return torch.load(self._path(number), weights_only=False)  # written by this very process
 
     def append(self, value: Any) -> None:
         """Adds a value at the end."""
@@ -58,6 +61,3 @@ class Spool:
         except OSError as error:
             full = f"{self._folder.name} takes no more tokens of images ({error.strerror})"
             raise OSError(f"{full}: set TMPDIR to a folder on a larger disk, or give fewer images.") from error
-
-    def _read(self, number: int) -> Any:
-        return torch.load(self._path(number), weights_only=False)  # written by this very process

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from vitreuse.attention import EMPTY_CARRY
-from vitreuse.attention.lowrank import grid_pooling
 from vitreuse.compress.closed_form import before_scale, embedding_takes_bias
-from vitreuse.compress.convert import in_order_of_heads
+from vitreuse.compress.convert import in_order_of_heads, pooled_projection
 from vitreuse.compress.hidden_units import unit_ranking
 from vitreuse.compress.recording import inputs_of, layer_pass
 from vitreuse.compress.ridge import NormalEquations, Rows, best_fit, equations_of, images_apart, row_weights
@@ -102,13 +101,11 @@ class Pieces:
 
 def _pooled(model: Any, like: Tensor) -> dict[str, Tensor]:
     """Token projections that pool over the grid, by key, of the dtype and on the device of a tensor."""
-    found = {}
-    for key, parameter in model.named_parameters():
-        if key.endswith("_proj") and ".attn." in key:
-            attn = model.blocks[int(key.split(".")[1])].attn
-            pooled = grid_pooling(attn.grid, attn.num_prefix_tokens, attn.projected_dim)
-            found[key] = pooled.to(like).expand(parameter.shape)
-    return found
+    return {
+        key: pooled_projection(model.blocks[int(key.split(".")[1])].attn, parameter).to(like)
+        for key, parameter in model.named_parameters()
+        if key.endswith("_proj") and ".attn." in key
+    }
 
 
 class _Layer(NamedTuple):
