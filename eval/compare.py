@@ -16,6 +16,7 @@ from vitreuse.cli.console import add_output, positive
 from vitreuse.cost.measure import describe_machine
 from vitreuse.io.file_names import for_picture, to_bytes
 from vitreuse.io.process import choose_device
+from vitreuse.plan import parse_plan
 
 HELP = "completed runs in one table, with what of their differences is noise; also as files and a plot with -o"
 COLUMNS = (
@@ -130,7 +131,7 @@ def _baseline(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
 
 
 def _write(folder: Path, result: Mapping[str, Any]) -> None:
-    from eval.figures import Point, intervals_figure, scatter_figure  # matplotlib is optional
+    from eval.figures import Point, intervals_figure, kind_of, scatter_figure  # matplotlib is optional
 
     rows, caption = result["rows"], _caption(result)
     shown = [_shown(row) for row in rows]
@@ -144,7 +145,11 @@ def _write(folder: Path, result: Mapping[str, Any]) -> None:
     key, cost = "images_per_second", "throughput (images/s)"
     if result["batch_size"] is None:
         key, cost = "macs_m", "MACs (M)"
-    points = [Point(for_picture(row["name"]), row[key], row["top1"], row["top1_sd"]) for row in shown]
+    kinds = ["exact" if row["plan"] is None else kind_of(parse_plan(row["plan"])) for row in shown]
+    points = [
+        Point(for_picture(row["name"]), row[key], row["top1"], row["top1_sd"], kind)
+        for row, kind in zip(shown, kinds, strict=True)
+    ]
     scatter_figure(points, for_picture(caption), cost).savefig(folder / "scatter.png", dpi="figure")
     found = [{**row, "name": _named_plan(row)} for row in rows if row["difference"] is not None]
     if found:

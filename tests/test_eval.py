@@ -1,5 +1,6 @@
 """The instruments of `python -m eval`: counted by hand, on clocks that the tests set, and from the command line."""
 
+import csv
 import io
 import itertools
 import json
@@ -15,6 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from matplotlib.path import Path as Outline
 from matplotlib.text import Text
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -24,7 +26,7 @@ from torch import nn
 from eval import throughput
 from eval.__main__ import main
 from eval.distributed import Ranks, joined
-from eval.figures import Point, scatter_figure
+from eval.figures import STYLES, Point, kind_of, scatter_figure
 from eval.labelled import Share
 from eval.predictions import Predictions
 from eval.table import Column, to_csv, to_latex, to_markdown
@@ -36,6 +38,7 @@ from vitreuse.cost.measure import Timing, _LiveStorages, inference_call, peak_me
 from vitreuse.data import EncodedSample, Sample, write_shards
 from vitreuse.export.networks import plain_model, resolve_targets
 from vitreuse.model.preprocessing import evaluation_transform, image_settings
+from vitreuse.plan import parse_plan
 
 CONFIG = """
 model:
@@ -589,20 +592,71 @@ def test_throughput_covers_every_condition(experiment, tmp_path, capsys):
 
 def overlaps(figure) -> int:
     """How many pairs of labels and points overlap."""
-    boxes = [Text.get_window_extent(label) for label in figure.axes[0].texts]  # without the line to the point
-    marks = [figure.axes[0].transData.transform(marks.get_offsets()[0]) for marks in figure.axes[0].collections]
+    axes = figure.axes[0]
+    boxes = [Text.get_window_extent(label) for label in axes.texts]  # without the line to the point
+    marks = [spot for marks in axes.collections for spot in axes.transData.transform(marks.get_offsets())]
     hidden = sum(box.contains(*mark) for box in boxes for mark in marks)
     return hidden + sum(first.overlaps(second) for first, second in itertools.combinations(boxes, 2))
 
 
+def names_in(figure) -> set[str]:
+    """The names of the points, beside them or in the list beside the axes, whose numbers are beside them then."""
+    labels = {label.get_text() for label in figure.axes[0].texts}
+    if not figure.legends:
+        return labels
+    listed = [text.get_text().split(maxsplit=1) for text in figure.legends[0].get_texts()]
+    assert labels == {number for number, _ in listed}
+    return {name for _, name in listed}
+
+
+def crossings(figure) -> int:
+    """How many lines from a label to its point run through another label."""
+    labels = figure.axes[0].texts
+    lines = {label: Outline([label.xy, label.get_position()]) for label in labels}
+    boxes = {label: Text.get_window_extent(label) for label in labels}
+    return sum(lines[one].intersects_bbox(boxes[two], filled=True) for one, two in itertools.permutations(labels, 2))
+
+
 @pytest.mark.parametrize("spread", [0.0, 0.1, 10.0])
 def test_labels_of_the_plot_do_not_overlap(spread):
-    points = [Point(f"deit_reuse_small_{i}", 1000 + spread * i, 80 + spread * (i * 7 % 11) / 10) for i in range(11)]
+    kinds = itertools.cycle(STYLES)
+    points = [
+        Point(f"deit_reuse_small_{i}", 1000 + spread * i, 80 + spread * (i * 7 % 11) / 10, None, next(kinds))
+        for i in range(11)
+    ]
     figure = scatter_figure(points, "a caption " * 30, "throughput (images/s)")
-    assert [label.get_text() for label in figure.axes[0].texts] == [point.name for point in points]
+    assert names_in(figure) == {point.name for point in points}
     assert overlaps(figure) == 0
     assert figure.axes[0].get_xlabel() == "throughput (images/s)"
     assert figure.axes[0].get_ylabel() == "top-1 accuracy (%)"
+
+
+def test_no_line_of_a_crowded_plot_runs_through_a_label():
+    """The points of the study: 25 models, most of them in a corner."""
+    with (Path(__file__).parent.parent / "docs/study/pointer/results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    points = [
+        Point(row["name"], float(row["images_per_second"]), float(row["top1"]), float(row["top1_sd"])) for row in rows
+    ]
+    figure = scatter_figure(points, "a caption " * 30, "throughput (images/s)")
+    assert len(points) == 25 and names_in(figure) == {point.name for point in points}
+    assert overlaps(figure) == 0 and crossings(figure) == 0
+
+
+@pytest.mark.parametrize(
+    ("plan", "kind"),
+    [
+        ("exact*3", "exact"),
+        ("exact reuse:2 lowrank:5", "several"),
+        ("exact reuse*2", "reuse"),
+        ("exact-3 exact*2", "merging"),
+        ("exact/9 exact*2", "hidden units"),
+        ("exact-3/9 exact*2", "several"),
+        ("exact linear skip", "several"),
+    ],
+)
+def test_a_mark_says_what_a_plan_has_besides_exact_attention(plan, kind):
+    assert kind_of(parse_plan(plan)) == kind
 
 
 def test_tables_show_rounded_values_and_store_exact_ones():

@@ -1,4 +1,5 @@
-"""What the README shows is what happens: its Python runs, its ratios are computed, its commands name what exists."""
+"""What README and docs show is what happens: their Python runs, their ratios are computed, their commands name what
+exists; and the README is short."""
 
 import re
 import shlex
@@ -15,22 +16,27 @@ from vitreuse.plan import PRESETS, parse_plan
 from vitreuse.plan.language import WORDS
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+PAGES = ("README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))))
+MOST_WORDS = 1100
 
 
-def fenced(language):
-    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.DOTALL | re.MULTILINE)
+def read(page):
+    return (ROOT / page).read_text()
+
+
+def fenced(language, *pages):
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", "\n".join(map(read, pages)), flags=re.DOTALL | re.MULTILINE)
     return [text for word, text in blocks if word == language]
 
 
 def commands():
-    lines = "\n".join(fenced("sh")).splitlines()
+    lines = dict.fromkeys("\n".join(fenced("sh", *PAGES)).splitlines())
     return [shlex.split(line, comments=True) for line in lines if line.strip()]
 
 
 def five_commands(model):
     """Those for a trained model, of which each takes what the one before has left."""
-    (block,) = [block for block in fenced("sh") if f"vitreuse similarity {model}" in block]
+    (block,) = [block for block in fenced("sh", "README.md") if f"vitreuse similarity {model}" in block]
     return [shlex.split(line) for line in block.splitlines()]
 
 
@@ -40,16 +46,17 @@ def other_commands(is_ours):
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:FutureWarning")  # fvcore's import
-def test_the_python_runs(capsys):
+@pytest.mark.parametrize("page", PAGES)
+def test_the_python_runs(page, capsys):
     namespace = {}
-    for block in fenced("python"):
+    for block in fenced("python", page):
         exec(block, namespace)
         for expected in re.findall(r"print\(.*\)  # (.*)", block):
             assert expected in capsys.readouterr().out
 
 
 def test_the_ratios_are_computed():
-    rows = re.findall(r"\| `([^`]*)` \| ([\d.]+) \| ([\d.]+) \|", README)
+    rows = re.findall(r"\| `([^`]*)` \| ([\d.]+) \| ([\d.]+) \|", read("docs/plans.md"))
     assert len(rows) == 1 + len(PRESETS)
     for plan, macs_ratio, params_ratio in rows:
         found = describe("deit_small_patch16_224", plan)
@@ -57,7 +64,7 @@ def test_the_ratios_are_computed():
 
 
 def test_the_words_and_plans_are_those_of_the_language():
-    block = next(block for block in fenced("") if block.startswith("exact  "))
+    block = next(block for block in fenced("", "docs/plans.md") if block.startswith("exact  "))
     words, examples = block.split("\n\n")
     specs = re.findall(r"^\S+", words, flags=re.MULTILINE)
     assert [str(parse_plan(f"exact {spec}")[1]) for spec in specs] == specs
@@ -105,16 +112,20 @@ def test_both_models_go_through_the_same_five_commands():
     assert load_config(ROOT / real[3][3]).train.distill.teacher.name == real[0][2]
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/training.md", "docs/evaluation.md", "experiments.md"])
+def test_the_readme_is_short():
+    assert len(read("README.md").split()) <= MOST_WORDS
+
+
+@pytest.mark.parametrize("page", [*PAGES, "experiments.md"])
 def test_links_lead_to_files(page):
-    for link in re.findall(r"\]\((?!https?://|#)([^)#]+)", (ROOT / page).read_text()):
+    for link in re.findall(r"\]\((?!https?://|#)([^)#]+)", read(page)):
         assert ((ROOT / page).parent / link).exists(), f"{page} links to {link}"
 
 
 def test_the_tree_names_what_exists():
-    tree = next(block for block in fenced("") if block.startswith("vitreuse/ "))
+    tree = next(block for block in fenced("", "docs/contributing.md") if block.startswith("vitreuse/ "))
     files = re.findall(r"[\w/]+\.py\b|^\w+/|(?<=^  )\w+/", tree, flags=re.MULTILINE)
     assert len(files) > 15
     for name in files:
         found = [*ROOT.glob(f"*/{name}"), *ROOT.glob(f"*/*/{name}"), *ROOT.glob(name)]
-        assert found, f"the README's tree names {name}, which does not exist"
+        assert found, f"the tree names {name}, which does not exist"

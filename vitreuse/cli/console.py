@@ -94,7 +94,7 @@ def run_command(
     parser = Parser(prog=prog, description=description)
     parser.add_argument("--version", action="version", version=versions(), help="print versions and exit")
     if " " not in prog:  # what a shell can complete
-        meaning = "print what completes this command in a shell, see README.md"
+        meaning = "print what completes this command in a shell, see docs/plans.md"
         parser.add_argument("--print-completion", action=PrintCompletion, choices=SHELLS, help=meaning)
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in commands.items():

@@ -13,8 +13,8 @@ from docs.study.dinov2.measure import Line
 from docs.study.dinov2.packages import DATA
 from docs.study.dinov2.saliency import SaliencyHead
 from docs.study.dinov2.weights import trained
-from eval.figures import COLOURS, MARKS, Point, framed, name_points
-from vitreuse import convert
+from eval.figures import STYLES, Point, framed, kind_of, mark_and_name
+from vitreuse import convert, parse_plan
 from vitreuse.io.durable import durable_file
 from vitreuse.model.preprocessing import evaluation_transform
 
@@ -35,26 +35,17 @@ def quality_figure(lines: Sequence[Line], caption: str, path: Path) -> None:
         path: To write.
     """
     figure, axes = framed((11, 8), [caption])
-    points = []
-    for number, word in enumerate(dict.fromkeys(line["word"] for line in lines)):
-        of_word = [line for line in lines if line["word"] == word]
-        distances = [max(NEAREST, 1 - line["photographs"]["patch_cosine"]) for line in of_word]
-        speedups = [line["speedup"] for line in of_word]
-        mark, colour = MARKS[number % len(MARKS)], COLOURS[(number + number // len(MARKS)) % len(COLOURS)]
-        axes.scatter(speedups, distances, s=50, color=colour, marker=mark, zorder=3)
-        names = [line["plan"] for line in of_word]
-        points += [Point(*values) for values in zip(names, speedups, distances, strict=True)]
     axes.set_yscale("log")
     axes.invert_yaxis()
-    axes.margins(0.12)
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
     axes.set_xlabel("speed-up over timm's best plain model, measured")
     axes.set_ylabel("1 - cosine of patch tokens to the original's, photographs (better above)")
-    figure.draw_without_rendering()
-    figure.set_layout_engine("none")  # labels are placed in the layout that is drawn
-    name_points(axes, points, fontsize=7)
+    mark_and_name(axes, [_point(line) for line in lines], fontsize=7)
     _write(figure, path)
+
+
+def _point(line: Line) -> Point:
+    distance = max(NEAREST, 1 - line["photographs"]["patch_cosine"])
+    return Point(line["plan"], line["speedup"], distance, kind=kind_of(parse_plan(line["plan"])))
 
 
 def promises_figure(lines: Sequence[Line], caption: str, path: Path) -> None:
@@ -74,9 +65,9 @@ def promises_figure(lines: Sequence[Line], caption: str, path: Path) -> None:
     for place, (measured, promises) in enumerate(panels, 1):
         panel: Any = figure.add_subplot(1, 2, place)
         realised = [line[measured] for line in lines]
-        for number, (key, meaning) in enumerate(promises.items()):
+        for (colour, mark), (key, meaning) in zip(STYLES.values(), promises.items(), strict=False):
             promised = [line[key] for line in lines]
-            style = {"s": 22, "color": COLOURS[number], "marker": MARKS[number], "zorder": 3}
+            style = {"s": 22, "color": colour, "marker": mark, "zorder": 3}
             panel.scatter(realised, promised, label=meaning, **style)
         panel.axline((0.5, 0.5), (1, 1), color="0.6", linewidth=0.8, linestyle="--")
         panel.set_xlabel(f"{measured}, measured")
