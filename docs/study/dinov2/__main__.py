@@ -86,8 +86,8 @@ def joined(size_px: int) -> list[Line]:
 
 
 def show() -> None:
-    """Writes results.md, a figure for each size, and the one of saliency."""
-    tables = []
+    """Writes results.md, a figure for each size, one of both with searched plans, and the one of saliency."""
+    tables, sizes, machine = [], {}, {}
     for size_px in SIZES_PX:
         if rows := joined(size_px):
             machine = rows[0]["machine"]
@@ -98,6 +98,12 @@ def show() -> None:
             )
             tables.append(f"## {size_px} px\n\n" + to_markdown([_flat(row) for row in rows], COLUMNS, caption))
             figures.quality_figure(rows, caption, HERE / f"quality_{size_px}.png")
+            sizes[size_px] = rows
+    if sizes:
+        what = "DINOv2 ViT-S/14 under plans, without a gradient step; 25 photographs that chose nothing. Float32"
+        where = f"{machine['threads']} threads, {machine['device']}, {machine['date']}."
+        lines = list(read_lines(searched.SEARCHED).values())
+        figures.headline_figure(sizes, lines, f"{what}, {where}", HERE / "headline.png")
     write_durably(HERE / "results.md", "\n".join(["# DINOv2 ViT-S/14 without any training\n", *tables]).encode())
     figures.saliency_figure(ATTENTION_PLAN, HERE / "saliency.png")
 

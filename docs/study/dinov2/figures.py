@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,45 @@ def quality_figure(lines: Sequence[Line], caption: str, path: Path) -> None:
 def _point(line: Line) -> Point:
     distance = max(NEAREST, 1 - line["photographs"]["patch_cosine"])
     return Point(line["plan"], line["speedup"], distance, kind=kind_of(parse_plan(line["plan"])))
+
+
+def headline_figure(joined: Mapping[int, Sequence[Line]], searched: Sequence[Line], caption: str, path: Path) -> None:
+    """What each word loses, and what a searched plan does, over how much faster it is: a panel for each image size.
+
+    Args:
+        joined: By image size, lines of quality and speed joined.
+        searched: Lines of searched.jsonl.
+        caption: Below the figure.
+        path: To write.
+    """
+    figure, first = framed((10, 4.8), [caption])
+    first.remove()
+    for place, (size_px, lines) in enumerate(joined.items(), 1):
+        panel: Any = figure.add_subplot(1, len(joined), place)
+        series: dict[str, list[Point]] = {}
+        for point in map(_point, lines):
+            series.setdefault(point.kind, []).append(point)
+        series["searched"] = [_searched_point(line["rows"][0]) for line in searched if line["image_size_px"] == size_px]
+        for kind, points in series.items():
+            colour, mark = STYLES["several" if kind == "searched" else kind]
+            ordered = sorted((point.cost, point.top1) for point in points)
+            wide = 2 if kind in ("searched", "merging") else 0.8
+            panel.plot(*zip(*ordered, strict=True), color=colour, marker=mark, linewidth=wide, label=kind)
+        panel.set(title=f"{size_px} px", yscale="log", xlabel="speed-up over timm's best plain model, measured")
+        panel.invert_yaxis()
+        panel.grid(alpha=0.3)
+        panel.spines[["top", "right"]].set_visible(False)
+        if place == 1:
+            panel.set_ylabel("1 - cosine of patch tokens (better above)")
+    handles, labels = panel.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False, fontsize=8)
+    _write(figure, path)
+
+
+def _searched_point(row: Line) -> Point:
+    """A searched plan, whose distances of class / patch tokens are a text, in percent."""
+    _, patches = row["photographs"].split(" / ")
+    return Point(row["plan"], row["speedup"], float(patches) / 100)
 
 
 def promises_figure(lines: Sequence[Line], caption: str, path: Path) -> None:
