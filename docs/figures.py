@@ -42,7 +42,10 @@ class Measured:
 def read(path: Path) -> list[Measured]:
     """The figures of a YAML file."""
     entries: list[dict[str, Any]] = yaml.safe_load(path.read_text())
-    return [Measured(**{key: tuple(v) if isinstance(v, list) else v for key, v in each.items()}) for each in entries]
+    return [
+        Measured(each["figure"], tuple(each["pages"]), each["command"], tuple(each["data"]), tuple(each["code"]))
+        for each in entries
+    ]
 
 
 def changes_since(measured: Measured, root: Path) -> list[str] | None:

@@ -4,6 +4,7 @@
     python -m docs.study.dinov2 --ablation     # what each choice in merging is worth: ablation.md
     python -m docs.study.dinov2 --fits         # what each piece of the fit in closed form is worth: fits.md
     python -m docs.study.dinov2 --searched     # searched plans beside constant merging: searched.md
+    python -m docs.study.dinov2 --healed       # ten minutes of healing for two of these: searched.md
     python -m docs.study.dinov2 --promises     # forecast damage and time of random plans, and what comes: promises.md
     python -m docs.study.dinov2 --ranking      # the layers that plans.py changes first: ranking.md
 """
@@ -15,7 +16,7 @@ import sys
 from functools import partial
 from typing import Any
 
-from docs.study.dinov2 import ablation, figures, fits, measure, promises, ranking, searched
+from docs.study.dinov2 import ablation, figures, fits, healed, measure, promises, ranking, searched
 from docs.study.dinov2.commands import measure_healed, run_commands
 from docs.study.dinov2.images import SIZES_PX, build
 from docs.study.dinov2.measure import QUALITY, SPEED, Line, read_lines
@@ -50,6 +51,7 @@ INSTEAD = {
     "ablation": ("measure the choices in merging instead: ablation.md", ablation.main),
     "fits": ("measure the pieces of the fit in closed form instead: fits.md", fits.main),
     "searched": ("search plans, and measure them beside constant merging: searched.md", searched.main),
+    "healed": ("heal two searched plans for ten minutes each: searched.md", healed.main),
     "promises": ("measure what is forecast of random plans, and what comes: promises.md", promises.main),
     "ranking": ("rank layers by what words lose in them instead: ranking.md", ranking.main),
 }

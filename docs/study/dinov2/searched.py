@@ -43,7 +43,7 @@ from vitreuse.io.durable import write_durably
 from vitreuse.model.copies import exact_copy
 from vitreuse.plan import EXACT, Plan, Spec
 
-SEARCHED = HERE / "searched.jsonl"
+SEARCHED, HEALED = HERE / "searched.jsonl", HERE / "healed.jsonl"
 SHARES = {224: (0.7, 0.6, 0.4), 518: (0.6, 0.5, 0.4, 0.33)}  # of the MACs, at which constant merging sets the time
 WANTED = [(size_px, f"{share:g}") for size_px, shares in SHARES.items() for share in shares]
 NUM_IMAGES = {224: (256, 32), 518: (56, 8)}  # fitted, and tried
@@ -188,14 +188,18 @@ def main() -> None:
 
 
 def show() -> None:
-    """Writes searched.md of the lines that are there."""
-    kept, tables = read_lines(SEARCHED), []
+    """Writes searched.md of the lines that are there, with the rows of healed.py."""
+    kept, healed, tables = read_lines(SEARCHED), read_lines(HEALED), []
     for size_px in SHARES:
         lines = [kept[key] for key in WANTED if key[0] == size_px and key in kept]
         if not lines:
             continue
         blank = {"knn": None, "saliency": None}  # of all but the searched plan
-        rows = [{"share": float(line["plan"]), **blank, **row} for line in lines for row in line["rows"]]
+        rows = [
+            {"share": float(line["plan"]), **blank, **row}
+            for line in lines
+            for row in (*line["rows"], *healed.get((size_px, line["plan"]), {"rows": []})["rows"])
+        ]
         machine = lines[-1]["machine"]
         caption = (
             f"{size_px} px: 100 x (1 - cosine) of class / patch tokens to the original's. {machine['device']}, "

@@ -66,18 +66,31 @@ def expected_of_healing(
         minutes: At the best rate.
         batch_size: Images of a step, at most.
     """
-    pupils = [_Pupil(original, converted, rate, mirrored_in_turns(fitted, batch_size)) for rate in RATES]
-    for pupil in pupils:
-        pupil.heal(60 * minutes * SHORT)
-    best = min(pupils, key=lambda pupil: mean_distance(original, pupil.model, tried))
-    best.heal(60 * minutes * (1 - SHORT))
+    best = heal_for(original, converted, fitted, tried, minutes, batch_size)
     before, after = (
         mean_distance(original, model, (batch for batch, _ in shown())) for model in (converted, best.model)
     )
     return Expected(best.rate, best.num_steps, best.seconds, before, after)
 
 
-class _Pupil:
+def heal_for(
+    original: Any,
+    converted: Any,
+    fitted: Iterable[Tensor],
+    tried: Iterable[Tensor],
+    minutes: float,
+    batch_size: int,
+) -> Pupil:
+    """A copy of a converted model, healed for so many minutes at the best of three rates; see expected_of_healing."""
+    pupils = [Pupil(original, converted, rate, mirrored_in_turns(fitted, batch_size)) for rate in RATES]
+    for pupil in pupils:
+        pupil.heal(60 * minutes * SHORT)
+    best = min(pupils, key=lambda pupil: mean_distance(original, pupil.model, tried))
+    best.heal(60 * minutes * (1 - SHORT))
+    return best
+
+
+class Pupil:
     """A copy of a converted model that learns from the original at a rate.
 
     Attributes:
