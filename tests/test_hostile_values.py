@@ -110,6 +110,12 @@ def outcome(path, *overrides):
     return None
 
 
+def test_a_model_without_a_head_is_told_how_to_get_one(config_path):
+    """A backbone of timm, as DINOv2 is, has none by its name."""
+    said = outcome(config_path, "model.keywords.num_classes=0")
+    assert said.endswith("it has no head, so set model.keywords.num_classes to the number of classes.")
+
+
 @pytest.mark.parametrize(("dotted", "kind"), [setting for setting in settings(Config) if setting[0] not in APART])
 def test_a_setting_is_right_or_refused(config_path, dotted, kind):
     needed = [f"{key}={value}" for key, value in SECTIONS.items() if dotted.startswith(f"{key}.")]

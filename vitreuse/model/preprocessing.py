@@ -115,9 +115,12 @@ def check_answers(answer: Callable[[Tensor], Any], images: Tensor, num_classes: 
     for logits in found if isinstance(found, tuple) else (found,):
         if getattr(logits, "shape", None) != (len(images), num_classes):
             given = " x ".join(map(str, logits.shape)) if isinstance(logits, Tensor) else type(logits).__name__
+            way_out = "change its keywords, such as global_pool or features_only"
+            if num_classes == 0:
+                way_out = "it has no head, so set model.keywords.num_classes to the number of classes"
             raise ConfigError(
                 f"{name} answers an image of {shape} with {given} instead of a logit for each of {num_classes} "
-                "classes: change its keywords, such as global_pool or features_only."
+                f"classes: {way_out}."
             )
 
 
