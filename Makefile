@@ -49,6 +49,8 @@ figures: $(READY)
 
 # Offline, and with what is installed: a machine with a card has its own torch.
 gpu:
+	@$(PYTHON) -c 'import torch, timm' 2>/dev/null || { \
+		echo "$(PYTHON) has no torch or no timm: name one that has, as in make PYTHON=$(RUN) gpu." >&2; exit 2; }
 	@PYTHONPATH=tests $(PYTHON) -m tests.gpu
 
 test: $(READY)
