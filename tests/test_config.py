@@ -104,7 +104,10 @@ def test_values_are_read_by_declared_type(write):
         ("train.crop={scale: [0.1]}", "command line: train.crop.scale must be a list of 2 values, not a list."),
         ("train.crop={scale: [0.1, x]}", "command line: train.crop.scale.1 must be a number, not 'x'."),
         ("train.optimizer=adamw", "command line: train.optimizer must be a mapping, not 'adamw'."),
-        ("data.source=digit", "data.source is 'digit', allowed are digits, pointer_chain, did you mean 'digits'?"),
+        (
+            "data.source=digit",
+            "data.source is 'digit', allowed are digits, pointer_chain, fashion_mnist, did you mean 'digits'?",
+        ),
         ("train.epoch=3", "command line: train.epoch is not a key, did you mean 'epochs'?"),
         ("trian.epochs=3", "command line: trian is not a key, did you mean 'train'?"),
         ("train.mixup={zzz: 1}", "is not a key; train.mixup knows mixup, cutmix, prob, switch_prob, groups."),

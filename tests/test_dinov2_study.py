@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import vitreuse
+from docs.study.debian import unpack_debian
 from docs.study.dinov2 import (
     commands,
     fits,
@@ -235,16 +236,16 @@ def test_a_file_of_another_version_is_refused(tmp_path):
 
 def test_without_apt_a_sentence_names_the_files(tmp_path):
     with pytest.raises(ValueError) as refused:
-        packages.unpack_debian(tmp_path, which=lambda tool: None)
+        unpack_debian(packages.DEBIAN, tmp_path, which=lambda tool: None)
     said = str(refused.value)
     assert "\n" not in said and said.startswith("apt-get and dpkg-deb would fetch")
     assert all(f"{name}_*.deb" in said for name in packages.DEBIAN) and str(tmp_path / "debian") in said
     for name in packages.DEBIAN[1:]:
         (tmp_path / "debian" / name).mkdir(parents=True)
     with pytest.raises(ValueError, match=f"unpack {packages.DEBIAN[0]}_[*].deb of Debian into"):
-        packages.unpack_debian(tmp_path, which=lambda tool: None)
+        unpack_debian(packages.DEBIAN, tmp_path, which=lambda tool: None)
     (tmp_path / "debian" / packages.DEBIAN[0]).mkdir()
-    assert packages.unpack_debian(tmp_path, which=lambda tool: None) == tmp_path / "debian"
+    assert unpack_debian(packages.DEBIAN, tmp_path, which=lambda tool: None) == tmp_path / "debian"
 
 
 # Measures

@@ -10,7 +10,7 @@ from sklearn.datasets import load_digits
 from tiny_split import make_samples, read_all, write_split
 
 from vitreuse.data import DataError, open_split, prepare_source, verify_shards, write_shards
-from vitreuse.data.sources import POINTER_SAMPLES
+from vitreuse.data.sources.digits import POINTER_SAMPLES
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +117,7 @@ def test_missing_package_names_the_extra(tmp_path, monkeypatch):
 
 
 def test_unknown_source(tmp_path):
-    with pytest.raises(DataError, match="no built-in data set 'digit': choose digits, pointer_chain, or"):
+    with pytest.raises(DataError, match="no built-in data set 'digit': choose digits, pointer_chain, fashion_mnist, or"):
         prepare_source("digit", tmp_path)
 
 
@@ -157,7 +157,7 @@ def test_losing_a_race_ends_well(tmp_path, monkeypatch):
         write_shards(samples, *args[1:])
         write_shards(samples, *args[1:])
 
-    monkeypatch.setattr("vitreuse.data.sources.write_shards", write_twice)
+    monkeypatch.setattr("vitreuse.data.sources.prepare.write_shards", write_twice)
     prepare_source("digits", tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["train", "val"]
     assert len(open_split(tmp_path, "train")) == 1437

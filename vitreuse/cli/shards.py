@@ -1,4 +1,4 @@
-"""``vitreuse shards {build|digits|index|verify|info}``: write, index and check WebDataset shards."""
+"""``vitreuse shards {build|digits|fashion_mnist|index|verify|info}``: write, index and check WebDataset shards."""
 
 import argparse
 import dataclasses
@@ -20,7 +20,7 @@ from vitreuse.data import (
     verify_shards,
 )
 
-HELP = "build shards from images or the digits; index, verify or describe a folder of shards"
+HELP = "build shards from images, the digits or Fashion-MNIST; index, verify or describe a folder of shards"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,6 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         verb_parser.set_defaults(action=action)
         if verb == "build":
             _add_build_arguments(verb_parser)
+        if verb == "fashion_mnist":
+            text = "folder of its four files, or torchvision's root; default: Debian's, else FOLDER/../FashionMNIST/raw"
+            verb_parser.add_argument("--from", dest="origin", type=local_path, metavar="DIR", help=text)
         if verb == "index":
             text = "a name a line, of the labels 0, 1, ...; default: those that the index has, else the numbers"
             verb_parser.add_argument("--class-names", type=local_path, metavar="FILE", help=text)
@@ -71,6 +74,11 @@ def _digits(args: argparse.Namespace) -> list[Path]:
     return [args.folder / split for split in ("train", "val")]
 
 
+def _fashion_mnist(args: argparse.Namespace) -> list[Path]:
+    prepare_source("fashion_mnist", args.folder, args.origin)
+    return [args.folder / split for split in ("train", "val")]
+
+
 def _index(args: argparse.Namespace) -> list[Path]:
     names = None if args.class_names is None else _read_names(args.class_names)
     build_index(args.folder, names, _workers(args))
@@ -98,6 +106,7 @@ def _workers(args: argparse.Namespace) -> Workers:
 VERBS = {
     "build": (_build, "write images as shards; the same command again goes on where it was stopped"),
     "digits": (_digits, "write scikit-learn's digits as FOLDER/train and FOLDER/val"),
+    "fashion_mnist": (_fashion_mnist, "write Fashion-MNIST, from its files, as FOLDER/train and FOLDER/val"),
     "index": (_index, "index the WebDataset tars of a folder"),
     "verify": (_verify, "compare every byte of a folder's shards with their index; exit code 2 if they differ"),
     "info": (lambda args: [args.folder], "sum up a folder of indexed shards"),

@@ -8,7 +8,7 @@ from vitreuse.data.shards.folder import EncodedSample, shards_info, verify_shard
 from vitreuse.data.shards.index import build_index, load_index
 from vitreuse.data.shards.scan import Shard
 from vitreuse.data.shards.workers import Workers, end_with_parent, usable_cpus
-from vitreuse.data.sources import SOURCES, prepare_source
+from vitreuse.data.sources.prepare import SOURCES, prepare_source
 from vitreuse.data.splits import choose_split, find_split
 from vitreuse.io.errors import DataError, DecodeError
 

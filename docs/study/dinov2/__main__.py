@@ -16,11 +16,12 @@ import sys
 from functools import partial
 from typing import Any
 
+from docs.study.debian import unpack_debian
 from docs.study.dinov2 import ablation, figures, fits, healed, measure, promises, ranking, searched
 from docs.study.dinov2.commands import measure_healed, run_commands
 from docs.study.dinov2.images import SIZES_PX, build
 from docs.study.dinov2.measure import QUALITY, SPEED, Line, read_lines
-from docs.study.dinov2.packages import HERE, unpack_debian
+from docs.study.dinov2.packages import DATA, DEBIAN, HERE
 from docs.study.dinov2.plans import ATTENTION_PLAN, EXACT, plans
 from docs.study.dinov2.weights import checkpoint
 from eval.table import Column, to_markdown
@@ -123,7 +124,7 @@ def main() -> int:
         instead.add_argument(f"--{name}", dest="instead", action="store_const", const=name, help=meaning)
     args = parser.parse_args()
     try:
-        build(unpack_debian())
+        build(unpack_debian(DEBIAN, DATA))
         checkpoint()
         if args.instead is not None:
             _, run = INSTEAD[args.instead]
