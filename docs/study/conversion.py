@@ -1,4 +1,4 @@
-"""Teachers of the study searched, converted and healed, and the table of it: the last part of `make study`.
+"""Teachers of the study searched, converted and healed, and the table of it: a part of `make study`.
 
 A line of conversion/runs.jsonl is one teacher in one plan: that of a preset, or the one that `vitreuse search` finds
 for a share of the MACs over all words; then `vitreuse convert` and `python -m train configs/study/heal_TASK.yaml`, as a
