@@ -17,6 +17,7 @@ from torch import nn
 
 from vitreuse.config import LOCAL_DIR, Config, ConfigError, ModelConfig, load_config
 from vitreuse.export.hub import CONFIG, WEIGHTS, is_hub_folder, read_hub_folder
+from vitreuse.io.checkout import of_checkout
 from vitreuse.io.checkpoint_file import Weights, read_weights
 from vitreuse.io.errors import nearest, nearest_path
 from vitreuse.io.process import print_note
@@ -126,7 +127,7 @@ class Target:
         for path in paths:
             if path.exists():
                 return path
-        raise ValueError(f"{self.run_dir} has no weights yet: go on with python -m train.")
+        raise ValueError(f"{self.run_dir} has no weights yet: go on with python -m train{of_checkout()}.")
 
 
 def _refuse_plain(report: LoadReport) -> None:
@@ -188,7 +189,7 @@ def _resolve(text: str) -> Target:
         if not (path / "config.yaml").exists():
             raise ValueError(
                 f"{text} is neither a run folder nor a hub folder, it has no config.yaml and no config.json with "
-                "model.safetensors: give one that python -m train or vitreuse export wrote."
+                f"model.safetensors: give one that vitreuse export wrote, or python -m train{of_checkout()}."
             )
         config = load_config(path / "config.yaml")
         return Target(path.resolve().name, config.model, config, path)
