@@ -20,7 +20,7 @@ from vitreuse.__main__ import main
 from vitreuse.export.networks import resolve_targets
 
 ROOT = Path(__file__).resolve().parents[1]
-PLAN = "exact*6 reuse*6"
+PLAN = "exact-8*5 exact reuse*6"
 
 FORWARD = f"""
 import timm, torch, vitreuse
