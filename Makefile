@@ -1,4 +1,4 @@
-# make demo | study | dinov2 | speed | figures | gpu | test | lint | proof | clean; each makes its own set-up first. make PYTHON=python3.12 picks the interpreter.
+# make demo | study | dinov2 | speed | figures | gpu | docs | test | lint | proof | clean; each makes its own set-up first. make PYTHON=python3.12 picks the interpreter.
 .POSIX:
 PYTHON = python3
 VENV = .venv
@@ -6,7 +6,7 @@ RUN = $(VENV)/bin/python
 READY = $(VENV)/ready
 DEMO = exact reuse lazy lowrank mixspan merge
 
-.PHONY: help demo study dinov2 speed figures gpu test lint proof clean
+.PHONY: help demo study dinov2 speed figures gpu docs test lint proof clean
 
 help:
 	@echo "make demo    train an exact ViT and the five presets on scanned digits, and compare them: runs/demo"
@@ -16,10 +16,11 @@ help:
 	@echo "make speed   the speed of plans over image size, beside timm's: docs/speed; half an hour of a machine that does nothing else"
 	@echo "make figures which figures of README and docs are older than the code that they speak of"
 	@echo "make gpu     what only an NVIDIA card can show, in eight minutes, with the packages that PYTHON has: docs/gpu"
+	@echo "make docs    the documentation as a site, without a network: site/index.html"
 	@echo "make test    the tests"
 	@echo "make lint    ruff and pyright"
 	@echo "make proof   the tests that take longer; timm's own tests and loader beside ours; training killed and broken in"
-	@echo "             every way; the report in a browser, Debian's chromium, which root installs where it is missing"
+	@echo "             every way; report and site in a browser, Debian's chromium, which root installs where it is missing"
 	@echo "make clean   remove the environment and what was built; runs/ and data/ stay"
 
 # Two runs at a time, one thread each (configs/digits).
@@ -59,6 +60,10 @@ gpu:
 		echo "$(PYTHON) has no torch or no timm: name one that has, as in make PYTHON=$(RUN) gpu." >&2; exit 2; }
 	@PYTHONPATH=tests $(PYTHON) -m tests.gpu
 
+# A link that leads nowhere is an error. Its search needs a server: python -m http.server -d site.
+docs: $(READY)
+	@NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
+
 test: $(READY)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2
 
@@ -72,9 +77,10 @@ proof: $(READY)
 	$(RUN) tests/storms
 	$(RUN) -m tests.loader
 	$(RUN) -m tests.report
+	$(RUN) -m tests.website
 
 clean:
-	rm -rf $(VENV) build dist vitreuse.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site vitreuse.egg-info .pytest_cache .ruff_cache .hypothesis
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \

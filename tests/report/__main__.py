@@ -6,32 +6,27 @@ for, the console stays empty, nothing is wider than the window, keys reach every
 
 from __future__ import annotations
 
-import io
-import os
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 
 from eval.__main__ import main as evaluate
-from tests.report.browser import Page, find_chromium, opened
+from tests.browser import Page, flaws_of_look, flaws_of_traffic, installed_chromium, opened
 from tests.report.fabricated import PLANS, make_runs
 
 PICTURES = Path("runs/report")
-WINDOWS = {"phone-dark": (360, 800, "dark"), "desktop-light": (1280, 900, "light")}
+WINDOWS = ("phone-dark", "desktop-light")
 MOST_BYTES, MOST_SECONDS = 3_000_000, 20.0
 HOSTILE = "</script><img src=x onerror=alert(1)>"
 
 
 def main() -> int:
     """Checks a page; 0 if all holds, 1 if not, 2 without a browser."""
-    chromium = find_chromium() or _install_chromium()
+    chromium = installed_chromium()
     if chromium is None:
         print("the report is looked at in Chromium, which is missing: apt-get install chromium.", file=sys.stderr)
         return 2
@@ -50,15 +45,6 @@ def main() -> int:
     return 1 if found else 0
 
 
-def _install_chromium() -> str | None:
-    """Debian's, where this process may install it."""
-    if os.geteuid() == 0:
-        for command in (["apt-get", "update"], ["apt-get", "install", "-y", "--no-install-recommends", "chromium"]):
-            environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-            subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=False)
-    return find_chromium()
-
-
 def _build(runs: list[str], path: Path) -> list[str]:
     """What is wrong with how a page is built."""
     start = time.monotonic()
@@ -71,31 +57,15 @@ def _build(runs: list[str], path: Path) -> list[str]:
 
 def _flaws(page: Page, path: Path, window: str) -> Iterator[str]:
     """What is wrong with a page in a window."""
-    page.show(path, *WINDOWS[window])
-    picture = page.screenshot()
-    (PICTURES / f"{window}.png").write_bytes(picture)
-    yield from _flaws_of_picture(picture, window.endswith("dark"))
-    yield from _flaws_of_layout(page, WINDOWS[window][0])
+    url = path.resolve().as_uri()
+    yield from flaws_of_look(page, url, window, PICTURES / f"{window}.png")
+    yield from _flaws_of_content(page)
     yield from _flaws_under_keys(page)
-    yield from page.problems
-    yield from (f"{url} was asked for" for url in page.requests if url != path.resolve().as_uri())
-    page.problems.clear()
+    yield from flaws_of_traffic(page, url)
 
 
-def _flaws_of_picture(picture: bytes, is_dark: bool) -> Iterator[str]:
-    """Whether it shows a page of many colours, dark or light as asked."""
-    pixels = np.asarray(Image.open(io.BytesIO(picture)).convert("RGB"))
-    if len(np.unique(pixels.reshape(-1, 3), axis=0)) < 100:
-        yield "the picture is blank"
-    if (np.median(pixels) < 128) != is_dark:
-        yield f"the picture is {'light' if is_dark else 'dark'}"
-
-
-def _flaws_of_layout(page: Page, window_px: int) -> Iterator[str]:
-    """Whether everything is there, and nothing wider than the window."""
-    width_px = page.ask("document.documentElement.scrollWidth")
-    if width_px > window_px:
-        yield f"{width_px} px wide in a window of {window_px}"
+def _flaws_of_content(page: Page) -> Iterator[str]:
+    """Whether everything is there, once, as text."""
     for selector, number in {
         "#table tbody tr": 6,
         "#scatters svg .mark": 18,

@@ -76,7 +76,8 @@ def measure_damage(
         specs: What a layer may become.
         redundancy: What was measured on this model, for the heads that match.
         progress: Told how many images are done.
-        num_rows, seed: Of the rows whose errors are looked at, as measure_redundancy takes them.
+        num_rows: How many patches' rows have their errors looked at in each image, as measure_redundancy takes it.
+        seed: By which they are drawn.
 
     Raises:
         ValueError: The model is not exact, a spec does not fit it, or there are no images, or no rows.

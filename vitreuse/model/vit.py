@@ -58,7 +58,10 @@ class PlanVisionTransformer(timm_vit.VisionTransformer):
             plan: One attention spec per layer, as text or parsed.
             depth: Number of layers.
             num_heads: Number of heads of every layer.
-            reuse_backend, lowrank_sharing, lowrank_projection, lowrank_init: See PlanOptions.
+            reuse_backend: See PlanOptions.
+            lowrank_sharing: See PlanOptions.
+            lowrank_projection: See PlanOptions.
+            lowrank_init: See PlanOptions.
             **kwargs: timm's.
 
         Raises:

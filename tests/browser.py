@@ -1,4 +1,7 @@
-"""A headless Chromium, spoken to through the DevTools protocol over two pipes: no driver, no further package."""
+"""A headless Chromium, spoken to through the DevTools protocol over two pipes: no driver, no further package.
+
+And what must hold of the look of every page of ours: tests/report and tests/website have more to ask of theirs.
+"""
 
 from __future__ import annotations
 
@@ -14,17 +17,63 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
+
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 PATIENCE_S = 60.0
+SIZES = {"phone": (360, 800), "desktop": (1280, 900)}
+WINDOWS = {f"{name}-{scheme}": (*size, scheme) for name, size in SIZES.items() for scheme in ("light", "dark")}
+LOOPBACK = "127.0.0.1"
+FAINT_TEXT = """(() => {
+    const canvas = new OffscreenCanvas(1, 1).getContext("2d", { willReadFrequently: true });
+    const rgba = colour => {
+        canvas.clearRect(0, 0, 1, 1);
+        canvas.fillStyle = colour;
+        canvas.fillRect(0, 0, 1, 1);
+        return [...canvas.getImageData(0, 0, 1, 1).data].map(value => value / 255);
+    };
+    const over = (top, below, alpha) => below.map((value, i) => alpha * top[i] + (1 - alpha) * value);
+    const ancestors = element => element ? [element, ...ancestors(element.parentElement)] : [];
+    const behind = element => ancestors(element).reverse().reduce((below, each) => {
+        const colour = rgba(getComputedStyle(each).backgroundColor);
+        return over(colour, below, colour[3]);
+    }, [1, 1, 1]);
+    const light = colour => colour.slice(0, 3).map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+        .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+    const faint = {};
+    const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+    while (texts.nextNode()) {
+        const element = texts.currentNode.parentElement, text = texts.currentNode.textContent.trim();
+        if (!text || !element.checkVisibility({ opacityProperty: true, visibilityProperty: true })) continue;
+        const style = getComputedStyle(element), colour = rgba(style.color), below = behind(element);
+        const opacity = ancestors(element).reduce((product, each) => product * getComputedStyle(each).opacity, 1);
+        const [high, low] = [light(below), light(over(colour, below, colour[3] * opacity))].sort((a, b) => b - a);
+        const ratio = (high + 0.05) / (low + 0.05), px = parseFloat(style.fontSize);
+        const isLarge = px >= 24 || (px >= 18.66 && style.fontWeight >= 700);
+        const key = `${element.tagName.toLowerCase()}.${element.className.baseVal ?? element.className}`;
+        const said = `${key} "${text.slice(0, 30)}" has a contrast of ${ratio.toFixed(2)}`;
+        if (ratio < (isLarge ? 3 : 4.5)) faint[key] ??= said;
+    }
+    return Object.values(faint);
+})()"""  # by the rules of WCAG 2, level AA, one line for each kind of element
 
 
-def find_chromium() -> str | None:
-    """The path of an installed one."""
+def installed_chromium() -> str | None:
+    """The path of one; of Debian's, where this process may install it and none was there."""
+    if _find_chromium() is None and os.geteuid() == 0:
+        for command in (["apt-get", "update"], ["apt-get", "install", "-y", "--no-install-recommends", "chromium"]):
+            environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+            subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=False)
+    return _find_chromium()
+
+
+def _find_chromium() -> str | None:
     return next((path for name in NAMES if (path := shutil.which(name))), None)
 
 
 class Page:
-    """A tab of a browser without a network, and what went wrong in it so far."""
+    """A tab of a browser that reaches this machine alone, and what went wrong in it so far."""
 
     def __init__(self, to_browser: int, from_browser: int) -> None:
         self._to, self._from = to_browser, from_browser
@@ -75,16 +124,15 @@ class Page:
         elif method == "Page.loadEventFired":
             self.has_loaded = True
 
-    def show(self, path: Path, width: int, height: int, scheme: str) -> None:
-        """Opens a file in a window of a size, under a reader's wish for dark or light."""
-        offline = {"offline": True, "latency": 0, "downloadThroughput": 0, "uploadThroughput": 0}
-        self.call("Network.emulateNetworkConditions", **offline)
+    def show(self, url: str, window: str) -> None:
+        """Opens an address in one of WINDOWS."""
+        width, height, scheme = WINDOWS[window]
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
         self.call("Emulation.setDeviceMetricsOverride", **size)
         features = [{"name": "prefers-color-scheme", "value": scheme}]
         self.call("Emulation.setEmulatedMedia", features=features)
         self.has_loaded = False
-        self.call("Page.navigate", url=path.resolve().as_uri())
+        self.call("Page.navigate", url=url)
         end = time.monotonic() + PATIENCE_S
         while not self.has_loaded and time.monotonic() < end:
             self.ask("0")
@@ -108,6 +156,15 @@ class Page:
         self.call("Input.dispatchKeyEvent", type="keyDown", **key_event)
         self.call("Input.dispatchKeyEvent", type="keyUp", **key_event)
 
+    def write(self, text: str) -> None:
+        """Types a text into what has the focus."""
+        self.call("Input.insertText", text=text)
+
+    def click(self, x: float, y: float) -> None:
+        """Presses and lets go of the mouse at a point of the window."""
+        for kind in ("mousePressed", "mouseReleased"):
+            self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+
     def screenshot(self) -> bytes:
         """A PNG of the whole page."""
         size = self.call("Page.getLayoutMetrics")["cssContentSize"]
@@ -122,11 +179,12 @@ def opened(chromium: str) -> Iterator[Page]:
     browser_reads, we_write = os.pipe()
     we_read, browser_writes = os.pipe()
     with tempfile.TemporaryDirectory(prefix="chromium-", ignore_cleanup_errors=True) as profile:
-        options = f"--headless=new --no-sandbox --disable-gpu --no-first-run --user-data-dir={profile}"
+        options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", f"--user-data-dir={profile}"]
+        options.append(f"--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE {LOOPBACK}")
         # the protocol wants descriptors 3 and 4
-        command = f'exec "$0" {options} --remote-debugging-pipe 3<&{browser_reads} 4>&{browser_writes}'
+        command = f'exec "$0" "$@" --remote-debugging-pipe 3<&{browser_reads} 4>&{browser_writes}'
         fds = (browser_reads, browser_writes)
-        process = subprocess.Popen(["bash", "-c", command, chromium], pass_fds=fds, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(["bash", "-c", command, chromium, *options], pass_fds=fds, stderr=subprocess.DEVNULL)
         for descriptor in fds:
             os.close(descriptor)
         try:
@@ -136,3 +194,27 @@ def opened(chromium: str) -> Iterator[Page]:
             process.wait(PATIENCE_S)
             os.close(we_write)
             os.close(we_read)
+
+
+def flaws_of_look(page: Page, url: str, window: str, picture: Path) -> Iterator[str]:
+    """What is wrong with the look of a page that is opened in a window, of which a picture is kept."""
+    page.show(url, window)
+    picture.write_bytes(page.screenshot())
+    pixels = np.asarray(Image.open(picture).convert("RGB"))
+    if len(np.unique(pixels.reshape(-1, 3), axis=0)) < 100:
+        yield "the picture is blank"
+    width_px, _, scheme = WINDOWS[window]
+    if (np.median(pixels) < 128) != (scheme == "dark"):
+        yield f"the picture is not {scheme}"
+    page_px = page.ask("document.documentElement.scrollWidth")
+    if page_px > width_px:
+        yield f"{page_px} px wide in a window of {width_px}"
+    yield from page.ask(FAINT_TEXT)
+
+
+def flaws_of_traffic(page: Page, home: str) -> Iterator[str]:
+    """What went wrong in a page since this was asked last, and what it asked for that does not begin with its home."""
+    yield from page.problems
+    yield from (f"{url} was asked for" for url in page.requests if not url.startswith((home, "data:", "blob:")))
+    page.problems.clear()
+    page.requests.clear()
