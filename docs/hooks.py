@@ -32,7 +32,7 @@ ASKED = re.compile(r"<!-- (code|shares) (.+?) -->")
 HELP_WIDTH = "80"
 FACTS = re.compile("^(Shape|Exact when|Differs from the paper|Cost|Raises|Source|Paper): ", re.MULTILINE)
 RECIPES = """Each is a YAML file that `python -m train` takes, whose header also says command, hardware and what came of
-it. What a key means, and how a run starts from what another command has left, is in [Training](training.md)."""
+it; those of ImageNet's small exact ones have a line for each preset. What a key means is in [Training](training.md)."""
 MODEL, SIZES_PX = "deit_small_patch16_224", (224, 384, 512)
 
 

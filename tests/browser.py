@@ -22,6 +22,7 @@ from PIL import Image
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 PATIENCE_S = 60.0
+MOST_PX = 5000  # of the height of a picture
 SIZES = {"phone": (360, 800), "desktop": (1280, 900)}
 WINDOWS = {f"{name}-{scheme}": (*size, scheme) for name, size in SIZES.items() for scheme in ("light", "dark")}
 LOOPBACK = "127.0.0.1"
@@ -166,9 +167,9 @@ class Page:
             self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 
     def screenshot(self) -> bytes:
-        """A PNG of the whole page."""
+        """A PNG of the page, of a long one of its beginning."""
         size = self.call("Page.getLayoutMetrics")["cssContentSize"]
-        clip = {"x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": 1}
+        clip = {"x": 0, "y": 0, "width": size["width"], "height": min(size["height"], MOST_PX), "scale": 1}
         answer = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=True, clip=clip)
         return base64.b64decode(answer["data"])
 

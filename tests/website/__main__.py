@@ -40,6 +40,11 @@ WAYS = {  # from the first page to that on reuse
 REST_S = 0.5  # of what slides and fades
 BROKEN = """[...document.images].filter(image => !image.complete || !image.naturalWidth)
     .map(image => `${image.src} does not load`)"""
+LINKS = """[
+    [...document.querySelectorAll("[id]")].map(each => each.id),
+    [...document.links].map(link => decodeURI(link.href)),
+    [...document.querySelectorAll("nav.md-nav--primary a[href]")].map(link => link.href),
+]"""
 SEEN = """(selector => {
     const seen = [...document.querySelectorAll(selector)].find(each => {
         const box = each.getBoundingClientRect(), x = box.x + box.width / 2, y = box.y + box.height / 2;
@@ -69,12 +74,17 @@ def main() -> int:
         names = sorted(path.relative_to(folder).with_suffix("").as_posix() for path in Path(folder).rglob("*.html"))
         names.remove("404")
         with served(Path(folder)) as home, opened(chromium) as page:
-            found = [flaw for name in names for flaw in flaws_of_page(page, home, name)]
-            found += [*flaws_of_links(page, home, names), *flaws_of_ways(page, home)]
-    for flaw in found:
-        print(f"FAIL site: {flaw}")
-    print(f"{'FAIL' if found else 'ok  '} site: {len(names)} pages, {', '.join(WINDOWS)}, pictures in {PICTURES}")
-    return 1 if found else 0
+            num_flaws = sum(map(say, flaws_of_site(page, home, Path(folder), names)))
+    print(
+        f"{'FAIL' if num_flaws else 'ok  '} website: {len(names)} pages, {', '.join(WINDOWS)}, pictures in {PICTURES}"
+    )
+    return 1 if num_flaws else 0
+
+
+def say(flaw: str) -> int:
+    """Prints a flaw, and counts it."""
+    print(f"FAIL website: {flaw}", flush=True)
+    return 1
 
 
 class Quiet(SimpleHTTPRequestHandler):
@@ -96,32 +106,29 @@ def served(folder: Path) -> Iterator[str]:
         server.server_close()
 
 
+def flaws_of_site(page: Page, home: str, folder: Path, names: list[str]) -> Iterator[str]:
+    """What is wrong with the pages of a site in a folder, each by itself and all together."""
+    anchors, links, listed = {}, {}, set()
+    for name in names:
+        yield from flaws_of_page(page, home, name)
+        url = f"{home}{name}.html"
+        anchors[url], links[url], navigation = page.ask(LINKS)
+        listed |= {link.partition("#")[0] for link in navigation}
+    for url, leads in links.items():
+        for target, _, anchor in (lead.partition("#") for lead in leads if lead.startswith(home)):
+            is_there = (folder / target.removeprefix(home)).is_file()
+            if not is_there or (anchor and anchor not in anchors[target]):
+                yield f"{url} links to {target}#{anchor}, which is not there"
+    yield from (f"the navigation misses {url}" for url in sorted(anchors.keys() - listed))
+    yield from flaws_of_ways(page, home)
+
+
 def flaws_of_page(page: Page, home: str, name: str) -> Iterator[str]:
     """What is wrong with a page in the windows in which it is looked at."""
     for window in WINDOWS if name in LOOKED_AT else EVERYWHERE:
         picture = PICTURES / f"{name.replace('/', '-')}-{window}.png"
         flaws = [*flaws_of_look(page, f"{home}{name}.html", window, picture), *flaws_of_traffic(page, home)]
         yield from (f"{name}, {window}: {flaw}" for flaw in flaws + page.ask(BROKEN))
-
-
-def flaws_of_links(page: Page, home: str, names: list[str]) -> Iterator[str]:
-    """Whether the links of all pages lead to pages and anchors that are there, and the navigation to every page."""
-    anchors: dict[str, list[str]] = {}
-    links: dict[str, list[str]] = {}
-    for name in names:
-        url = f"{home}{name}.html"
-        page.show(url, "desktop-light")
-        anchors[url] = page.ask("[...document.querySelectorAll('[id]')].map(each => each.id)")
-        links[url] = page.ask("[...document.links].map(link => decodeURI(link.href))")
-    for url, leads in links.items():
-        for target, _, anchor in (lead.partition("#") for lead in leads if lead.startswith(home)):
-            target = target + "index.html" if target.endswith("/") else target
-            if target not in anchors or (anchor and anchor not in anchors[target]):
-                yield f"{url} links to {target}#{anchor}, which is not there"
-    listed = page.ask("[...document.querySelectorAll('nav.md-nav--primary a[href]')].map(link => link.href)")
-    yield from (
-        f"the navigation misses {url}" for url in sorted(anchors.keys() - {each.partition("#")[0] for each in listed})
-    )
 
 
 def flaws_of_ways(page: Page, home: str) -> Iterator[str]:
