@@ -24,10 +24,11 @@ from unittest.mock import patch
 
 import griffe
 from mkdocs.structure.files import File, Files
+from pymdownx.slugs import slugify
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES_OF = {"experiments.md": "experiments.md", "CHANGELOG.md": "changelog.md"}  # files beside docs/ that are pages too
-LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)#\s]+)")
+LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)#\s]+)#?([^)\s]*)")
 ASKED = re.compile(r"<!-- (code|shares) (.+?) -->")
 HELP_WIDTH = "80"
 FACTS = re.compile("^(Shape|Exact when|Differs from the paper|Cost|Raises|Source|Paper): ", re.MULTILINE)
@@ -49,20 +50,28 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
     """A page with what its comments ask for, and links as the site has them."""
     makers: dict[str, Callable[[str], str]] = {"code": code, "shares": shares}
     markdown = ASKED.sub(lambda asked: makers[asked[1]](asked[2]), markdown)
-    return LINK.sub(lambda link: site_link(link[1], page.file.src_uri, files, config["repo_url"]), markdown)
+    return LINK.sub(lambda link: site_link(*link.groups(), page.file.src_uri, files, config["repo_url"]), markdown)
 
 
-def site_link(link: str, page: str, files: Files, repo_url: str) -> str:
+def site_link(link: str, anchor: str, page: str, files: Files, repo_url: str) -> str:
     """A link of a page to a file as the site has it; one to nothing stays as it is, and mkdocs complains of it."""
+    behind = f"#{anchor}" if anchor else ""
     path = {name: path for path, name in PAGES_OF.items()}.get(page, f"docs/{page}")
     target = posixpath.normpath(posixpath.join(posixpath.dirname(path), link))
     name = PAGES_OF.get(target, target.removeprefix("docs/"))
     file = files.get_file_from_path(name) if target in PAGES_OF or target.startswith("docs/") else None
     if file is not None and file.inclusion.is_included():
-        return posixpath.relpath(name, posixpath.dirname(page) or ".")
-    if target.startswith("..") or not (ROOT / target).exists():
-        return link
-    return f"{repo_url}/{'tree' if (ROOT / target).is_dir() else 'blob'}/main/{target}"
+        return posixpath.relpath(name, posixpath.dirname(page) or ".") + behind
+    is_there = not target.startswith("..") and (ROOT / target).exists()
+    if not is_there or (anchor and anchor not in anchors(ROOT / target)):
+        return link + behind
+    return f"{repo_url}/{'tree' if (ROOT / target).is_dir() else 'blob'}/main/{target}{behind}"
+
+
+def anchors(path: Path) -> set[str]:
+    """Those that GitHub gives the headings of a page in Markdown."""
+    headings = re.findall("^#+ (.*)", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return {slugify(case="lower")(heading, "-") for heading in headings}
 
 
 def code(name: str) -> str:

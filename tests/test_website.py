@@ -35,12 +35,6 @@ def test_every_word_has_a_page_with_its_formula_code_and_cost():
         assert name == "exact.md" or "<!-- shares " in (HOW / name).read_text(), name
 
 
-def test_the_python_of_the_first_page_runs(capsys):
-    (block,) = re.findall("```python\n(.*?)```", (ROOT / "docs" / "index.md").read_text(), re.DOTALL)
-    exec(block, {})
-    assert capsys.readouterr().out.startswith("(lowrank:64 reuse*2)*4 torch.Size([1, 1000]) 3.")
-
-
 def test_code_is_that_of_the_file():
     shown = hooks.code("vitreuse.model.merge.choose_merging").splitlines()  # which torch wraps
     assert shown[0] == '```python title="vitreuse/model/merge.py"'
@@ -82,6 +76,9 @@ def test_every_recipe_has_a_row():
     ("how/merge.md", "../../vitreuse/model/merge.py", f"{REPO_URL}/blob/main/vitreuse/model/merge.py"),
     ("study/README.md", "../../configs/study", f"{REPO_URL}/tree/main/configs/study"),
     ("study/README.md", "conversion.py", f"{REPO_URL}/blob/main/docs/study/conversion.py"),
+    ("training.md", "../README.md#train", f"{REPO_URL}/blob/main/README.md#train"),
+    ("training.md", "evaluation.md#knn", "evaluation.md#knn"),
+    ("training.md", "../README.md#nowhere", "../README.md#nowhere"),
     ("training.md", "missing.md", "missing.md"),
     ("training.md", "../missing.py", "../missing.py"),
     ("training.md", "../../outside", "../../outside"),
@@ -91,7 +88,9 @@ def test_links_are_those_of_the_site(page, link, expected):
             for name in ("evaluation.md", "training.md", "study/README.md", "experiments.md")}
     left_out = {"study/conversion.py": SimpleNamespace(inclusion=SimpleNamespace(is_included=lambda: False))}
     files = SimpleNamespace(get_file_from_path={**kept, **left_out}.get)
-    assert hooks.site_link(link, page, files, REPO_URL) == expected
+    made = hooks.on_page_markdown(f"[a]({link})", SimpleNamespace(file=SimpleNamespace(src_uri=page)),
+                                  {"repo_url": REPO_URL}, files)
+    assert made == f"[a]({expected})"
 
 
 @pytest.mark.proof
@@ -103,6 +102,7 @@ def test_what_leads_nowhere_fails_the_build(tmp_path):
         "training.md": ("[a](nowhere.md)", "'nowhere.md', but the target is not found"),
         "evaluation.md": ("[a](training.md#nowhere)", "does not contain an anchor '#nowhere'"),
         "gpu/README.md": ("[a](../../vitreuse/nowhere.py)", "'../../vitreuse/nowhere.py', but the target"),
+        "compress.md": ("[a](../README.md#nowhere)", "'../README.md#nowhere', but the target"),
         "study/README.md": ("![a](nowhere.png)", "'nowhere.png', but the target"),
         "api/plans.md": ("[a][vitreuse.nowhere]", "Could not find cross-reference target 'vitreuse.nowhere'"),
         "unlisted.md": ("# In no navigation", "unlisted.md"),
