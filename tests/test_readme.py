@@ -17,6 +17,7 @@ from vitreuse.plan.language import WORDS
 
 ROOT = Path(__file__).parent.parent
 PAGES = ("README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))))
+RUN_HERE = [page for page in PAGES if page != "docs/integrations.md"]  # whose snippets test_integrations.py runs
 MOST_WORDS = 1100
 
 
@@ -30,7 +31,7 @@ def fenced(language, *pages):
 
 
 def commands():
-    lines = dict.fromkeys("\n".join(fenced("sh", *PAGES)).splitlines())
+    lines = dict.fromkeys("\n".join(fenced("sh", *RUN_HERE)).splitlines())
     return [shlex.split(line, comments=True) for line in lines if line.strip()]
 
 
@@ -46,7 +47,7 @@ def other_commands(is_ours):
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:FutureWarning")  # fvcore's import
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", RUN_HERE)
 def test_the_python_runs(page, capsys):
     namespace = {}
     for block in fenced("python", page):
@@ -116,7 +117,7 @@ def test_the_readme_is_short():
     assert len(read("README.md").split()) <= MOST_WORDS
 
 
-@pytest.mark.parametrize("page", [*PAGES, "experiments.md"])
+@pytest.mark.parametrize("page", [*sorted({*PAGES} - {"docs/index.md"}), "experiments.md"])  # the home page is the site's
 def test_links_lead_to_files(page):
     for link in re.findall(r"\]\((?!https?://|#)([^)#]+)", read(page)):
         assert ((ROOT / page).parent / link).exists(), f"{page} links to {link}"

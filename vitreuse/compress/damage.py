@@ -83,9 +83,8 @@ def measure_damage(
         ValueError: The model is not exact, a spec does not fit it, or there are no images, or no rows.
     """
     check_specs(model, specs)
-    if len(redundancy.entropy) != len(model.blocks):
-        depths = f"{len(redundancy.entropy)} layers, the model has {len(model.blocks)}"
-        raise ValueError(f"redundancy is of {depths}: measure it on this model.")
+    if (measured := len(redundancy.entropy)) != (depth := len(model.blocks)):
+        raise ValueError(f"redundancy is of {measured} layers, the model has {depth}: measure it on this model.")
     changes = possible_changes(len(model.blocks), specs)
     orders = {  # the layer's own heads that read the first of the anchor's, as many as are reused
         change: match_heads(redundancy.variation[change.anchor, change.layer][: change.spec.number])

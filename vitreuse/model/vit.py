@@ -82,6 +82,10 @@ class PlanVisionTransformer(timm_vit.VisionTransformer):
         parse_plan(str(plan), num_patches=self.patch_embed.num_patches)
         num_tokens = self.num_prefix_tokens + self.patch_embed.num_patches
         warn_if_idle(plan, self.patch_embed.grid_size, num_tokens)
+        self._add_shared_projection(plan, options, num_tokens)
+
+    def _add_shared_projection(self, plan: Plan, options: PlanOptions, num_tokens: int) -> None:
+        """Makes the token projection that all low-rank layers share, where they do."""
         shape = layerwise_shape(plan, options, num_tokens)
         self.key_proj = None if shape is None else nn.Parameter(self.patch_embed.proj.weight.new_empty(shape))
         if self.key_proj is not None:

@@ -19,7 +19,7 @@ CLASSES = (
 SAMPLES = {"train": 60_000, "val": 10_000}
 SIDE_PX = 28
 FILES = {"train": "train-{}-ubyte", "val": "t10k-{}-ubyte"}
-# SHA-256 of the files without gzip, whose bytes differ: Debian's leave out the name and the time that torchvision's have.
+# SHA-256 of the files without gzip, whose own bytes differ: Debian's leave out the name and time of torchvision's.
 DIGESTS = {
     "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
     "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
@@ -42,8 +42,9 @@ def read_split(split: str, root: Path, origin: Path | None) -> Iterator[tuple[st
     if folder is None:
         looked = " and ".join(map(str, places(root, origin)))
         raise DataError(
-            f"no {images_name}, with or without .gz, in {looked}: install Debian's dataset-fashion-mnist, let torchvision "
-            f"put FashionMNIST into {root.parent}, or name a folder by vitreuse shards fashion_mnist {root} --from FOLDER."
+            f"no {images_name}, with or without .gz, in {looked}: install Debian's dataset-fashion-mnist, let "
+            f"torchvision put FashionMNIST into {root.parent}, or name a folder by "
+            f"vitreuse shards fashion_mnist {root} --from FOLDER."
         )
     images = read_idx(folder, images_name, (num_samples, SIDE_PX, SIDE_PX))
     labels = read_idx(folder, labels_name, (num_samples,))
