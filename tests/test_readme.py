@@ -117,7 +117,8 @@ def test_the_readme_is_short():
     assert len(read("README.md").split()) <= MOST_WORDS
 
 
-@pytest.mark.parametrize("page", [*sorted({*PAGES} - {"docs/index.md"}), "experiments.md"])  # the home page is the site's
+# The home page is the site's: make docs looks at its links.
+@pytest.mark.parametrize("page", [*sorted({*PAGES} - {"docs/index.md"}), "experiments.md"])
 def test_links_lead_to_files(page):
     for link in re.findall(r"\]\((?!https?://|#)([^)#]+)", read(page)):
         assert ((ROOT / page).parent / link).exists(), f"{page} links to {link}"
