@@ -27,19 +27,24 @@ SIZES = {"phone": (360, 800), "desktop": (1280, 900)}
 WINDOWS = {f"{name}-{scheme}": (*size, scheme) for name, size in SIZES.items() for scheme in ("light", "dark")}
 LOOPBACK = "127.0.0.1"
 FAINT_TEXT = """(() => {
+    const known = make => {
+        const values = new Map();
+        return key => values.get(key) ?? values.set(key, make(key)).get(key);
+    };
     const canvas = new OffscreenCanvas(1, 1).getContext("2d", { willReadFrequently: true });
-    const rgba = colour => {
+    const rgba = known(colour => {
         canvas.clearRect(0, 0, 1, 1);
         canvas.fillStyle = colour;
         canvas.fillRect(0, 0, 1, 1);
         return [...canvas.getImageData(0, 0, 1, 1).data].map(value => value / 255);
-    };
+    });
     const over = (top, below, alpha) => below.map((value, i) => alpha * top[i] + (1 - alpha) * value);
-    const ancestors = element => element ? [element, ...ancestors(element.parentElement)] : [];
-    const behind = element => ancestors(element).reverse().reduce((below, each) => {
-        const colour = rgba(getComputedStyle(each).backgroundColor);
-        return over(colour, below, colour[3]);
-    }, [1, 1, 1]);
+    const behind = known(element => {
+        if (!element) return [1, 1, 1];
+        const colour = rgba(getComputedStyle(element).backgroundColor);
+        return over(colour, behind(element.parentElement), colour[3]);
+    });
+    const opacity = known(element => element ? getComputedStyle(element).opacity * opacity(element.parentElement) : 1);
     const light = colour => colour.slice(0, 3).map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
         .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
     const faint = {};
@@ -48,8 +53,7 @@ FAINT_TEXT = """(() => {
         const element = texts.currentNode.parentElement, text = texts.currentNode.textContent.trim();
         if (!text || !element.checkVisibility({ opacityProperty: true, visibilityProperty: true })) continue;
         const style = getComputedStyle(element), colour = rgba(style.color), below = behind(element);
-        const opacity = ancestors(element).reduce((product, each) => product * getComputedStyle(each).opacity, 1);
-        const [high, low] = [light(below), light(over(colour, below, colour[3] * opacity))].sort((a, b) => b - a);
+        const [high, low] = [light(below), light(over(colour, below, colour[3] * opacity(element)))].sort((a, b) => b - a);
         const ratio = (high + 0.05) / (low + 0.05), px = parseFloat(style.fontSize);
         const isLarge = px >= 24 || (px >= 18.66 && style.fontWeight >= 700);
         const key = `${element.tagName.toLowerCase()}.${element.className.baseVal ?? element.className}`;
