@@ -19,7 +19,7 @@ from eval.flops import model_macs
 from eval.predictions import Predictions
 from vitreuse.config import Config, ModelConfig
 from vitreuse.cost.macs import count_params
-from vitreuse.export.hub import plan_text
+from vitreuse.files.hub import plan_text
 from vitreuse.io.durable import write_durably
 
 VERSION = 1

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from vitreuse.config import ModelConfig
 from vitreuse.cost.summary import LARGEST
-from vitreuse.export.networks import exact_model
+from vitreuse.files.networks import exact_model
 from vitreuse.model.keywords import mlp_ratio
 from vitreuse.plan import MAX_LAYERS, PRESETS, Plan, Spec, parse_plan, preset_plan
 from vitreuse.plan.language import ON_GRID, WHOLE, num_mergeable

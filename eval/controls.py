@@ -21,7 +21,7 @@ from vitreuse.cli.console import MEASURED_DTYPES, add_count, add_dtype, add_outp
 from vitreuse.config import ModelConfig
 from vitreuse.cost.macs import count_params
 from vitreuse.cost.measure import describe_machine, inference_call, time_interleaved
-from vitreuse.export.networks import load_experiment
+from vitreuse.files.networks import load_experiment
 from vitreuse.io.durable import write_durably
 from vitreuse.io.file_names import printable
 from vitreuse.io.process import choose_device

@@ -15,7 +15,7 @@ from vitreuse.cli.console import MEASURED_DTYPES, add_dtype, positive
 from vitreuse.cost.counters import fvcore_macs, norm_operations, torch_flops, training_flops
 from vitreuse.cost.macs import count_macs, count_params
 from vitreuse.cost.measure import device_name, inference_call, peak_memory_mib, saved_memory_mib
-from vitreuse.export.networks import Target, exact_model, resized, resolve_targets
+from vitreuse.files.networks import Target, exact_model, resized, resolve_targets
 from vitreuse.io.process import choose_device
 from vitreuse.model.preprocessing import example
 

@@ -41,7 +41,7 @@ from vitreuse.cli.console import add_count, add_output
 from vitreuse.cost.measure import top_classes
 from vitreuse.data import FolderDataset, ShardDataset
 from vitreuse.data.labels import numbered_as
-from vitreuse.export.networks import Target, resized, resolve_targets
+from vitreuse.files.networks import Target, resized, resolve_targets
 from vitreuse.model.preprocessing import evaluation_transform, image_settings
 
 HELP = "accuracy of features by their nearest neighbours in the training split, for models without a head too"

@@ -20,7 +20,7 @@ from eval.distributed import Ranks
 from vitreuse.cli.console import add_allow, add_count, local_path
 from vitreuse.config import DataConfig
 from vitreuse.data import FolderDataset, ShardDataset, open_split, prepare_source
-from vitreuse.export.networks import Target
+from vitreuse.files.networks import Target
 from vitreuse.io.file_names import printable
 from vitreuse.io.process import print_note
 from vitreuse.io.urls import refuse_idle_allow

@@ -15,7 +15,7 @@ from eval.card import NAME, Card, read_card
 from vitreuse.cli.console import local_path
 from vitreuse.config import load_config
 from vitreuse.data.labels import difference
-from vitreuse.export.networks import Target, plain_model, resolve_targets
+from vitreuse.files.networks import Target, plain_model, resolve_targets
 
 
 class Run(NamedTuple):

@@ -31,7 +31,7 @@ from vitreuse.cost.measure import (
     time_interleaved,
 )
 from vitreuse.cost.tune import MODES
-from vitreuse.export.networks import Target, plain_model, resized, resolve_targets
+from vitreuse.files.networks import Target, plain_model, resized, resolve_targets
 from vitreuse.io.file_names import to_bytes
 from vitreuse.io.process import choose_device
 from vitreuse.model.preprocessing import example, image_settings

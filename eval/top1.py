@@ -41,7 +41,7 @@ from vitreuse.cli.console import add_image_size, add_output
 from vitreuse.config import EvalConfig
 from vitreuse.cost.measure import describe_machine
 from vitreuse.data import find_split
-from vitreuse.export.networks import Target, resolve_targets
+from vitreuse.files.networks import Target, resolve_targets
 from vitreuse.io.file_names import for_terminal
 from vitreuse.io.urls import refuse_url, url_kind
 from vitreuse.model.class_names import names_of

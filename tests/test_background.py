@@ -23,7 +23,7 @@ from train.run import RunFolder
 from train.sharding import whole_state
 from train.trainer import Trainer
 from vitreuse.config import load_config
-from vitreuse.export.hub import save_hub_folder
+from vitreuse.files.hub import save_hub_folder
 
 CONFIG = """\
 model:

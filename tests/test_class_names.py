@@ -28,8 +28,8 @@ from vitreuse.compress.fidelity import agreement
 from vitreuse.config import ConfigError, DistillConfig, ModelConfig
 from vitreuse.data import EncodedSample, FolderDataset, write_shards
 from vitreuse.data.labels import are_numbers, places
-from vitreuse.export.hub import save_hub_folder
-from vitreuse.export.networks import resolve_targets
+from vitreuse.files.hub import save_hub_folder
+from vitreuse.files.networks import resolve_targets
 from vitreuse.model.class_names import has_classes, name_classes, names_of, read_names
 from vitreuse.model.copies import exact_copy
 from vitreuse.model.preprocessing import image_settings

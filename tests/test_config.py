@@ -13,7 +13,7 @@ from timm.layers import build_sincos2d_pos_embed
 
 from vitreuse.cli.console import local_path
 from vitreuse.config import Config, ConfigError, ModelConfig, changed_settings, load_config, to_yaml
-from vitreuse.export.networks import resolve_targets
+from vitreuse.files.networks import resolve_targets
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml"))
 SHIPPED = [path for path in CONFIGS if not path.name.startswith("_")]

@@ -25,8 +25,8 @@ from vitreuse.compress.fitting import fit_projections
 from vitreuse.compress.head_matching import match_heads, order_of_heads, rows_of_heads
 from vitreuse.compress.recording import attention_maps
 from vitreuse.compress.redundancy import measure_head_errors, measure_redundancy
-from vitreuse.export.hub import save_hub_folder
-from vitreuse.export.networks import resolve_targets
+from vitreuse.files.hub import save_hub_folder
+from vitreuse.files.networks import resolve_targets
 from vitreuse.io.durable import durable_folder
 from vitreuse.io.progress import WorkProgress
 from vitreuse.model.copies import exact_copy

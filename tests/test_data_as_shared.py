@@ -17,7 +17,7 @@ from train.experiment import set_up
 from vitreuse.cli.source import learning_split, sample_images
 from vitreuse.config import load_config
 from vitreuse.data import DataError
-from vitreuse.export.networks import Target, resolve_targets
+from vitreuse.files.networks import Target, resolve_targets
 
 CONFIG = """\
 model:

@@ -36,7 +36,7 @@ from vitreuse.config import load_config, to_yaml
 from vitreuse.cost.backends import fused_attention
 from vitreuse.cost.measure import Timing, _LiveStorages, inference_call, peak_memory_mib
 from vitreuse.data import EncodedSample, Sample, write_shards
-from vitreuse.export.networks import plain_model, resolve_targets
+from vitreuse.files.networks import plain_model, resolve_targets
 from vitreuse.model.preprocessing import evaluation_transform, image_settings
 from vitreuse.plan import parse_plan
 

@@ -19,9 +19,9 @@ from eval.__main__ import main as eval_main
 from vitreuse.__main__ import main
 from vitreuse.cli.source import sample_images
 from vitreuse.config import ModelConfig, load_config, to_yaml
-from vitreuse.export.hub import save_hub_folder
-from vitreuse.export.networks import resolve_targets
-from vitreuse.export.programs import load_onnx, load_torch
+from vitreuse.files.hub import save_hub_folder
+from vitreuse.files.networks import resolve_targets
+from vitreuse.files.programs import load_onnx, load_torch
 from vitreuse.model.preprocessing import image_settings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -216,15 +216,15 @@ def test_images_whose_merges_rounding_decides_are_left_out(merging, tmp_path, ca
         config=None, label="merging", crop_pct=None, run_dir=None), model))  # fmt: skip
     monkeypatch.setattr("vitreuse.cli.export.training_note", lambda *_: None)
     monkeypatch.setattr("vitreuse.cli.export.example", lambda *_: x)
-    monkeypatch.setattr("vitreuse.export.programs.trace", lambda *_: None)
-    monkeypatch.setattr("vitreuse.export.programs.pack_torch", lambda *_: b"")
+    monkeypatch.setattr("vitreuse.files.programs.trace", lambda *_: None)
+    monkeypatch.setattr("vitreuse.files.programs.pack_torch", lambda *_: b"")
     shift = torch.zeros(8, 1)
     shift[which] = 0.1
 
     def other(images):
         return model(images) + shift[: len(images)]
 
-    monkeypatch.setattr("vitreuse.export.programs.load_torch", lambda _: other)
+    monkeypatch.setattr("vitreuse.files.programs.load_torch", lambda _: other)
     assert main(["export", str(merging), "-o", str(tmp_path), "--format", "torch"]) == code
     told = capsys.readouterr()
     if code == 0:
@@ -296,13 +296,13 @@ def test_a_model_that_cannot_be_traced_says_why(reused, tmp_path, capsys, monkey
 @pytest.mark.parametrize("wrong", [1e-2, float("nan")])
 def test_a_program_with_other_logits_is_not_kept(reused, tmp_path, capsys, monkeypatch, wrong):
     model = timm.create_model(f"local-dir:{reused}", pretrained=True).eval()
-    monkeypatch.setattr("vitreuse.export.programs.trace", lambda *_: None)
-    monkeypatch.setattr("vitreuse.export.programs.pack_torch", lambda *_: b"")
+    monkeypatch.setattr("vitreuse.files.programs.trace", lambda *_: None)
+    monkeypatch.setattr("vitreuse.files.programs.pack_torch", lambda *_: b"")
 
     def other(images):
         return model(images) + wrong * (len(images) > 1)
 
-    monkeypatch.setattr("vitreuse.export.programs.load_torch", lambda _: other)
+    monkeypatch.setattr("vitreuse.files.programs.load_torch", lambda _: other)
     assert main(["export", str(reused), "-o", str(tmp_path), "--format", "torch"]) == 2
     told = capsys.readouterr().err
     assert "the torch program's logits differ" in told and not list(tmp_path.iterdir())

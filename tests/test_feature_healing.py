@@ -19,8 +19,8 @@ from train.distill import features_loss
 from train.heal import plan_share
 from vitreuse.compress.fidelity import agreement, worst_tenth
 from vitreuse.data import EncodedSample, open_without_labels, write_shards
-from vitreuse.export.hub import save_hub_folder
-from vitreuse.export.networks import resolve_targets
+from vitreuse.files.hub import save_hub_folder
+from vitreuse.files.networks import resolve_targets
 from vitreuse.model.preprocessing import evaluation_transform
 
 SIZES = {"img_size": 28, "patch_size": 7, "embed_dim": 24, "depth": 3, "num_heads": 3, "num_classes": 0}

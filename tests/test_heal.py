@@ -18,8 +18,8 @@ from train.heal import Healing, _train_only, outputs_loss, plan_share
 from vitreuse.compress.head_matching import rows_of_heads
 from vitreuse.compress.recording import recorded_attention
 from vitreuse.config import ConfigError
-from vitreuse.export.hub import save_hub_folder
-from vitreuse.export.networks import load_experiment, resolve_targets
+from vitreuse.files.hub import save_hub_folder
+from vitreuse.files.networks import load_experiment, resolve_targets
 from vitreuse.model.checkpoint import load_checkpoint
 
 SIZES = {"img_size": 8, "patch_size": 4, "in_chans": 1, "num_classes": 3, "embed_dim": 16, "depth": 2, "num_heads": 2}

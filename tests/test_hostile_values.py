@@ -12,7 +12,7 @@ from train.experiment import set_up
 from train.trainer import DivergedError
 from vitreuse.config import Config, ConfigError
 from vitreuse.data import DataError
-from vitreuse.export.networks import load_experiment
+from vitreuse.files.networks import load_experiment
 
 CONFIG = """\
 model:

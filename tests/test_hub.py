@@ -8,8 +8,8 @@ import timm
 import torch
 
 from eval.__main__ import main as eval_main
-from vitreuse.export.hub import read_hub_folder, save_hub_folder
-from vitreuse.export.networks import resolve_targets
+from vitreuse.files.hub import read_hub_folder, save_hub_folder
+from vitreuse.files.networks import resolve_targets
 from vitreuse.model.preprocessing import image_settings
 
 SMALL = {"img_size": 24, "patch_size": 4, "embed_dim": 32, "depth": 4, "num_heads": 4, "num_classes": 5}

@@ -18,8 +18,8 @@ from eval import knn
 from eval.__main__ import main
 from eval.knn import Features, head_input, knn_votes, predict
 from vitreuse.config import load_config, to_yaml
-from vitreuse.export.hub import WEIGHTS
-from vitreuse.export.networks import resolve_targets
+from vitreuse.files.hub import WEIGHTS
+from vitreuse.files.networks import resolve_targets
 from vitreuse.model.preprocessing import evaluation_transform
 
 CONFIG = """
@@ -202,7 +202,7 @@ def test_splits_and_settings_are_those_that_are_given(run, tmp_path, capsys):
 def test_plans_and_sizes_of_published_weights(run, tmp_path, monkeypatch, capsys):
     name = "vit_tiny_patch16_224"
     torch.manual_seed(0)
-    monkeypatch.setattr("vitreuse.export.networks.pretrained_weights", {name: timm.create_model(name).state_dict()}.get)
+    monkeypatch.setattr("vitreuse.files.networks.pretrained_weights", {name: timm.create_model(name).state_dict()}.get)
     options = ("--data", tmp_path / "data", "--image-size", 32, 48, "--neighbours", 5)
     assert main(["knn", name, "--pretrained", *map(str, options), "--json", "--device", "cpu"]) == 0
     printed = capsys.readouterr()

@@ -6,7 +6,7 @@ import torch
 from cases import CASES, Case, images
 from timm.layers import GluMlp, SwiGLU
 
-from vitreuse.export.networks import resolve_targets
+from vitreuse.files.networks import resolve_targets
 from vitreuse.model import merge as merging_file
 from vitreuse.model.merge import are_decided, choice_margins, choose_merging, merge, unmerge
 

@@ -27,7 +27,7 @@ from train.recipe import create_criterion, create_optimizer, create_scheduler, f
 from train.weights import start_from
 from vitreuse.__main__ import main as vitreuse_main
 from vitreuse.config import Config, ConfigError, CropConfig, ModelConfig, load_config
-from vitreuse.export.networks import load_experiment
+from vitreuse.files.networks import load_experiment
 from vitreuse.model.preprocessing import Normalize, image_settings
 from vitreuse.plan import PRESETS, preset_plan
 

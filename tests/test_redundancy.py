@@ -13,7 +13,7 @@ from vitreuse.compress.recording import attention_maps
 from vitreuse.compress.redundancy import Redundancy, map_similarity, measure_redundancy
 from vitreuse.compress.row_sample import draw_rows
 from vitreuse.cost.measure import peak_memory_mib
-from vitreuse.export.hub import save_hub_folder
+from vitreuse.files.hub import save_hub_folder
 from vitreuse.io.progress import WorkProgress
 
 SIZES = {"img_size": 15, "patch_size": 3, "embed_dim": 22, "depth": 4, "num_heads": 2, "num_classes": 7}

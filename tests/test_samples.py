@@ -9,7 +9,7 @@ from PIL import Image
 
 from vitreuse.cli.source import sample_images
 from vitreuse.data import DataError, prepare_source
-from vitreuse.export.networks import resolve_targets
+from vitreuse.files.networks import resolve_targets
 
 
 def draw(folder: Path, count: int) -> None:

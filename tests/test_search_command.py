@@ -16,7 +16,7 @@ from PIL import Image
 from vitreuse.__main__ import main
 from vitreuse.cli.search.table import thinned
 from vitreuse.cost.plan_costs import PlanCosts
-from vitreuse.export.hub import save_hub_folder
+from vitreuse.files.hub import save_hub_folder
 from vitreuse.plan import parse_plan
 
 SIZES = {"embed_dim": 16, "num_heads": 2, "depth": 4, "num_classes": 5, "patch_size": 2, "img_size": 8}

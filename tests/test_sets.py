@@ -267,7 +267,7 @@ def test_pretrained_weights_are_those_of_the_name(tmp_path, monkeypatch, capsys)
     options = ("--data", str(tmp_path), "--set", "sketch", "--subset", "-o", str(tmp_path))
     (from_file,) = run_top1(capsys, name, "--checkpoint", str(tmp_path / "weights.pt"), *options)
     predictions = (tmp_path / f"{name}.sketch.predictions.csv").read_text()
-    monkeypatch.setattr("vitreuse.export.networks.pretrained_weights", {name: state}.__getitem__)
+    monkeypatch.setattr("vitreuse.files.networks.pretrained_weights", {name: state}.__getitem__)
     (pretrained,) = run_top1(capsys, name, "--pretrained", *options)
     assert pretrained == from_file
     assert (tmp_path / f"{name}.sketch.predictions.csv").read_text() == predictions

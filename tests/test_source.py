@@ -9,7 +9,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from vitreuse.cli.source import add_source_arguments, load_source
-from vitreuse.export.hub import save_hub_folder
+from vitreuse.files.hub import save_hub_folder
 
 NAME = "vit_tiny_patch16_224"
 
@@ -51,7 +51,7 @@ def test_a_hub_folder_has_its_own_weights(folder):
 
 def test_a_name_alone_has_timms_weights(folder, monkeypatch):
     state = timm.create_model(NAME).state_dict()
-    monkeypatch.setattr("vitreuse.export.networks.pretrained_weights", {NAME: state}.__getitem__)
+    monkeypatch.setattr("vitreuse.files.networks.pretrained_weights", {NAME: state}.__getitem__)
     assert torch.equal(load(NAME, "--data", folder / "data").model.head.weight, state["head.weight"])
 
 

@@ -45,7 +45,7 @@ from train.run import RunFolder
 from train.trainer import Counters, DivergedError, Trainer
 from vitreuse.config import Config, ConfigError, load_config
 from vitreuse.data import Sample, load_index, open_split
-from vitreuse.export.networks import resolve_targets
+from vitreuse.files.networks import resolve_targets
 from vitreuse.model.preprocessing import image_settings
 
 NUM_TRAIN, NUM_VAL = 17, 7  # batches of 8, 8 and 1: under two ranks the second holds no sample of the last

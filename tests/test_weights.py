@@ -12,7 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from vitreuse import PlanVisionTransformer, load_checkpoint, parse_plan
 from vitreuse.compress.convert import convert
-from vitreuse.export.hub import pack_weights
+from vitreuse.files.hub import pack_weights
 
 HEADS = 5
 ADDED = ("key_proj", "value_proj", ".linear.weight", ".linear.bias")

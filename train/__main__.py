@@ -21,7 +21,7 @@ from train.verify import verify_resume
 from vitreuse.cli.console import Parser, add_allow, versions
 from vitreuse.config import ConfigError
 from vitreuse.data import DataError
-from vitreuse.export.networks import load_experiment
+from vitreuse.files.networks import load_experiment
 from vitreuse.io.errors import nearest
 from vitreuse.io.process import (
     DONE,

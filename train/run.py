@@ -36,7 +36,7 @@ from vitreuse.config import Config, ConfigError, changed_settings, load_config, 
 from vitreuse.cost.macs import count_params
 from vitreuse.cost.measure import describe_machine
 from vitreuse.data.labels import difference
-from vitreuse.export.hub import WEIGHTS, pack_weights, plan_text
+from vitreuse.files.hub import WEIGHTS, pack_weights, plan_text
 from vitreuse.io.durable import TEMPORARY_FILES, exclusive_lock, sync, write_durably
 from vitreuse.io.file_names import to_bytes
 from vitreuse.io.process import print_note

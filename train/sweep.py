@@ -35,7 +35,7 @@ from train.distributed import StopSignal
 from train.run import RunFolder
 from vitreuse.cli.console import Parser, add_allow
 from vitreuse.config import ConfigError
-from vitreuse.export.networks import load_experiment
+from vitreuse.files.networks import load_experiment
 from vitreuse.io.durable import write_durably
 from vitreuse.io.process import DONE, STOPPED, WRONG_INPUT, print_error
 from vitreuse.io.progress import progress_bars

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from vitreuse.config import Config, ConfigError
 from vitreuse.data.labels import are_numbers, difference, listed, places
-from vitreuse.export.hub import WEIGHTS
-from vitreuse.export.networks import pretrained_weights
+from vitreuse.files.hub import WEIGHTS
+from vitreuse.files.networks import pretrained_weights
 from vitreuse.io.checkpoint_file import Weights, as_weights, read_weights
 from vitreuse.model.checkpoint import LoadReport, load_checkpoint
 from vitreuse.model.class_names import Names, read_names

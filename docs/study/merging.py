@@ -25,7 +25,7 @@ from vitreuse import convert
 from vitreuse.cli.source import sample_images
 from vitreuse.compress.recording import project_heads
 from vitreuse.cost.measure import inference_call, time_interleaved
-from vitreuse.export.networks import resolve_targets
+from vitreuse.files.networks import resolve_targets
 from vitreuse.model.merge import Merging, TokenMerging, merge
 
 TEACHERS = Path("runs/study")

@@ -27,8 +27,8 @@ from vitreuse.compress.ridge import ASIDE
 from vitreuse.compress.row_sample import NUM_ROWS, count_rows
 from vitreuse.cost.macs import count_macs, count_params
 from vitreuse.data.samples import ImageSample
-from vitreuse.export.hub import save_hub_folder
-from vitreuse.export.networks import Target
+from vitreuse.files.hub import save_hub_folder
+from vitreuse.files.networks import Target
 from vitreuse.io.durable import durable_folder, refuse_filled, write_durably
 from vitreuse.io.process import choose_device
 from vitreuse.io.progress import WorkProgress

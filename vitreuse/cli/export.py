@@ -13,10 +13,10 @@ from vitreuse.cli.console import add_any_of, add_count, add_output, table_of, ti
 from vitreuse.cli.source import add_image_arguments, add_model_arguments, load_model, load_sample, training_note
 from vitreuse.compress.fold import fold
 from vitreuse.cost.measure import inference_call, time_interleaved
-from vitreuse.export.hub import plan_text
-from vitreuse.export.model_card import Provenance
-from vitreuse.export.networks import Target
-from vitreuse.export.programs import FILES, OPSETS, PROGRAMS, export, load_onnx
+from vitreuse.files.hub import plan_text
+from vitreuse.files.model_card import Provenance
+from vitreuse.files.networks import Target
+from vitreuse.files.programs import FILES, OPSETS, PROGRAMS, export, load_onnx
 from vitreuse.model.preprocessing import example
 
 HELP = "write a trained model as a hub folder, safetensors, a program of torch.export, or ONNX"

@@ -10,7 +10,7 @@ from vitreuse.cli.console import add_count, add_device, add_dtype, add_image_siz
 from vitreuse.compress.fold import DEFAULT_STEPS, STEPS, fold
 from vitreuse.config import ModelConfig
 from vitreuse.cost.measure import inference_call, time_interleaved
-from vitreuse.export.hub import plan_text
+from vitreuse.files.hub import plan_text
 from vitreuse.io.process import choose_device
 from vitreuse.model.preprocessing import example
 

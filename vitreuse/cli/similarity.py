@@ -15,7 +15,7 @@ from vitreuse.compress.damage import Change, check_specs, has_exact_layers
 from vitreuse.compress.head_matching import match_heads
 from vitreuse.compress.redundancy import Redundancy
 from vitreuse.compress.row_sample import count_rows
-from vitreuse.export.hub import plan_text
+from vitreuse.files.hub import plan_text
 from vitreuse.io.durable import write_durably
 from vitreuse.plan import EXACT
 

@@ -21,7 +21,7 @@ from vitreuse.compress.row_sample import NUM_ROWS
 from vitreuse.data import DataError, choose_split, find_split, open_images, prepare_source
 from vitreuse.data.labels import numbered_as
 from vitreuse.data.samples import ImageSample
-from vitreuse.export.networks import Target, resolve_targets
+from vitreuse.files.networks import Target, resolve_targets
 from vitreuse.io.process import choose_device
 from vitreuse.io.progress import WorkProgress
 from vitreuse.model.class_names import names_of

@@ -56,7 +56,7 @@ class ModelConfig:
 
     @property
     def is_folder(self) -> bool:
-        """Whether the name is that of a folder, in whose place export/networks.py puts what the folder says."""
+        """Whether the name is that of a folder, in whose place files/networks.py puts what the folder says."""
         return self.name.startswith(LOCAL_DIR)
 
     def create(self, device: torch.device | str | None = None) -> nn.Module:

@@ -25,7 +25,7 @@ from vitreuse import convert
 from vitreuse.attention import EMPTY_CARRY
 from vitreuse.compress.closed_form import merged_alike
 from vitreuse.cost.measure import describe_machine
-from vitreuse.export.networks import resolve_targets
+from vitreuse.files.networks import resolve_targets
 from vitreuse.io.durable import write_durably
 from vitreuse.model.block import all_tokens
 

@@ -25,7 +25,7 @@ from vitreuse.compress.search.healing import expected_of_healing
 from vitreuse.cost.plan_costs import METRICS, PlanCosts
 from vitreuse.data import find_split
 from vitreuse.data.samples import ImageSample
-from vitreuse.export.hub import save_hub_folder
+from vitreuse.files.hub import save_hub_folder
 from vitreuse.io.durable import refuse_filled, write_durably
 from vitreuse.model.copies import exact_copy
 from vitreuse.plan import EXACT

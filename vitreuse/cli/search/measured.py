@@ -14,7 +14,7 @@ from vitreuse.compress.search.delivery import Delivery
 from vitreuse.cost.backends import fused_attention
 from vitreuse.cost.plan_costs import PlanCosts
 from vitreuse.data.samples import ImageSample
-from vitreuse.export.networks import plain_model
+from vitreuse.files.networks import plain_model
 from vitreuse.model.class_names import has_classes
 from vitreuse.plan import PRESETS, Plan, preset_plan
 

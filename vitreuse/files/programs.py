@@ -23,8 +23,8 @@ from torch.export import Dim, ExportedProgram
 from vitreuse.attention.base import Attention
 from vitreuse.compress.fold import fold
 from vitreuse.cost.counters import torch_flops
-from vitreuse.export.hub import CONFIG, WEIGHTS, model_weights, plan_text, preprocessing, save_hub_folder
-from vitreuse.export.model_card import Provenance, model_card
+from vitreuse.files.hub import CONFIG, WEIGHTS, model_weights, plan_text, preprocessing, save_hub_folder
+from vitreuse.files.model_card import Provenance, model_card
 from vitreuse.io.durable import TEMPORARY_FILES, write_durably
 from vitreuse.model.class_names import LABEL_NAMES, names_of, pack_names
 from vitreuse.model.merge import DECIDED_BY, are_decided

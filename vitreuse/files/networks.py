@@ -16,7 +16,7 @@ from timm.models import VisionTransformer
 from torch import nn
 
 from vitreuse.config import LOCAL_DIR, Config, ConfigError, ModelConfig, load_config
-from vitreuse.export.hub import CONFIG, WEIGHTS, is_hub_folder, read_hub_folder
+from vitreuse.files.hub import CONFIG, WEIGHTS, is_hub_folder, read_hub_folder
 from vitreuse.io.checkout import of_checkout
 from vitreuse.io.checkpoint_file import Weights, read_weights
 from vitreuse.io.errors import nearest, nearest_path
