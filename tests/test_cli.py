@@ -29,9 +29,9 @@ from eval.__main__ import main as eval_main
 from train.__main__ import main as train_main
 from vitreuse.__main__ import COMMANDS as vitreuse_commands
 from vitreuse.__main__ import main
-from vitreuse.cli.console import fitted
 from vitreuse.compress.fold import STEPS
 from vitreuse.cost.measure import Timing
+from vitreuse.io.tables import fitted
 from vitreuse.plan import WORDS
 
 PYTHON = platform.python_version()

@@ -41,13 +41,13 @@ from train.run import RunFolder
 from train.trainer import Trainer
 from train.verdicts import NUM_REPEATS, NUM_ROUNDS, NUM_WARMUPS, OK, WARNING, WRONG, Check, Pace
 from vitreuse.attention.policy import memory_bytes
-from vitreuse.cli.console import fitted
 from vitreuse.config import Config, ConfigError
 from vitreuse.cost.measure import device_name, peak_process_memory_mib, time_interleaved
 from vitreuse.data import DataError
 from vitreuse.io.durable import nearest_folder
 from vitreuse.io.file_names import for_terminal
 from vitreuse.io.process import DONE, WRONG_INPUT, OtherRankError
+from vitreuse.io.tables import fitted
 from vitreuse.io.urls import url_kind
 from vitreuse.model.preprocessing import image_settings
 

@@ -12,7 +12,7 @@ import platform
 import signal
 import sys
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from types import ModuleType
@@ -20,18 +20,14 @@ from typing import Any, NoReturn
 
 import timm
 import torch
-from rich.box import SIMPLE_HEAD
-from rich.console import Console, Group, RenderableType
-from rich.measure import Measurement
-from rich.padding import Padding
-from rich.table import Table
-from rich.text import Text
+from rich.console import RenderableType
 
 import vitreuse
 from vitreuse.config.recipe import DEVICES, DTYPES
 from vitreuse.io.errors import ConfigError
 from vitreuse.io.file_names import for_terminal
 from vitreuse.io.process import DONE, INTERRUPTED, WRONG_INPUT, is_first_of_machine, is_first_rank, print_error
+from vitreuse.io.tables import as_text
 from vitreuse.io.urls import FETCHED, refuse_url
 
 SHELLS = ("bash", "zsh", "fish", "tcsh")
@@ -136,22 +132,6 @@ def versions() -> str:
     return ", ".join([*named, f"Python {platform.python_version()}"])
 
 
-def table_of(headings: Iterable[str], rows: Iterable[Iterable[str]], text: Collection[str]) -> Table:
-    """A table of these rows: columns whose heading is in ``text`` to the left, all others, of numbers, to the right."""
-    table = Table(box=SIMPLE_HEAD)
-    for heading in headings:
-        table.add_column(heading, justify="left" if heading in text else "right")
-    for row in rows:
-        table.add_row(*row)
-    return table
-
-
-def titled(title: str, table: Table, *below: str | Table) -> Group:
-    """A table under its title and over others and remarks, which may be wider than it is."""
-    above = [Text(title, "table.title")] if title else []
-    return Group(*above, table, *(Text(part, "table.caption") if isinstance(part, str) else part for part in below))
-
-
 def positive(text: str) -> int:
     """A whole number above 0, from the command line."""
     if not text.isdecimal() or int(text) < 1:
@@ -220,59 +200,11 @@ def _print_whole(result: RenderableType) -> None:
         OSError: Standard output takes no more.
     """
     try:
-        print(for_terminal(result if isinstance(result, str) else _as_text(result)), end="", flush=True)
+        text = result if isinstance(result, str) else as_text(result, sys.stdout.isatty())
+        print(for_terminal(text), end="", flush=True)
     except OSError as error:
         # Python writes the rest when it ends, and would print a traceback then.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if not isinstance(error, BrokenPipeError):
             text = f"standard output cannot be written ({error.strerror}): send it somewhere else."
             raise OSError(text) from error
-
-
-def _as_text(renderable: RenderableType) -> str:
-    """What standard output shows: within a terminal's width, and whatever else it is as wide as it needs."""
-    console = Console(markup=False, emoji=False)  # brackets and colons in a name are its own
-    if sys.stdout.isatty():
-        renderable = fitted(renderable, console)
-    else:
-        console.width = max(_measured(renderable, console).maximum, console.width)
-    with console.capture() as capture:
-        console.print(renderable)
-    return capture.get()
-
-
-def fitted(renderable: RenderableType, console: Console) -> RenderableType:
-    """The same within a console's width, nothing lost: a table with its cells wrapped between words and its columns
-    closer together, or where that does not do, each row as a paragraph."""
-    if isinstance(renderable, Group):
-        return Group(*(fitted(part, console) for part in renderable.renderables))
-    if not isinstance(renderable, Table) or _measured(renderable, console).maximum <= console.width:
-        return renderable
-    cells = [[_measured(cell, console) for cell in (column.header, *column.cells)] for column in renderable.columns]
-    least = [max(cell.minimum for cell in column) for column in cells]
-    most = [max(cell.maximum for cell in column) for column in cells]
-    spare = console.width - sum(least) - (len(least) - 1)  # a space between columns
-    if spare < 0:
-        return _as_paragraphs(renderable)
-    renderable.padding, renderable.pad_edge, renderable.show_edge = 0, False, False
-    for number in sorted(range(len(least)), key=lambda number: most[number] - least[number]):
-        given = min(spare, most[number] - least[number])
-        spare -= given
-        column = renderable.columns[number]
-        column.width, column.no_wrap, column.overflow = least[number] + given, False, "fold"
-    return renderable
-
-
-def _measured(renderable: RenderableType, console: Console) -> Measurement:
-    """How wide something may be, from what can be wrapped no more to what need not be."""
-    return Measurement.get(console, console.options.update(width=1000), renderable)
-
-
-def _as_paragraphs(table: Table) -> Group:
-    """The first cell of each row as a line, and below it all others that hold something, after their headings."""
-    headings = [str(column.header) for column in table.columns]
-    parts: list[RenderableType] = []
-    for first, *others in zip(*(column.cells for column in table.columns), strict=True):
-        shown = [f"{heading} {cell}" for heading, cell in zip(headings[1:], others, strict=True) if str(cell)]
-        parts += [Text(f"{headings[0]} {first}".strip()), Padding(Text(", ".join(shown)), (0, 0, 1, 2))]
-    return Group(*parts, *([] if table.caption is None else [Text(str(table.caption), "table.caption")]))

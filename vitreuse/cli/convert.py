@@ -10,7 +10,7 @@ from rich.console import Group
 from rich.table import Table
 from torch import Tensor
 
-from vitreuse.cli.console import add_output, add_plan, table_of, titled
+from vitreuse.cli.console import add_output, add_plan
 from vitreuse.cli.source import (
     add_source_arguments,
     learning_split,
@@ -32,6 +32,7 @@ from vitreuse.files.networks import Target
 from vitreuse.io.durable import durable_folder, refuse_filled, write_durably
 from vitreuse.io.process import choose_device
 from vitreuse.io.progress import WorkProgress
+from vitreuse.io.tables import table_of, titled
 from vitreuse.model.class_names import has_classes
 from vitreuse.model.copies import exact_copy
 from vitreuse.plan import EXACT, Plan

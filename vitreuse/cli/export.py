@@ -9,7 +9,7 @@ from rich.console import Group
 from rich.filesize import decimal
 from torch import Tensor
 
-from vitreuse.cli.console import add_any_of, add_count, add_output, table_of, titled
+from vitreuse.cli.console import add_any_of, add_count, add_output
 from vitreuse.cli.source import add_image_arguments, add_model_arguments, load_model, load_sample, training_note
 from vitreuse.compress.fold import fold
 from vitreuse.cost.measure import inference_call, time_interleaved
@@ -17,6 +17,7 @@ from vitreuse.files.hub import plan_text
 from vitreuse.files.model_card import Provenance
 from vitreuse.files.networks import Target
 from vitreuse.files.programs import FILES, OPSETS, PROGRAMS, export, load_onnx
+from vitreuse.io.tables import table_of, titled
 from vitreuse.model.preprocessing import example
 
 HELP = "write a trained model as a hub folder, safetensors, a program of torch.export, or ONNX"

@@ -6,12 +6,13 @@ from typing import Any
 import torch
 from rich.console import Group
 
-from vitreuse.cli.console import add_count, add_device, add_dtype, add_image_size, add_plan, table_of, titled
+from vitreuse.cli.console import add_count, add_device, add_dtype, add_image_size, add_plan
 from vitreuse.compress.fold import DEFAULT_STEPS, STEPS, fold
 from vitreuse.config import ModelConfig
 from vitreuse.cost.measure import inference_call, time_interleaved
 from vitreuse.files.hub import plan_text
 from vitreuse.io.process import choose_device
+from vitreuse.io.tables import table_of, titled
 from vitreuse.model.preprocessing import example
 
 HELP = "measure each step of vitreuse.fold, alone and all together"

@@ -6,8 +6,8 @@ from typing import Any
 import timm
 from rich.console import Group
 
-from vitreuse.cli.console import table_of, titled
 from vitreuse.cost.summary import describe
+from vitreuse.io.tables import table_of, titled
 from vitreuse.model.registry import plain_name
 from vitreuse.plan import PRESETS
 

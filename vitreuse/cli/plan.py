@@ -8,9 +8,10 @@ from typing import Any
 from rich.console import Group
 
 from vitreuse.attention import ATTENTION
-from vitreuse.cli.console import add_image_size, table_of, titled
+from vitreuse.cli.console import add_image_size
 from vitreuse.cost.summary import PARTS, describe, equal_macs
 from vitreuse.io.file_names import for_terminal
+from vitreuse.io.tables import table_of, titled
 from vitreuse.model.block import LinearBlock
 from vitreuse.plan.language import WHOLE
 

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Group
 from torch import Tensor
 
-from vitreuse.cli.console import add_output, table_of, titled
+from vitreuse.cli.console import add_output
 from vitreuse.cli.plots import heatmaps, prepare_folder
 from vitreuse.cli.source import Source, add_source_arguments, default_words, load_source, measure, rows_remarks, words
 from vitreuse.compress.damage import Change, check_specs, has_exact_layers
@@ -17,6 +17,7 @@ from vitreuse.compress.redundancy import Redundancy
 from vitreuse.compress.row_sample import count_rows
 from vitreuse.files.hub import plan_text
 from vitreuse.io.durable import write_durably
+from vitreuse.io.tables import table_of, titled
 from vitreuse.plan import EXACT
 
 HELP = "measure how alike the attention maps of a model's layers are, and what a change of each layer would do"

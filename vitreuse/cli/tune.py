@@ -17,11 +17,12 @@ from vitreuse.attention.costs import (
     tuned_costs_path,
 )
 from vitreuse.attention.policy import is_fused_faster, is_map_faster
-from vitreuse.cli.console import add_any_of, add_count, add_device, local_path, positive, table_of, titled
+from vitreuse.cli.console import add_any_of, add_count, add_device, local_path, positive
 from vitreuse.config.recipe import DTYPES
 from vitreuse.cost.measure import describe_machine
 from vitreuse.cost.tune import MODES, measure_costs, measure_rates, write_costs
 from vitreuse.io.process import choose_device
+from vitreuse.io.tables import table_of, titled
 
 HELP = "measure which way of computing attention is faster on this device, and keep it for its models and for search"
 KEYS = (64, 197, 577, 1025)

@@ -6,6 +6,9 @@ Whatever takes long shows itself so, always on standard error: standard output i
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from datetime import timedelta
 
 from rich.console import Console
@@ -14,6 +17,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from vitreuse.io.file_names import printable
 
 SECONDS_BETWEEN_LINES = 30.0
+_is_shown = ContextVar("is_shown", default=True)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Inside the block no piece of work shows how far it is."""
+    before = _is_shown.set(False)
+    try:
+        yield
+    finally:
+        _is_shown.reset(before)
 
 
 def progress_bars(console: Console, unit: str, disable: bool) -> Progress:
@@ -38,11 +52,12 @@ class WorkProgress:
     """
 
     def __init__(self, label: str, unit: str, total: int, done: int = 0, enabled: bool = True):
-        self.label, self.unit, self.total, self.done, self.enabled = printable(label), unit, total, done, enabled
+        self.label, self.unit, self.total, self.done = printable(label), unit, total, done
+        self.enabled = enabled and _is_shown.get()
         self._first = self._told = done
         self._start = self._last_line = time.monotonic()
-        self._console = Console(stderr=True, soft_wrap=True, highlight=False)
-        self._bar = progress_bars(self._console, unit, disable=not (enabled and self._console.is_terminal))
+        self._console = Console(stderr=True, soft_wrap=True, highlight=False, force_jupyter=False)  # lines do there
+        self._bar = progress_bars(self._console, unit, disable=not (self.enabled and self._console.is_terminal))
         self._task = self._bar.add_task(label, total=total, completed=done)
 
     def __enter__(self) -> WorkProgress:

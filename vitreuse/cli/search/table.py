@@ -8,9 +8,9 @@ from typing import Any
 from rich.console import Group
 from rich.table import Table
 
-from vitreuse.cli.console import table_of, titled
 from vitreuse.cli.convert import AGREEMENT
 from vitreuse.cost.plan_costs import METRICS
+from vitreuse.io.tables import table_of, titled
 
 MAX_ROWS = 12  # of the front
 
