@@ -9,17 +9,17 @@ import torch
 import vitreuse
 from vitreuse.attention.base import EMPTY_CARRY
 from vitreuse.attention.lowrank import grid_pooling
-from vitreuse.cli.source import words
 from vitreuse.compress.damage import Change, measure_damage, possible_changes
 from vitreuse.compress.head_matching import match_heads, order_of_heads, rows_of_heads
 from vitreuse.compress.redundancy import measure_redundancy
 from vitreuse.cost.measure import peak_memory_mib
 from vitreuse.io.progress import WorkProgress
 from vitreuse.plan import Spec
+from vitreuse.verbs.words import parse_words
 
 SIZES = {"img_size": 15, "patch_size": 3, "embed_dim": 21, "depth": 3, "num_heads": 3, "num_classes": 7}
 L, H, D = 3, 3, 7
-SPECS = words("exact,reuse,reuse:2,lowrank:5,span:3,none")
+SPECS = parse_words("exact,reuse,reuse:2,lowrank:5,span:3,none")
 
 
 def build(plan=None, **keywords):
@@ -141,7 +141,7 @@ def test_batches_change_nothing_and_the_model_is_left_as_it_was():
 def test_a_sample_of_rows_is_right_in_the_mean_over_draws(keywords):
     """Of an image that comes 151 times, each time with rows of its own."""
     model, many = build(**keywords), images(1).expand(151, -1, -1, -1)
-    redundancy, specs = measure_redundancy(model, [(images(1),)], silent()), words("reuse,lowrank:5,none")
+    redundancy, specs = measure_redundancy(model, [(images(1),)], silent()), parse_words("reuse,lowrank:5,none")
     found, expected = (
         measure_damage(model, [(many,)], specs, redundancy, silent(), num_rows) for num_rows in (7, None)
     )
@@ -191,7 +191,7 @@ def test_a_seed_decides_the_rows_and_the_batch_does_not():
 def test_a_model_without_a_head_is_measured_by_its_features():
     model = build()
     model.reset_classifier(0)
-    damage, _ = measured(model, images(), words("none"))
+    damage, _ = measured(model, images(), parse_words("none"))
     assert all(amount > 0 for amount in damage.values())
 
 
@@ -203,7 +203,7 @@ def test_memory_does_not_grow_with_the_images(monkeypatch):
     def peak(count):
         batches = [(images(2),) for _ in range(count)]
         return peak_memory_mib(
-            lambda: measure_damage(model, batches, words("reuse,none"), redundancy, silent()),
+            lambda: measure_damage(model, batches, parse_words("reuse,none"), redundancy, silent()),
             [*model.parameters(), *(batch for batch, in batches)],
             torch.device("cpu"),
         ) - sum(batch.nbytes for batch, in batches) / 2**20
@@ -218,17 +218,17 @@ def test_memory_does_not_grow_with_the_images(monkeypatch):
 ])
 def test_what_cannot_be_measured_is_one_sentence(plan, text, said):
     with pytest.raises(ValueError, match=said):
-        measured(build(plan), images(1), words(text))
+        measured(build(plan), images(1), parse_words(text))
 
 
 def test_another_model_is_named():
-    _, redundancy = measured(build(), images(1), words("none"))
+    _, redundancy = measured(build(), images(1), parse_words("none"))
     with pytest.raises(ValueError, match="ResNet has no maps that are known: give a ViT of timm"):
-        measure_damage(timm.create_model("resnet18"), [(images(1),)], words("none"), redundancy, silent())
+        measure_damage(timm.create_model("resnet18"), [(images(1),)], parse_words("none"), redundancy, silent())
 
 
 def test_redundancy_of_another_model_is_refused():
-    _, redundancy = measured(build(), images(1), words("none"))
+    _, redundancy = measured(build(), images(1), parse_words("none"))
     other = timm.create_model("vit_tiny_patch16_224", **{**SIZES, "depth": 2})
     with pytest.raises(ValueError, match="redundancy is of 3 layers, the model has 2"):
-        measure_damage(other, [images(1)], words("none"), redundancy, silent())
+        measure_damage(other, [images(1)], parse_words("none"), redundancy, silent())

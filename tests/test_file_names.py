@@ -21,10 +21,10 @@ from eval.table import csv_text
 from train.__main__ import main as train
 from train.trackers import Start, Wandb
 from vitreuse.__main__ import main as vitreuse
-from vitreuse.cli.plots import front_plot
 from vitreuse.config import load_config
 from vitreuse.data import DataError, DecodeError, EncodedSample, build_index, load_index, write_shards
 from vitreuse.io.file_names import for_picture, is_name, printable, to_bytes
+from vitreuse.verbs.plots import front_plot
 
 CLASSES = [b"[red]", b'a\xff, b"\n', b"caf\xc3\xa9 "]
 IMAGES = [b"x\xfe.png", b'y,"\n.png', b"z\r.png", b"\tw.png", b" q .png", b"\xed\xa0\x80.png"]

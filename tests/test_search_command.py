@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 
 from vitreuse.__main__ import main
-from vitreuse.cli.search.table import thinned
 from vitreuse.cost.plan_costs import PlanCosts
 from vitreuse.files.hub import save_hub_folder
 from vitreuse.plan import parse_plan
+from vitreuse.verbs.search.table import thinned
 
 SIZES = {"embed_dim": 16, "num_heads": 2, "depth": 4, "num_classes": 5, "patch_size": 2, "img_size": 8}
 QUICK = ("--minutes", "0.02", "--device", "cpu")
@@ -194,10 +194,10 @@ def test_a_budget_may_be_of_time_memory_or_bytes(metric, folder, capsys):
         (["--words", "exact,-9"], "-9 merges more than half of 16 patches: give -8 or less."),
         (["--words", "exact,/65"], "an MLP has 64 hidden units and /65 are more: give /64 or less."),
         (["--words", "exact,lowrank:17"], "lowrank:17 does not fit a model of 17 tokens: give lowrank:16 or less"),
-        (["--images", "5"], "images gives 5 images, and a search needs 6, to fit, to try and to show: give --images 6"),
+        (["--images", "5"], "5 images are given, and a search needs 6, to fit, to try and to show: give more."),
         (
             ["--words", "exact,reuse", "--budget", "0.3"],
-            "no plan of the words given has 0.3 of the MACs of hub: the least is 0.842: raise --budget, or give more",
+            "no plan of the words given has 0.3 of the MACs of the exact model: the least is 0.842: raise the",
         ),
     ],
 )

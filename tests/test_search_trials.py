@@ -11,7 +11,8 @@ import timm
 import torch
 from cases import randomized
 
-from vitreuse import convert, parse_plan
+from vitreuse import parse_plan
+from vitreuse.compress.convert import convert
 from vitreuse.compress.damage import Change
 from vitreuse.compress.fidelity import mean_distance, output_distance
 from vitreuse.compress.search import Space, search

@@ -8,8 +8,8 @@ import timm
 
 from vitreuse import count_macs
 from vitreuse.__main__ import main
-from vitreuse.cli.plan import SUMMED
 from vitreuse.cost.summary import describe, equal_macs
+from vitreuse.verbs.describe import SUMMED
 
 LAZY = "(exact reuse*2)*4"
 NAME = "vit_reuse_small_patch16_224"
@@ -130,7 +130,7 @@ def test_a_strip_is_as_long_as_the_tokens_that_are_left(capsys, monkeypatch):
         ["11", "exact", "41", 2 * "█" + "▌"],
     ]
     assert all(round(8 * 12 * int(row[2]) / 197) == measure(row[3]) for row in rows)
-    monkeypatch.setattr("vitreuse.cli.plan.for_terminal", ascii)
+    monkeypatch.setattr("vitreuse.verbs.describe.for_terminal", ascii)
     assert [row[3] for row in shown(capsys, plan)[1]] == ["#" * number for number in (12, 9, 5, 3, 2, 2)]
 
 

@@ -4,30 +4,43 @@ Importing registers the models: ``timm.create_model("vit_reuse_small_patch16_224
 """
 
 from vitreuse.compress.closed_form import fit_layers
-from vitreuse.compress.convert import convert
 from vitreuse.compress.damage import measure_damage
 from vitreuse.compress.fitting import convert_on_images, fit_projections
 from vitreuse.compress.fold import fold
 from vitreuse.compress.recording import attention_maps
 from vitreuse.compress.redundancy import measure_redundancy
-from vitreuse.compress.search import Space, search
+from vitreuse.compress.search import Space
 from vitreuse.cost.macs import count_macs, count_params
 from vitreuse.cost.plan_costs import PlanCosts
+from vitreuse.data.samples import Images
+from vitreuse.io.progress import quiet
 from vitreuse.model import registry
 from vitreuse.model.checkpoint import LoadReport, load_checkpoint
 from vitreuse.model.create import create_model
 from vitreuse.model.vit import PlanVisionTransformer, PlanVisionTransformerDistilled
 from vitreuse.plan import PRESETS, Plan, Spec, parse_plan, preset_plan
+from vitreuse.verbs.convert import Converted, convert
+from vitreuse.verbs.describe import Description, describe, models
+from vitreuse.verbs.export import Exported, export
+from vitreuse.verbs.search import Searched, SearchOptions, search
+from vitreuse.verbs.similarity import Similarity, similarity
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "PRESETS",
+    "Converted",
+    "Description",
+    "Exported",
+    "Images",
     "LoadReport",
+    "PRESETS",
     "Plan",
     "PlanCosts",
     "PlanVisionTransformer",
     "PlanVisionTransformerDistilled",
+    "SearchOptions",
+    "Searched",
+    "Similarity",
     "Space",
     "Spec",
     "attention_maps",
@@ -36,14 +49,19 @@ __all__ = [
     "count_macs",
     "count_params",
     "create_model",
+    "describe",
+    "export",
     "fit_layers",
     "fit_projections",
     "fold",
     "load_checkpoint",
     "measure_damage",
     "measure_redundancy",
+    "models",
     "parse_plan",
     "preset_plan",
+    "quiet",
     "registry",
     "search",
+    "similarity",
 ]

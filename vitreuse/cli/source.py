@@ -5,29 +5,24 @@ run was trained on.
 """
 
 import argparse
+import importlib.util
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from timm.models import VisionTransformer
-from torch import Tensor
 
 from vitreuse.cli.console import add_count, add_device, add_image_size, local_path, positive
-from vitreuse.compress.damage import Change, measure_damage
-from vitreuse.compress.redundancy import Redundancy, measure_redundancy
 from vitreuse.compress.row_sample import NUM_ROWS
 from vitreuse.data import DataError, choose_split, find_split, open_images, prepare_source
 from vitreuse.data.labels import numbered_as
-from vitreuse.data.samples import ImageSample
+from vitreuse.data.samples import Images, ImageSample
 from vitreuse.files.networks import Target, resolve_targets
 from vitreuse.io.process import choose_device
-from vitreuse.io.progress import WorkProgress
 from vitreuse.model.class_names import names_of
 from vitreuse.model.keywords import unsupported
 from vitreuse.model.preprocessing import evaluation_transform, image_mode
-from vitreuse.plan import Spec, parse_plan
 
 OWN = "train, for what is chosen on them should not be measured on them; val where there is no train"
 
@@ -132,16 +127,10 @@ class Source(NamedTuple):
     target: Target
     model: Any
     sample: ImageSample
+    images: Images  # the sample in batches, on the CPU
     split: str
-    device: torch.device
-    batch_size: int
     training: str | None  # see training_note
     num_rows: int  # of patches, see measure_redundancy
-    seed: int  # of these
-
-    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """The images (B, channels, rows, columns) and their labels (B,), on the CPU."""
-        return self.sample.batches(self.batch_size)
 
 
 def add_source_arguments(parser: argparse.ArgumentParser, split: str | None = "val") -> None:
@@ -162,45 +151,33 @@ def load_source(args: argparse.Namespace) -> Source:
     target, model = load_model(args)
     split = args.split or learning_split(target, args.data)
     sample = load_sample(args, target, model, split)
-    return Source(
-        target,
-        model.to(device).eval(),
-        sample,
-        split,
-        device,
-        args.batch_size,
-        training_note(args, target),
-        args.rows or NUM_ROWS,
-        args.seed,
-    )
+    images, training = Images(sample, args.batch_size), training_note(args, target)
+    return Source(target, model.to(device).eval(), sample, images, split, training, args.rows or NUM_ROWS)
 
 
-def rows_remarks(rows: tuple[int, int] | None) -> list[str]:
-    """What a table says of the rows of maps that were looked at, of how many, where they are not all."""
-    return [f"of each image's maps {rows[0]:,} of {rows[1]:,} rows"] if rows and rows[0] < rows[1] else []
+def as_argument(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """A type of argparse of what raises a sentence as a ValueError, which argparse would not show."""
+
+    def convert(text: str) -> Any:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error).rstrip(".")) from error
+
+    return convert
 
 
-def words(text: str) -> tuple[Spec, ...]:
-    """What a layer may become, specs of the plan language between commas, from the command line."""
-    try:
-        return tuple(parse_plan(f"exact {item}", depth=2)[1] for item in text.split(","))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"in {text}, {str(error).rstrip('.')}") from error
+def prepare_folder(folder: Path | None) -> None:
+    """Makes the folder for a result and its picture, where one is asked for, before any work is done.
 
-
-def default_words(model: Any) -> tuple[Spec, ...]:
-    """What an exact layer of a model may become: with 14 x 14 patches or more reuse, lowrank:64, span:7 and none."""
-    num_tokens = model.num_prefix_tokens + model.patch_embed.num_patches
-    k, width = max(1, min(64, num_tokens // 3)), min(7, max(model.patch_embed.grid_size) // 2 | 1)
-    return words(f"reuse,lowrank:{k},span:{width},none")
-
-
-def measure(source: Source, specs: Sequence[Spec] | None) -> tuple[Redundancy, dict[Change, float]]:
-    """How redundant a model is, and the damage of each change of a layer to one of the specs; no damage for None."""
-    model, rows = source.model, (source.num_rows, source.seed)
-    with WorkProgress("similarity", "images", len(source.sample)) as progress:
-        redundancy = measure_redundancy(model, source.batches(), progress, *rows)
-    if specs is None:
-        return redundancy, {}
-    with WorkProgress("damage", "images", len(source.sample)) as progress:
-        return redundancy, measure_damage(model, source.batches(), specs, redundancy, progress, *rows)
+    Raises:
+        ValueError: matplotlib is not installed.
+        OSError: The folder cannot be made.
+    """
+    if folder is None:
+        return
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError(
+            "pictures need matplotlib: install it with pip install 'vitreuse[plots]', or take --json without -o."
+        )
+    folder.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,11 @@ LARGEST = 8  # times what the model has; most plans save less
 
 
 def describe(
-    name: str, plan: str | None = None, image_size: int | None = None, keywords: Mapping[str, Any] | None = None
+    name: str,
+    plan: str | None = None,
+    image_size: int | None = None,
+    keywords: Mapping[str, Any] | None = None,
+    shape: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Parameters and MACs of a plan in a model, as a whole and per layer and part, beside those of the exact plan.
 
@@ -27,6 +31,7 @@ def describe(
         plan: A plan, the model's own when None.
         image_size: Side in pixels, the model's own when None.
         keywords: Further ones of the model; the exact plan's, which it is compared with, is made without them.
+        shape: Keywords of both.
 
     Returns:
         A JSON object: ``theoretical_macs`` counts carried maps and exact neighbourhoods, and ratios quote it; ``macs``
@@ -35,8 +40,8 @@ def describe(
     Raises:
         ValueError: A wrong plan or an unknown model.
     """
-    model = model_on_meta(name, plan, image_size, keywords)
-    exact = model_on_meta(name, f"exact*{len(model.plan)}", image_size)
+    model = model_on_meta(name, plan, image_size, {**(shape or {}), **(keywords or {})})
+    exact = model_on_meta(name, f"exact*{len(model.plan)}", image_size, shape)
     macs, exact_macs = count_macs(model, theoretical=True), count_macs(exact, theoretical=True)
     total, exact_total = sum(macs.values()), sum(exact_macs.values())
     params, exact_params = count_params(model), count_params(exact)
@@ -60,7 +65,7 @@ def model_on_meta(
     """The model on the meta device, where initialising it would only take time; arguments as for describe."""
     size = {} if image_size is None else {"img_size": image_size}
     with torch.device("meta"):
-        return create_model(name, plan, weight_init="skip", **size, **(keywords or {}))
+        return create_model(name, plan, **{**(keywords or {}), **size, "weight_init": "skip"})
 
 
 def _layer(model: Any, layer: int, macs: dict[str, int], exact_macs: dict[str, int]) -> dict[str, Any]:

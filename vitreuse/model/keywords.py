@@ -81,11 +81,15 @@ def layers_of(model: Any) -> list[Any]:
 
 def unsupported(model: Any, reason: str) -> ValueError:
     """The refusal of a model that takes no plan."""
-    name = (getattr(model, "pretrained_cfg", None) or {}).get("architecture") or type(model).__name__
     return ValueError(
-        f"{name} takes no plan, since it {reason}: give a plain ViT of timm (vit, deit, deit3, clip, siglip, dinov2), "
-        "or one of ours with exact layers."
+        f"{architecture(model)} takes no plan, since it {reason}: give a plain ViT of timm (vit, deit, deit3, clip, "
+        "siglip, dinov2), or one of ours with exact layers."
     )
+
+
+def architecture(model: Any) -> str:
+    """The name by which timm made a model; that of its class where it did not."""
+    return (getattr(model, "pretrained_cfg", None) or {}).get("architecture") or type(model).__name__
 
 
 def _name(model: Any) -> str:

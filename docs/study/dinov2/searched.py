@@ -38,7 +38,7 @@ from vitreuse.compress.search import Space, search
 from vitreuse.compress.search.constant import constant_merging
 from vitreuse.cost.measure import describe_machine
 from vitreuse.cost.plan_costs import PlanCosts
-from vitreuse.data.samples import Inputs
+from vitreuse.data.samples import Images
 from vitreuse.io.durable import write_durably
 from vitreuse.model.copies import exact_copy
 from vitreuse.plan import EXACT, Plan, Spec
@@ -115,10 +115,10 @@ def _is_known(plan: Plan, space: Space) -> bool:
     return all(spec.word in {word.word for word in space.words} for spec in plan)
 
 
-def images_to_learn_from(image_size_px: int) -> list[Inputs]:
+def images_to_learn_from(image_size_px: int) -> list[Images]:
     """Images that layers are fitted on, and others that plans are tried on."""
     sample = images_of(f"{image_size_px}/train", trained(image_size_px), sum(NUM_IMAGES[image_size_px]))
-    return [part.inputs(BATCH[image_size_px]) for part in sample.parts(*NUM_IMAGES[image_size_px])]
+    return Images(sample, BATCH[image_size_px]).parts(*NUM_IMAGES[image_size_px])
 
 
 def rivals(space: Space, latency: PlanCosts, most: int) -> dict[str, tuple[Plan, bool]]:
@@ -136,7 +136,7 @@ def rivals(space: Space, latency: PlanCosts, most: int) -> dict[str, tuple[Plan,
     return found
 
 
-def _made(original: Any, plan: Plan, is_fitted: bool, fitted: Inputs) -> Any:
+def _made(original: Any, plan: Plan, is_fitted: bool, fitted: Images) -> Any:
     """The model under a plan, fitted as a whole or as it comes, in evaluation mode."""
     return convert_on_images(original, plan, fitted).conversion.model if is_fitted else convert(original, plan).model
 

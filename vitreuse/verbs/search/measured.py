@@ -1,21 +1,21 @@
-"""What ``vitreuse search`` measures of the model that it hands over, and of others beside it."""
+"""What a search measures of the model that it hands over, and of others beside it."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
-from vitreuse.cli.source import Source
 from vitreuse.compress.convert import convert
 from vitreuse.compress.search import Found, Space
 from vitreuse.compress.search.audit import audit, batch_of
 from vitreuse.compress.search.constant import constant_merging
 from vitreuse.compress.search.delivery import Delivery
+from vitreuse.config import ModelConfig
 from vitreuse.cost.backends import fused_attention
 from vitreuse.cost.plan_costs import PlanCosts
-from vitreuse.data.samples import ImageSample
+from vitreuse.data.samples import Images, are_classes
 from vitreuse.files.networks import plain_model
-from vitreuse.model.class_names import has_classes
+from vitreuse.model.keywords import read_keywords
 from vitreuse.plan import PRESETS, Plan, preset_plan
 
 SEARCHED, CONSTANT = "searched", "constant merging"
@@ -26,22 +26,18 @@ class Measured:
     """A search that is over, and the images on which nothing was chosen.
 
     Attributes:
-        source: The target of the command.
-        original: The same as one of ours with exact layers.
+        original: What was searched, as one of ours with exact layers.
         space: What was searched.
         costs: By which.
         found: What came of it.
         shown: The images.
-        batch_size: Of the images, where distances are measured.
     """
 
-    source: Source
     original: Any
     space: Space
     costs: PlanCosts
     found: Found
-    shown: ImageSample
-    batch_size: int
+    shown: Images
 
     def rivals(self) -> dict[str, Plan]:
         """The plan that was found, and constant merging of its predicted time; of its cost where no time can be
@@ -60,9 +56,8 @@ class Measured:
         for name, plan in self._presets().items():
             plans[name] = plan
             models[name] = convert(self.original, plan, self.found.trials.pieces.distances).model
-        has_labels = has_classes(self.source.model) and len(self.shown.class_names) == self.source.model.num_classes
-        batches, plain = partial(self.shown.batches, self.batch_size), partial(plain_model_of, self.source)
-        measured = audit(self.original, models, plain, batches, has_labels, self.costs.conditions.dtype)
+        has_labels, plain = are_classes(self.shown, self.original), partial(plain_model_of, self.original)
+        measured = audit(self.original, models, plain, self.shown.labelled, has_labels, self.costs.conditions.dtype)
         latency, exact = self._latency(), self.space.exact
         rows = {
             name: {
@@ -104,7 +99,8 @@ class Measured:
         }
 
 
-def plain_model_of(source: Source, fused: bool) -> Any:
-    """timm's plain model of the shape of a target's, with fused attention or without."""
+def plain_model_of(original: Any, fused: bool) -> Any:
+    """timm's plain model of the shape of one of ours with exact layers, with fused attention or without."""
+    name, keywords = read_keywords(original)
     with fused_attention(fused):
-        return plain_model(source.target.model).create()
+        return plain_model(ModelConfig(name=name, plan=None, keywords=keywords)).create()

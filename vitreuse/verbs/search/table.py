@@ -1,4 +1,4 @@
-"""What ``vitreuse search`` found, for a terminal."""
+"""What a search found, as tables and sentences."""
 
 import sys
 from collections.abc import Sequence
@@ -8,20 +8,22 @@ from typing import Any
 from rich.console import Group
 from rich.table import Table
 
-from vitreuse.cli.convert import AGREEMENT
 from vitreuse.cost.plan_costs import METRICS
 from vitreuse.io.tables import table_of, titled
+from vitreuse.verbs.convert import AGREEMENT
 
 MAX_ROWS = 12  # of the front
 
 
-def render(result: dict[str, Any]) -> Group:
-    """What was measured, the front for a terminal, thinned, and how to go on."""
-    title = f"{result['name']}, {result['num_images']:,} images of {result['split']}, words {','.join(result['words'])}"
+def table(result: dict[str, Any]) -> Group:
+    """The front, thinned, what was measured, and, of a command, how to go on."""
+    of_split = f" of {result['split']}" if "split" in result else ""
+    title = f"{result['name']}, {result['num_images']:,} images{of_split}, words {','.join(result['words'])}"
     headings = ("", f"{METRICS[result['metric']]} / exact", "forecast damage", "plan")
     front = thinned(result["front"])
-    table = table_of(headings, (("", *_cells(row)) for row in front), ("", "plan"))
-    return titled(title, table, _measured(result), *_sentences(result), result["command"])
+    shown = table_of(headings, (("", *_cells(row)) for row in front), ("", "plan"))
+    command = [result["command"]] if "command" in result else []
+    return titled(title, shown, _measured(result), *_sentences(result), *command)
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, str, str]:

@@ -3,9 +3,7 @@
 They are made without pyplot, which keeps global state. matplotlib is an extra, imported where it is needed.
 """
 
-import importlib.util
 import io
-from pathlib import Path
 from typing import Any
 
 from vitreuse.cost.plan_costs import METRICS
@@ -63,19 +61,3 @@ def heatmaps(result: dict[str, Any]) -> bytes:
         figure.colorbar(image, ax=axes, shrink=0.8)
     figure.suptitle(f"{for_picture(result['name'])}, {result['num_images']:,} images", fontsize=10)
     return _png(figure)
-
-
-def prepare_folder(folder: Path | None) -> None:
-    """Makes the folder for a result and its picture, where one is asked for, before any work is done.
-
-    Raises:
-        ValueError: matplotlib is not installed.
-        OSError: The folder cannot be made.
-    """
-    if folder is None:
-        return
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError(
-            "pictures need matplotlib: install it with pip install 'vitreuse[plots]', or take --json without -o."
-        )
-    folder.mkdir(parents=True, exist_ok=True)
