@@ -18,7 +18,7 @@ MIRRORED = ("__init__", "forward_intermediates")  # whose arguments are those of
 MAX_FILES, MAX_LINES, MAX_FUNCTION_LINES, MAX_ARGUMENTS = 13, 350, 45, 9
 DEPENDENCIES = {"torch", "torchvision", "timm", "fvcore", "webdataset", "yaml", "rich", "safetensors", "numpy", "PIL"}
 
-# A collection of the garbage of torch and timm, which takes 0.3 seconds, falls inside the import or behind it by chance.
+# A collection of the garbage of torch and timm, 0.3 seconds long, falls inside the import or behind it by chance.
 IMPORT_VITREUSE = """
 import gc, json, time
 import timm, torch

@@ -17,7 +17,7 @@ from test_readme import read
 
 import vitreuse
 from vitreuse.__main__ import main
-from vitreuse.export.networks import resolve_targets
+from vitreuse.files.networks import resolve_targets
 
 ROOT = Path(__file__).resolve().parents[1]
 PLAN = "exact-8*5 exact reuse*6"

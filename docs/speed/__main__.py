@@ -19,7 +19,7 @@ from eval.table import Column, to_markdown
 from eval.throughput import Condition, measure
 from vitreuse import parse_plan, preset_plan
 from vitreuse.cost.measure import describe_machine
-from vitreuse.export.networks import resolve_targets
+from vitreuse.files.networks import resolve_targets
 from vitreuse.io.durable import durable_file, write_durably
 
 HERE = Path(__file__).parent
