@@ -50,7 +50,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
     """A page with what its comments ask for, and links as the site has them."""
     makers: dict[str, Callable[[str], str]] = {"code": code, "shares": shares}
     markdown = ASKED.sub(lambda asked: makers[asked[1]](asked[2]), markdown)
-    return LINK.sub(lambda link: site_link(*link.groups(), page.file.src_uri, files, config["repo_url"]), markdown)
+    return LINK.sub(lambda link: site_link(link[1], link[2], page.file.src_uri, files, config["repo_url"]), markdown)
 
 
 def site_link(link: str, anchor: str, page: str, files: Files, repo_url: str) -> str:
