@@ -53,7 +53,8 @@ FAINT_TEXT = """(() => {
         const element = texts.currentNode.parentElement, text = texts.currentNode.textContent.trim();
         if (!text || !element.checkVisibility({ opacityProperty: true, visibilityProperty: true })) continue;
         const style = getComputedStyle(element), colour = rgba(style.color), below = behind(element);
-        const [high, low] = [light(below), light(over(colour, below, colour[3] * opacity(element)))].sort((a, b) => b - a);
+        const shown = over(colour, below, colour[3] * opacity(element));
+        const [high, low] = [light(below), light(shown)].sort((a, b) => b - a);
         const ratio = (high + 0.05) / (low + 0.05), px = parseFloat(style.fontSize);
         const isLarge = px >= 24 || (px >= 18.66 && style.fontWeight >= 700);
         const key = `${element.tagName.toLowerCase()}.${element.className.baseVal ?? element.className}`;
