@@ -87,7 +87,7 @@ def test_the_table_is_written_in_every_form(cards, tmp_path, capsys):
     assert lines[0].split(",") == list(result["rows"][0]) and len(lines) == 4
     assert r"lowrank & lowrank:16*6 & 0.31" in (out / "results.tex").read_text()
     with Image.open(out / "scatter.png") as image:
-        assert image.size == (1200, 825)
+        assert image.size == (1350, 900)
     with Image.open(out / "intervals.png") as image:
         pixels = np.asarray(image.convert("RGB")).reshape(-1, 3)
     is_drawn = {name: (pixels == colour).all(1).any() for name, colour in COLOURS.items()}
