@@ -129,6 +129,7 @@ class Reading(HTMLParser):
 
 
 def read(shown):
+    assert repr(shown) == str(shown) and len(repr(shown).splitlines()) < 50
     page = Reading(shown._repr_html_())
     assert page.tags <= {"div", "b", "small", "table", "thead", "tbody", "tr", "th", "td", "img"}
     assert "color" not in page.attributes.get("style", "") and "table" in page.tags
@@ -147,7 +148,7 @@ def test_similarity_is_the_same_of_each(form):
 def test_similarity_shows_itself(monkeypatch):
     found = vitreuse.similarity(build(), pixels())
     assert found.facts["layers"][2]["damage"].keys() == {"reuse", "lowrank:5", "span:3", "none"}
-    assert str(found) == repr(found) and str(found).splitlines()[0] == "vit_tiny_patch16_224, 17 images"
+    assert str(found).splitlines()[0] == "vit_tiny_patch16_224, 17 images"
     assert "\x1b" not in str(found) and len(str(found).splitlines()) < 12
     page = read(found)
     assert page.texts[0] == "vit_tiny_patch16_224, 17 images" and "same head" in page.texts

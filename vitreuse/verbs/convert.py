@@ -59,7 +59,7 @@ class How(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Converted(Conversion, Shown):
+class Converted(Shown, Conversion):
     """A converted model, and what was done to it.
 
     Attributes:

@@ -26,6 +26,7 @@ def front_plot(result: dict[str, Any]) -> bytes:
     distances = [*(row["damage"] for row in front), *(row["distance"] for row in points.values())]
     smallest = min((distance for distance in distances if distance > 1e-6), default=1.0)
     axes.set_yscale("symlog", linthresh=smallest)  # the exact plan has none
+    axes.set_ylim(bottom=0)
     axes.set_xlabel(f"{METRICS[result['metric']]}, share of the exact model")
     axes.set_ylabel("distance of answers: forecast (line), measured")
     axes.set_title(f"{for_picture(result['name'])}: {result['chosen']['plan']}", fontsize=9)
