@@ -315,7 +315,7 @@ function nameThem(svg, points, front, { px, py, left, right, top, bottom }) {
       x1 > left && x2 < right && y1 > top && y2 < bottom &&
       taken.every(([a, b, c, d]) => x2 < a || x1 > c || y2 < b || y1 > d));
     if (!free) continue;
-    taken.push(free);
+    taken.push([free[0] - 6, free[1], free[2] + 6, free[3]]); // names in a row are told apart
     const label = shape("text", { class: "name", x: free[0], y: free[3] - 3, "aria-hidden": true }, text);
     svg.append(front.includes(point) ? label : shape("g", { class: "beaten" }, label));
   }
