@@ -64,14 +64,16 @@ def _git(root: Path, *arguments: str) -> list[str]:
 
 def main() -> None:
     """Prints a table."""
-    table = Table("figure", "pages", "measured by", "changed since", title="Figures and the code that they speak of")
+    table = Table(title="Figures and the code that they speak of")
+    for heading in ("figure", "pages", "measured by", "changed since"):
+        table.add_column(heading, overflow="fold")
     for measured in read(HERE / "figures.yaml"):
         commits = changes_since(measured, HERE.parent)
         if commits is None:
             verdict = "not yet run"
         else:
             verdict = f"stale: {len(commits)} commits, newest {commits[0].split()[0]}" if commits else "up to date"
-        table.add_row(measured.figure, ", ".join(measured.pages), measured.command, verdict)
+        table.add_row(measured.figure, "\n".join(measured.pages), measured.command, verdict)
     Console().print(table)
 
 

@@ -1,5 +1,6 @@
 """Trained models in one table: accuracy over seeds, which of its differences are more than noise, operations, speed."""
 
+import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
@@ -151,10 +152,13 @@ def _write(folder: Path, result: Mapping[str, Any]) -> None:
         for row, kind in zip(shown, kinds, strict=True)
     ]
     scatter_figure(points, for_picture(caption), cost).savefig(folder / "scatter.png", dpi="figure")
+    left = [*texts, "scatter.png"]
     found = [{**row, "name": _named_plan(row)} for row in rows if row["difference"] is not None]
     if found:
         figure = intervals_figure(found, _named_plan(_baseline(rows)), for_picture(caption))
         figure.savefig(folder / "intervals.png", dpi="figure")
+        left.append("intervals.png")
+    print(f"{folder}: {', '.join(left)}", file=sys.stderr)
 
 
 def _named_plan(row: Mapping[str, Any]) -> str:

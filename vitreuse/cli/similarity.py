@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -31,4 +32,5 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.output is not None:
         write_durably(args.output / "similarity.json", json.dumps(found.facts).encode())
         write_durably(args.output / "similarity.png", found.picture())
+        print(f"{args.output}: similarity.json, similarity.png", file=sys.stderr)
     return found.facts
