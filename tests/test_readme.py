@@ -100,7 +100,7 @@ def test_the_five_commands_make_a_trained_model_faster(tmp_path, monkeypatch, ca
     for argv in five:
         run, arguments = (main, argv[1:]) if argv[0] == ".venv/bin/vitreuse" else (train, argv[3:])
         assert run(arguments) == 0, argv
-    assert " % before healing, " in capsys.readouterr().err
+    assert ", before healing top-1 " in capsys.readouterr().err
     exported = timm.create_model(f"local-dir:{tmp_path / 'runs/exported'}", pretrained=True)
     assert str(exported.plan) in shlex.join(five[2])
     teacher, healed = (load_config(tmp_path / "configs/digits" / f"{name}.yaml").train for name in ("exact", "heal"))

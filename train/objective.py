@@ -131,7 +131,7 @@ class HealingObjective(DistillationObjective):
     def facts_before(self, model: nn.Module, look: Look) -> Facts:
         own = look(model)
         teacher = 1.0 if self.asks_tokens else look(self.teacher).score  # whose features are its own
-        sentence = f"{own.form.format(teacher)} of the teacher, {own.text} before healing"
+        sentence = f"the teacher {own.form.format(teacher)}, before healing {own.text}"
         return Facts({f"teacher_{own.name}": teacher, f"before_{own.name}": own.score}, sentence)
 
     def facts_after(self, before: Mapping[str, Any] | None, found: Findings) -> Facts:
@@ -141,9 +141,9 @@ class HealingObjective(DistillationObjective):
         teacher, own = (before[f"{when}_{found.name}"] for when in ("teacher", "before"))
         share = 100 * (found.score - own) / (teacher - own) if teacher > own else None
         regained = "nothing had been lost" if share is None else f"{share:.0f} % of what was lost is regained"
-        scores = f"{found.form.format(teacher)} of the teacher, {found.form.format(own)} before healing"
+        scores = f"the teacher {found.form.format(teacher)}, before healing {found.form.format(own)}"
         values = {f"teacher_{found.name}": teacher, f"before_{found.name}": own, "regained_percent": share}
-        return Facts(values, f"{scores}, {found.text} after: {regained}.")
+        return Facts(values, f"{scores}, after it {found.text}: {regained}.")
 
 
 def create_objective(
