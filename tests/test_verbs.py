@@ -166,12 +166,17 @@ def without_times(facts):
     return {**facts, "audited": audited}
 
 
+@pytest.fixture(scope="module")
+def searched():
+    """What a search finds of a tensor."""
+    return vitreuse.search(build(), pixels(), 0.8, **PICKY)
+
+
 @pytest.mark.parametrize("form", ["tensor", "tensors and labels", "a data set", "a loader"])
-def test_a_search_finds_the_same_of_each(form):
-    model = build()
-    found, expected = (vitreuse.search(model, of, 0.8, **PICKY) for of in (FORMS[form](), pixels()))
-    assert without_times(found.facts) == without_times(expected.facts)
-    state = expected.model.state_dict()
+def test_a_search_finds_the_same_of_each(searched, form):
+    found = vitreuse.search(build(), FORMS[form](), 0.8, **PICKY)
+    assert without_times(found.facts) == without_times(searched.facts)
+    state = searched.model.state_dict()
     assert all(torch.equal(value, state[key]) for key, value in found.model.state_dict().items())
     assert found.plan == found.model.plan and found.facts["chosen"]["share"] <= 0.8
     assert found.facts["images"] == {"fitted": 11, "tried": 4, "shown": 2}
