@@ -17,7 +17,7 @@ from unittest.mock import patch
 import torch
 
 from docs.study.dinov2.ablation import BATCH_SIZE, IMAGE_SIZE_PX, NUM_IMAGES, distances, with_tokens
-from docs.study.dinov2.measure import TESTS, images_of
+from docs.study.dinov2.measure import TESTS, Line, complete, images_of, read_lines
 from docs.study.dinov2.packages import HERE
 from docs.study.dinov2.weights import trained
 from eval.table import Column, to_markdown
@@ -35,6 +35,7 @@ from vitreuse.plan import EXACT, Plan
 
 PLANS = ("exact-16*12", "exact*2 none exact/768*3 exact*2 linear exact/384 skip exact")
 FOLDER, NUM_FITTED = "224/train", 64
+FITS = HERE / "fits.jsonl"
 
 _observe, _parts_of, _row_weights = closed_form._observe, closed_form._parts_of, closed_form.row_weights
 
@@ -133,26 +134,31 @@ def made(original: Any, plan: str, variant: Variant, images: list[torch.Tensor])
 
 
 def main() -> None:
-    """Writes fits.md."""
-    original, rows = trained(IMAGE_SIZE_PX, global_pool=""), []
+    """Completes fits.jsonl, a variant a line, and writes fits.md."""
+    original = trained(IMAGE_SIZE_PX, global_pool="")
     images = [images for images, _ in images_of(FOLDER, original, NUM_FITTED).batches(BATCH_SIZE)]
     batches = {test: with_tokens(original, test) for test in TESTS}
-    for variant in VARIANTS:
-        row: dict[str, Any] = {"name": variant.name}
+    by_name = {variant.name: variant for variant in VARIANTS}
+
+    def line(image_size_px: int, name: str) -> Line:
+        found: dict[str, Any] = {"image_size_px": image_size_px, "plan": name}
         for plan in PLANS:
-            model = made(original, plan, variant, images)
+            model = made(original, plan, by_name[name], images)
             for test in TESTS:
-                found = distances(model, batches[test])
-                row[f"{plan} {test}"] = " / ".join(f"{100 * distance:.2f}" for distance in found)
-        rows.append(row)
-        print(row, flush=True)
-    columns = [Column("name", "variant")]
+                lost = distances(model, batches[test])
+                found[f"{plan} {test}"] = " / ".join(f"{100 * distance:.2f}" for distance in lost)
+        return {**found, "machine": describe_machine(original.cls_token.device)}
+
+    complete(FITS, [(IMAGE_SIZE_PX, name) for name in by_name], line)
+    kept = read_lines(FITS)
+    rows = [kept[IMAGE_SIZE_PX, name] for name in by_name]
+    columns = [Column("plan", "variant")]
     columns += [Column(f"{plan} {test}", f"{plan}, {test}") for plan, test in product(PLANS, TESTS)]
-    machine = describe_machine(torch.device("cpu"))
+    machine = rows[-1]["machine"]
     caption = (
         f"100 x (1 - cosine) to the original's class / patch tokens at {IMAGE_SIZE_PX} px, means over {NUM_IMAGES} "
-        f"composites and 25 photographs, fitted on {NUM_FITTED} images of {FOLDER}. torch {machine['torch']}, timm "
-        f"{machine['timm']}, {machine['date']}."
+        f"composites and 25 photographs, fitted on {NUM_FITTED} images of {FOLDER}. {machine['device']}, "
+        f"torch {machine['torch']}, timm {machine['timm']}, {machine['date']}."
     )
     table = to_markdown(rows, columns, caption)
     write_durably(HERE / "fits.md", f"# The fit in closed form, piece by piece\n\n{table}".encode())
