@@ -3,6 +3,9 @@
 Importing registers the models: ``timm.create_model("vit_reuse_small_patch16_224", plan="exact reuse*6 exact*5")``.
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from vitreuse.compress.closed_form import fit_layers
 from vitreuse.compress.damage import measure_damage
 from vitreuse.compress.fitting import convert_on_images, fit_projections
@@ -12,18 +15,20 @@ from vitreuse.compress.redundancy import measure_redundancy
 from vitreuse.compress.search import Space
 from vitreuse.cost.macs import count_macs, count_params
 from vitreuse.cost.plan_costs import PlanCosts
-from vitreuse.data.samples import Images
 from vitreuse.io.progress import quiet
 from vitreuse.model import registry
 from vitreuse.model.checkpoint import LoadReport, load_checkpoint
 from vitreuse.model.create import create_model
 from vitreuse.model.vit import PlanVisionTransformer, PlanVisionTransformerDistilled
 from vitreuse.plan import PRESETS, Plan, Spec, parse_plan, preset_plan
-from vitreuse.verbs.convert import Converted, convert
-from vitreuse.verbs.describe import Description, describe, models
-from vitreuse.verbs.export import Exported, export
-from vitreuse.verbs.search import Searched, SearchOptions, search
-from vitreuse.verbs.similarity import Similarity, similarity
+
+if TYPE_CHECKING:
+    from vitreuse.data.samples import Images
+    from vitreuse.verbs.convert import Converted, convert
+    from vitreuse.verbs.describe import Description, describe, models
+    from vitreuse.verbs.export import Exported, export
+    from vitreuse.verbs.search import Searched, SearchOptions, search
+    from vitreuse.verbs.similarity import Similarity, similarity
 
 __version__ = "0.1.0"
 
@@ -65,3 +70,19 @@ __all__ = [
     "search",
     "similarity",
 ]
+
+# Found when they are first asked for: with all that they import, import vitreuse would take three times as long.
+_LATER = {
+    "Images": "data.samples",
+    **dict.fromkeys(("Converted", "convert"), "verbs.convert"),
+    **dict.fromkeys(("Description", "describe", "models"), "verbs.describe"),
+    **dict.fromkeys(("Exported", "export"), "verbs.export"),
+    **dict.fromkeys(("SearchOptions", "Searched", "search"), "verbs.search"),
+    **dict.fromkeys(("Similarity", "similarity"), "verbs.similarity"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_LATER[name]}"), name)
