@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import vitreuse
+
 ROOT = Path(__file__).resolve().parents[1]
 MAY_IMPORT = {"vitreuse": set(), "eval": {"vitreuse"}, "train": {"vitreuse", "eval"}}  # of our packages, beside itself
 # Of the packages of vitreuse, what each stands on beside itself; io lies under all.
@@ -144,3 +146,11 @@ def test_importing_vitreuse_takes_little_longer_than_importing_timm():
         for name, taken in seconds.items():
             taken.append(float(run(IMPORT.format(name))))
     assert min(seconds["vitreuse"]) < min(seconds["timm"]) + 0.3
+
+
+def test_every_public_name_is_found():
+    """Those that are found late, too; whatever else is asked for is missing."""
+    assert sorted(set(vitreuse.__all__)) == sorted(vitreuse.__all__)
+    assert set(vitreuse._LATER) <= set(vitreuse.__all__)
+    assert all(getattr(vitreuse, name) is not None for name in vitreuse.__all__)
+    assert not hasattr(vitreuse, "serach")
