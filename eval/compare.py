@@ -14,7 +14,7 @@ from eval.statistics import LEVEL, NUM_RESAMPLES, difference, holm, verdict
 from eval.table import Column, to_csv, to_latex, to_markdown, to_rich
 from eval.throughput import Speed, speeds
 from vitreuse.cli.console import add_output, positive
-from vitreuse.cost.measure import describe_machine
+from vitreuse.cost.measure import describe_machine, noise_remark
 from vitreuse.io.file_names import for_picture, to_bytes
 from vitreuse.io.process import choose_device
 from vitreuse.plan import parse_plan
@@ -221,6 +221,8 @@ def _speed_notes(result: Mapping[str, Any]) -> Iterator[str]:
         f"run, interquartile range up to {spread:.0f} %. {machine['device']}, CPU threads: {machine['threads']}, "
         f"torch {machine['torch']}, timm {machine['timm']}, {machine['date']}."
     )
+    if remark := noise_remark(spread):
+        yield remark
 
 
 def render(result: dict[str, Any]) -> RenderableType:

@@ -27,6 +27,7 @@ from vitreuse.cost.measure import (
     describe_machine,
     inference_call,
     machine_limits,
+    noise_remark,
     peak_memory_mib,
     time_interleaved,
 )
@@ -287,6 +288,8 @@ def render(result: dict[str, Any]) -> RenderableType:
         claims = caption if any(row["speedup"] is not None for row in result["rows"]) else ""
         caption = f"no speed-up: {', '.join(alone)} is what others are measured against. {claims}"
     caption += ", ".join(f"{key} {value}" for key, value in result["machine"].items())
+    if remark := noise_remark(max(row["spread_percent"] for row in result["rows"])):
+        caption += f". {remark}"
     profiled = [to_rich(found["parts"], profile.COLUMNS, _profile_caption(found)) for found in result["profiles"]]
     return Group(to_rich(result["rows"], COLUMNS, caption), *profiled)
 

@@ -111,7 +111,7 @@ def test_a_damaged_tuned_file_is_named_in_one_sentence(tuned, text):
     tuned.write_text(text)
     with pytest.raises(ValueError) as error:
         load_costs()
-    assert str(error.value) == f"{tuned} holds no costs: delete it, or write it anew with vitreuse tune."
+    assert str(error.value) == f"{tuned} holds no costs: move it away, and vitreuse tune writes it anew."
 
 
 def test_rates_are_of_the_file_that_the_costs_are_of(tuned):

@@ -1,17 +1,20 @@
 """Tuning: what it measures, writes and prints, and that models read it."""
 
 import json
+import re
 
 import pytest
 import timm
 import torch
 
+import vitreuse
 from vitreuse.__main__ import main
 from vitreuse.attention import costs as attention_costs
 from vitreuse.attention.costs import COST_NAMES, RATE_NAMES, SIZED_NAMES, load_costs, load_rates
 from vitreuse.cost import tune
 from vitreuse.cost.measure import Timing
 from vitreuse.cost.tune import measure_costs, measure_rates, write_costs
+from vitreuse.verbs import tune as verb
 
 CPU = torch.device("cpu")
 
@@ -20,7 +23,8 @@ CPU = torch.device("cpu")
 def small(tmp_path, monkeypatch):
     monkeypatch.setattr(tune, "PAIRS_PER_CALL", 1)
     monkeypatch.setattr(tune, "TOKENS_PER_CALL", 3)
-    monkeypatch.setattr(tune, "CHANNELS", (64, 128))
+    for module in (tune, verb):
+        monkeypatch.setattr(module, "CHANNELS", (64, 128))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
 
@@ -115,20 +119,25 @@ def test_the_table_says_where_the_costs_went_and_progress_is_apart(capsys, tmp_p
     options = ["--device", "cpu", "--repeats", "1", "--dtype", "float32", "--keys", "5", "--output", str(path)]
     assert main(["tune", *options]) == 0
     shown = capsys.readouterr()
-    assert shown.err.splitlines() == [
-        "measuring cpu float32 inference, 5 keys",
-        "measuring cpu float32 train, 5 keys",
-        "measuring cpu float32 inference, 64 channels",
-        "measuring cpu float32 inference, 128 channels",
-    ]
+    assert re.fullmatch(r"measuring: 4/4 points, [0-9.]+ points/s, 0:00:00 left\n", shown.err)
     assert "mine.json" in "".join(shown.out.split()) and "models read" in shown.out
     assert "carried to 5" in shown.out
+
+
+def test_the_function_does_what_the_command_does(capsys, tmp_path):
+    path = tmp_path / "mine.json"
+    with vitreuse.quiet():
+        found = vitreuse.tune("cpu", [torch.float32], [5], repeats=1, file=path)
+    assert (found.file, found.facts["file"]) == (path, str(path))
+    assert json.loads(path.read_text())["costs"].keys() == {"cpu float32 inference", "cpu float32 train"}
+    assert "carried to 5" in str(found) and "<table>" in found._repr_html_()
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(
     ("argv", "sentence"),
     [
-        (["--output", "{tmp}/broken.json"], "vitreuse tune: {tmp}/broken.json holds no costs: delete it, or write"),
+        (["--output", "{tmp}/broken.json"], "vitreuse tune: {tmp}/broken.json holds no costs: move it away, and"),
         (["--output", "{tmp}"], "vitreuse tune: [Errno 21] Is a directory"),
     ],
 )

@@ -331,6 +331,8 @@ def _duration(experiment: Experiment, done: int, pace: Pace, saving: float) -> C
     """How long the run has still to go."""
     trainer, config = experiment.trainer, experiment.trainer.config
     steps, steps_per_epoch = range(done + 1, trainer.num_steps + 1), trainer.batches.steps_per_epoch
+    if not steps:
+        return Check("duration", OK, "no step is left to train.")
     evaluated = [step for step in steps if evaluation_is_due(config, step, steps_per_epoch)]
     is_averaged = trainer.ema is not None
     num_raw = sum(is_averaged and raw_is_due(config, step, steps_per_epoch) for step in evaluated)

@@ -29,6 +29,7 @@ from vitreuse.attention.policy import Conditions
 from vitreuse.config import Config
 from vitreuse.cost.backends import sentence
 from vitreuse.cost.measure import peak_process_memory_mib
+from vitreuse.files.hub import WEIGHTS
 from vitreuse.io.process import print_note
 from vitreuse.io.progress import WorkProgress
 
@@ -320,6 +321,7 @@ class _Loop:
         figures = {**totals, **measured, **facts.values}
         self.folder.log("final", step=counters.step, epoch=self.trainer.epoch, **figures)
         self.folder.finish(self.trainer.final_model, weights, found.predictions, seconds)
+        print_note(f"{self.folder.path} is completed; its weights are in {WEIGHTS}.")
 
 
 def _finite(number: float) -> float | None:

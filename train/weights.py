@@ -114,7 +114,8 @@ def known_rows(
         unknown = "" if class_names is None else f"its {num_rows} classes, whose names are not known, go by number"
         return [*range(num_rows)], unknown
     if names == tuple(class_names):
-        return [*range(num_rows)], "its classes are known by number alone" if are_numbers(names) else ""
+        numbers = "its classes are numbers, taken for those of the same number here"
+        return [*range(num_rows)], numbers if are_numbers(names) else ""
     rows = places(class_names, names)
     one_is_numbered = are_numbers(names) or are_numbers(class_names)
     if not any(row is not None for row in rows) or (one_is_numbered and {*names} != {*class_names}):

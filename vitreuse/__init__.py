@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from vitreuse.verbs.export import Exported, export
     from vitreuse.verbs.search import Searched, SearchOptions, search
     from vitreuse.verbs.similarity import Similarity, similarity
+    from vitreuse.verbs.tune import Tuned, tune
 
 __version__ = "0.1.0"
 
@@ -48,6 +49,7 @@ __all__ = [
     "Similarity",
     "Space",
     "Spec",
+    "Tuned",
     "attention_maps",
     "convert",
     "convert_on_images",
@@ -69,6 +71,7 @@ __all__ = [
     "registry",
     "search",
     "similarity",
+    "tune",
 ]
 
 # Found when they are first asked for: with all that they import, import vitreuse would take three times as long.
@@ -79,6 +82,7 @@ _LATER = {
     **dict.fromkeys(("Exported", "export"), "verbs.export"),
     **dict.fromkeys(("SearchOptions", "Searched", "search"), "verbs.search"),
     **dict.fromkeys(("Similarity", "similarity"), "verbs.similarity"),
+    **dict.fromkeys(("Tuned", "tune"), "verbs.tune"),
 }
 
 

@@ -57,7 +57,7 @@ def read_costs(path: Path) -> Costs:
     try:
         return as_costs(json.loads(path.read_text(encoding="utf-8"))["costs"])
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} holds no costs: delete it, or write it anew with vitreuse tune.") from error
+        raise ValueError(f"{path} holds no costs: move it away, and vitreuse tune writes it anew.") from error
 
 
 def load_rates() -> Rates:

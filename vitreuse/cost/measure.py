@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 Call = Callable[[], object]
+QUIET_PERCENT = 20.0  # the spread up to which times are taken for those of a machine that did nothing else
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,13 @@ class Timing:
     def images_per_second(self, batch_size: int) -> float:
         """Throughput at the median time of a call on batch_size images."""
         return 1000 * batch_size / self.median_ms
+
+
+def noise_remark(spread_percent: float) -> str:
+    """What to say of times with this spread at most; nothing where they were quiet."""
+    if spread_percent <= QUIET_PERCENT:
+        return ""
+    return f"Quartiles of times lie {spread_percent:.0f} % apart: measure again while the machine does nothing else."
 
 
 def time_interleaved(

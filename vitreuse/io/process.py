@@ -28,8 +28,8 @@ def choose_device(name: str) -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("there is no CUDA device for the device cuda: use cpu or auto.")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"there is no CUDA device for the device {name}: use cpu or auto.")
     return torch.device(name)
 
 

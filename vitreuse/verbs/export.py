@@ -117,7 +117,8 @@ def _remarks(result: dict[str, Any]) -> list[str]:
     """What the programs were checked on, and how fast ONNX is."""
     lines = [] if result["training"] is None else [result["training"]]
     if result["images"] is not None:
-        lines.append(f"difference: largest of the logits over their standard deviation, on {result['images']}")
+        what = "largest of a program's logits over their standard deviation"
+        lines.append(f"difference: {what}, on {result['images']}")
     for of, number in result["num_left_out"].items():
         if number:
             text = f"{number} of {result['num_images']} images, of whose tokens rounding decides which merge"

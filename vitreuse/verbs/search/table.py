@@ -13,6 +13,10 @@ from vitreuse.io.tables import table_of, titled
 from vitreuse.verbs.convert import AGREEMENT
 
 MAX_ROWS = 12  # of the front
+ESTIMATES = (
+    "predicted is put together from times of single layers, forecast from what single changes did; where they differ "
+    "from the times as fast and the distance beside them, those were measured"
+)
 
 
 def table(result: dict[str, Any]) -> Group:
@@ -66,6 +70,7 @@ def _sentences(result: dict[str, Any]) -> list[str]:
     if round(chosen["measured_share"], 2) > result["budget"]:
         over = [f"over the budget of {result['budget']:g}: {chosen['measured_share']:.3f} of the {metric} as it is"]
     return [
+        ESTIMATES,
         f"chosen: {', '.join(said)} over {found['num_images']:,} images on which nothing was chosen, "
         f"{chosen['speedup']:.2f} times as fast as the best plain model in batches of {result['batch_size_timed']}",
         f"distance of answers on the images that plans were tried on: {start['distance']:.3g} for the best of the "
