@@ -15,6 +15,7 @@ from torch import nn
 
 from train.__main__ import main
 from train.heal import Healing, _train_only, outputs_loss, plan_share
+from train.objective import regained
 from vitreuse.compress.head_matching import rows_of_heads
 from vitreuse.compress.recording import recorded_attention
 from vitreuse.config import ConfigError
@@ -534,3 +535,16 @@ def test_healing_that_cannot_be_is_one_sentence(tmp_path, healed, capsys, plan, 
     assert main(recipe) == 2
     told = capsys.readouterr().err.splitlines()[-1]
     assert sentence in told and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("share", "said"),
+    [
+        (None, "nothing had been lost"),
+        (0.0, "0 % of what was lost is regained"),
+        (75.4, "75 % of what was lost is regained"),
+        (-154.0, "154 % of what was lost is lost besides: lower train.optimizer.lr, or heal on more images"),
+    ],
+)
+def test_a_healing_that_loses_more_says_so(share, said):
+    assert regained(share) == said

@@ -140,10 +140,18 @@ class HealingObjective(DistillationObjective):
             return NOTHING
         teacher, own = (before[f"{when}_{found.name}"] for when in ("teacher", "before"))
         share = 100 * (found.score - own) / (teacher - own) if teacher > own else None
-        regained = "nothing had been lost" if share is None else f"{share:.0f} % of what was lost is regained"
         scores = f"the teacher {found.form.format(teacher)}, before healing {found.form.format(own)}"
         values = {f"teacher_{found.name}": teacher, f"before_{found.name}": own, "regained_percent": share}
-        return Facts(values, f"{scores}, after it {found.text}: {regained}.")
+        return Facts(values, f"{scores}, after it {found.text}: {regained(share)}.")
+
+
+def regained(share: float | None) -> str:
+    """What healing did, by the percentage of what was lost that it regained: negative where it lost more."""
+    if share is None:
+        return "nothing had been lost"
+    if share < 0:
+        return f"{-share:.0f} % of what was lost is lost besides: lower train.optimizer.lr, or heal on more images"
+    return f"{share:.0f} % of what was lost is regained"
 
 
 def create_objective(
