@@ -72,8 +72,8 @@ class Card:
 
     @property
     def experiment(self) -> str:
-        """Equal in cards of runs that differ in their seed alone and were measured on the same images."""
-        return json.dumps([self.name, self.model, _stated(self.recipe), self.set_digest], sort_keys=True)
+        """Equal in cards of runs that differ in seed and name alone and were measured on the same images."""
+        return json.dumps([self.model, _stated(self.recipe), self.set_digest], sort_keys=True)
 
     def correct_images(self) -> np.ndarray:
         """(n,), bool: which images the model is right on."""

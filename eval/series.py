@@ -6,6 +6,7 @@ import json
 from argparse import ArgumentParser
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +30,7 @@ class Series(NamedTuple):
     """One experiment, run once or with several seeds; one row of a table.
 
     Attributes:
-        name: The name of its runs without the seed, with a number where others have that name.
+        name: The name of its first run without the seed, with a number where others have that name.
         runs: One per seed, in the order of the seeds.
     """
 
@@ -74,7 +75,7 @@ def read_series(paths: Sequence[Path]) -> list[Series]:
             by_experiment.setdefault(card.experiment, []).append(Run(card, folder))
     counts: Counter[str] = Counter()
     found = []
-    for runs in by_experiment.values():
+    for runs in chain.from_iterable(map(_by_name_where_seeds_recur, by_experiment.values())):
         name = runs[0].card.name
         for seed, count in Counter(run.card.seed for run in runs).items():
             if count > 1:
@@ -84,6 +85,17 @@ def read_series(paths: Sequence[Path]) -> list[Series]:
         numbered = name if counts[name] == 1 else f"{name} ({counts[name]})"
         found.append(Series(numbered, tuple(sorted(runs, key=lambda run: run.card.seed or 0))))
     return found
+
+
+def _by_name_where_seeds_recur(runs: list[Run]) -> list[list[Run]]:
+    """The runs of an experiment as one list; of each name apart where a seed is there twice, as of models whose
+    training nothing is known of."""
+    if len({run.card.seed for run in runs}) == len(runs):
+        return [runs]
+    by_name: dict[str, list[Run]] = {}
+    for run in runs:
+        by_name.setdefault(run.card.name, []).append(run)
+    return [*by_name.values()]
 
 
 def _card_files(path: Path) -> list[Path]:

@@ -45,8 +45,10 @@ from vitreuse.files.networks import Target, resolve_targets
 from vitreuse.io.file_names import for_terminal
 from vitreuse.io.urls import refuse_url, url_kind
 from vitreuse.model.class_names import names_of
+from vitreuse.model.copies import evaluating
 from vitreuse.model.preprocessing import evaluation_transform
 
+SPLIT = "val"
 HELP = "accuracy of run folders, or of a model name with --data and --checkpoint or --pretrained"
 COLUMNS = (
     Column("name", "name"),
@@ -75,24 +77,21 @@ def evaluate(
     Raises:
         ValueError: The ranks together did not answer each image once, or a label is none of the model's classes.
     """
-    was_training = model.training
-    model.eval()
 
     def answer(images: Tensor, labels: Tensor, keys: Sequence[str]) -> Answers:
         with evaluated_in(precision, images.device):
             logits = model(images)[: len(keys)]
         return answers(logits, labels, keys)
 
-    found = share.answered(answer, progress)
-    model.train(was_training)
-    return Predictions.of(found)
+    with evaluating(model):
+        return Predictions.of(share.answered(answer, progress))
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Declares the command line."""
     parser.add_argument("targets", nargs="+", metavar="TARGET", help="run folder, config or model name")
     add_data(parser, "SPLIT/")
-    parser.add_argument("--split", default="val", help="default: %(default)s")
+    parser.add_argument("--split", default=SPLIT, help="default: %(default)s")
     parser.add_argument("--set", choices=SETS, help="ImageNet's set that it is, with classes by name; default: none")
     parser.add_argument("--subset", action="store_true", help="not all of the set's images need be there")
     text = "take labels for the numbers of the model's classes, whatever the names of both"
@@ -158,8 +157,9 @@ def _row(target: Target, model: Any, root: str, part: str, args: Namespace, rank
                 "no accuracy would mean anything: look at its weights, or at these images."
             )
         if args.output is not None and ranks.is_main:
-            name = part.replace("/", "-") or args.set
-            stem = target.label.replace("/", "_") + (f".{name}" if name else "")
+            of_set = part.replace("/", "-") or args.set or (args.split if args.split != SPLIT else None)
+            of_size = None if args.image_size is None else f"{args.image_size}px"
+            stem = ".".join(filter(None, (target.label.replace("/", "_"), of_set, of_size)))
             write_tables(args.output / stem, found, test_set.class_names)
             _card(target, model, row, found, args, ranks).write(args.output / f"{stem}.card.json")
     return row

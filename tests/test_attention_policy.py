@@ -121,7 +121,7 @@ def test_rates_are_of_the_file_that_the_costs_are_of(tuned):
     tuned.write_text(json.dumps({"costs": costs, "rates": {"cpu float32 inference": [[64, 5, 7]]}}))
     assert load_rates()["cpu float32 inference"] == [(64, 5, 7)]
     tuned.write_text(json.dumps({"costs": costs, "rates": {"cpu float32 inference": [[64, 5]]}}))
-    with pytest.raises(ValueError, match=r"costs.json holds no rates: delete it, or write it anew with vitreuse tune"):
+    with pytest.raises(ValueError, match=r"costs.json holds no rates: move it away, and vitreuse tune writes it anew"):
         load_rates()
 
 

@@ -84,3 +84,8 @@ def test_a_card_of_another_version_is_refused(tmp_path):
     (tmp_path / "card.json").write_text('{"card": 2}')
     with pytest.raises(ValueError, match="is a card of version 2, this code reads version 1"):
         read_card(tmp_path / "card.json")
+
+
+def test_runs_of_one_experiment_may_have_other_names():
+    assert a_card(name="a1").experiment == a_card("train.seed=7", name="a2").experiment
+    assert a_card(name="a1").experiment != a_card("train.epochs=9", name="a1").experiment

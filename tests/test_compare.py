@@ -65,6 +65,24 @@ def test_seeds_are_one_row_with_the_words_for_its_difference(cards, capsys):
     assert rows[1]["plan"] == "(exact reuse*2)*2" and rows[0]["images_per_second"] is None
 
 
+def test_seeds_are_one_row_whatever_their_folders_are_called(tmp_path, capsys):
+    for seed, name in enumerate(("first", "second", "third")):
+        path = Path(write_card(tmp_path, "lazy", seed, 0.95))
+        (tmp_path / f"{name}.json").write_text(json.dumps({**json.loads(path.read_text()), "name": name}))
+        path.unlink()
+    base = write_card(tmp_path / "base", "exact", 0, 0.95)
+    rows = compared(capsys, base, str(tmp_path), "--no-speed")["rows"]
+    assert [(row["name"], row["num_seeds"]) for row in rows] == [("exact", 1), ("first", 3)]
+
+
+def test_a_run_again_under_another_name_is_another_row(tmp_path, capsys):
+    path = Path(write_card(tmp_path, "lazy", 0, 0.95))
+    again = tmp_path / "again.json"
+    again.write_text(json.dumps({**json.loads(path.read_text()), "name": "again"}))
+    rows = compared(capsys, str(path), str(again), "--no-speed")["rows"]
+    assert [(row["name"], row["num_seeds"]) for row in rows] == [("lazy", 1), ("again", 1)]
+
+
 def test_any_row_may_be_the_baseline(cards, capsys):
     rows = compared(capsys, str(cards), "--no-speed", "--baseline", "lowrank")["rows"]
     assert [row["verdict"] for row in rows] == ["better", "better", "baseline"]

@@ -21,7 +21,7 @@ from vitreuse.cli.source import sample_images
 from vitreuse.config import ModelConfig, load_config, to_yaml
 from vitreuse.files.hub import save_hub_folder
 from vitreuse.files.networks import resolve_targets
-from vitreuse.files.programs import load_onnx, load_torch
+from vitreuse.files.programs import MARKS, load_onnx, load_torch
 from vitreuse.model.preprocessing import image_settings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -213,7 +213,7 @@ def test_images_whose_merges_rounding_decides_are_left_out(merging, tmp_path, ca
     torch.nn.init.zeros_(model.pos_embed)
     x[which if code == 2 and which.stop == 8 else slice(0, 2)] = 0.5
     monkeypatch.setattr("vitreuse.cli.export.load_model", lambda args: (SimpleNamespace(
-        config=None, label="merging", crop_pct=None, run_dir=None), model))  # fmt: skip
+        config=None, label="merging", crop_pct=None, run_dir=None, hub_dir=None), model))  # fmt: skip
     monkeypatch.setattr("vitreuse.cli.export.training_note", lambda *_: None)
     monkeypatch.setattr("vitreuse.cli.export.example", lambda *_: x)
     monkeypatch.setattr("vitreuse.files.programs.trace", lambda *_: None)
@@ -245,14 +245,16 @@ def test_images_whose_merges_rounding_decides_are_left_out(merging, tmp_path, ca
 ])  # fmt: skip
 def test_only_an_earlier_export_is_replaced(reused, tmp_path, capsys, left, is_replaced):
     for name in left:
-        (tmp_path / name).write_text("before")
+        mark = MARKS[name].decode() if name in MARKS and (is_replaced or name.startswith("model.")) else ""
+        (tmp_path / name).write_text(f"before {mark}")
+    before = {path.name: path.read_text() for path in tmp_path.iterdir()}
     code = main(["export", str(reused), "-o", str(tmp_path)])
     told = capsys.readouterr().err
     if is_replaced:
         assert code == 0 and "before" not in (tmp_path / "config.json").read_text()
     else:
         assert code == 2 and f"{tmp_path} holds " in told and "choose another -o DIR" in told
-        assert {path.read_text() for path in tmp_path.iterdir()} == {"before"}
+        assert {path.name: path.read_text() for path in tmp_path.iterdir()} == before
 
 
 @pytest.mark.parametrize("argv, said", [

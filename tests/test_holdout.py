@@ -94,6 +94,29 @@ def test_the_doctor_counts_what_is_held_out(config_path, tmp_path, capsys):
     assert "9 shards for 1 reading processes." in told
 
 
+class Broken:
+    """Images of which none can be read."""
+
+    def __init__(self, images):
+        self.images = images
+
+    def __getattr__(self, name):
+        return getattr(self.images, name)
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, number):
+        raise DataError("held out and damaged")
+
+
+def test_the_doctor_reads_what_is_held_out(config_path, tmp_path, capsys, monkeypatch):
+    arguments = [str(config_path), "data.max_bad_images=20", "--doctor", f"run_dir={tmp_path / 'run'}"]
+    monkeypatch.setattr("train.experiment.hold_out", lambda *given: (hold_out(*given)[0], Broken(hold_out(*given)[1])))
+    assert main(arguments) == 2
+    assert "held out and damaged" in capsys.readouterr().out
+
+
 def test_a_share_without_images_or_without_effect_is_refused(config_path, tmp_path, capsys):
     images = open_split(tmp_path / "data", "train", "L")
     with pytest.raises(DataError, match="sets 0 of the 43 training images apart: give another share"):

@@ -83,7 +83,7 @@ def test_the_same_arguments_go_on_and_others_are_refused(folder, capsys, tmp_pat
     assert (tmp_path / "trials.jsonl").read_text().splitlines()[: len(lines)] == lines
     assert main([*argv(folder, "--images", "12", "-o", str(tmp_path)), "--budget", "0.8"]) == 2
     told = capsys.readouterr().err
-    assert "trials.jsonl has trials of another model, or on other images, by its first line: give another" in told
+    assert "trials.jsonl has trials of another model or version of vitreuse, or on other images, by its first" in told
     assert (tmp_path / "model.safetensors").exists()
 
 
@@ -190,7 +190,6 @@ def test_a_budget_may_be_of_time_memory_or_bytes(metric, folder, capsys):
         (["--words", "exact,exact-8"], "argument --words: in exact,exact-8, exact-8 is more than a word: give it, and"),
         (["--words", "reuse,none"], "argument --words: reuse,none is without exact, which layers are that stay as"),
         (["--words", "exact,none", "--rows", "5"], "--rows has no effect on words without reuse: leave it out."),
-        (["--dtype", "bfloat16"], "--dtype has no effect on macs: leave it out, or give --metric latency."),
         (["--words", "exact,-9"], "-9 merges more than half of 16 patches: give -8 or less."),
         (["--words", "exact,/65"], "an MLP has 64 hidden units and /65 are more: give /64 or less."),
         (["--words", "exact,lowrank:17"], "lowrank:17 does not fit a model of 17 tokens: give lowrank:16 or less"),

@@ -210,3 +210,21 @@ def test_cards_are_kept_and_stand_for_their_runs(write_config, tmp_path, started
 def test_wrong_arguments_are_refused(arguments, sentence, capsys):
     assert main(arguments) == 2
     assert sentence in capsys.readouterr().err
+
+
+def test_cards_are_not_asked_of_a_run_that_leaves_none(write_config, tmp_path, started, capsys):
+    (tmp_path / "weights.pt").write_bytes(b"")
+    teacher = f"{{name: vit_tiny_patch16_224, weights: {tmp_path / 'weights.pt'}}}"
+    arguments = [str(write_config("one")), f"train.distill={{kind: features, teacher: {teacher}}}"]
+    assert main([*arguments, f"runs={tmp_path}", f"cards={tmp_path / 'cards'}"]) == 2
+    assert "reads no labels, and its run leaves no card: leave it or cards=DIR out." in capsys.readouterr().err
+    assert started == []
+
+
+def test_what_still_runs_is_stopped_where_a_card_cannot_be_kept(write_config, tmp_path):
+    short, long = write_config("short", epochs=1), write_config("long", epochs=5000)
+    (tmp_path / "cards").write_text("")  # no folder
+    process = start(short, long, f"runs={tmp_path}/runs", f"cards={tmp_path}/cards", "jobs=2", stderr=subprocess.PIPE)
+    _, told = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode not in (0, 75) and b"cards" in told
+    assert json.loads((tmp_path / "runs/long/run.json").read_text())["status"] == "stopped"

@@ -20,10 +20,12 @@ import threading
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from safetensors import safe_open
@@ -39,6 +41,7 @@ from train.__main__ import main
 from train.augmentation import train_decoder, train_transform
 from train.checkpoint import Checkpoints
 from train.distributed import StopSignal, Watch, ended_with_others
+from train.experiment import _check_model
 from train.loop import _Loop
 from train.order import Draw
 from train.pipeline import TrainingImages
@@ -436,6 +439,19 @@ def test_every_shape_of_schedule_ends_near_the_smallest_rate(name, config_path):
     assert trainer.optimizer.param_groups[0]["lr"] < 0.1 * trainer.config.train.optimizer.lr
 
 
+def test_a_schedule_that_timm_refuses_for_so_few_steps_is_one_sentence(config_path):
+    few = ["train.schedule.name=wsd", "train.epochs=2", "train.global_batch_size=4096"]
+    with pytest.raises(ConfigError, match=r"train.schedule.name 'wsd' cannot be of 2 steps .*: train for longer, or"):
+        _trainer(load_config(config_path, few))
+
+
+def test_batch_statistics_are_of_one_rank_alone(config_path):
+    ranks = SimpleNamespace(world_size=2, device=torch.device("cpu"))
+    model = timm.create_model("resnet10t", num_classes=3)
+    with pytest.raises(ConfigError, match="model 'resnet10t' has batch norm, whose statistics each of 2 ranks would"):
+        _check_model(model, {"input_size": (3, 32, 32)}, "resnet10t", ranks)
+
+
 def _train_apart(*runs: Run) -> list[tuple[int, str]]:
     """Exit code and errors of ranks with a run folder each, as on machines that share no file system."""
     with socket.socket() as probe:
@@ -507,6 +523,19 @@ def test_a_start_clears_up_what_a_kill_left_half_written(config_path, tmp_path):
     with folder.claimed():
         assert sorted(path.name for path in checkpoint.iterdir()) == sorted(kept)
         assert {path.name for path in folder.path.iterdir()} == {".lock", "checkpoints"}
+
+
+def test_a_run_goes_on_where_its_images_lie_at_another_path(config_path, tmp_path):
+    run_dir, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    arguments = [str(config_path), "train.epochs=2", f"run_dir={run_dir}"]
+    assert main(arguments) == 0
+    record = json.loads((run_dir / "run.json").read_text())
+    (run_dir / "run.json").write_text(json.dumps({**record, "status": "stopped"}))
+    shutil.copytree(str(load_config(config_path).data.root), elsewhere)
+    assert main([*arguments, f"data.root={elsewhere}"]) == 0
+    inputs = {**record["inputs"], "training images": "others"}
+    (run_dir / "run.json").write_text(json.dumps({**record, "status": "stopped", "inputs": inputs}))
+    assert main([*arguments, f"data.root={elsewhere}"]) == 2
 
 
 def test_another_experiment_is_refused_in_the_same_folder(whole, config_path, capsys):
@@ -678,6 +707,36 @@ def test_checkpoints_keep_the_newest_and_the_best(tmp_path):
     checkpoints.rate(3, 90.0)  # gone: nothing to note
     assert _states(checkpoints) == [2, 4, 5] and checkpoints.best() == (2, 80.0)
     assert checkpoints.load_newest()["step"] == 5
+
+
+def test_copies_that_somebody_keeps_are_no_checkpoints(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep_last=1)
+    checkpoints.save({"step": 1}, 1)
+    copy = checkpoints.folder / "step-000000001-keep"
+    shutil.copytree(checkpoints.folder / "step-000000001", copy)
+    for step in (2, 3):
+        checkpoints.save({"step": step}, step)
+    assert (copy / "state.pt").exists() and checkpoints.load_newest()["step"] == 3
+    assert {path.name for path in checkpoints.folder.iterdir()} == {copy.name, "step-000000003"}
+
+
+def test_a_checkpoint_that_cannot_be_removed_now_goes_later(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep_last=1)
+    checkpoints.save({"step": 1}, 1)
+    real = os.unlink
+
+    def busy(path, **at):
+        if "state.pt" in str(path):
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        real(path, **at)
+
+    monkeypatch.setattr(os, "unlink", busy)
+
+    checkpoints.save({"step": 2}, 2)
+    assert checkpoints.load_newest()["step"] == 2
+    monkeypatch.undo()
+    checkpoints.save({"step": 3}, 3)
+    assert [path.name for path in checkpoints.folder.iterdir()] == ["step-000000003"]
 
 
 def test_the_score_of_a_checkpoint_was_once_its_top1(tmp_path):

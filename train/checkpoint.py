@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from vitreuse.config import ConfigError
+from vitreuse.files.networks import STEP_FOLDERS
 from vitreuse.io.durable import durable_file, save_tensors, sync, write_durably
 from vitreuse.io.process import print_note
 
@@ -88,7 +89,7 @@ class Checkpoints:
     def _complete(self) -> list[tuple[Path, dict[str, Any]]]:
         """Folders and markers of the checkpoints that have one, oldest first."""
         found = []
-        for path in sorted(self.folder.glob(f"step-*/{MARKER_FILE}")):
+        for path in sorted(self.folder.glob(f"{STEP_FOLDERS}/{MARKER_FILE}")):
             with suppress(ValueError):  # a disk lost part of it: no marker
                 marker = json.loads(path.read_bytes())
                 found.append((path.parent, {"score": marker.get("top1"), **marker}))  # as older runs called it
@@ -100,10 +101,10 @@ class Checkpoints:
         keep = {folder for folder, _ in complete[-self.keep_last :]}
         if best := _best(complete):
             keep.add(best[0])
-        for folder in self.folder.glob("step-*"):
+        for folder in self.folder.glob(STEP_FOLDERS):
             if folder not in keep:
                 (folder / MARKER_FILE).unlink(missing_ok=True)
-                shutil.rmtree(folder)
+                shutil.rmtree(folder, ignore_errors=True)  # a file that others read now goes with the next one
 
 
 def _best(complete: Sequence[tuple[Path, dict[str, Any]]]) -> tuple[Path, dict[str, Any]] | None:

@@ -29,8 +29,8 @@ def replicated(model: nn.Module, ranks: Ranks) -> nn.Module:
     # A class token's gradient is a slice of one row, whose strides say nothing.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     replica = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
-    # Buffers are constants here; exchanging them would tie the ranks' numbers of forward passes together. The attribute
-    # is older than torch's new name for the argument, which warns of the old one.
+    # Buffers are constants here, since batch norm is refused; exchanging them would tie the ranks' numbers of forward
+    # passes together. The attribute is older than torch's new name for the argument, which warns of the old one.
     replica.broadcast_buffers = False
     return replica
 

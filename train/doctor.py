@@ -44,6 +44,7 @@ from vitreuse.attention.policy import memory_bytes
 from vitreuse.config import Config, ConfigError
 from vitreuse.cost.measure import device_name, peak_process_memory_mib, time_interleaved
 from vitreuse.data import DataError
+from vitreuse.files.networks import STEP_FOLDERS
 from vitreuse.io.durable import nearest_folder
 from vitreuse.io.file_names import for_terminal
 from vitreuse.io.process import DONE, WRONG_INPUT, OtherRankError
@@ -175,7 +176,8 @@ def _images(experiment: Experiment, ranks: Ranks) -> Check:
     """Reads images spread evenly over both splits, each rank its share."""
     sampled = [
         (split, number)
-        for split in (experiment.train_set, experiment.val_set)
+        for split in (experiment.train_set, experiment.val_set, experiment.held_out)
+        if split is not None
         for number in np.unique(np.linspace(0, len(split) - 1, NUM_SAMPLED, dtype=int)).tolist()
     ]
     errors = []
@@ -308,7 +310,7 @@ def _disk(folder: RunFolder, trainer: Trainer, ranks: Ranks) -> tuple[Check, flo
     waiting = time.perf_counter() - start
     size = sum(leaf.numel() * leaf.element_size() for leaf in tree_leaves(state) if isinstance(leaf, Tensor))
     size = ranks.gather(size)[0]  # the others' have no tensors
-    num_there = len(list(folder.checkpoints.folder.glob("step-*")))
+    num_there = len(list(folder.checkpoints.folder.glob(STEP_FOLDERS)))
     num_more = max(trainer.config.train.checkpoint.keep_last + 2 - num_there, 1)  # the best, and the one being written
     where = nearest_folder(folder.path)
     free = shutil.disk_usage(where).free

@@ -13,6 +13,7 @@ from timm.models import VisionTransformer
 from eval.distributed import Ranks
 from train.augmentation import train_decoder
 from train.randomness import restored_generators
+from train.recipe import has_batch_norm
 from train.trainer import Trainer
 from train.weights import start_from, weight_files
 from vitreuse.config import Config, ConfigError
@@ -64,7 +65,7 @@ def set_up(config: Config, ranks: Ranks, allow: Collection[str] = ()) -> Experim
         settings, mode = image_settings(model), image_mode(model)
         reads_labels = config.train.reads_labels
         if reads_labels:
-            _check_model(model, settings, config.model.name, ranks.device)
+            _check_model(model, settings, config.model.name, ranks)
         train_set, val_set = _open_sets(config, mode, allow)
         for note in (*train_set.notes, *val_set.notes):
             print_note(note)
@@ -105,10 +106,15 @@ def inputs(experiment: Experiment) -> dict[str, str]:
     return {name: split.digest for name, split in splits.items()} | weight_files(experiment.trainer.config)
 
 
-def _check_model(model: Any, settings: dict[str, Any], name: str, device: torch.device) -> None:
+def _check_model(model: Any, settings: dict[str, Any], name: str, ranks: Ranks) -> None:
     """Refuses a model that cannot be trained on the images that it is built for."""
     is_training = isinstance(model, VisionTransformer)  # others have statistics that an image would move
-    images = torch.zeros(1, *settings["input_size"], device=device)
+    images = torch.zeros(1, *settings["input_size"], device=ranks.device)
+    if ranks.world_size > 1 and has_batch_norm(model):
+        raise ConfigError(
+            f"model {name!r} has batch norm, whose statistics each of {ranks.world_size} ranks would keep for itself: "
+            "train it by one rank."
+        )
     with restored_generators():
         check_answers(model.train(is_training), images, model.num_classes, f"model {name!r}")
     model.train()

@@ -19,6 +19,7 @@ from train.pipeline import ignore_stop_signals
 from train.sharding import unsharded
 from vitreuse.compress.fidelity import token_cosines, worst_tenth
 from vitreuse.config import Config
+from vitreuse.model.copies import evaluating
 from vitreuse.model.preprocessing import evaluation_transform
 
 
@@ -98,10 +99,8 @@ def _alikeness(model: Any, teacher: Teacher, share: Share, precision: torch.dtyp
             cosines = token_cosines(teacher.model, teacher.tokens(images), model, model.forward_features(images))
         return {name: values[: len(keys)].cpu() for name, values in cosines.items()}
 
-    was_training = model.training
-    model.eval()
-    batches = share.answered(compare)
-    model.train(was_training)
+    with evaluating(model):
+        batches = share.answered(compare)
     columns = {name: torch.cat([batch[name] for batch in batches]).double() for name in batches[0]}
     means = {name: float(column.mean()) for name, column in columns.items()}
     if not all(column.isfinite().all() for column in columns.values()):

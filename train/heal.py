@@ -27,6 +27,7 @@ from vitreuse.attention.maps import Mask, log_sizes
 from vitreuse.compress.recording import AttentionCall, project_heads, recorded_attention
 from vitreuse.config import ConfigError, HealConfig
 from vitreuse.model.block import all_tokens
+from vitreuse.model.copies import evaluating
 from vitreuse.model.merge import merge_tokens
 from vitreuse.model.plan_weights import ADDED
 from vitreuse.plan import EXACT
@@ -283,9 +284,6 @@ def _order_of_values(old: Any, attn: Any, layer: int) -> list[int]:
 @torch.no_grad()
 def _value_heads(attn: Any) -> Tensor:
     """What each head makes of every channel, (H, numbers), which a conversion leaves as it was; equal heads are one."""
-    was_training = attn.training
-    attn.eval()
     channels = torch.eye(attn.proj.in_features).to(next(attn.parameters()))
-    values = project_heads(attn, channels[None]).v[0]
-    attn.train(was_training)
-    return values.flatten(1)
+    with evaluating(attn):
+        return project_heads(attn, channels[None]).v[0].flatten(1)

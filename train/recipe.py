@@ -101,26 +101,30 @@ def create_scheduler(config: Config, optimizer: torch.optim.Optimizer, steps_per
     """timm's schedule of the learning rate, in optimizer steps.
 
     Raises:
-        ConfigError: The warm-up is as long as the run.
+        ConfigError: The warm-up is as long as the run, or timm refuses so few steps.
     """
     settings, num_steps = config.train.schedule, config.train.epochs * steps_per_epoch
     warmup = settings.warmup_steps or settings.warmup_epochs * steps_per_epoch
     if settings.warmup_steps >= num_steps:
         nothing = f"train.schedule.warmup_steps {settings.warmup_steps} leaves nothing of {num_steps} steps"
         raise ConfigError(f"{nothing}: make it smaller, or train for longer.")
-    scheduler, _ = create_scheduler_v2(
-        optimizer,
-        settings.name,
-        # an epoch of one update: every number is one of steps
-        num_epochs=num_steps - round(warmup) if settings.warmup_prefix else num_steps,
-        updates_per_epoch=1,
-        step_on_epochs=False,
-        warmup_epochs=warmup,  # pyright: ignore[reportArgumentType] (any number will do)
-        warmup_prefix=settings.warmup_prefix,
-        warmup_lr=settings.warmup_lr,
-        min_lr=settings.min_lr,
-        decay_rate=1.0,  # the power of poly: timm's default of 0.1 ends far above min_lr
-    )
+    try:
+        scheduler, _ = create_scheduler_v2(
+            optimizer,
+            settings.name,
+            # an epoch of one update: every number is one of steps
+            num_epochs=num_steps - round(warmup) if settings.warmup_prefix else num_steps,
+            updates_per_epoch=1,
+            step_on_epochs=False,
+            warmup_epochs=warmup,  # pyright: ignore[reportArgumentType] (any number will do)
+            warmup_prefix=settings.warmup_prefix,
+            warmup_lr=settings.warmup_lr,
+            min_lr=settings.min_lr,
+            decay_rate=1.0,  # the power of poly: timm's default of 0.1 ends far above min_lr
+        )
+    except (ValueError, AssertionError) as error:
+        few = f"train.schedule.name {settings.name!r} cannot be of {num_steps} steps ({str(error).rstrip('.')})"
+        raise ConfigError(f"{few}: train for longer, or choose another.") from error
     assert scheduler is not None  # only for the name 'none', which the schema does not have
     return scheduler
 

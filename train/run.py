@@ -37,6 +37,7 @@ from vitreuse.cost.macs import count_params
 from vitreuse.cost.measure import describe_machine
 from vitreuse.data.labels import difference
 from vitreuse.files.hub import WEIGHTS, pack_weights, plan_text
+from vitreuse.files.networks import STEP_FOLDERS
 from vitreuse.io.durable import TEMPORARY_FILES, exclusive_lock, sync, write_durably
 from vitreuse.io.file_names import to_bytes
 from vitreuse.io.process import print_note
@@ -74,7 +75,7 @@ class RunFolder:
         changes = changed_settings(load_config(self.path / "config.yaml"), self.config)
         if changes:
             other = f"{self.path} holds a run of another configuration ({'; '.join(changes)})"
-            raise ConfigError(f"{other}: choose another folder with run_dir=PATH, or remove this one.")
+            raise ConfigError(f"{other}: choose another folder with run_dir=PATH.")
         if (self.path / "run.json").exists() and not self._record():
             print_note(f"{self.path / 'run.json'} is damaged; the run goes on from its checkpoints and writes it anew.")
 
@@ -119,7 +120,7 @@ class RunFolder:
     def _temporaries(self) -> Iterator[Path]:
         """What a process that was killed in the middle of a write has left."""
         yield from self.path.glob(TEMPORARY_FILES)
-        yield from self.checkpoints.folder.glob(f"step-*/{TEMPORARY_FILES}")
+        yield from self.checkpoints.folder.glob(f"{STEP_FOLDERS}/{TEMPORARY_FILES}")
 
     def describe(self, **facts: Any) -> None:
         """Merges facts, such as the status, into run.json."""

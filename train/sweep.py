@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -65,7 +65,7 @@ class Run:
         """Whether its card is there, or its folder holds this very experiment, completed.
 
         Raises:
-            ValueError: The card is of another experiment, or is none.
+            ValueError: The card is of another experiment, or is none, or a card is wanted that the run will not leave.
         """
         if self.card is not None and self.card.exists():
             if is_of(read_card(self.card), load_experiment(self.config, self.overrides)):
@@ -73,9 +73,15 @@ class Run:
             other = f"{self.card} is the card of another model, recipe or seed than {self.config}"
             raise ConfigError(f"{other}: remove it to train again, or name another folder with cards=DIR.")
         try:
-            folder = RunFolder(self.folder, load_experiment(self.config, self.overrides))
+            config = load_experiment(self.config, self.overrides)
+        except ConfigError:  # which its process will print, as the next one
+            return False
+        if self.card is not None and not config.train.reads_labels:
+            raise ConfigError(f"{self.config} reads no labels, and its run leaves no card: leave it or cards=DIR out.")
+        try:
+            folder = RunFolder(self.folder, config)
             folder.refuse_other_run()
-        except ConfigError:  # which its process will print
+        except ConfigError:
             return False
         return folder.is_completed
 
@@ -123,7 +129,8 @@ class Sweep:
 
     def run(self, stop: StopSignal) -> int:
         """Runs them all, or until a signal; the exit code: 0, the first failure's, or 75."""
-        with self.bars, TemporaryDirectory() as outputs:
+        with self.bars, TemporaryDirectory() as outputs, ExitStack() as started:
+            started.callback(self._end)
             while not self._is_over(stop.received):
                 self._start_next(stop.received, Path(outputs))
                 time.sleep(SECONDS_BETWEEN_LOOKS)
@@ -137,6 +144,13 @@ class Sweep:
         for run in failed:
             print(f"{run.folder.name} ended with exit code {run.exit_code}.", file=sys.stderr)
         return next((run.exit_code for run in failed if run.exit_code), DONE)
+
+    def _end(self) -> None:
+        """Asks what still runs to stop, as after an error of this process, and waits for it."""
+        for run in self.runs:
+            if run.process is not None and run.exit_code is None:
+                run.process.terminate()
+                run.process.wait()
 
     def _is_over(self, stopping: bool) -> bool:
         """Whether all runs have ended, or when stopping all that were started."""

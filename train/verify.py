@@ -26,7 +26,7 @@ from train.checkpoint import Checkpoints
 from train.distributed import StopSignal
 from train.experiment import set_up
 from train.trainer import Trainer
-from vitreuse.config import Config
+from vitreuse.config import Config, ConfigError
 from vitreuse.data import end_with_parent
 from vitreuse.io.durable import nearest_folder
 from vitreuse.io.file_names import for_terminal
@@ -117,6 +117,8 @@ def take_steps(config: Config, folder: Path, allow: Collection[str], name: str) 
     """
     with joined(config.train.device, config.train.time_out_minutes) as ranks:
         trainer = set_up(config, ranks, allow).trainer
+        if trainer.num_steps < 2:
+            raise ConfigError("the run has one step, and none is left to go on with: train for longer.")
         last = min(NUM_STEPS, trainer.num_steps)
         if name == RESUMED:
             trainer.load_state_dict(_load(folder, CHECKPOINT))

@@ -85,7 +85,13 @@ def _model_key(card: Card) -> str:
 
 
 def _model(card: Card, model: Any) -> dict[str, Any]:
-    """One network: its layers, and what they cost."""
+    """One network: its layers, and what they cost.
+
+    Raises:
+        ValueError: It has no layers to draw, as what is no ViT.
+    """
+    if not hasattr(model, "blocks"):
+        raise ValueError(f"{card.name} is a {card.model['name']}, without layers that a report draws: leave it out.")
     plan = parse_plan(card.plan or f"exact*{len(model.blocks)}")
     layers = zip(plan, plan.anchors, strict=True)
     return {

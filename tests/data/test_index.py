@@ -121,6 +121,20 @@ def test_rebuilding_keeps_class_names(split):
     assert shards_info(split).num_samples == 15
 
 
+def test_a_label_that_is_no_class_is_named_before_it_takes_all_memory(tmp_path):
+    write_tar(tmp_path / "a.tar", [("7.png", encode(make_image(0))), ("7.cls", b"2000000000")])
+    with pytest.raises(DataError) as error:
+        build_index(tmp_path)
+    assert_one_sentence(error, "the sample '7' has the label 2000000000", "number the classes from 0")
+
+
+def test_a_cut_index_is_not_to_be_thrown_away(split):
+    (split / "index.json").write_text((split / "index.json").read_text()[:40])
+    with pytest.raises(DataError) as error:
+        load_index(split)
+    assert_one_sentence(error, "fetch it again, or move it away", "--class-names FILE")
+
+
 def test_info(split):
     info = shards_info(split)
     assert (info.num_samples, info.num_classes, info.num_shards) == (13, 3, 3)
@@ -327,7 +341,7 @@ def truncate_records(folder):
         (lambda folder: (folder / "index.npy").unlink(), ["index.npy", "damaged"]),
         (lambda folder: (folder / "index.npy").write_bytes(b""), ["index.npy", "damaged"]),
         (lambda folder: (folder / "index.json").unlink(), ["no index.json", "vitreuse shards index "]),
-        (lambda folder: (folder / "index.json").write_text("{"), ["index.json is no index", "delete it"]),
+        (lambda folder: (folder / "index.json").write_text("{"), ["index.json is no index", "move it away"]),
         (lambda folder: edit_header(folder, format="other-2"), ["index.json", "'other-2'"]),
         (lambda folder: edit_header(folder, shards=[{"name": "a"}]), ["index.json is no index"]),
     ],

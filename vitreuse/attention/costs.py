@@ -76,7 +76,7 @@ def read_rates(path: Path) -> Rates:
         found = json.loads(path.read_text(encoding="utf-8")).get("rates", {})
         return {key: [(int(dim), mlp, linear) for dim, mlp, linear in points] for key, points in found.items()}
     except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} holds no rates: delete it, or write it anew with vitreuse tune.") from error
+        raise ValueError(f"{path} holds no rates: move it away, and vitreuse tune writes it anew.") from error
 
 
 def as_costs(found: Mapping[str, Sequence[Sequence[float]]]) -> Costs:

@@ -14,6 +14,7 @@ import torch
 from vitreuse.attention.costs import COST_NAMES, Costs, cost_at, cost_key
 
 TIE = 1.05  # how much slower the fused kernel may be and still be taken
+HALVES = (torch.float16, torch.bfloat16)
 SHORT_ROW = 128  # keys of a map that is worth carrying on any device
 
 
@@ -128,12 +129,14 @@ def _choose_kernel(call: Call, settings: Settings) -> tuple[str, str]:
 def choose_sizes(call: Call, settings: Settings) -> tuple[str, str]:
     """How the fused kernel is told the sizes of keys, "bias" or "channel", and why.
 
-    Where nothing was measured a bias, but on a GPU a channel: no flash kernel there takes a bias.
+    Where nothing was measured a bias, but in half precision on a GPU a channel: flash kernels, which take no bias, are
+    of half precision, and the other fused kernel takes no 65 channels.
     """
     key = cost_key(call.device_type, call.dtype, settings.training)
     measured = sized_costs(settings.costs, key, call.num_keys)
     if measured is None:
-        return ("bias" if call.device_type in ("cpu", "meta") else "channel"), f"nothing measured of sizes for {key}"
+        is_flash = call.device_type not in ("cpu", "meta") and call.dtype in HALVES
+        return ("channel" if is_flash else "bias"), f"nothing measured of sizes for {key}"
     bias, channel = measured
     way, better, worse = ("bias", bias, channel) if bias <= channel else ("channel", channel, bias)
     return way, f"{better:.2f} against {worse:.2f} ns a pair"

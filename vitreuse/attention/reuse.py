@@ -144,5 +144,5 @@ class ReuseAttention(Attention):
         """Whether (q, k) is carried on this device in inference, so that the reused heads' maps are computed again."""
         weight = self.proj.weight
         anchor = self.settings._replace(training=False, num_readers=self.anchor_readers)
-        call = Call(weight.device.type, weight.dtype, num_keys, width=self.width)
+        call = Call(weight.device.type, weight.dtype, num_keys, width=self.width, has_sizes=self.has_sizes)
         return not theoretical and choose_carried(call, anchor)[0] == "qk"

@@ -37,8 +37,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Writes the files and says what they are, how exact, and how fast ONNX is."""
     _refuse_idle(args)
     target, model = load_model(args)
+    _refuse_own_folder(args, target)
     images, shown = _images(args, target, model) if {*args.format} & {*PROGRAMS} else (None, None)
-    accuracy = _accuracy(target) if args.checkpoint is None else None
+    accuracy = _accuracy(target) if args.checkpoint is None and args.image_size is None else None
     known = Provenance(target.label, target.crop_pct, accuracy, training_note(args, target))
     found = export(model, args.output, args.format, images, args.fold, args.opset, known)
     speed = _speed(args, model, next(iter(images))) if images is not None and "onnx" in args.format else None
@@ -51,6 +52,13 @@ def _refuse_idle(args: argparse.Namespace) -> None:
     for flag, (value, name) in given.items():
         if value and not {*READERS[name]} & {*args.format}:
             raise ValueError(f"{flag} has no effect without --format {' or '.join(READERS[name])}: leave it out.")
+
+
+def _refuse_own_folder(args: argparse.Namespace, target: Target) -> None:
+    """Raises ValueError where what is exported would be written over what it is read from."""
+    read = [folder for folder in (args.checkpoint and args.checkpoint.parent, target.hub_dir, target.run_dir) if folder]
+    if any(folder.resolve() == args.output.resolve() for folder in read):
+        raise ValueError(f"{args.output} holds the weights that are exported: choose another -o DIR.")
 
 
 def _images(args: argparse.Namespace, target: Target, model: Any) -> tuple[Images, str]:

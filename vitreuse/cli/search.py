@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "tune measured; memory, activations that a training step keeps; bytes, of the file; default: %(default)s"
     )
     parser.add_argument("--metric", choices=METRICS, default="macs", help=meaning)
-    add_dtype(parser, "latency", default=None)
+    add_dtype(parser, "inference that is timed", default=None)
     meaning = (
         "what a layer may become: words of the plan language, -R for tokens that merge by steps of R, /H for hidden "
         "units by steps of H; default: exact,reuse,lowrank:64,span:7,none,linear,skip, with steps of a 32nd of the "
@@ -76,8 +76,6 @@ def _number(text: str, is_right: Callable[[float], bool], wanted: str) -> float:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """The front of plans, the chosen one, measured beside others, and with -o the model converted into it."""
-    if args.dtype is not None and args.metric != "latency":
-        raise ValueError(f"--dtype has no effect on {args.metric}: leave it out, or give --metric latency.")
     if args.rows is not None and args.words and not any(spec.word == "reuse" for spec in args.words.specs):
         raise ValueError("--rows has no effect on words without reuse: leave it out.")
     source = load_source(args)

@@ -72,9 +72,22 @@ def convert(
     Raises:
         ValueError: The model is of another kind, or the plan does not suit it.
     """
-    plan, num_heads = fitting_plan(model, plan), model.blocks[0].attn.num_heads
-    original = exact_copy(model)
-    converted = untrained_copy(model, plan, **options).eval()
+    fitting_plan(model, plan)  # is asked before all else
+    return take_into(exact_copy(model), plan, distances, pooled=pooled, units=units, **options)
+
+
+def take_into(
+    original: Any,
+    plan: str | Plan,
+    distances: Tensor | None = None,
+    *,
+    pooled: bool = True,
+    units: Units | None = None,
+    **options: Any,
+) -> Conversion:
+    """As convert, of one of ours with exact layers in evaluation mode, which is not copied: it is the original."""
+    plan, num_heads = fitting_plan(original, plan), original.blocks[0].attn.num_heads
+    converted = untrained_copy(original, plan, **options).eval()
     state, matches = in_order_of_heads(original.state_dict(), plan, num_heads, distances)
     report = load_checkpoint(converted, state, original.patch_embed.img_size, units)
     if pooled:

@@ -233,7 +233,7 @@ def _errors(
         if change.spec.word != "none":
             error += _output(layer, _changed(change, made, orders))
         found.append((layer.gradient * error).square().sum())
-    return torch.stack(found)
+    return torch.stack(found) if found else torch.zeros(0)
 
 
 def _mixtures(layer: _Layer, kinds: Mapping[Spec, Any]) -> dict[Spec, _Mixture]:

@@ -20,15 +20,17 @@ from torch.nn import functional as F
 
 from vitreuse.attention import LowRankAttention
 from vitreuse.compress.closed_form import LayerFit, fit_layers
-from vitreuse.compress.convert import Conversion, convert
+from vitreuse.compress.convert import Conversion, take_into
 from vitreuse.compress.hidden_units import contributing_units
 from vitreuse.compress.recording import recorded_attention
 from vitreuse.compress.ridge import images_apart
 from vitreuse.io.progress import WorkProgress
 from vitreuse.io.spool import Spool
+from vitreuse.model.copies import exact_copy
 from vitreuse.plan import EXACT, Plan
 
 FIT_STEPS, FIT_BATCH_SIZE = 300, 16
+TINY = torch.finfo(torch.float32).tiny
 FIT_LR = 0.06  # of the share that one of N tokens has in a mean that makes k, k / N
 
 
@@ -73,8 +75,33 @@ def convert_on_images(
     Raises:
         ValueError: The plan does not suit the model, or there are fewer than four images to fit layers on.
     """
-    units = contributing_units(model, plan, images)
-    conversion = convert(model, plan, distances, pooled=lowrank_start != "random", units=units, **options)
+    return take_into_on_images(
+        exact_copy(model),
+        plan,
+        images,
+        distances,
+        lowrank_start=lowrank_start,
+        fits_layers=fits_layers,
+        seed=seed,
+        **options,
+    )
+
+
+@torch.inference_mode(False)
+def take_into_on_images(
+    original: Any,
+    plan: Plan,
+    images: Iterable[Tensor],
+    distances: Tensor | None = None,
+    *,
+    lowrank_start: str = "fitted",
+    fits_layers: bool = True,
+    seed: int = 0,
+    **options: Any,
+) -> FittedConversion:
+    """As convert_on_images, of one of ours with exact layers in evaluation mode, which is not copied."""
+    units = contributing_units(original, plan, images)
+    conversion = take_into(original, plan, distances, pooled=lowrank_start != "random", units=units, **options)
     projections, layers = {}, []
     num_projected = sum(spec.word == "lowrank" for spec in plan)
     if lowrank_start == "fitted" and num_projected:
@@ -90,6 +117,7 @@ def _one_more(progress: WorkProgress, _: int) -> None:
     progress.reach(progress.done + 1)
 
 
+@torch.inference_mode(False)
 def fit_projections(
     conversion: Conversion, images: Iterable[Tensor], seed: int = 0, progress: Callable[[int], None] = lambda _: None
 ) -> dict[int, tuple[float, float]]:
@@ -127,10 +155,16 @@ def fit_projections(
 
 
 class _Pair(NamedTuple):
-    """Tokens that an attention is given (B, N, C), and what it gives back in the rows that are read (B, R, C)."""
+    """Tokens that an attention is given (B, N, C), what it gives back in the rows that are read (B, R, C), and the grid
+    of patches."""
 
     tokens: Tensor
     output: Tensor
+    grid: tuple[int, int]
+
+    def of(self, attn: Any) -> Tensor:
+        """What another attention gives back in these rows."""
+        return attn(self.tokens, None, self.grid, self.output.shape[1])
 
 
 @torch.no_grad()
@@ -141,7 +175,8 @@ def _attention_pairs(model: Any, layer: int, batches: Iterable[Tensor]) -> Itera
         for images, is_aside in images_apart(batches):
             for few in images.split(FIT_BATCH_SIZE):
                 model(few.to(device))
-                yield _Pair(calls[layer].inputs[0], calls[layer].output), is_aside
+                tokens, _, grid, *_ = calls[layer].inputs
+                yield _Pair(tokens, calls[layer].output, grid or model.patch_embed.grid_size), is_aside
 
 
 def _fit(attn: Any, projections: list[Any], fitted: Spool, aside: Spool, seed: int) -> tuple[float, float]:
@@ -151,23 +186,23 @@ def _fit(attn: Any, projections: list[Any], fitted: Spool, aside: Spool, seed: i
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, FIT_STEPS)
     before, start = _error(attn, aside), copy.deepcopy(attn.state_dict())
     for number in torch.randint(len(fitted), (FIT_STEPS,), generator=generator).tolist():
-        tokens, output = fitted[number]
-        loss = F.mse_loss(attn(tokens, num_queries=output.shape[1]), output) / output.square().mean()
+        pair = fitted[number]
+        loss = F.mse_loss(pair.of(attn), pair.output) / pair.output.square().mean().clamp_min(TINY)
         optimizer.zero_grad()
         loss.backward(inputs=projections)
         optimizer.step()
         schedule.step()
     after = _error(attn, aside)
-    if after >= before:
+    if not after < before:
         attn.load_state_dict(start)
-    return before, min(before, after)
+    return before, after if after < before else before
 
 
 @torch.no_grad()
 def _error(attn: Any, pairs: Iterable[_Pair]) -> float:
     """The squared error of an attention over the square of what the original's gives back."""
     error = energy = 0.0
-    for tokens, output in pairs:
-        error += float((attn(tokens, num_queries=output.shape[1]) - output).double().square().sum())
-        energy += float(output.double().square().sum())
+    for pair in pairs:
+        error += float((pair.of(attn) - pair.output).double().square().sum())
+        energy += float(pair.output.double().square().sum())
     return error / max(energy, sys.float_info.min)  # of a layer that gives back nothing

@@ -184,6 +184,7 @@ def fold_class_rows(model: Any) -> None:
     last = model.blocks[-1]
     if type(last.attn) in (ExactAttention, SpanAttention) and isinstance(last.attn.k_norm, nn.Identity):
         last.attn = ClassAttention(last.attn)  # class rows see everything under a span too
+    last.merge = None  # class tokens never merge
     model.blocks = ClassRowsBlocks(*model.blocks)
     model.blocks.num_rows = 1 if getattr(model, "dist_token", None) is None else 2
 

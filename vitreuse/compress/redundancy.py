@@ -22,6 +22,7 @@ from vitreuse.compress.head_matching import match_heads
 from vitreuse.compress.recording import attention_maps, attentions, dense_map, project_map, recorded_attention
 from vitreuse.compress.row_sample import NUM_ROWS, RowSample, count_rows, draw_rows
 from vitreuse.io.progress import WorkProgress
+from vitreuse.model.copies import evaluating
 
 Batches = Iterable[Any]  # of images (B, channels, rows, columns) and whatever else, as a loader or ImageSample has them
 MAP_NUMBERS = 2**23  # of all maps computed at a time, 32 MiB; carried ones come on top, and one image may have more
@@ -145,10 +146,9 @@ def mean_over_images(
     looked_at, num_tokens = count_rows(model, num_rows)
     size = max(1, MAP_NUMBERS // (sum(attn.num_heads for attn in own) * looked_at * num_tokens or 1))
     generator = torch.Generator().manual_seed(seed)
-    device, was_training = next(model.parameters()).device, model.training
+    device = next(model.parameters()).device
     sums, count = [], 0
-    model.eval()
-    try:
+    with evaluating(model):
         for few in (few for images, *_ in batches for few in images.split(size)):
             grid = model.patch_embed.dynamic_feat_size(few.shape[-2:])
             sample = draw_rows(len(few), math.prod(grid), model.num_prefix_tokens, num_rows, generator)
@@ -156,8 +156,6 @@ def mean_over_images(
             sums = [total + part for total, part in zip(sums, parts, strict=True)] if count else parts
             count += len(few)
             progress.reach(count)
-    finally:
-        model.train(was_training)
     if not count:
         raise ValueError("there are no images to measure on: give at least one.")
     return [total / count for total in sums]
@@ -198,14 +196,15 @@ def _reading_errors(model: Any, images: Tensor, sample: RowSample) -> list[Tenso
     with recorded_attention(model) as calls:
         model.forward_features(images)
     num_tokens = calls[0].inputs[0].shape[1]
-    rows, counts = sample.rows(num_tokens), sample.counts(num_tokens).to(images)
-    errors = images.new_zeros(len(calls), len(calls), *[model.blocks[0].attn.num_heads] * 2)
+    dtype = torch.promote_types(images.dtype, torch.float32)  # in which sums of half precision are made
+    rows, counts = sample.rows(num_tokens), sample.counts(num_tokens).to(images.device, dtype)
+    errors = counts.new_zeros(len(calls), len(calls), *[model.blocks[0].attn.num_heads] * 2)
     maps: list[Tensor] = []
     for layer, block in enumerate(model.blocks):
         q, k, v = project_map(block.attn, calls[layer].inputs[0], block.attn.grid)
-        maps.append(dense_map(block.attn, q, k, block.attn.grid, rows))
+        maps.append(dense_map(block.attn, q, k, block.attn.grid, rows).to(dtype))
         read_rows = model.num_class_rows if block is model.blocks[-1] and model.reads_class_rows else None
-        values = v @ _turn(block).mT
+        values = v.to(dtype) @ _turn(block, dtype).mT
         own = maps[layer][:, :, :read_rows] @ values
         for anchor in range(layer):
             read = torch.einsum("binm,bjmd->bijnd", maps[anchor][:, :, :read_rows], values)
@@ -213,8 +212,9 @@ def _reading_errors(model: Any, images: Tensor, sample: RowSample) -> list[Tenso
     return [errors]
 
 
-def _turn(block: Any) -> Tensor:
+def _turn(block: Any, dtype: torch.dtype) -> Tensor:
     """What turns a layer's values (H, D, D) so that they are as long as what the output projection makes of them."""
-    columns = block.attn.proj.weight.unflatten(1, (block.attn.num_heads, -1)).transpose(0, 1)  # (H, C, D)
+    weight = block.attn.proj.weight.to(dtype)
+    columns = weight.unflatten(1, (block.attn.num_heads, -1)).transpose(0, 1)  # (H, C, D)
     scale = getattr(block.ls1, "gamma", None)
     return torch.linalg.qr(columns if scale is None else scale[:, None] * columns).R  # |R v| = |W v|

@@ -19,8 +19,9 @@ class DataConfig:
 
     root: str | None = setting(
         "folder with train/ and val/, each shards with an index or one folder per class; or a URL of such shards, with "
-        "{} for SPLIT/NAME, which the command line must --allow",
+        "{} for SPLIT/NAME, which the command line must --allow; what lies there is compared by digest",
         None,
+        changes_run=False,
         is_path=True,
     )
     cache_root: str = setting("folder for what is fetched from a URL", CACHE_ROOT, changes_run=False, is_path=True)
@@ -50,6 +51,8 @@ class DataConfig:
     def __post_init__(self):
         if (self.root is None) == (self.source is None):
             raise ConfigError("root and source: give exactly one of the two, the other null.")
+        if self.root is not None and self.source_root != DataConfig.source_root:
+            raise ConfigError(f"source_root {self.source_root} has no effect beside root: leave it out.")
         refuse_url("source_root", self.source_root)
         refuse_url("cache_root", self.cache_root)
 

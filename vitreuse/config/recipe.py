@@ -167,6 +167,10 @@ class TrainConfig:
         if self.resolution is not None:
             epochs, rest = self.resolution.epochs, f"none of {self.epochs} epochs at the model's own size"
             self._check_share(epochs, f"resolution.epochs {epochs} leaves {rest}")
+        if self.distill is not None and self.distill.alpha == 1 and self.loss != LossConfig():
+            raise ConfigError(
+                "loss has no effect under distill.alpha 1, which is the teacher's part alone: leave it out."
+            )
         if self.loss.target_threshold is not None and self.mixup is None:
             raise ConfigError(
                 f"loss.target_threshold {self.loss.target_threshold:g} has no effect without train.mixup: leave it out."

@@ -65,10 +65,10 @@ def time_interleaved(
 
 def _elapsed_ms(call: Call, device: torch.device) -> float:
     synchronize = torch.get_device_module(device).synchronize
-    synchronize()
+    synchronize(device)
     start = time.perf_counter()
     call()
-    synchronize()
+    synchronize(device)
     return 1000 * (time.perf_counter() - start)
 
 

@@ -69,8 +69,7 @@ class PlanCosts:
         self.metric, self.depth = metric, len(model.blocks)
         self.num_patches, self.num_hidden = model.patch_embed.num_patches, model.blocks[0].mlp.fc2.in_features
         self._name, self._keywords = read_keywords(model)
-        if model.num_classes == 0 and model.global_pool == "token":
-            self._keywords |= {"global_pool": ""}
+        self._reads_all = model.num_classes == 0 and model.global_pool == "token"
         self._patch_size, self._grid = model.patch_embed.patch_size, model.patch_embed.grid_size
         self._of_layer = cache(self._layer)
         self.rest = self._measured((EXACT,) * 3, self.num_patches)[-1]
@@ -145,6 +144,8 @@ class PlanCosts:
         with torch.device(self.conditions.device if self.metric == "memory" else "meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a span that covers such a grid
             made = timm.create_model(self._name, plan=str(Plan(tuple(plan))), **keywords)
+        if self._reads_all:
+            made.global_pool = ""
         return _MEASURES[self.metric](made, self.conditions)
 
 
@@ -220,6 +221,7 @@ def _saved_bytes(model: nn.Module, _: Conditions) -> list[int]:
     return [of_more - of_few for of_more, of_few in zip(more, few, strict=True)]
 
 
+@torch.inference_mode(False)  # whatever the caller is in, since what autograd keeps is counted
 def _saved_by_layer(model: Any, batch_size: int) -> list[int]:
     """What a batch makes autograd keep in each layer, then before and after them."""
     images = example(model, batch_size)

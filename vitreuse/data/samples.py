@@ -8,7 +8,7 @@ Shapes: B images of a batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from itertools import islice
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from timm.models import VisionTransformer
 from torch import Tensor
-from torch.utils.data import RandomSampler, SubsetRandomSampler, WeightedRandomSampler
+from torch.utils.data import IterableDataset, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
 from vitreuse.io.errors import DataError
 from vitreuse.model.class_names import has_classes
@@ -91,6 +91,7 @@ class Images:
 
     Attributes:
         numbers: Which of the source's images these are.
+        dtype: What batches are given as; None for the source's own.
         class_names: The names of the labels, where the source says them; else labels are not looked at.
 
     Raises:
@@ -99,6 +100,7 @@ class Images:
 
     def __init__(self, source: Any, batch_size: int = BATCH_SIZE):
         self.source, self.batch_size = source, batch_size
+        self.dtype: torch.dtype | None = None
         self.class_names: tuple[str, ...] = tuple(getattr(source, "class_names", ()))
         self._has_batches = _gives_batches(source)
         total = sum(len(_image(batch, 4)) for batch in source) if self._has_batches else len(source)
@@ -132,7 +134,7 @@ class Images:
             shapes = dict.fromkeys(_size(image) for image in images)
             if len(shapes) > 1:
                 raise DataError(f"images are of several sizes, {' and '.join([*shapes][:2])}: resize them to one.")
-            yield torch.stack(images), torch.tensor(labels)
+            yield torch.stack(images).to(self.dtype), torch.tensor(labels)
 
     def _singles(self) -> Iterator[tuple[Tensor, int]]:
         """Each image (channels, rows, columns) and its label."""
@@ -151,22 +153,35 @@ class Images:
 
 
 def images_for(model: Any, images: Any, batch_size: int = BATCH_SIZE) -> Images:
-    """Images as a model takes them, of whatever Images takes; of Images the same ones.
+    """Images as a model takes them, in its dtype, of whatever Images takes; of Images the same ones.
 
     Raises:
-        DataError: As Images does; or there are none, or they are not of the model's size.
+        DataError: As Images does; or there are none, or the model does not take their size.
     """
-    found = images if isinstance(images, Images) else Images(images, batch_size)
+    found = copy(images) if isinstance(images, Images) else Images(images, batch_size)
     if not len(found):
         raise DataError("there are no images: give at least one.")
-    if isinstance(model, VisionTransformer) and not model.dynamic_img_size:
-        given = _size(next(found._singles())[0])
-        wanted = " x ".join(map(str, (model.patch_embed.proj.in_channels, *model.patch_embed.img_size)))
+    if isinstance(model, VisionTransformer):
+        _refuse_size(model, next(found._singles())[0])
+    found.dtype = next(model.parameters()).dtype
+    return found
+
+
+def _refuse_size(model: Any, image: Tensor) -> None:
+    """Raises DataError for an image that a ViT does not take."""
+    embed, given = model.patch_embed, _size(image)
+    channels, size = embed.proj.in_channels, image.shape[1:]
+    if not model.dynamic_img_size:
+        wanted = _size(image.new_empty(channels, *embed.img_size))
         if given != wanted:
             raise DataError(
                 f"images are {given} and the model takes {wanted}: resize them, or give img_size=... to it."
             )
-    return found
+    if len(image) != channels:
+        raise DataError(f"images are {given} and the model takes {channels} channels: convert them.")
+    rows, columns = embed.patch_size
+    if not embed.dynamic_img_pad and (size[0] % rows or size[1] % columns):
+        raise DataError(f"images are {given}, no whole patches of {rows} x {columns} pixels: resize them.")
 
 
 def are_classes(images: Images, model: Any) -> bool:
@@ -185,7 +200,8 @@ def _gives_batches(source: Any) -> bool:
     Raises:
         DataError: As Images does.
     """
-    if isinstance(getattr(source, "sampler", None), SHUFFLING):
+    samplers = (getattr(source, "sampler", None), getattr(getattr(source, "batch_sampler", None), "sampler", None))
+    if any(isinstance(sampler, SHUFFLING) for sampler in samplers):
         raise DataError(
             "a loader that shuffles gives other images each time, and they are kept apart by their order: "
             "give shuffle=False."
@@ -193,7 +209,10 @@ def _gives_batches(source: Any) -> bool:
     if isinstance(source, Tensor):
         _image(source, 4)
         return False
-    if hasattr(source, "__getitem__") and hasattr(source, "__len__"):
+    if isinstance(source, Mapping):
+        raise DataError("images are a dictionary: give the tensor, or the data set, that is in it.")
+    has_items = hasattr(source, "__getitem__") and not isinstance(source, IterableDataset)  # which inherits it
+    if has_items and hasattr(source, "__len__"):
         return bool(len(source)) and _image(source[0], 3, 4).ndim == 4
     if not isinstance(source, Iterable):
         raise DataError(f"images are a {type(source).__name__}: give a tensor, a Dataset, a DataLoader or a list.")

@@ -18,6 +18,7 @@ from torch import Tensor
 from vitreuse.config import ModelConfig
 from vitreuse.io.durable import write_durably
 from vitreuse.model.class_names import LABEL_NAMES, names_of, pack_names
+from vitreuse.model.merge import cut_plan
 from vitreuse.model.preprocessing import PREPROCESSING, image_settings
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -29,8 +30,8 @@ def is_hub_folder(folder: Path) -> bool:
 
 
 def plan_text(model: Any) -> str | None:
-    """The plan that a model was built with, its preset's too; None for a model without one."""
-    return str(model.plan) if hasattr(model, "plan") else None
+    """The plan of a model for images of its size, its preset's too; None for a model without one."""
+    return str(cut_plan(model.plan, model.patch_embed.num_patches)) if hasattr(model, "plan") else None
 
 
 def save_hub_folder(model: Any, folder: Path, crop_pct: float | None = None, training: str | None = None) -> None:

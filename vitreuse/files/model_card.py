@@ -7,7 +7,12 @@ from timm.models._hub import generate_readme
 
 from vitreuse.cost.macs import count_params
 from vitreuse.io.file_names import printable
+from vitreuse.model.class_names import has_classes
 
+TASKS = {  # a hub's word, and ours, by whether a model has classes
+    True: ("image-classification", "An image classifier"),
+    False: ("image-feature-extraction", "A model of image features"),
+}
 USAGE = """```python
 import timm
 import vitreuse  # makes timm know the plan
@@ -46,11 +51,12 @@ def model_card(model: Any, known: Provenance, macs: int) -> str:
     }
     details |= {"Top-1": known.accuracy} if known.accuracy is not None else {}
     details |= {"Training": known.training} if known.training is not None else {}
+    task, what = TASKS[has_classes(model)]
     card = {
-        "tags": ["image-classification", "timm", "vitreuse"],
+        "tags": [task, "timm", "vitreuse"],
         "license": "unknown",
-        "description": "An image classifier: a vision transformer, exported by vitreuse.",
+        "description": f"{what}: a vision transformer, exported by vitreuse.",
         "details": details,
         "usage": USAGE,
     }
-    return printable(generate_readme(card, known.name))
+    return printable(generate_readme(card, known.name, task))

@@ -27,6 +27,7 @@ from vitreuse.model.registry import GATED_MLPS, default_cfgs, plain_name
 from vitreuse.plan import parse_plan
 from vitreuse.plan.options import PLAN_KEYWORDS
 
+STEP_FOLDERS = "step-" + 9 * "[0-9]"  # of checkpoints, by which no copy that somebody keeps is taken for one
 OWN_KEYWORDS = (*PLAN_KEYWORDS, "norm_eps")  # that timm's own models do not have
 
 
@@ -122,7 +123,7 @@ class Target:
             return self.hub_dir / WEIGHTS
         if self.run_dir is None:
             raise ValueError(f"{self.label} has no weights: give the run folder of its training, or --checkpoint FILE.")
-        markers = sorted(self.run_dir.glob("checkpoints/step-*/complete.json"))
+        markers = sorted(self.run_dir.glob(f"checkpoints/{STEP_FOLDERS}/complete.json"))
         paths = [self.run_dir / "model.safetensors", *(marker.with_name("state.pt") for marker in reversed(markers))]
         for path in paths:
             if path.exists():

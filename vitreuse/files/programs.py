@@ -9,8 +9,9 @@ import copy
 import io
 import json
 import logging
+import mmap
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,12 +28,20 @@ from vitreuse.files.hub import CONFIG, WEIGHTS, model_weights, plan_text, prepro
 from vitreuse.files.model_card import Provenance, model_card
 from vitreuse.io.durable import TEMPORARY_FILES, write_durably
 from vitreuse.model.class_names import LABEL_NAMES, names_of, pack_names
+from vitreuse.model.copies import evaluating
 from vitreuse.model.merge import DECIDED_BY, are_decided
 from vitreuse.model.preprocessing import example
 
 Predict = Callable[[Tensor], Tensor]  # images (B, channels, rows, columns) to logits (B, classes)
 README = "README.md"
 FILES = {"hub": (WEIGHTS, CONFIG, README), "safetensors": (WEIGHTS,), "torch": ("model.pt2",), "onnx": ("model.onnx",)}
+MARKS = {  # by which a file is known for one of ours
+    WEIGHTS: b'"keywords"',
+    CONFIG: b'"architecture"',
+    README: b"exported by vitreuse",
+    "model.pt2": b"model.json",
+    "model.onnx": b"preprocessing",
+}
 PROGRAMS = ("torch", "onnx")  # the formats that hold a program, which is checked
 OPSETS = range(18, 24)  # from the first that torch's exporter writes to the last that torch 2.14 knows
 DIFFERENCE_LIMIT = 1e-4  # of logits, over their standard deviation
@@ -57,18 +66,18 @@ def export(
     known: Provenance,
     folder: Path,
     formats: Sequence[str],
-    batches: Sequence[Tensor],
+    batches: Iterable[Tensor],
     folds: bool,
     opset: int,
 ) -> dict[str, Check]:
     """Writes a model in each of the formats; each file is whole or not there, and none is if a program is wrong.
 
     Args:
-        model: A ViT of timm or ours in float32 on the CPU, made by timm.create_model.
+        model: A ViT of timm or ours in float32 on the CPU, made by timm.create_model; its mode is restored.
         known: What else is known of it.
         folder: For the files; made where it is missing. What an earlier export left is replaced.
         formats: Of FILES.
-        batches: Images (B, channels, rows, columns) that programs are checked on.
+        batches: Images (B, channels, rows, columns) that programs are checked on, which are gone over again and again.
         folds: Whether programs are of the folded model, see vitreuse.fold.
         opset: The version of ONNX's operators.
 
@@ -81,7 +90,10 @@ def export(
     """
     check_folder(folder, formats)
     chosen = [of for of in PROGRAMS if of in formats]
-    contents, checks = programs(model.eval(), known, chosen, batches, folds, opset) if chosen else ({}, {})
+    contents, checks = {}, {}
+    if chosen:
+        with evaluating(model):
+            contents, checks = programs(model, known, chosen, batches, folds, opset)
     if "safetensors" in formats:
         contents[WEIGHTS] = model_weights(model, known.training)
     if "hub" in formats:
@@ -94,12 +106,12 @@ def export(
 
 
 def programs(
-    model: Any, known: Provenance, formats: Sequence[str], batches: Sequence[Tensor], folds: bool, opset: int
+    model: Any, known: Provenance, formats: Sequence[str], batches: Iterable[Tensor], folds: bool, opset: int
 ) -> tuple[dict[str, bytes], dict[str, Check]]:
     """The content of each program's file, and how far each is from the model; arguments as for export."""
     if "onnx" in formats:
         require_onnx(model)
-    program = trace(fold(model) if folds else model, len(batches[0]) + 1)
+    program = trace(fold(model) if folds else model, len(next(iter(batches))) + 1)
     facts = {"name": model.pretrained_cfg["architecture"], "plan": plan_text(model) or ""}
     facts["preprocessing"] = json.dumps(preprocessing(model, known.crop_pct))
     facts |= {"training": known.training} if known.training is not None else {}
@@ -125,15 +137,26 @@ def check_folder(folder: Path, formats: Sequence[str]) -> None:
     except OSError as error:
         raise ValueError(f"{folder} cannot be made ({error.strerror}): choose another -o DIR.") from error
     written = {file for of in formats for file in FILES[of]}
-    found = {path.name for path in folder.iterdir() if not path.match(TEMPORARY_FILES)}
-    foreign = sorted(found - written) or sorted(found if not any(file.startswith("model.") for file in found) else ())
-    if foreign:
-        raise ValueError(
-            f"{folder} holds {foreign[0]}, which is not of an earlier export to {', '.join(formats)}: choose another "
-            "-o DIR, or all the formats of what is there."
-        )
+    found = sorted(path for path in folder.iterdir() if not path.match(TEMPORARY_FILES))
+    for path in found:
+        if not _is_exported(path):
+            raise ValueError(f"{folder} holds {path.name}, which is of no export: choose another -o DIR.")
+        if path.name not in written:
+            others = ", ".join(of for of, files in FILES.items() if path.name in files)
+            raise ValueError(
+                f"{folder} holds {path.name} of an earlier export: choose another -o DIR, or add --format {others}."
+            )
     if not os.access(folder, os.W_OK):
         raise ValueError(f"{folder} cannot be written: choose another -o DIR.")
+
+
+def _is_exported(path: Path) -> bool:
+    """Whether a file is one that an export wrote, by what each has in it."""
+    mark = MARKS.get(path.name)
+    if mark is None or not path.is_file() or not path.stat().st_size:
+        return False
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return content.find(mark) >= 0
 
 
 def require_onnx(model: Any) -> None:
@@ -190,12 +213,13 @@ def trace(model: Any, batch_size: int) -> ExportedProgram:
 @contextmanager
 def silenced() -> Iterator[None]:
     """Keeps back what torch logs and prints of a failed trace: pages, whose first line the error has."""
-    logging.disable(logging.WARNING)
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.WARNING))
     try:
         with redirect_stderr(io.StringIO()):
             yield
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(before)
 
 
 def pack_torch(program: ExportedProgram, facts: dict[str, str]) -> bytes:
@@ -251,18 +275,23 @@ def load_onnx(content: bytes) -> Predict:
     return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
 
 
-def checked(of: str, predict: Predict, model: Any, batches: Sequence[Tensor]) -> Check:
-    """Compares the logits of the first image alone and of all batches.
+def checked(of: str, predict: Predict, model: Any, batches: Iterable[Tensor]) -> Check:
+    """Compares the logits of the first image alone and of all batches, of which one is in memory at a time.
 
     Raises:
         ValueError: They differ by more than DIFFERENCE_LIMIT, or are no numbers; or no image can be compared.
     """
-    inputs = [batches[0][:1], *batches]
-    wanted, found = (torch.cat([function(images) for images in inputs]).flatten(1) for function in (model, predict))
+
+    def inputs() -> Iterator[Tensor]:
+        yield next(iter(batches))[:1]
+        yield from batches
+
+    pairs = [(model(images), predict(images)) for images in inputs()]
+    wanted, found = (torch.cat(answers).flatten(1) for answers in zip(*pairs, strict=True))
     apart = (found - wanted).abs().amax(1) / wanted.std().clamp_min(torch.finfo(wanted.dtype).tiny)
     left_out = (apart > DIFFERENCE_LIMIT) & apart.isfinite()
     if left_out.any():
-        left_out &= ~torch.cat([are_decided(model, images) for images in inputs])
+        left_out &= ~torch.cat([are_decided(model, images) for images in inputs()])
     if left_out.all():
         raise ValueError(
             f"the {of} program's logits differ from the model's for each of {len(apart) - 1} images, of whose tokens "

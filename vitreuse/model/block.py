@@ -75,8 +75,7 @@ class PlanBlock(nn.Module):
             ValueError: The layer needs what an earlier one hands on or merges tokens, and no carry was given; or it was
                 given something else, such as timm's second argument, a mask.
         """
-        if carry is not None and not isinstance(carry, Carry):
-            raise ValueError(f"carry is a {type(carry).__name__} and must be a Carry or None: give attn_mask by name.")
+        refuse_other_carry(carry)
         if carry is None and self.merge is not None:
             raise ValueError(
                 f"'{self.spec}' merges tokens, whose sizes the next layer needs: call the whole model or model.blocks, "
@@ -108,6 +107,12 @@ class PlanBlock(nn.Module):
             if isinstance(part, nn.Linear):  # fc1, of a gated MLP perhaps two of them, and fc2
                 parts[f"mlp.{name}"] = num_rows * part.in_features * part.out_features
         return parts
+
+
+def refuse_other_carry(carry: object) -> None:
+    """Raises ValueError for what is given for a carry and is none."""
+    if carry is not None and not isinstance(carry, Carry):
+        raise ValueError(f"carry is a {type(carry).__name__} and must be a Carry or None: give attn_mask by name.")
 
 
 def _checked_hidden(spec: Spec, mlp_layer: Any) -> int:
@@ -168,9 +173,20 @@ class LinearBlock(nn.Module):
         self.init_weights()
 
     def forward(
-        self, x: Tensor, carry: Carry | None = None, grid: Any = None, num_queries: int | None = None, *mask: Any
+        self,
+        x: Tensor,
+        carry: Carry | None = None,
+        grid: tuple[int, int] | None = None,
+        num_queries: int | None = None,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
     ) -> Any:
-        """Tokens (B, num_queries, C), all when None, and the carry as it came where one was given."""
+        """Tokens (B, num_queries, C), all when None, and the carry as it came where one was given; masks mask nothing.
+
+        Raises:
+            ValueError: The carry is something else, such as timm's second argument, a mask.
+        """
+        refuse_other_carry(carry)
         rows = x if num_queries is None else x[:, :num_queries]
         rows = rows + self.drop_path(self.linear(rows))
         return rows if carry is None else (rows, carry)

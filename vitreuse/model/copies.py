@@ -1,7 +1,9 @@
-"""A trained ViT as a model of ours: a copy under any plan, or layers around its own modules."""
+"""A trained ViT as a model of ours: a copy under any plan, or layers around its own modules; it stays as it is."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import timm
@@ -16,7 +18,28 @@ from vitreuse.model.preprocessing import PREPROCESSING
 from vitreuse.model.vit import PlanVisionTransformer
 from vitreuse.plan import EXACT, Plan, Spec
 
+ANY_SEED = 0  # of weights that are replaced
 IDLE = (nn.Identity, nn.Dropout, DropPath, PatchDropout)  # in inference
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside the block a model is in evaluation mode; then each of its modules is in its own mode again."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Inside the block torch draws by a seed, on all devices; then it goes on as if nothing had been drawn."""
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        yield
 
 
 def exact_copy(model: Any) -> Any:
@@ -25,7 +48,8 @@ def exact_copy(model: Any) -> Any:
     Raises:
         ValueError: It is no ViT of timm or ours, or has parts that a model with a plan lacks.
     """
-    copy = untrained_copy(model, f"exact*{len(layers_of(model))}").eval()
+    with seeded(ANY_SEED):
+        copy = untrained_copy(model, f"exact*{len(layers_of(model))}").eval()
     own, given = copy.state_dict(), model.state_dict()
     odd = [key for key in {**own, **given} if key not in own or key not in given or own[key].shape != given[key].shape]
     if odd:
@@ -123,7 +147,6 @@ def _difference(copy: Any, model: Any) -> float:
     """Largest difference of the outputs for a random image, as a part of the largest output."""
     size = (1, model.patch_embed.proj.in_channels, *model.patch_embed.img_size)
     images = torch.randn(size, generator=torch.Generator().manual_seed(0)).to(next(model.parameters()))
-    was_training = model.training
-    expected, found = model.eval()(images), copy(images)
-    model.train(was_training)
+    with evaluating(model):
+        expected, found = model(images), copy(images)
     return float((found - expected).abs().max() / expected.abs().max())

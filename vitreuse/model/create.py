@@ -46,13 +46,13 @@ def create_model(name: str, plan: str | Plan | None = None, pretrained: bool = F
         return timm.create_model(name, pretrained=pretrained, plan=text, **keywords)
     ours, shape = read_keywords(plain)
     rest = {key: value for key, value in keywords.items() if key in OF_THE_RESULT}
-    text = text or f"exact*{len(plain.blocks)}"
+    text = f"exact*{len(plain.blocks)}" if text is None else text
     made = timm.create_model(ours, plan=text, pretrained_cfg_overlay=preprocessing_of(plain), **shape, **rest)
     inner = getattr(made, "model", made)  # of timm's wrapper for features_only
     name_classes(inner, names_of(plain))
     if pretrained:
         trained: Any = timm.create_model(name, pretrained=True, **of_shape)
-        inner.load_state_dict(trained.state_dict())
+        inner.load_state_dict(trained.state_dict(), strict=inner is made)  # the wrapper has cut what it does not read
     return made
 
 

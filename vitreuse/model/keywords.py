@@ -21,7 +21,7 @@ from vitreuse.model.registry import SIZES, variant_of
 from vitreuse.plan import EXACT
 
 NORMS = {"LayerNorm": "layernorm", "RmsNorm": "rmsnorm"}  # timm's names of classes, as of the next
-ACTIVATIONS = {"GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu", "SiLU": "silu"}
+ACTIVATIONS = {"GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu", "SiLU": "silu", "ReLU": "relu"}
 KINDS = {  # of a layer and its parts
     "": (Block, PlanBlock),
     "attn": (TimmAttention, ExactAttention),
@@ -143,10 +143,10 @@ def _shape(model: Any) -> dict[str, Any]:
         "pool_include_prefix": model.pool_include_prefix,
         "dynamic_img_size": model.dynamic_img_size,
         "dynamic_img_pad": patches.dynamic_img_pad,
-        "embed_norm_layer": _norm(patches.norm),
-        "norm_layer": _norm(block.norm1),
+        "embed_norm_layer": _norm(model, patches.norm),
+        "norm_layer": _norm(model, block.norm1),
         "norm_eps": block.norm1.eps,
-        **_mlp_shape(block.mlp),
+        **_mlp_shape(model, block.mlp),
     }
 
 
@@ -157,19 +157,34 @@ def mlp_ratio(mlp: Any) -> float:
     return ratio if int(dim * ratio) == hidden else math.nextafter(ratio, math.inf)
 
 
-def _mlp_shape(mlp: Any) -> dict[str, Any]:
-    """The keywords for the MLP of a layer."""
+def _mlp_shape(model: Any, mlp: Any) -> dict[str, Any]:
+    """The keywords for the MLP of a layer of a model.
+
+    Raises:
+        ValueError: Its activation is none that timm makes by a name of ACTIVATIONS.
+    """
+    is_tanh = isinstance(mlp.act, nn.GELU) and mlp.act.approximate == "tanh"
+    act = "GELUTanh" if is_tanh else type(mlp.act).__name__
+    if act not in ACTIVATIONS:
+        raise unsupported(model, f"has {act} in its MLPs")
     kinds = {SwiGLU: "swiglu", GluMlp: "glu" if getattr(mlp, "gate_last", True) else "swiglu_packed"}
     return {
         "mlp_ratio": mlp_ratio(mlp),
-        "act_layer": ACTIVATIONS.get(type(mlp.act).__name__, "gelu"),
+        "act_layer": ACTIVATIONS[act],
         "mlp_layer": kinds.get(type(mlp)),
     }
 
 
-def _norm(norm: nn.Module) -> str | None:
-    """timm's name of a norm; None where there is none."""
-    return NORMS.get(type(norm).__name__, "layernorm") if _is_there(norm) else None
+def _norm(model: Any, norm: nn.Module) -> str | None:
+    """timm's name of a norm of a model; None where there is none.
+
+    Raises:
+        ValueError: It is none of NORMS.
+    """
+    kind = type(norm).__name__
+    if _is_there(norm) and kind not in NORMS:
+        raise unsupported(model, f"has {kind} for its norms")
+    return NORMS[kind] if _is_there(norm) else None
 
 
 def _is_there(module: nn.Module) -> bool:

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from itertools import pairwise
 from typing import Any, NamedTuple
 from warnings import warn
 
@@ -102,6 +104,12 @@ def merge_tokens(
     if not wants_places:
         return x, sizes, None
     return x, sizes, merging.moved() if places is None else merging.moved().gather(1, places)
+
+
+def cut_plan(plan: Plan, num_patches: int) -> Plan:
+    """The plan that merges as many tokens as another does in images of so many patches."""
+    merged = (before - behind for before, behind in pairwise(plan.patches_left(num_patches)))
+    return Plan(tuple(replace(spec, merged=next(merged)) for spec in plan))
 
 
 @torch.fx.wrap

@@ -15,6 +15,7 @@ from timm.layers import resample_abs_pos_embed
 from timm.models import deit
 from timm.models import vision_transformer as timm_vit
 from timm.models._features import feature_take_indices
+from timm.models._input import update_model_args
 from torch import Tensor, nn
 
 from vitreuse.attention import AttentionConfig
@@ -130,6 +131,17 @@ class PlanVisionTransformer(timm_vit.VisionTransformer):
         """torch's method, which takes a plain ViT's state dict too: see vitreuse.load_checkpoint, which says more."""
         return super().load_state_dict(in_plan_for_timm(state_dict, self), strict, assign)
 
+    def load_pretrained(self, checkpoint_path: str, prefix: str = "") -> None:
+        """Refuses timm's method, which writes NumPy archives of the first ViTs into parts that a plan may lack.
+
+        Raises:
+            ValueError: Always, with the way out.
+        """
+        raise ValueError(
+            f"{checkpoint_path} is a NumPy archive, which timm loads into its own models alone: load it into timm's "
+            "plain model, and give that one's state_dict() to load_state_dict."
+        )
+
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Logits (B, num_classes); under token pooling the last layer computes only the rows that are read."""
         num_queries = self.num_class_rows if self.reads_class_rows else None
@@ -153,9 +165,15 @@ class PlanVisionTransformer(timm_vit.VisionTransformer):
     def forward_tokens(self, x: Tensor, num_queries: int | None, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
         """The first ``num_queries`` tokens, all when None, after the final norm."""
         x, grid = self.embed(x)
-        merge.warn_if_cut(self.plan, x.shape[1] - self.num_prefix_tokens)
+        self._warn_if_cut(x.shape[1] - self.num_prefix_tokens)
         x = self.blocks(x, grid, num_queries, self.key_proj, attn_mask, is_causal, self.grad_checkpointing)
         return self.norm(x)
+
+    def _warn_if_cut(self, num_patches: int) -> None:
+        """Warns where tokens merge and so few patches are fewer than the plan was made for; see merge.warn_if_cut."""
+        blocks: Any = self.blocks
+        if any(block.spec.merged for block in blocks):  # a plan takes longer to make than a small layer
+            merge.warn_if_cut(self.plan, num_patches)
 
     def embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int] | None]:
         """Tokens (B, N, C) of images, and their grid where it may differ from the built one."""
@@ -209,7 +227,7 @@ class PlanVisionTransformer(timm_vit.VisionTransformer):
         take_indices, max_index = feature_take_indices(len(self.blocks), indices)
         height, width = x.shape[-2:]
         x, grid = self.embed(x)
-        merge.warn_if_cut(self.plan, x.shape[1] - self.num_prefix_tokens)
+        self._warn_if_cut(x.shape[1] - self.num_prefix_tokens)
         blocks: Any = self.blocks[: max_index + 1] if stop_early else self.blocks
         x, taken = blocks.collect(
             x, take_indices, grid, None, self.key_proj, attn_mask, is_causal, self.grad_checkpointing
@@ -244,7 +262,8 @@ class PlanVisionTransformer(timm_vit.VisionTransformer):
             block.attn.set_grid(grid)
         if grid != old_grid:
             warn_if_idle(self.plan, grid, self.num_prefix_tokens + self.patch_embed.num_patches)
-            merge.warn_if_cut(self.plan, self.patch_embed.num_patches)
+            self._warn_if_cut(self.patch_embed.num_patches)
+            update_model_args(self, plan=str(merge.cut_plan(self.plan, self.patch_embed.num_patches)))  # no preset
         if self.key_proj is not None and grid != old_grid:
             kind = self.plan_options.lowrank_projection
             resampled = at_grid(self.key_proj, kind, old_grid, grid, self.num_prefix_tokens, self.layerwise_dim)
@@ -270,6 +289,16 @@ class PlanVisionTransformerDistilled(PlanVisionTransformer, deit.VisionTransform
     """timm's distilled DeiT with a plan: a second class token and a second head."""
 
     num_class_rows = 2
+
+    def __init__(self, *args: Any, reg_tokens: int = 0, **kwargs: Any) -> None:
+        """Builds the model; see PlanVisionTransformer.
+
+        Raises:
+            ValueError: As there; or registers are asked for, which timm's distilled model leaves out.
+        """
+        if reg_tokens:
+            raise ValueError(f"reg_tokens={reg_tokens} has no effect on a distilled model: leave it out.")
+        super().__init__(*args, **kwargs)
 
     def prefix_tokens(self, batch_size: int) -> list[Tensor]:
         """The class token and the distillation token for every image, (B, 1, C) each."""

@@ -12,10 +12,9 @@ from rich.table import Table
 from torch import Tensor
 
 from vitreuse.compress.closed_form import LayerFit
-from vitreuse.compress.convert import LOWRANK_STARTS, Conversion, fitting_plan
-from vitreuse.compress.convert import convert as convert_bare
+from vitreuse.compress.convert import LOWRANK_STARTS, Conversion, fitting_plan, take_into
 from vitreuse.compress.fidelity import agreement
-from vitreuse.compress.fitting import FittedConversion, convert_on_images
+from vitreuse.compress.fitting import FittedConversion, take_into_on_images
 from vitreuse.compress.redundancy import measure_head_errors, measure_redundancy
 from vitreuse.compress.ridge import ASIDE
 from vitreuse.compress.row_sample import NUM_ROWS, count_rows
@@ -23,7 +22,7 @@ from vitreuse.cost.macs import count_macs, count_params
 from vitreuse.data.samples import Images, are_classes, images_for, num_shown
 from vitreuse.io.progress import WorkProgress
 from vitreuse.io.tables import Shown, table_of, titled
-from vitreuse.model.copies import exact_copy
+from vitreuse.model.copies import exact_copy, seeded
 from vitreuse.model.keywords import architecture
 from vitreuse.plan import EXACT, Plan
 from vitreuse.plan.options import POOLS
@@ -80,6 +79,7 @@ class Converted(Shown, Conversion):
         return table(self.facts)
 
 
+@torch.inference_mode(False)
 def convert(
     model: Any,
     plan: str | Plan,
@@ -116,8 +116,7 @@ def convert(
     distances = None
     if learned is not None and how.heads in DISTANCES:
         distances = _distances(original, how.heads, learned, num_rows, seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         fitted = wish.convert(original, fitting_plan(original, plan), how, learned, distances, seed)
     facts = {
         "rows": count_rows(original, num_rows) if how.heads in DISTANCES else None,
@@ -173,7 +172,7 @@ class _Wish(NamedTuple):
         self._refuse_idle(plan)
         words = {spec.word for spec in plan}
         heads = (self.heads or DISTANCES[0]) if num_images else IN_ORDER
-        can_fit = num_images > 0 and self.options.get("lowrank_sharing") != "layerwise"
+        can_fit = num_images >= ASIDE and self.options.get("lowrank_sharing") != "layerwise"
         start = self.lowrank_start or ("fitted" if can_fit else "pooled")
         has_projections = "lowrank" in words and self.options.get("lowrank_projection") not in POOLS
         is_fitted = num_images >= ASIDE and self.fits_layers
@@ -210,11 +209,11 @@ class _Wish(NamedTuple):
     ) -> FittedConversion:
         """The conversion, and what its fits gained."""
         if learned is None:
-            bare = convert_bare(original, plan, pooled=how.lowrank_start != "random", **self.options)
+            bare = take_into(original, plan, pooled=how.lowrank_start != "random", **self.options)
             return FittedConversion(bare, {}, [])
         start, fits_layers = how.lowrank_start or "pooled", how.layers == "fitted"
         settings: dict[str, Any] = {"lowrank_start": start, "fits_layers": fits_layers, "seed": seed, **self.options}
-        return convert_on_images(original, plan, learned, distances, **settings)
+        return take_into_on_images(original, plan, learned, distances, **settings)
 
 
 def _distances(original: Any, by: str | None, images: Images, num_rows: int, seed: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""A trained model as files that others load, each checked on images before it is kept."""
+"""A trained model as files that others load; each program among them is checked on images before it is kept."""
 
 from __future__ import annotations
 
@@ -8,20 +8,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Group
 from rich.filesize import decimal
-from torch import Tensor
 
-from vitreuse.data.samples import images_for
+from vitreuse.data.samples import Images, images_for
 from vitreuse.files import programs
 from vitreuse.files.hub import plan_text
 from vitreuse.files.model_card import Provenance
 from vitreuse.files.programs import FILES, OPSETS, PROGRAMS
 from vitreuse.io.tables import Shown, table_of, titled
+from vitreuse.model.copies import seeded
 from vitreuse.model.keywords import architecture
 from vitreuse.model.preprocessing import example
 
-BATCH_SIZE = 8
+BATCH_SIZE, SEED = 8, 0  # of random images
 READERS = {"opset": ("onnx",), "folds": PROGRAMS, "images": PROGRAMS}  # by argument the formats on which it has effect
 
 
@@ -53,7 +54,7 @@ def export(
     """Writes a model in each of the formats; each file is whole or not there, and none is if a program is wrong.
 
     Args:
-        model: A ViT of timm or ours in float32 on the CPU, made by timm.create_model; left in evaluation mode.
+        model: A ViT of timm or ours in float32 on the CPU, made by timm.create_model; its mode is restored.
         folder: For the files; made where it is missing. What an earlier export left is replaced.
         formats: Of hub, safetensors, torch and onnx.
         images: What Images takes, on which programs are checked; random ones by default.
@@ -68,10 +69,11 @@ def export(
     formats = [formats] if isinstance(formats, str) else [*formats]
     _refuse_odd(model, formats, {"opset": opset, "folds": folds or None, "images": images})
     known, path, newest = known or Provenance(architecture(model)), Path(folder), OPSETS[-1]
-    batches = _batches(model, images) if {*formats} & {*PROGRAMS} else []
-    checks = programs.export(model, known, path, formats, batches, folds, opset or newest)
+    with seeded(SEED):
+        batches = _batches(model, images) if {*formats} & {*PROGRAMS} else None
+        checks = programs.export(model, known, path, formats, batches or (), folds, opset or newest)
     files = {path / file: of for of in reversed(formats) for file in FILES[of]}
-    num_images, what = sum(map(len, batches)), "random images" if images is None else "images"
+    num_images, what = len(batches or ()), "random images" if images is None else "images"
     facts = {
         "name": known.name,
         "plan": plan_text(model),
@@ -88,9 +90,11 @@ def export(
 
 def _refuse_odd(model: Any, formats: Sequence[str], given: Mapping[str, Any]) -> None:
     """Raises ValueError for a model elsewhere, formats that are none, and what has no effect on those given."""
-    device = next(model.parameters()).device
+    device, dtype = (getattr(next(model.parameters()), name) for name in ("device", "dtype"))
     if device.type != "cpu":
         raise ValueError(f"the model is on {device}: export it from the CPU, as model.cpu().")
+    if dtype != torch.float32:
+        raise ValueError(f"the model is in {dtype}: export it in float32, as model.float().")
     for of in formats:
         if of not in FILES:
             raise ValueError(f"{of!r} is no format: give any of {', '.join(FILES)}.")
@@ -99,9 +103,9 @@ def _refuse_odd(model: Any, formats: Sequence[str], given: Mapping[str, Any]) ->
             raise ValueError(f"{name} has no effect without the format {' or '.join(READERS[name])}: leave it out.")
 
 
-def _batches(model: Any, images: Any) -> list[Tensor]:
+def _batches(model: Any, images: Any) -> Images:
     """Images to check on, random ones of none."""
-    return [example(model, BATCH_SIZE)] if images is None else list(images_for(model, images, BATCH_SIZE))
+    return images_for(model, example(model, BATCH_SIZE) if images is None else images, BATCH_SIZE)
 
 
 def table(result: dict[str, Any]) -> Group:

@@ -90,7 +90,8 @@ def measure_healed() -> None:
     lost = {column.key: (1 - after[column.key]) / (1 - before[column.key]) for column in COLUMNS[1:]}
     best = {f"{test}.patch_cosine": best_of_merged(original, models["as it comes"], test) for test in TESTS}
     blank = dict.fromkeys(column.key for column in COLUMNS)
-    rows += [{**blank, "name": "upper bound: the best values that merged tokens can have", **best}, {"name": "left of what was lost", **lost}]
+    rows += [{**blank, "name": "upper bound: the best values of merged tokens", **best}]
+    rows += [{"name": "left of what was lost", **lost}]
     records = [json.loads(line) for line in (ROOT / HEALED / "metrics.jsonl").read_text().splitlines()]
     machine, seconds = describe_machine(original.model.cls_token.device), records[-1]["seconds"]
     how = f"{seconds / 60:.1f} minutes of training ({records[-1]['step']} steps) without labels"

@@ -13,9 +13,9 @@ from typing import Any
 from torch import Tensor
 
 from vitreuse.compress.closed_form import LayerFit
-from vitreuse.compress.convert import Conversion, convert
+from vitreuse.compress.convert import Conversion, take_into
 from vitreuse.compress.fidelity import mean_distance
-from vitreuse.compress.fitting import convert_on_images
+from vitreuse.compress.fitting import take_into_on_images
 from vitreuse.cost.plan_costs import PlanCosts
 from vitreuse.plan import EXACT, Plan
 
@@ -56,10 +56,10 @@ def deliveries(
     found = {}
     for name, plan in plans.items():
         if any(spec != EXACT for spec in plan):
-            made = convert_on_images(original, plan, fitted, distances)
+            made = take_into_on_images(original, plan, fitted, distances)
             distance = mean_distance(original, made.conversion.model, tried)
             found[f"{name}, fitted"] = Delivery(plan, made.conversion, list(made.layers), distance)
-        bare = convert(original, plan, distances)
+        bare = take_into(original, plan, distances)
         found[name] = Delivery(plan, bare, None, mean_distance(original, bare.model, tried))
     return found
 

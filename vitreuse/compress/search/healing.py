@@ -73,6 +73,7 @@ def expected_of_healing(
     return Expected(best.rate, best.num_steps, best.seconds, before, after)
 
 
+@torch.inference_mode(False)
 def heal_for(
     original: Any,
     converted: Any,

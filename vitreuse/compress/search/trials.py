@@ -14,6 +14,7 @@ import json
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -173,14 +174,15 @@ def begin_trials(path: Path, original: Any, fitted: Iterable[Tensor], tried: Ite
         rows: Which rows of maps heads are matched by, if any are.
 
     Raises:
-        ValueError: It is of another model, or of other images.
+        ValueError: It is of another model or version, or of other images.
     """
     weights = (value for _, value in sorted(original.state_dict().items()))
     about = {"weights": digest(weights), "fitted": digest(fitted), "tried": digest(tried), "rows": rows}
+    about["vitreuse"] = version("vitreuse")  # another one may fit otherwise
     line = json.dumps(about)
     first = path.read_text(encoding="utf-8").partition("\n")[0] if path.exists() else ""
     if first and first != line:
-        of = f"{path} has trials of another model, or on other images"
+        of = f"{path} has trials of another model or version of vitreuse, or on other images"
         raise ValueError(f"{of}, by its first line: give another folder, or the same arguments.")
     if not first:
         write_durably(path, (line + "\n").encode())

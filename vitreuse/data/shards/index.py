@@ -33,6 +33,7 @@ from vitreuse.io.file_names import is_name
 HEADER_FILE = "index.json"
 RECORDS_FILE = "index.npy"
 FORMAT = "vitreuse-index-1"
+MOST_NUMBERED = 1_000_000  # classes that have no names
 
 
 class Record(NamedTuple):
@@ -97,7 +98,13 @@ def build_index(folder: str | Path, class_names: Sequence[str] | None = None, wo
     dtype = record_dtype(max(part.dtype["key"].itemsize for part in parts))  # the widest key sets the width of all
     records = np.concatenate([part.astype(dtype) for part in parts])
     if class_names is None:
-        class_names = [str(label) for label in range(int(records["label"].max()) + 1)]
+        largest = records[records["label"].argmax()]
+        if largest["label"] > MOST_NUMBERED:
+            raise DataError(
+                f"the sample {os.fsdecode(bytes(largest['key']))!r} has the label {largest['label']}, and labels "
+                f"without names are numbers of classes, {MOST_NUMBERED:,} at most: number the classes from 0."
+            )
+        class_names = [str(label) for label in range(int(largest["label"]) + 1)]
     index = Index(folder, tuple(class_names), shards, records)
     _check_classes(index)
     for twins in find_twins(records["key"]):
@@ -220,7 +227,10 @@ def _read_header(folder: Path) -> tuple[tuple[str, ...], tuple[Shard, ...], int]
         shards = tuple(Shard(**shard) for shard in header["shards"])
         return tuple(header["class_names"]), shards, header["records_crc32"]
     except (ValueError, KeyError, TypeError) as error:
-        way_out = f"if it is vitreuse's, delete it and write it with {index_call(folder)}"
+        way_out = (
+            f"fetch it again, or move it away and write it with {index_call(folder)} --class-names FILE, since it "
+            "alone has the names of the classes"
+        )
         raise DataError(f"{path} is no index ({error}): {way_out}.") from error
 
 

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
-from vitreuse.compress.convert import convert
+from vitreuse.compress.convert import take_into
 from vitreuse.compress.search import Found, Space
 from vitreuse.compress.search.audit import audit, batch_of
 from vitreuse.compress.search.constant import constant_merging
@@ -55,7 +55,7 @@ class Measured:
                 plans[name], models[name] = delivery.plan, delivery.conversion.model
         for name, plan in self._presets().items():
             plans[name] = plan
-            models[name] = convert(self.original, plan, self.found.trials.pieces.distances).model
+            models[name] = take_into(self.original, plan, self.found.trials.pieces.distances).model
         has_labels, plain = are_classes(self.shown, self.original), partial(plain_model_of, self.original)
         measured = audit(self.original, models, plain, self.shown.labelled, has_labels, self.costs.conditions.dtype)
         latency, exact = self._latency(), self.space.exact

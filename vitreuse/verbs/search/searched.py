@@ -21,7 +21,7 @@ from vitreuse.compress.search.healing import Expected, expected_of_healing
 from vitreuse.cost.plan_costs import METRICS, PlanCosts
 from vitreuse.data.samples import Images, images_for, num_shown
 from vitreuse.io.tables import Shown
-from vitreuse.model.copies import exact_copy
+from vitreuse.model.copies import exact_copy, seeded
 from vitreuse.model.keywords import architecture
 from vitreuse.plan import EXACT, Plan
 from vitreuse.verbs.plots import front_plot
@@ -46,7 +46,7 @@ class SearchOptions:
     """What a search is seldom told.
 
     Attributes:
-        dtype: Of inference, where the budget is one of latency.
+        dtype: Of inference where times are measured, and predicted.
         num_rows: Patches of each image whose rows of the maps are looked at, where heads are matched.
         trials: A file that takes every trial, so that a search which was killed goes on by the same call.
     """
@@ -92,6 +92,7 @@ class Searched(Shown):
         return expected_of_healing(original, self.model, fitted, tried, shown.labelled, minutes, size)
 
 
+@torch.inference_mode(False)
 def search(
     model: Any,
     images: Any,
@@ -126,10 +127,11 @@ def search(
     split = split_apart(model, images, shown, seed)
     original = exact_copy(model)
     aim = _Aim(chosen.space(model), PlanCosts(original, metric, dtype=options.dtype), budget, minutes)
-    found = aim.search(original, split, options, seed, words is not None)
     settings = {"name": architecture(model), "metric": metric, "budget": budget, "words": chosen.texts()}
     settings["num_images"] = sum(map(len, split[: 2 if shown is not None else 3]))
-    return aim.hand_over(original, split, found, {**settings, "minutes": minutes})
+    with seeded(seed):
+        found = aim.search(original, split, options, seed, words is not None)
+        return aim.hand_over(original, split, found, {**settings, "minutes": minutes})
 
 
 class _Aim(NamedTuple):
@@ -193,6 +195,13 @@ def split_apart(model: Any, given: Any, shown: Any, seed: int) -> Split:
         ValueError: There are too few, or they are not as the model takes them.
     """
     images = images_for(model, given)
+    size = next(iter(images)).shape[-2:]
+    if tuple(size) != tuple(model.patch_embed.img_size):  # of a dynamic model
+        built, asked = (" x ".join(map(str, each)) for each in (model.patch_embed.img_size, size))
+        raise ValueError(
+            f"images are {asked} and the model was built for {built}, for which its costs are: create it with "
+            f"img_size=({', '.join(map(str, size))})."
+        )
     total = len(images)
     if total < LEAST_IMAGES:
         given_number = f"{total} images are given, and a search needs {LEAST_IMAGES}"

@@ -1,0 +1,155 @@
+"""What users of timm do to a model, which one with a plan takes as timm's takes it, or refuses in a sentence."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+import timm
+import torch
+from cases import randomized
+from torch import nn
+
+import vitreuse
+from vitreuse import count_macs
+from vitreuse.attention.costs import COST_NAMES, SIZED_NAMES
+from vitreuse.attention.policy import READS_MAP, Call, Conditions, Settings, choose_sizes
+from vitreuse.compress.fold import fold
+from vitreuse.cost.backends import layer_backends
+from vitreuse.files.hub import save_hub_folder
+
+SIZES = {"embed_dim": 16, "num_heads": 2, "depth": 4, "num_classes": 5, "patch_size": 2, "img_size": 8}
+
+
+def build(plan, name="vit_reuse_tiny_patch16_224", **keywords):
+    torch.manual_seed(0)
+    return randomized(timm.create_model(name, plan=plan, **{**SIZES, **keywords})).eval()
+
+
+def pixels(size=8):
+    return torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(1))
+
+
+def test_features_alone_of_trained_weights(tmp_path):
+    plain = randomized(timm.create_model("vit_tiny_patch16_224", **SIZES)).eval()
+    torch.save(plain.state_dict(), tmp_path / "weights.pt")
+    overlay = {"file": str(tmp_path / "weights.pt"), "num_classes": 5, "input_size": (3, 8, 8)}
+    keywords = {**SIZES, "pretrained_cfg_overlay": overlay, "out_indices": (0, 2)}
+    made = vitreuse.create_model("vit_tiny_patch16_224", "exact*4", True, features_only=True, **keywords).eval()
+    expected = plain.forward_intermediates(pixels(), (0, 2), intermediates_only=True)
+    with torch.no_grad():
+        for found, wanted in zip(made(pixels()), expected, strict=True):
+            assert torch.allclose(found, wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("keywords", "kind"),
+    [
+        ({"act_layer": "relu"}, nn.ReLU),
+        ({"act_layer": "silu"}, nn.SiLU),
+        ({"act_layer": partial(nn.GELU, approximate="tanh")}, timm.layers.GELUTanh),
+        ({}, nn.GELU),
+    ],
+)
+def test_an_activation_is_the_one_that_is_asked_for(keywords, kind):
+    made = vitreuse.create_model("vit_tiny_patch16_224", "exact*4", **SIZES, **keywords)
+    assert type(made.blocks[0].mlp.act) is kind
+    plain = timm.create_model("vit_tiny_patch16_224", **SIZES, **keywords)
+    made.load_state_dict(plain.state_dict())
+    assert torch.allclose(made.eval()(pixels()), plain.eval()(pixels()), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("keywords", "said"),
+    [
+        ({"act_layer": "hard_swish"}, "takes no plan, since it has Hardswish in its MLPs: give a plain ViT"),
+        ({"norm_layer": "simplenorm"}, "takes no plan, since it has SimpleNorm for its norms: give a plain ViT"),
+    ],
+)
+def test_parts_that_no_keyword_of_a_hub_folder_can_name_are_refused(keywords, said):
+    with pytest.raises(ValueError, match=said):
+        vitreuse.create_model("vit_tiny_patch16_224", "exact*4", **SIZES, **keywords)
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_reuse_tiny_patch16_224"])
+def test_an_empty_plan_is_no_plan(name):
+    with pytest.raises(ValueError, match="plan is empty"):
+        vitreuse.create_model(name, "", **SIZES)
+
+
+@pytest.mark.parametrize("save", [timm.models.save_for_hf, save_hub_folder])
+@pytest.mark.parametrize(("size", "plan"), [(16, "exact-2*4"), (4, "exact-2 exact-1 exact*2")])
+@pytest.mark.filterwarnings("ignore:layer 1 of plan:UserWarning")
+def test_a_model_of_another_size_comes_back_from_its_folder(save, size, plan, tmp_path):
+    model = build("exact-2*4")
+    model.set_input_size((size, size))
+    expected = model(pixels(size))
+    save(model, tmp_path)
+    found = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert str(found.plan) == plan and torch.allclose(found(pixels(size)), expected, atol=1e-6)
+
+
+def test_a_preset_of_another_size_stays_what_it_was(tmp_path):
+    model = timm.create_model("vit_merge_tiny_patch16_224", **{**SIZES, "img_size": 16}).eval()
+    before = str(model.plan)
+    model.set_input_size((32, 32))
+    timm.models.save_for_hf(model, tmp_path)
+    assert str(timm.create_model(f"local-dir:{tmp_path}", pretrained=True).plan) == before
+
+
+@pytest.mark.parametrize("word", ["exact", "linear"])
+def test_every_layer_takes_masks_by_name_and_refuses_them_by_place(word):
+    layer = build(f"exact {word} exact*2").blocks[1]
+    tokens, mask = torch.randn(2, 17, 16), torch.ones(17, 17, dtype=torch.bool)
+    assert layer(tokens, attn_mask=mask, is_causal=False).shape == tokens.shape
+    with pytest.raises(ValueError, match=r"carry is a Tensor and must be a Carry or None: give attn_mask by name."):
+        layer(tokens, mask)
+
+
+def test_a_distilled_model_has_no_registers():
+    with pytest.raises(ValueError, match=r"reg_tokens=4 has no effect on a distilled model: leave it out."):
+        build("exact*4", "deit_reuse_tiny_distilled_patch16_224", reg_tokens=4)
+
+
+@pytest.mark.parametrize("plan", ["exact-2*4", "exact*3 exact-2"])
+def test_a_folded_model_whose_last_layer_merges_gives_intermediates(plan):
+    model = build(plan)
+    folded, expected = fold(model), model(pixels())
+    assert torch.allclose(folded(pixels()), expected, atol=1e-4)
+    found, wanted = (of.forward_intermediates(pixels(), [0, 1, 2], intermediates_only=True) for of in (folded, model))
+    assert [each.shape for each in found] == [each.shape for each in wanted]
+    assert len(folded.get_intermediate_layers(pixels(), 2)) == 2
+
+
+def test_a_numpy_archive_is_refused_before_anything_is_written(tmp_path):
+    np.savez(tmp_path / "weights.npz", a=np.zeros(2))
+    with pytest.raises(ValueError, match=r"weights.npz is a NumPy archive, which timm loads into its own models alone"):
+        timm.create_model("vit_reuse_tiny_patch16_224", checkpoint_path=str(tmp_path / "weights.npz"), **SIZES)
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "way"),
+    [
+        ("cuda", torch.float32, "bias"),
+        ("cuda", torch.float16, "channel"),
+        ("cuda", torch.bfloat16, "channel"),
+        ("cpu", torch.bfloat16, "bias"),
+    ],
+)
+def test_sizes_that_nothing_measured_go_where_a_fused_kernel_takes_them(device, dtype, way):
+    settings = Settings(0.125, False, True, {}, "auto", 0, 0, 197)
+    assert choose_sizes(Call(device, dtype, 197, has_sizes=True), settings)[0] == way
+
+
+def test_macs_know_that_sizes_decide_what_is_carried(monkeypatch):
+    costs = dict(zip((*COST_NAMES, *SIZED_NAMES), (1.0, 9.0, 1.1, 0.5, 2.0, 2.0), strict=True))
+    point = (1, *costs.values())
+    monkeypatch.setattr("vitreuse.model.vit.load_costs", lambda: {"cpu float32 inference": [point]})
+    model = build("exact-2 exact reuse exact")
+    assert layer_backends(model, Conditions(torch.device("cpu"), torch.float32, False))[2] is READS_MAP
+    assert "blocks.2.attn.logits" not in {part for part, macs in count_macs(model).items() if macs}
+
+
+def test_a_plan_without_merges_is_not_made_at_each_call(monkeypatch):
+    model = build("exact*4")
+    monkeypatch.setattr(type(model), "plan", property(lambda self: pytest.fail("it is made")))
+    model(pixels())
