@@ -475,8 +475,13 @@ def test_timm_makes_a_new_head_for_other_classes(tmp_path):
 
 
 def test_a_state_dict_of_another_model_is_refused_by_torch():
-    for wrong in (plain(depth=4), plain(qk_norm=True), plain(num_classes=4)):
-        with pytest.raises(RuntimeError):
+    others = (
+        ("Unexpected key", plain(depth=4)),
+        ("Unexpected key", plain(qk_norm=True)),
+        ("size mismatch for head", plain(num_classes=4)),
+    )
+    for said, wrong in others:
+        with pytest.raises(RuntimeError, match=said):
             ours().load_state_dict(wrong.state_dict())
     lacking = {key: value for key, value in ours().state_dict().items() if key != "blocks.1.attn.v.weight"}
     with pytest.raises(RuntimeError, match=r"Missing key.*blocks\.1\.attn\.v\.weight"):

@@ -105,7 +105,7 @@ def outcome(path, *overrides):
         trainer = set_up(load_experiment(path, overrides), Ranks()).trainer
         trainer.train_step(next(iter(trainer.remaining_batches())), stop=False)
     except (ConfigError, DataError, DivergedError) as error:
-        assert len(str(error)) > 20
+        assert len(str(error)) > 20 and "\n" not in str(error)
         return str(error)
     return None
 
@@ -121,7 +121,7 @@ def test_a_setting_is_right_or_refused(config_path, dotted, kind):
     needed = [f"{key}={value}" for key, value in SECTIONS.items() if dotted.startswith(f"{key}.")]
     values = dict.fromkeys((*OF_TYPE.get(kind, ()), *ALL))
     told = [said for value in values if (said := outcome(config_path, *needed, f"{dotted}={value}")) is not None]
-    assert told and all("\n" not in said for said in told)  # some hostile value of every setting is refused
+    assert told  # some hostile value of every setting is refused
 
 
 @pytest.mark.parametrize("keyword", KEYWORDS)

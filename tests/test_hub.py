@@ -9,7 +9,7 @@ import torch
 
 from eval.__main__ import main as eval_main
 from vitreuse.files.hub import read_hub_folder, save_hub_folder
-from vitreuse.files.networks import resolve_targets
+from vitreuse.files.networks import load_experiment, resolve_targets
 from vitreuse.model.preprocessing import image_settings
 
 SMALL = {"img_size": 24, "patch_size": 4, "embed_dim": 32, "depth": 4, "num_heads": 4, "num_classes": 5}
@@ -70,3 +70,14 @@ def test_a_damaged_configuration_is_one_sentence(damage, tmp_path, capsys):
     told = capsys.readouterr().err
     assert len(told.splitlines()) == 1
     assert "Traceback" not in told
+
+
+@pytest.mark.parametrize(("given", "found"), [([], "growing"), (["model.drop_path=uniform"], "uniform")])
+def test_drop_path_beside_a_folder_is_the_one_that_is_asked_for(given, found, tmp_path):
+    digits = load_experiment(Path("configs/digits/exact.yaml"), []).model
+    save_hub_folder(digits.create(), tmp_path)
+    folder = [f"model.name=local-dir:{tmp_path}", "model.plan=null", "model.keywords={drop_path_rate: 0.2}"]
+    model = load_experiment(Path("configs/digits/exact.yaml"), [*folder, *given]).model
+    assert model.drop_path == found
+    rates = [block.drop_path2.drop_prob for block in list(model.create().blocks)[1:]]
+    assert rates == pytest.approx([0.2] * 5 if given else [0.04, 0.08, 0.12, 0.16, 0.2])

@@ -8,7 +8,12 @@ from pathlib import Path
 import pytest
 import timm
 
+from eval.__main__ import COMMANDS as INSTRUMENTS
+from eval.__main__ import main as evaluate
+from train.__main__ import _parse as train_arguments
 from train.__main__ import main as train
+from train.sweep import _parse as sweep_arguments
+from vitreuse.__main__ import COMMANDS as OURS
 from vitreuse.__main__ import main
 from vitreuse.config import load_config
 from vitreuse.cost.summary import describe
@@ -46,6 +51,27 @@ def other_commands(is_ours):
     return [argv for argv in commands() if argv not in five and (argv[0] == ".venv/bin/vitreuse") is is_ours]
 
 
+def understood(argv, monkeypatch):
+    """Reads a command as its program does, arguments, configs and overrides, and does not run it."""
+    program, arguments = (argv[argv.index("-m") + 1], argv[argv.index("-m") + 2 :]) if "-m" in argv else ("", argv[1:])
+    if program == "train":
+        path, overrides, *_ = train_arguments(arguments)
+        load_config(ROOT / path, overrides)
+    elif program == "train.sweep":
+        runs, _ = sweep_arguments(arguments)
+        for run in runs:
+            load_config(ROOT / run.config, run.overrides)
+    elif program in ("", "eval"):
+        for command in (OURS if not program else INSTRUMENTS).values():
+            monkeypatch.setattr(command, "run", lambda args: {})
+            monkeypatch.setattr(command, "render", lambda result: "")
+        assert (evaluate if program else main)(arguments) == 0
+    else:
+        assert (ROOT / f"{program.replace('.', '/')}/__main__.py").exists() or (
+            ROOT / f"{program.replace('.', '/')}.py"
+        ).exists()
+
+
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:FutureWarning")  # fvcore's import
 @pytest.mark.parametrize("page", RUN_HERE)
 def test_the_python_runs(page, capsys):
@@ -81,14 +107,23 @@ def test_the_vitreuse_commands_work(argv, capsys):
 
 
 @pytest.mark.parametrize("argv", other_commands(False), ids=shlex.join)
-def test_the_other_commands_name_what_exists(argv):
+def test_the_other_commands_name_what_exists(argv, monkeypatch):
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
     if argv[0] == "make":
         assert argv[1] in targets
     else:
-        assert "-m" in argv and (ROOT / argv[argv.index("-m") + 1] / "__main__.py").exists()
-        for word in argv:
-            assert not word.endswith(".yaml") or (ROOT / word).exists()
+        understood(argv, monkeypatch)
+
+
+@pytest.mark.parametrize("argv", five_commands("vit_small_patch14_dinov2"), ids=lambda argv: " ".join(argv[:4]))
+def test_the_five_commands_of_the_real_backbone_are_understood(argv, monkeypatch):
+    understood(argv, monkeypatch)
+
+
+@pytest.mark.parametrize("wrong", ["-m eval kn runs/x", "-m train configs/digits/lazy.yaml train.epoch=3", "models -x"])
+def test_a_command_that_no_program_takes_is_not_understood(wrong, monkeypatch):
+    with pytest.raises((SystemExit, ValueError)):
+        understood([".venv/bin/python", *shlex.split(wrong)], monkeypatch)
 
 
 @pytest.mark.proof

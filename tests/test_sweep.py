@@ -17,7 +17,7 @@ from PIL import Image
 from storms.processes import PATIENCE_S
 
 from train.__main__ import main as train
-from train.sweep import main
+from train.sweep import Run, Sweep, main
 
 CHECKOUT = Path(__file__).parent.parent
 CONFIG = """\
@@ -221,10 +221,11 @@ def test_cards_are_not_asked_of_a_run_that_leaves_none(write_config, tmp_path, s
     assert started == []
 
 
-def test_what_still_runs_is_stopped_where_a_card_cannot_be_kept(write_config, tmp_path):
-    short, long = write_config("short", epochs=1), write_config("long", epochs=5000)
+def test_what_still_runs_is_stopped_where_a_card_cannot_be_kept(tmp_path):
     (tmp_path / "cards").write_text("")  # no folder
-    process = start(short, long, f"runs={tmp_path}/runs", f"cards={tmp_path}/cards", "jobs=2", stderr=subprocess.PIPE)
-    _, told = process.communicate(timeout=PATIENCE_S)
-    assert process.returncode not in (0, 75) and b"cards" in told
-    assert json.loads((tmp_path / "runs/long/run.json").read_text())["status"] == "stopped"
+    runs = [Run(Path("a.yaml"), [], tmp_path / name, tmp_path / "cards" / f"{name}.json") for name in ("long", "short")]
+    for run, command in zip(runs, (["sleep", "1000"], ["true"]), strict=True):
+        run.process = subprocess.Popen(command)
+    with pytest.raises(OSError, match="cards"):
+        Sweep(runs, 2).run(SimpleNamespace(received=False))
+    assert runs[0].process.returncode == -signal.SIGTERM

@@ -96,7 +96,7 @@ def resume(setting: Any) -> list[dict[str, Any]]:
     resumed, again = _difference(whole, killed), _difference(whole, Path(f"{whole}-again"))
     row = {"killed_after_step": saved, "resumed_apart": resumed, "undisturbed_apart": again}
     # what two undisturbed runs differ by is CUDA's, and a resumed one may differ by as much
-    wrong = None
+    wrong = None if process.returncode == -signal.SIGKILL else "the run had ended before it could be killed"
     if resumed > 10 * again:
         wrong = f"a resumed run is {resumed:.2g} apart, two undisturbed ones {again:.2g}"
     return [{**row, "wrong": wrong}]

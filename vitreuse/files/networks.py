@@ -235,7 +235,9 @@ def _of_folder(model: ModelConfig, key: str) -> ModelConfig:
     except ValueError as error:
         raise ConfigError(f"{key}.name {model.name!r}: {error}") from error
     keywords = {**own.keywords, **model.keywords}
-    return ModelConfig(name=own.name, plan=model.plan or own.plan, keywords=keywords, weights=str(folder / WEIGHTS))
+    drop_path = own.drop_path if model.drop_path == ModelConfig.drop_path else model.drop_path
+    plan, weights = model.plan or own.plan, str(folder / WEIGHTS)
+    return ModelConfig(name=own.name, plan=plan, keywords=keywords, weights=weights, drop_path=drop_path)
 
 
 def plain_model(model: ModelConfig) -> ModelConfig:

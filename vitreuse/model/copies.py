@@ -36,9 +36,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Inside the block torch draws by a seed, on all devices; then it goes on as if nothing had been drawn."""
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(seed)
+    """Inside the block torch draws by a seed, on all devices in use; then it goes on as if nothing had been drawn."""
+    used = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices=used):
+        torch.default_generator.manual_seed(seed)
+        if used:
+            torch.cuda.manual_seed_all(seed)
         yield
 
 
