@@ -65,7 +65,8 @@ def profile_parts(model: nn.Module, call: Call, batch_size: int, num_repeats: in
 def _labelled(model: Any) -> Iterator[None]:
     """Names each part in the profile while it runs."""
     parts = {name: module for name, module in model.named_children() if name != "blocks"}
-    for i, block in enumerate(getattr(model, "blocks", ())):
+    layers: Any = getattr(model, "blocks", ())
+    for i, block in enumerate(layers):
         parts.update({f"blocks.{i}.{name}": module for name, module in block.named_children()})
     with ExitStack() as hooks:
         for name, module in parts.items():

@@ -230,10 +230,20 @@ def test_sizes_are_told_in_the_way_that_costs_least(order, monkeypatch):
     torch.testing.assert_close(found, torch.stack([reference.logits(image) for image in x]), rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.parametrize(("device", "way"), [("cpu", "bias"), ("meta", "bias"), ("cuda", "channel")])
-def test_where_no_sizes_were_measured_a_gpu_has_them_in_a_channel(device, way):
+@pytest.mark.parametrize(
+    ("device", "dtype", "way"),
+    [
+        ("cpu", torch.float32, "bias"),
+        ("cpu", torch.bfloat16, "bias"),
+        ("meta", torch.float32, "bias"),
+        ("cuda", torch.float32, "bias"),
+        ("cuda", torch.float16, "channel"),
+        ("cuda", torch.bfloat16, "channel"),
+    ],
+)
+def test_where_no_sizes_were_measured_a_gpu_has_them_in_a_channel_in_half_precision(device, dtype, way):
     settings = CASES["exact"].build().blocks[0].attn.settings._replace(training=False, costs=costs_of(1, 2, 9, 9))
-    found = policy.choose(policy.Call(device, torch.float32, 7, has_sizes=True), settings)
+    found = policy.choose(policy.Call(device, dtype, 7, has_sizes=True), settings)
     assert (found.kernel, found.sizes) == ("fused", way) and "nothing measured of sizes" in found.why_sizes
 
 

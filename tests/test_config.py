@@ -118,7 +118,6 @@ def test_values_are_read_by_declared_type(write):
         ),
         ("train.mixup={mixup: 0, cutmix: 0}", "x.yaml: train.mixup.mixup and cutmix are both 0;"),
         ("data.root=a", "x.yaml: data.root and source: give exactly one of the two"),
-        ("data={root: a, source: null, source_root: b}", "source_root b has no effect beside root: leave it out."),
         (
             "train={distill: {kind: soft, alpha: 1, teacher: {name: a, weights: b}}, loss: {name: bce}}",
             "loss has no effect under distill.alpha 1, which is the teacher's part alone: leave it out.",
@@ -222,13 +221,13 @@ def test_a_tilde_is_a_home_folder_wherever_a_path_is_given(write, tmp_path, monk
     (tmp_path / "home").mkdir()
     write(MINIMAL, "home/base.yaml")
     text = 'base: ~/base.yaml\ndata: {source: null, root: "~/a"}\ntrain: {reference: {curve: "~"}}'
-    overrides = ["model.weights=~/b/c.pt", "data.cache_root='~/d'"]
+    overrides = ["model.weights=~/b/c.pt", "data.cache_root='~/d'", "data.source_root=e/~"]
     config = load_config(write(text), overrides)
     found = (config.data.root, config.model.weights, config.data.cache_root, config.train.reference.curve)
     assert found == tuple(str(tmp_path / "home" / part) for part in ("a", "b/c.pt", "d", ""))[:3] + (
         str(tmp_path / "home"),
     )
-    assert load_config(write(MINIMAL), ["data.source_root=e/~"]).data.source_root == "e/~"
+    assert config.data.source_root == "e/~"
     assert local_path("~/x") == tmp_path / "home/x"
     paths = {name for name, field in _settings(Config) if field.metadata["is_path"]}
     assert paths == {"weights", "root", "cache_root", "source_root", "curve"}

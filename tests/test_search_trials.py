@@ -298,7 +298,7 @@ def test_a_file_of_trials_is_of_one_model_and_its_images(tmp_path):
     other = original()
     other.blocks[0].mlp.fc2.weight.data[0, 0] += 1e-6
     for others in ((other, batches(8), batches(4, seed=7)), (one, batches(9), batches(4, seed=7))):
-        with pytest.raises(ValueError, match="trials of another model, or on other images"):
+        with pytest.raises(ValueError, match="trials of another model or version of vitreuse, or on other images"):
             begin_trials(path, *others, None)
     with pytest.raises(ValueError, match="trials of another model"):
         begin_trials(path, one, batches(8), batches(4), None)

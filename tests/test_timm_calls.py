@@ -12,7 +12,7 @@ from torch import nn
 import vitreuse
 from vitreuse import count_macs
 from vitreuse.attention.costs import COST_NAMES, SIZED_NAMES
-from vitreuse.attention.policy import READS_MAP, Call, Conditions, Settings, choose_sizes
+from vitreuse.attention.policy import READS_MAP, Conditions
 from vitreuse.compress.fold import fold
 from vitreuse.cost.backends import layer_backends
 from vitreuse.files.hub import save_hub_folder
@@ -124,20 +124,6 @@ def test_a_numpy_archive_is_refused_before_anything_is_written(tmp_path):
     np.savez(tmp_path / "weights.npz", a=np.zeros(2))
     with pytest.raises(ValueError, match=r"weights.npz is a NumPy archive, which timm loads into its own models alone"):
         timm.create_model("vit_reuse_tiny_patch16_224", checkpoint_path=str(tmp_path / "weights.npz"), **SIZES)
-
-
-@pytest.mark.parametrize(
-    ("device", "dtype", "way"),
-    [
-        ("cuda", torch.float32, "bias"),
-        ("cuda", torch.float16, "channel"),
-        ("cuda", torch.bfloat16, "channel"),
-        ("cpu", torch.bfloat16, "bias"),
-    ],
-)
-def test_sizes_that_nothing_measured_go_where_a_fused_kernel_takes_them(device, dtype, way):
-    settings = Settings(0.125, False, True, {}, "auto", 0, 0, 197)
-    assert choose_sizes(Call(device, dtype, 197, has_sizes=True), settings)[0] == way
 
 
 def test_macs_know_that_sizes_decide_what_is_carried(monkeypatch):

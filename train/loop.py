@@ -207,7 +207,6 @@ class _Loop:
             if stop:
                 return True
             if trainer.at_epoch_end:  # saved before: an evaluation may take longer than who wants to stop waits
-                self.trace.end()  # of steps alone
                 self._end_epoch()
             self.trace.begin(trainer.counters.step)
             previous = time.perf_counter()

@@ -51,8 +51,6 @@ class DataConfig:
     def __post_init__(self):
         if (self.root is None) == (self.source is None):
             raise ConfigError("root and source: give exactly one of the two, the other null.")
-        if self.root is not None and self.source_root != DataConfig.source_root:
-            raise ConfigError(f"source_root {self.source_root} has no effect beside root: leave it out.")
         refuse_url("source_root", self.source_root)
         refuse_url("cache_root", self.cache_root)
 

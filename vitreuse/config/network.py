@@ -76,7 +76,8 @@ class ModelConfig:
             with torch.device(device or "cpu"):
                 model = make(self.name, **self.keywords)
         except Exception as error:  # timm's answers to a bad keyword are of every kind, ZeroDivisionError among them
-            reason = str(error) or f"timm refuses one of its keywords, {', '.join(self.keywords)}."
+            first_line = str(error).strip().partition("\n")[0]
+            reason = first_line or f"timm refuses one of its keywords, {', '.join(self.keywords)}."
             said = _unknown_keyword(self.name, error) or f"model {self.name!r} cannot be built: {reason}"
             raise ConfigError(said) from error
         if self.pos_embed == "sincos2d":

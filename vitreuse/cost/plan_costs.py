@@ -143,7 +143,7 @@ class PlanCosts:
         keywords = {**self._keywords, "depth": len(plan), "img_size": size, "weight_init": "skip"}
         with torch.device(self.conditions.device if self.metric == "memory" else "meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a span that covers such a grid
-            made = timm.create_model(self._name, plan=str(Plan(tuple(plan))), **keywords)
+            made: Any = timm.create_model(self._name, plan=str(Plan(tuple(plan))), **keywords)
         if self._reads_all:
             made.global_pool = ""
         return _MEASURES[self.metric](made, self.conditions)

@@ -211,8 +211,7 @@ def _gives_batches(source: Any) -> bool:
         return False
     if isinstance(source, Mapping):
         raise DataError("images are a dictionary: give the tensor, or the data set, that is in it.")
-    has_items = hasattr(source, "__getitem__") and not isinstance(source, IterableDataset)  # which inherits it
-    if has_items and hasattr(source, "__len__"):
+    if hasattr(source, "__getitem__") and hasattr(source, "__len__") and not isinstance(source, IterableDataset):
         return bool(len(source)) and _image(source[0], 3, 4).ndim == 4
     if not isinstance(source, Iterable):
         raise DataError(f"images are a {type(source).__name__}: give a tensor, a Dataset, a DataLoader or a list.")

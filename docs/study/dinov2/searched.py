@@ -203,7 +203,8 @@ def show() -> None:
         machine = lines[-1]["machine"]
         caption = (
             f"{size_px} px: 100 x (1 - cosine) of class / patch tokens to the original's. {machine['device']}, "
-            f"{machine['threads']} threads, float32, batch {SPEED_BATCH[size_px]}, {machine['date']}."
+            f"{machine['threads']} threads, float32, batch {SPEED_BATCH[size_px]}, {machine['date']}. Forecasts of "
+            "plans that merge far more in a layer than was tried are much too high."
         )
         tables.append(to_markdown(rows, COLUMNS, caption))
     write_durably(HERE / "searched.md", "\n".join(["# Searched plans\n", *tables]).encode())
