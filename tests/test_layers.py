@@ -195,7 +195,7 @@ def assert_near(actual: Tensor, wanted: Tensor, found: Tensor, chosen: Tensor) -
     alike = (found == chosen).flatten(1).all(1)
     apart = (actual.double() - wanted).flatten(1)
     assert apart[alike].norm() <= 0.05 * wanted[alike].norm()
-    assert (apart.norm(dim=1) <= 0.2 * wanted.flatten(1).norm(dim=1)).all()
+    assert (apart.norm(dim=1) <= 0.5 * wanted.flatten(1).norm(dim=1)).all()
 
 
 @functools.cache

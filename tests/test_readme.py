@@ -1,6 +1,7 @@
 """What README and docs show is what happens: their Python runs, their ratios are computed, their commands name what
 exists; and the README is short."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -24,6 +25,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = ("README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))))
 RUN_HERE = [page for page in PAGES if page != "docs/integrations.md"]  # whose snippets test_integrations.py runs
 MOST_WORDS = 1100
+CARDS = "docs/study/pointer/cards"
 
 
 def read(page):
@@ -146,6 +148,48 @@ def test_both_models_go_through_the_same_five_commands():
     digits, real = (five_commands(model) for model in ("runs/demo/exact", "vit_small_patch14_dinov2"))
     assert [argv[:2] for argv in digits] == [argv[:2] for argv in real]
     assert load_config(ROOT / real[3][3]).train.distill.teacher.name == real[0][2]
+
+
+def as_written(cosine):
+    return f"{cosine:.4f}".rstrip("0").rstrip(".")
+
+
+def measured(size_px, plan, is_searched):
+    """What the study has of a plan: speed-up, and cosines of the class token and of patch tokens of photographs."""
+    lines = {
+        name: [json.loads(line) for line in read(f"docs/study/dinov2/{name}.jsonl").splitlines()]
+        for name in ("quality", "speed", "searched")
+    }
+    if is_searched:
+        found = [row for line in lines["searched"] if line["image_size_px"] == size_px for row in line["rows"][:1]]
+        (row,) = [row for row in found if row["plan"] == plan]
+        return row["speedup"], *(1 - float(distance) / 100 for distance in row["photographs"].split(" / "))
+    (quality, speed) = (
+        next(line for line in lines[name] if (line["image_size_px"], line["plan"]) == (size_px, plan))
+        for name in ("quality", "speed")
+    )
+    photographs = quality["photographs"]
+    return speed["speedup"], photographs["class_cosine"], photographs["patch_cosine"]
+
+
+def test_the_first_table_is_what_was_measured():
+    row = r"^\| (\d+) px \| `([^`]*)`(, searched and fitted)? \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$"
+    rows = re.findall(row, read("README.md"), flags=re.MULTILINE)
+    assert len(rows) == 6
+    for size_px, plan, is_searched, *written in rows:
+        speedup, *cosines = measured(int(size_px), plan, is_searched)
+        assert written == [f"{speedup:.2f}", *map(as_written, cosines)]
+
+
+def test_what_must_be_beaten_is_what_the_study_found(capsys):
+    said = " ".join(read("README.md").split())
+    assert "`(none*2 exact)*2`" in said and "within noise of exact attention at 60 % of its MACs" in said
+    paths = [path for name in ("exact", "none_as_mixspan") for path in sorted((ROOT / CARDS).glob(f"pointer_{name}-*"))]
+    cards = [str(path) for path in paths]
+    assert evaluate(["compare", *cards, "--baseline", "pointer_exact", "--no-speed", "--json"]) == 0
+    exact, cut = json.loads(capsys.readouterr().out)["rows"]
+    assert cut["plan"] == "(none*2 exact)*2" and cut["verdict"] == "within noise" and cut["num_seeds"] == 5
+    assert cut["macs"] / exact["macs"] == pytest.approx(0.6, abs=0.005)
 
 
 def test_the_readme_is_short():

@@ -180,7 +180,7 @@ class Sweep:
             self.bars.update(task, **{**run.progress(), "description": run.folder.name + ended})
             self.bars.stop_task(task)
             lines = run.output.read_text(encoding="utf-8", errors="replace").splitlines()
-            said = lines[-1:] if run.exit_code == DONE else lines  # its result, or why it failed
+            said = lines[-2:] if run.exit_code == DONE else lines  # its result and where it is, or why it failed
             self.console.print("\n".join(said), markup=False)
             run.output = None
         self.bars.refresh()
