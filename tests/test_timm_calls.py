@@ -1,5 +1,6 @@
 """What users of timm do to a model, which one with a plan takes as timm's takes it, or refuses in a sentence."""
 
+import pickle
 from functools import partial
 
 import numpy as np
@@ -120,10 +121,54 @@ def test_a_folded_model_whose_last_layer_merges_gives_intermediates(plan):
     assert len(folded.get_intermediate_layers(pixels(), 2)) == 2
 
 
-def test_a_numpy_archive_is_refused_before_anything_is_written(tmp_path):
-    np.savez(tmp_path / "weights.npz", a=np.zeros(2))
-    with pytest.raises(ValueError, match=r"weights.npz is a NumPy archive, which timm loads into its own models alone"):
-        timm.create_model("vit_reuse_tiny_patch16_224", checkpoint_path=str(tmp_path / "weights.npz"), **SIZES)
+def jax_archive(model, heads):
+    """A plain ViT's weights as the first ViTs were published, by the names of JAX."""
+    state = {key: value.detach().numpy() for key, value in model.state_dict().items()}
+    found = {
+        "embedding/kernel": state["patch_embed.proj.weight"].transpose(2, 3, 1, 0),
+        "embedding/bias": state["patch_embed.proj.bias"],
+        "cls": state["cls_token"],
+        "Transformer/posembed_input/pos_embedding": state["pos_embed"],
+        "Transformer/encoder_norm/scale": state["norm.weight"],
+        "Transformer/encoder_norm/bias": state["norm.bias"],
+        "head/kernel": state["head.weight"].T,
+        "head/bias": state["head.bias"],
+    }
+    for layer in range(len(model.blocks)):
+        ours, theirs = f"blocks.{layer}.", f"Transformer/encoderblock_{layer}/"
+        for name, norm in (("LayerNorm_0", "norm1"), ("LayerNorm_2", "norm2")):
+            found[f"{theirs}{name}/scale"] = state[f"{ours}{norm}.weight"]
+            found[f"{theirs}{name}/bias"] = state[f"{ours}{norm}.bias"]
+        attention, width = f"{theirs}MultiHeadDotProductAttention_1/", len(state["cls_token"][0, 0])
+        weights, biases = state[f"{ours}attn.qkv.weight"], state[f"{ours}attn.qkv.bias"]
+        for number, name in enumerate(("query", "key", "value")):
+            rows = slice(number * width, (number + 1) * width)
+            found[f"{attention}{name}/kernel"] = weights[rows].T.reshape(width, heads, -1)
+            found[f"{attention}{name}/bias"] = biases[rows].reshape(heads, -1)
+        found[f"{attention}out/kernel"] = state[f"{ours}attn.proj.weight"].T.reshape(heads, -1, width)
+        found[f"{attention}out/bias"] = state[f"{ours}attn.proj.bias"]
+        for number in (0, 1):
+            dense = f"{theirs}MlpBlock_3/Dense_{number}/"
+            found[f"{dense}kernel"] = state[f"{ours}mlp.fc{number + 1}.weight"].T
+            found[f"{dense}bias"] = state[f"{ours}mlp.fc{number + 1}.bias"]
+    return found
+
+
+@pytest.mark.parametrize("plan", ["exact*4", "exact reuse none/32 linear", "lowrank:5 exact-2 skip exact"])
+def test_archives_of_the_first_vits_are_loaded_under_any_plan(plan, tmp_path):
+    plain = randomized(timm.create_model("vit_tiny_patch16_224", **SIZES)).eval()
+    path = str(tmp_path / "weights.npz")
+    np.savez(path, **jax_archive(plain, SIZES["num_heads"]))
+    theirs = timm.create_model("vit_tiny_patch16_224", checkpoint_path=path, **SIZES)
+    assert all(torch.equal(value, theirs.state_dict()[name]) for name, value in plain.state_dict().items())
+    torch.manual_seed(1)
+    found = timm.create_model("vit_reuse_tiny_patch16_224", plan=plan, checkpoint_path=path, **SIZES)
+    torch.manual_seed(1)
+    expected = timm.create_model("vit_reuse_tiny_patch16_224", plan=plan, **SIZES)
+    expected.load_state_dict(plain.state_dict())
+    for name, value in expected.state_dict().items():
+        assert "key_proj" in name or torch.equal(value, found.state_dict()[name]), name
+    assert pickle.loads(pickle.dumps(found)).plan == found.plan
 
 
 def test_macs_know_that_sizes_decide_what_is_carried(monkeypatch):

@@ -39,6 +39,7 @@ class PlanVisionTransformer(timm_vit.VisionTransformer):
     """timm's VisionTransformer (ViT, DeiT, DeiT III) with a plan, whose carry is threaded through the layers."""
 
     num_class_rows = 1  # rows of the last layer that the head reads under token pooling
+    plain_class: Any = timm_vit.VisionTransformer
 
     def __init__(
         self,
@@ -73,6 +74,7 @@ class PlanVisionTransformer(timm_vit.VisionTransformer):
         warn_if_map_is_carried(options, kwargs.get("attn_drop_rate", 0.0))
         if "block_fn" in kwargs:
             raise ValueError("block_fn cannot be given: the plan decides what the layers are.")
+        self._make_plain: Any = partial(self.plain_class, *args, depth=depth, num_heads=num_heads, **kwargs)
         layer: Any = partial(self._make_layer, plan, options, load_costs())
         super().__init__(*args, depth=depth, num_heads=num_heads, block_fn=layer, **kwargs)
         if not self.patch_embed.num_patches:
@@ -132,15 +134,10 @@ class PlanVisionTransformer(timm_vit.VisionTransformer):
         return super().load_state_dict(in_plan_for_timm(state_dict, self), strict, assign)
 
     def load_pretrained(self, checkpoint_path: str, prefix: str = "") -> None:
-        """Refuses timm's method, which writes NumPy archives of the first ViTs into parts that a plan may lack.
-
-        Raises:
-            ValueError: Always, with the way out.
-        """
-        raise ValueError(
-            f"{checkpoint_path} is a NumPy archive, which timm loads into its own models alone: load it into timm's "
-            "plain model, and give that one's state_dict() to load_state_dict."
-        )
+        """Loads a NumPy archive of the first ViTs, as timm does, by way of timm's own model of the same shape."""
+        plain = self._make_plain()
+        plain.load_pretrained(checkpoint_path, *([prefix] if prefix else []))
+        self.load_state_dict(plain.state_dict())
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Logits (B, num_classes); under token pooling the last layer computes only the rows that are read."""
@@ -289,6 +286,7 @@ class PlanVisionTransformerDistilled(PlanVisionTransformer, deit.VisionTransform
     """timm's distilled DeiT with a plan: a second class token and a second head."""
 
     num_class_rows = 2
+    plain_class = deit.VisionTransformerDistilled
 
     def __init__(self, *args: Any, reg_tokens: int = 0, **kwargs: Any) -> None:
         """Builds the model; see PlanVisionTransformer.
