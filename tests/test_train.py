@@ -525,7 +525,7 @@ def test_a_start_clears_up_what_a_kill_left_half_written(config_path, tmp_path):
         assert {path.name for path in folder.path.iterdir()} == {".lock", "checkpoints"}
 
 
-def test_a_run_goes_on_where_its_images_lie_at_another_path(config_path, tmp_path):
+def test_a_run_goes_on_where_its_shards_lie_at_another_path(config_path, tmp_path):
     run_dir, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
     arguments = [str(config_path), "train.epochs=2", f"run_dir={run_dir}"]
     assert main(arguments) == 0
@@ -536,6 +536,16 @@ def test_a_run_goes_on_where_its_images_lie_at_another_path(config_path, tmp_pat
     inputs = {**record["inputs"], "training images": "others"}
     (run_dir / "run.json").write_text(json.dumps({**record, "status": "stopped", "inputs": inputs}))
     assert main([*arguments, f"data.root={elsewhere}"]) == 2
+
+
+def test_images_of_which_only_names_are_compared_stay_where_they_were(whole, tmp_path, capsys):
+    """A folder of the same names may hold the same images in another size."""
+    elsewhere = tmp_path / "elsewhere"
+    (elsewhere / "train/cat").mkdir(parents=True)
+    Image.new("L", (8, 8)).save(elsewhere / "train/cat/1.png")
+    assert main([*whole.arguments, f"data.root={elsewhere}", f"run_dir={whole.folder}"]) == 2
+    told = capsys.readouterr().err
+    assert f"-> {elsewhere}, of which only names are compared): choose another folder with run_dir=PATH." in told
 
 
 def test_another_experiment_is_refused_in_the_same_folder(whole, config_path, capsys):

@@ -35,12 +35,15 @@ from train.trackers import Start, Trackers
 from vitreuse.config import Config, ConfigError, changed_settings, load_config, to_yaml
 from vitreuse.cost.macs import count_params
 from vitreuse.cost.measure import describe_machine
+from vitreuse.data import find_split
 from vitreuse.data.labels import difference
+from vitreuse.data.shards.index import HEADER_FILE
 from vitreuse.files.hub import WEIGHTS, pack_weights, plan_text
 from vitreuse.files.networks import STEP_FOLDERS
 from vitreuse.io.durable import TEMPORARY_FILES, exclusive_lock, sync, write_durably
 from vitreuse.io.file_names import to_bytes
 from vitreuse.io.process import print_note
+from vitreuse.io.urls import url_kind
 from vitreuse.model.class_names import Names, names_of
 
 LOCK_FILE = ".lock"
@@ -72,7 +75,10 @@ class RunFolder:
             if self.path.is_dir() and {*self.path.iterdir()} <= {self.path / LOCK_FILE, *self._temporaries()}:
                 return  # empty, or a run ended before it had written anything
             raise ConfigError(f"{self.path} is not a run folder: choose another with run_dir=PATH.")
-        changes = changed_settings(load_config(self.path / "config.yaml"), self.config)
+        before = load_config(self.path / "config.yaml")
+        changes = changed_settings(before, self.config)
+        if before.data.root != self.config.data.root and not _is_known_by_content(self.config.data.folder):
+            changes.append(f"data.root {before.data.root} -> {self.config.data.root}, of which only names are compared")
         if changes:
             other = f"{self.path} holds a run of another configuration ({'; '.join(changes)})"
             raise ConfigError(f"{other}: choose another folder with run_dir=PATH.")
@@ -277,3 +283,9 @@ def _git_commit() -> str | None:
 def _version(package: str) -> str | None:
     with suppress(PackageNotFoundError):
         return version(package)
+
+
+def _is_known_by_content(folder: str) -> bool:
+    """Whether the digest of training images is of what they are, as that of shards, and not of their names alone."""
+    split = None if url_kind(folder) else find_split(Path(folder), "train")
+    return url_kind(folder) is not None or (split is not None and (split / HEADER_FILE).is_file())

@@ -19,7 +19,7 @@ class DataConfig:
 
     root: str | None = setting(
         "folder with train/ and val/, each shards with an index or one folder per class; or a URL of such shards, with "
-        "{} for SPLIT/NAME, which the command line must --allow; what lies there is compared by digest",
+        "{} for SPLIT/NAME, which the command line must --allow; shards may move during a run",
         None,
         changes_run=False,
         is_path=True,
