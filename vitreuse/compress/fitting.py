@@ -195,7 +195,8 @@ def _fit(attn: Any, projections: list[Any], fitted: Spool, aside: Spool, seed: i
     after = _error(attn, aside)
     if not after < before:
         attn.load_state_dict(start)
-    return before, after if after < before else before
+        return before, before
+    return before, after
 
 
 @torch.no_grad()
