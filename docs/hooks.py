@@ -28,6 +28,12 @@ from pymdownx.slugs import slugify
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES_OF = {"experiments.md": "experiments.md", "CHANGELOG.md": "changelog.md"}  # files beside docs/ that are pages too
+MEASURED = {  # which commands leave: make speed, make study, and two of python -m docs.study.dinov2
+    "Speed over image size": "speed/README.md",
+    "Tables, Fashion-MNIST": "study/fashion/results.md",
+    "DINOv2, pieces of the fit": "study/dinov2/fits.md",
+    "DINOv2, on a task": "study/dinov2/task/results.md",
+}
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)#\s]+)#?([^)\s]*)")
 ASKED = re.compile(r"<!-- (code|shares) (.+?) -->")
 HELP_WIDTH = "80"
@@ -35,6 +41,14 @@ FACTS = re.compile("^(Shape|Exact when|Differs from the paper|Cost|Raises|Source
 RECIPES = """Each is a YAML file that `python -m train` takes, whose header also says command, hardware and what came of
 it; those of ImageNet's small exact ones have a line for each preset. What a key means is in [Training](training.md)."""
 MODEL, SIZES_PX = "deit_small_patch16_224", (224, 384, 512)
+
+
+def on_config(config: Any) -> Any:
+    """Lists among the studies the pages that commands leave once they have been run."""
+    studies = next(item["Studies"] for item in config["nav"] if "Studies" in item)
+    made = [{title: page} for title, page in MEASURED.items() if Path(config["docs_dir"], page).exists()]
+    studies[-1:-1] = made  # before the last, which has all that was tried
+    return config
 
 
 def on_files(files: Files, config: Any) -> Files:

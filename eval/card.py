@@ -25,6 +25,7 @@ from vitreuse.io.durable import write_durably
 VERSION = 1
 NAME = "card.json"
 # The model and the seed stand beside it, and the folder of the data is a place.
+OF_MEMORY = ("train.accumulation_steps", "train.grad_checkpointing", "train.max_skipped_steps")  # in older cards
 NOT_RECIPE = ("model.name", "model.plan", "model.keywords", "train.seed", "data.root")
 
 
@@ -139,6 +140,8 @@ def read_card(path: Path) -> Card:
     except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
         raise ValueError(f"{path} is no run card: give one that python -m train or eval top1 wrote.") from error
     record = {"class_names": None, **record}  # which older cards lack
+    if record.get("recipe"):
+        record["recipe"] = {key: value for key, value in record["recipe"].items() if key not in OF_MEMORY}
     if version != VERSION or set(record) != {field.name for field in fields(Card)}:
         raise ValueError(f"{path} is a card of version {version}, this code reads version {VERSION}: write it again.")
     return Card(**record)

@@ -275,7 +275,7 @@ def _features_of(split: Labelled, target: Target, model: Any, args: Namespace, r
     Raises:
         ValueError: Some are not finite.
     """
-    transform = evaluation_transform(model, target.crop_pct, use_test_size=target.config is None)
+    transform = evaluation_transform(model, use_test_size=target.config is None)
     found = features(model, share_of(split, transform, args, ranks), shown(target, ranks))
     num_wrong = int((~found.values.isfinite().all(1)).sum())
     with ranks.together():

@@ -143,7 +143,7 @@ def _row(target: Target, model: Any, root: str, part: str, args: Namespace, rank
     with ranks.together():
         test_set = _open(target, model, root, split, args)
     # As timm has it for a name of its own, as the run had it for a run; corrupted images are cropped already.
-    crop_pct = 1.0 if args.set == "corruptions" else target.config and target.config.eval.crop_pct
+    crop_pct = 1.0 if args.set == "corruptions" else None
     share = share_of(test_set.images, evaluation_transform(model, crop_pct, target.config is None), args, ranks)
     answering = model if args.set is None else sets.Among(model, test_set.classes, test_set.order)
     found = evaluate(answering, share, getattr(torch, _precision(target)), shown(target, ranks))

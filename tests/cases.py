@@ -113,6 +113,15 @@ def randomized(model: nn.Module) -> nn.Module:
     return model
 
 
+def moved(model: Any, std: float) -> Any:
+    """The model with every parameter away from where it began, by the same noise of this deviation every time."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=std)
+    return model
+
+
 def _lowrank_cases() -> dict[str, Case]:
     """Every sharing with every projection that has weights, alone and under full and partial reuse."""
     cases = {}

@@ -118,7 +118,7 @@ def is_writing(monkeypatch):
 
 def test_nothing_is_written_while_workers_for_images_held_out_are_forked(config_path, tmp_path, is_writing):
     """A healing has looked at the validation images before the first step."""
-    save_hub_folder(load_config(config_path).model.create(), tmp_path / "teacher", crop_pct=1.0)
+    save_hub_folder(load_config(config_path).model.create(), tmp_path / "teacher")
     teacher = f"{{name: 'local-dir:{tmp_path / 'teacher'}'}}"
     heal = [f"train.distill={{kind: soft, teacher: {teacher}}}", "train.heal={}", "data.holdout=0.25"]
     assert main([str(config_path), *heal, "train.epochs=1", f"run_dir={tmp_path / 'run'}"]) == 0

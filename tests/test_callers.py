@@ -3,13 +3,14 @@ every kind go through the functions behind the commands, or are refused in a sen
 
 import contextlib
 import logging
+import warnings
 import weakref
 
 import pytest
 import timm
 import torch
 from safetensors.torch import save_file
-from test_verbs import NUM_IMAGES, Labelled, build, pixels
+from test_verbs import NUM_IMAGES, SIZES, Labelled, build, pixels
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler
 
 import vitreuse
@@ -31,6 +32,7 @@ def test_what_needs_gradients_has_them_in_a_callers_mode(mode):
         found = vitreuse.convert(model, "exact lowrank:5 exact", pixels())
         searched = vitreuse.search(model, pixels(), 0.9, "memory", minutes=0, words=WORDS)
         assert searched.expected_of_healing(0.001).num_steps >= 1
+        assert vitreuse.similarity(model, pixels(), "reuse,none").damage
     assert all(torch.equal(value, expected[key]) for key, value in found.model.state_dict().items())
     assert found.projections and searched.facts["chosen"]["share"] <= 0.9
 
@@ -38,6 +40,7 @@ def test_what_needs_gradients_has_them_in_a_callers_mode(mode):
 CALLS = {
     "convert": lambda model, _: vitreuse.convert(model, "exact lowrank:5 none", pixels()),
     "search": lambda model, _: vitreuse.search(model, pixels(), 0.8, minutes=0, words=WORDS),
+    "heal": lambda model, _: vitreuse.heal(model, vitreuse.convert(model, "none*3").model, pixels(), minutes=0.001),
     "similarity": lambda model, _: vitreuse.similarity(model, pixels(), "reuse,none"),
     "export": lambda model, folder: vitreuse.export(model, folder, ("hub", "torch")),
 }
@@ -225,3 +228,35 @@ def test_a_card_says_whether_a_model_has_classes():
     with_classes, without = (model_card(build(**of), Provenance("a"), 1) for of in ({}, {"num_classes": 0}))
     assert "pipeline_tag: image-classification" in with_classes and "An image classifier" in with_classes
     assert "pipeline_tag: image-feature-extraction" in without and "classif" not in without
+
+
+def test_a_head_that_begins_with_zeros_is_a_head():
+    model = build()
+    torch.nn.init.zeros_(model.head.weight)
+    torch.nn.init.zeros_(model.head.bias)
+    copied = exact_copy(model)
+    assert torch.allclose(copied.forward_features(pixels(2)), model.forward_features(pixels(2)), atol=1e-5)
+    assert vitreuse.convert(model, "none exact*2", pixels()).facts["agreement"] is not None
+
+
+def test_a_hybrid_cannot_be_searched_and_is_told_why():
+    model = timm.create_model("vit_base_r50_s16_224", embed_dim=16, depth=1, num_heads=2, img_size=32)
+    with pytest.raises(ValueError, match="HybridEmbed"):
+        vitreuse.search(model, torch.randn(8, 3, 32, 32), 0.9, minutes=0)
+
+
+def test_conversion_on_images_takes_a_plan_as_text():
+    found = vitreuse.convert_on_images(build(), "exact/32 none exact", [pixels(8)])
+    assert str(found.conversion.model.plan) == "exact/32 none exact" and found.layers
+    with pytest.raises(ValueError, match="plan has 2 layers"):
+        vitreuse.convert_on_images(build(), "exact none", [pixels(8)])
+
+
+def test_a_description_of_a_model_warns_of_none_of_its_own_options():
+    model = timm.create_model(
+        "vit_reuse_tiny_patch16_224", plan="lowrank:5 reuse exact", lowrank_sharing="none", reuse_backend="map", **SIZES
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = vitreuse.describe(model)
+    assert found.facts["plan"] == "lowrank:5 reuse exact"

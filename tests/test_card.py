@@ -49,6 +49,14 @@ def test_settings_that_a_card_could_not_know_are_null():
     assert is_of(older, load_config(LAZY, ["train.seed=3"]))
 
 
+def test_what_older_cards_say_of_memory_is_no_part_of_a_recipe(tmp_path):
+    card = a_card("train.seed=3", "train.accumulation_steps=4")
+    older = replace(card, recipe={**(card.recipe or {}), "train.accumulation_steps": 1, "train.max_skipped_steps": 5})
+    older.write(tmp_path / "card.json")
+    assert read_card(tmp_path / "card.json").experiment == card.experiment
+    assert is_of(read_card(tmp_path / "card.json"), load_config(LAZY, ["train.seed=3"]))
+
+
 def test_a_card_builds_its_model_again():
     found = a_card()
     model = found.model_config().create("meta")

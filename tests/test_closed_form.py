@@ -326,3 +326,16 @@ def test_large_tokens_of_half_precision_overflow_nothing():
     with WorkProgress("fitting", "layers", 3, enabled=False) as progress:
         found = fit_layers(conversion, pixels(16).half().split(8), progress)
     assert all(0 < fit.after <= fit.before < 10 for fit in found)
+
+
+def test_a_mean_counts_in_the_channels_that_it_can_be_written_in():
+    """A LayerScale of pruned channels lets nothing through to the tokens."""
+    model = trained(init_values=0.5, num_classes=0, global_pool="")
+    with torch.no_grad():
+        for block in model.blocks:
+            block.ls1.gamma[:12], block.ls2.gamma[:12] = 0.0, 0.0
+    conversion, found = fitted(model, "exact none exact")
+    mean = next(fit for fit in found if fit.part == "mean")
+    assert mean.strength is not None  # it was worth writing
+    aside = [pixels(48)[3::4]]
+    assert found[-1].distance == pytest.approx(mean_distance(model, conversion.model.eval(), aside))

@@ -116,6 +116,11 @@ def test_values_are_read_by_declared_type(write):
             "train.schedule={name: constant, min_lr: 1e-5}",
             "x.yaml: train.schedule.min_lr 1e-05 is never reached by the schedule 'constant': set it to 0",
         ),
+        ("train.schedule.min_lr=2e-3", "x.yaml: train.schedule.min_lr 0.002 is above optimizer.lr 0.001: lower it, or"),
+        (
+            "train.schedule={warmup_steps: 3, warmup_lr: 1}",
+            "x.yaml: train.schedule.warmup_lr 1 is above optimizer.lr 0.001: lower it, or raise the rate.",
+        ),
         ("train.mixup={mixup: 0, cutmix: 0}", "x.yaml: train.mixup.mixup and cutmix are both 0;"),
         ("data.root=a", "x.yaml: data.root and source: give exactly one of the two"),
         (
@@ -328,7 +333,9 @@ def test_every_setting_says_what_it_means():
 
 def test_changed_settings_are_those_that_give_another_run(write):
     config = load_config(write(MINIMAL))
-    same = load_config(write(MINIMAL), ["data.num_workers=7", "train.log_every_steps=3", "eval.batch_size=5"])
+    settings = ["data.num_workers=7", "train.log_every_steps=3", "eval.batch_size=5"]
+    short = ["train.accumulation_steps=2", "train.grad_checkpointing=true", "train.max_skipped_steps=9"]  # of memory
+    same = load_config(write(MINIMAL), [*settings, *short])
     other = load_config(write(MINIMAL), ["train.optimizer.lr=1", "train.ema={decay: 0.9}", "model.plan=exact*12"])
     assert changed_settings(config, same) == []
     assert changed_settings(config, other) == [

@@ -232,3 +232,15 @@ def test_redundancy_of_another_model_is_refused():
     other = timm.create_model("vit_tiny_patch16_224", **{**SIZES, "depth": 2})
     with pytest.raises(ValueError, match="redundancy is of 3 layers, the model has 2"):
         measure_damage(other, [images(1)], parse_words("none"), redundancy, silent())
+
+
+def test_half_precision_keeps_what_its_squares_would_lose():
+    model, batch = build(), images()
+    with torch.no_grad():
+        for block in model.blocks:
+            block.attn.proj.weight *= 0.05
+            block.attn.proj.bias *= 0.05
+    words = parse_words("exact,none")
+    wide, _ = measured(model, batch, words)
+    narrow, _ = measured(model.half(), batch.half(), words)
+    assert all(narrow[change] == pytest.approx(damage, rel=0.1) for change, damage in wide.items())

@@ -1,9 +1,12 @@
+import errno
 import os
+import stat
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from vitreuse.io import durable
-from vitreuse.io.durable import durable_file, write_durably
+from vitreuse.io.durable import durable_file, exclusive_lock, write_durably
 
 
 def test_a_write_that_fails_leaves_the_file_as_it_was_and_nothing_beside_it(tmp_path):
@@ -24,3 +27,47 @@ def test_content_is_on_the_disk_before_it_takes_the_name(tmp_path, monkeypatch):
     write_durably(path, b"new")
     assert events == ["fsync", "replace", "fsync"]
     assert path.read_bytes() == b"new"
+
+
+def test_a_link_leads_to_the_file_that_is_replaced(tmp_path):
+    (tmp_path / "file").write_bytes(b"old")
+    (tmp_path / "link").symlink_to("file")
+    write_durably(tmp_path / "link", b"new")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "file").read_bytes() == b"new"
+
+
+def test_what_is_no_file_is_written_into(tmp_path):
+    """As /dev/null, or /dev/stdout, which must not become a file."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor(1) as pool:
+        read = pool.submit(pipe.read_bytes)
+        write_durably(pipe, b"said")
+        assert read.result(60) == b"said"
+    assert pipe.is_fifo() and [*tmp_path.iterdir()] == [pipe]
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS])
+def test_a_file_system_without_locks_is_noted(tmp_path, monkeypatch, capsys, number):
+    def refused(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(durable.fcntl, "lockf", refused)
+    with exclusive_lock(tmp_path / ".lock"):
+        assert f"{tmp_path} lies on a file system without locks" in capsys.readouterr().err
+
+
+def test_a_file_system_that_cannot_wait_for_a_folder_still_takes_files(tmp_path, monkeypatch):
+    fsync, failing = os.fsync, [errno.EINVAL]
+
+    def refused(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(failing[0], "of a folder")
+        fsync(descriptor)
+
+    monkeypatch.setattr(durable.os, "fsync", refused)
+    write_durably(tmp_path / "state", b"new")
+    assert (tmp_path / "state").read_bytes() == b"new"
+    failing[0] = errno.EIO
+    with pytest.raises(OSError, match="of a folder"):
+        write_durably(tmp_path / "state", b"newer")

@@ -10,9 +10,11 @@ import onnx
 import pytest
 import timm
 import torch
+from cases import moved
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from timm.data import resolve_model_data_config
 
 import vitreuse
 from eval.__main__ import main as eval_main
@@ -22,7 +24,6 @@ from vitreuse.config import ModelConfig, load_config, to_yaml
 from vitreuse.files.hub import save_hub_folder
 from vitreuse.files.networks import resolve_targets
 from vitreuse.files.programs import MARKS, load_onnx, load_torch
-from vitreuse.model.preprocessing import image_settings
 
 ROOT = Path(__file__).resolve().parents[1]
 PLAN = "exact reuse:2 lowrank:8 span:3 reuse none"
@@ -30,15 +31,6 @@ NAMES = ["zero", "one", "two", "three", "caf\udce9"]  # the last in bytes that a
 TILED = (13 * 4, 17 * 4)  # pixels: the span runs as tiles
 SMALL = {"img_size": 24, "patch_size": 4, "embed_dim": 32, "depth": 4, "num_heads": 4, "num_classes": 5}
 KEYWORDS = {**SMALL, "img_size": list(TILED), "depth": 6, "in_chans": 1, "global_pool": "avg", "reg_tokens": 2}
-
-
-def moved(model):
-    """The model with every parameter away from its initial value."""
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    return model.eval()
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +49,7 @@ def run(tmp_path_factory):
     (root / "mine/config.yaml").write_text(to_yaml(config))
     (root / "mine/card.json").write_text(json.dumps({"top1": 91.25, "n": 1360, "data": "some/val"}))
     metadata = {"label_names": json.dumps(NAMES)}
-    save_file(moved(config.model.create()).state_dict(), root / "mine/model.safetensors", metadata)
+    save_file(moved(config.model.create(), std=0.1).eval().state_dict(), root / "mine/model.safetensors", metadata)
     return root / "mine"
 
 
@@ -80,7 +72,7 @@ def reused(tmp_path_factory):
     model = timm.create_model(
         "deit_reuse_tiny_distilled_patch16_224", plan="exact reuse exact", reuse_backend="qk", **{**SMALL, "depth": 3}
     )
-    save_hub_folder(moved(model), folder)
+    save_hub_folder(moved(model, std=0.1).eval(), folder)
     return folder
 
 
@@ -108,7 +100,8 @@ def test_every_format_has_the_logits_of_the_run(run, exported):
     assert said["images"] == "5 images" and model(images).std() > 0.1
     loaded = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     assert torch.equal(loaded(images), model(images)) and str(loaded.plan) == PLAN
-    assert image_settings(loaded)["crop_pct"] == 0.7
+    for cropping in (model, loaded):
+        assert resolve_model_data_config(cropping)["crop_pct"] == 0.7  # as the run was evaluated, wherever it goes
 
 
 def test_weights_say_what_they_are_of(run, exported):
@@ -179,7 +172,7 @@ def merging(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hub") / "merging"
     plan = "exact-5/7 linear exact*2 reuse-4 skip exact/0"
     model = timm.create_model("vit_merge_tiny_patch16_224", plan=plan, **{**SMALL, "depth": 7})
-    save_hub_folder(moved(model), folder)
+    save_hub_folder(moved(model, std=0.1).eval(), folder)
     return folder
 
 
@@ -213,7 +206,7 @@ def test_images_whose_merges_rounding_decides_are_left_out(merging, tmp_path, ca
     torch.nn.init.zeros_(model.pos_embed)
     x[which if code == 2 and which.stop == 8 else slice(0, 2)] = 0.5
     monkeypatch.setattr("vitreuse.cli.export.load_model", lambda args: (SimpleNamespace(
-        config=None, label="merging", crop_pct=None, run_dir=None, hub_dir=None), model))  # fmt: skip
+        config=None, label="merging", run_dir=None, hub_dir=None), model))  # fmt: skip
     monkeypatch.setattr("vitreuse.cli.export.training_note", lambda *_: None)
     monkeypatch.setattr("vitreuse.cli.export.example", lambda *_: x)
     monkeypatch.setattr("vitreuse.files.programs.trace", lambda *_: None)
@@ -326,7 +319,7 @@ def unfinished(folder, status, ema=False, final=False, **facts):
     if ema:
         plan[-1] = "train.ema.decay=0.9"
     config = load_config(ROOT / "configs/digits/_base.yaml", [*keywords, *plan])
-    model = moved(config.model.create())
+    model = moved(config.model.create(), std=0.1).eval()
     step = folder / "checkpoints/step-000000006"
     step.mkdir(parents=True)
     (folder / "config.yaml").write_text(to_yaml(config))

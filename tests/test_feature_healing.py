@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from cases import moved
 from PIL import Image
 from storms.processes import CHECKOUT, Run
 from torch.nn.functional import cosine_similarity
@@ -60,13 +61,11 @@ def photographs(tmp_path_factory) -> Path:
 def models(folder: Path, plan: str = "exact-3 none exact/17", **keywords: Any) -> tuple[Any, Any]:
     """A random ViT and its conversion, saved as hub folders."""
     torch.manual_seed(1)
-    original = timm.create_model("vit_tiny_patch16_224", init_values=1.0, **{**SIZES, **keywords})
-    with torch.no_grad():
-        for parameter in original.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    plain = timm.create_model("vit_tiny_patch16_224", init_values=1.0, **{**SIZES, **keywords})
+    original = moved(plain, std=0.2)
     converted = vitreuse.convert(original, plan).model
     for name, model in (("original", original), ("converted", converted)):
-        save_hub_folder(model, folder / name, crop_pct=1.0)
+        save_hub_folder(model, folder / name)
     return original, converted
 
 

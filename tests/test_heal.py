@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from cases import CASES, Case, images
+from cases import CASES, Case, images, moved
 from safetensors.torch import load_file
 from storms.pictures import write_pictures
 from storms.processes import Run
@@ -62,7 +62,7 @@ def _hub_folder(folder: Path, plan: str, **keywords: Any) -> Any:
     """A random model, saved as a hub folder."""
     torch.manual_seed(0)
     model: Any = timm.create_model("vit_reuse_tiny_patch16_224", **{**SIZES, "plan": plan, **keywords})
-    save_hub_folder(model, folder, crop_pct=1.0)
+    save_hub_folder(model, folder)
     return model
 
 
@@ -418,15 +418,11 @@ def healed(tmp_path, write):
 
     def arguments(plan: str, *overrides: str) -> list[str]:
         keywords: Any = {**SIZES, "depth": 3}
-        original = timm.create_model("vit_tiny_patch16_224", **keywords)
-        torch.manual_seed(1)
-        with torch.no_grad():
-            for parameter in original.parameters():
-                parameter.add_(torch.randn_like(parameter), alpha=0.2)
-        save_hub_folder(original, tmp_path / "original", crop_pct=1.0)
+        original = moved(timm.create_model("vit_tiny_patch16_224", **keywords), std=0.2)
+        save_hub_folder(original, tmp_path / "original")
         model: Any = timm.create_model("vit_reuse_tiny_patch16_224", plan=plan, **keywords)
         load_checkpoint(model, original.state_dict())
-        save_hub_folder(model, tmp_path / "converted", crop_pct=1.0)
+        save_hub_folder(model, tmp_path / "converted")
         teacher = f"{{kind: soft, alpha: 0.9, teacher: {{name: 'local-dir:{tmp_path / 'original'}'}}}}"
         return [str(write(tmp_path / "converted")), f"train.distill={teacher}", *overrides]
 

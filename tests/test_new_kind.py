@@ -1,10 +1,12 @@
 """A kind of layer that is added as the README says: a class, its entry in the table, its word. All else finds it."""
 
 import pytest
+import timm
 import torch
 from cases import Case, Itself, images
 from torch.nn import functional as F
 
+import vitreuse
 from vitreuse import convert, count_macs, load_checkpoint, measure_damage, measure_redundancy
 from vitreuse.attention import ATTENTION, ExactAttention
 from vitreuse.cli.plan import _explained
@@ -60,6 +62,17 @@ def test_it_is_measured_by_running_it_and_converted_into():
     assert by_anchor.keys() == {Spec("exact"), Spec("cosine")} and len({*by_anchor.values()}) == 2
     converted = convert(model, "cosine reuse").model
     assert str(converted.plan) == "cosine reuse" and type(converted.blocks[0].attn) is CosineAttention
+
+
+def test_a_search_tries_it_in_every_layer(tmp_path):
+    model = timm.create_model(
+        "vit_tiny_patch16_224", img_size=8, patch_size=2, embed_dim=12, depth=3, num_heads=2, num_classes=5
+    )
+    options = vitreuse.SearchOptions(trials=tmp_path / "trials.jsonl")
+    words = "exact,cosine,none,reuse"
+    assert vitreuse.search(model.eval(), torch.randn(12, 3, 8, 8), 0.9, minutes=0, words=words, options=options).plan
+    tried = (tmp_path / "trials.jsonl").read_text()
+    assert all(f'"{plan}"' in tried for plan in ("cosine exact*2", "exact cosine exact", "exact*2 cosine"))
 
 
 def test_help_explains_it_as_its_class_does():

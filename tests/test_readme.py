@@ -3,13 +3,18 @@ exists; and the README is short."""
 
 import importlib.util
 import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import timm
+import torch
 
+import vitreuse
 from eval.__main__ import COMMANDS as INSTRUMENTS
 from eval.__main__ import main as evaluate
 from train.__main__ import _parse as train_arguments
@@ -141,6 +146,43 @@ def test_the_five_commands_make_a_trained_model_faster(tmp_path, monkeypatch, ca
     assert str(exported.plan) in shlex.join(five[2])
     teacher, healed = (load_config(tmp_path / "configs/digits" / f"{name}.yaml").train for name in ("exact", "heal"))
     assert healed.epochs <= teacher.epochs / 10 and healed.global_batch_size == teacher.global_batch_size
+
+
+@pytest.mark.proof
+@pytest.mark.timeout(1200)
+def test_all_other_commands_of_the_readme_run(tmp_path):
+    """As processes, in their order, beside two models of the demo; trainings are cut short."""
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    programs = {
+        "python": [],
+        "torchrun": ["-m", "torch.distributed.run", "--standalone"],
+        "vitreuse": ["-m", "vitreuse"],
+    }
+    demo = [["-m", "train", f"configs/digits/{name}.yaml", f"run_dir=runs/demo/{name}"] for name in ("exact", "lazy")]
+    five = [*five_commands("runs/demo/exact"), *five_commands("vit_small_patch14_dinov2")]
+    lines = [shlex.split(line, comments=True) for block in fenced("sh", "README.md") for line in block.splitlines()]
+    others = [argv for argv in lines if argv and argv[0] != "make" and argv not in five]
+    written = [[*programs[Path(argv[0]).name], *argv[1:]] for argv in others]
+    assert len(written) >= 10
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    for arguments in (*demo, *written):
+        short = [argument for argument in arguments if not argument.startswith("train.epochs=")]
+        short += ["train.epochs=3"] if "train" in arguments else []
+        command = [sys.executable, *short]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, f"{shlex.join(short)}: {done.stderr}"
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/compress.md"])
+def test_the_search_in_the_text_finds_what_the_text_says(page):
+    torch.manual_seed(0)
+    sizes = {"img_size": 8, "patch_size": 2, "embed_dim": 16, "depth": 3, "num_heads": 2, "num_classes": 5}
+    namespace = {"vitreuse": vitreuse, "model": timm.create_model("vit_tiny_patch16_224", **sizes).eval()}
+    namespace["images"] = torch.randn(12, 3, 8, 8)
+    (call,) = re.findall(r"`(found\s+=\s+vitreuse\.search\([^`]*\))`", read(page))
+    exec(" ".join(call.split()), namespace)
+    attributes = re.findall(r"`(found\.\w+)`", read(page))
+    assert len(attributes) >= 2 and all(eval(attribute, namespace) is not None for attribute in attributes)
 
 
 def test_both_models_go_through_the_same_five_commands():

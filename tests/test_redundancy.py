@@ -10,11 +10,12 @@ from PIL import Image
 
 from vitreuse.__main__ import main
 from vitreuse.compress.recording import attention_maps
-from vitreuse.compress.redundancy import Redundancy, map_similarity, measure_redundancy
+from vitreuse.compress.redundancy import Redundancy, map_similarity, measure_head_errors, measure_redundancy
 from vitreuse.compress.row_sample import draw_rows
 from vitreuse.cost.measure import peak_memory_mib
 from vitreuse.files.hub import save_hub_folder
 from vitreuse.io.progress import WorkProgress
+from vitreuse.model.copies import exact_copy
 
 SIZES = {"img_size": 15, "patch_size": 3, "embed_dim": 22, "depth": 4, "num_heads": 2, "num_classes": 7}
 H, N = 2, 26
@@ -445,3 +446,20 @@ def test_a_missing_matplotlib_is_said_first(folder, tmp_path, monkeypatch, capsy
     assert similarity(folder, "plain", "-o", str(tmp_path / "out")) == 2
     assert "pip install 'vitreuse[plots]', or take --json" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_batches_are_images_or_begin_with_them():
+    with_labels, alone = (
+        measure_redundancy(build(), batches, WorkProgress("", "", 3, enabled=False))
+        for batches in ([(images(), torch.zeros(3))], [images()])
+    )
+    assert torch.equal(with_labels.same_head, alone.same_head) and not alone.same_head.isnan().all()
+
+
+def test_heads_of_the_last_layer_are_judged_by_patch_tokens_too_where_they_are_answers():
+    """Of a model without a head all rows count, as where no class token is pooled; of one with classes its own row."""
+    classes, features, tokens = (
+        measure_head_errors(exact_copy(build(**keywords)), [images()], WorkProgress("", "", 3, enabled=False))[:3, -1]
+        for keywords in ({}, {"num_classes": 0}, {"num_classes": 0, "global_pool": ""})
+    )
+    assert torch.equal(features, tokens) and (features > classes).all()

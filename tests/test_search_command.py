@@ -16,6 +16,7 @@ from PIL import Image
 from vitreuse.__main__ import main
 from vitreuse.cost.plan_costs import PlanCosts
 from vitreuse.files.hub import save_hub_folder
+from vitreuse.io.durable import exclusive_lock
 from vitreuse.plan import parse_plan
 from vitreuse.verbs.search.table import thinned
 
@@ -69,7 +70,7 @@ def test_the_command_leaves_the_converted_model_and_what_it_found(folder, capsys
         assert row["predicted_speedup"] == latency.of(parse_plan("exact*4", 4)) / latency.of(plan)
         assert row["speedup"] > 0 and row["agreement"]["num_images"] == 2
     assert found["distance"] <= found["start"]["distance"]
-    assert found["command"].startswith("vitreuse export ")
+    assert found["command"].startswith("vitreuse export ") and found["costs_of"] == "AMD EPYC, 2026-11-22"
 
 
 def test_the_same_arguments_go_on_and_others_are_refused(folder, capsys, tmp_path):
@@ -85,6 +86,16 @@ def test_the_same_arguments_go_on_and_others_are_refused(folder, capsys, tmp_pat
     told = capsys.readouterr().err
     assert "trials.jsonl has trials of another model or version of vitreuse, or on other images, by its first" in told
     assert (tmp_path / "model.safetensors").exists()
+
+
+def test_a_folder_takes_one_search_at_a_time(folder, capsys, tmp_path):
+    with exclusive_lock(tmp_path / ".lock"):
+        held = subprocess.run(
+            [sys.executable, "-m", "vitreuse", *argv(folder, "--words", "exact,none", "-o", str(tmp_path))],
+            capture_output=True, text=True,
+        )  # fmt: skip
+    assert held.returncode == 2 and f"{tmp_path} is being written by another search: wait for it" in held.stderr
+    assert searched(capsys, *argv(folder, "--words", "exact,none", "--budget", "0.9", "-o", str(tmp_path)))
 
 
 def test_a_trained_model_is_not_written_over(folder, capsys, tmp_path):
@@ -193,7 +204,7 @@ def test_a_budget_may_be_of_time_memory_or_bytes(metric, folder, capsys):
         (["--words", "exact,-9"], "-9 merges more than half of 16 patches: give -8 or less."),
         (["--words", "exact,/65"], "an MLP has 64 hidden units and /65 are more: give /64 or less."),
         (["--words", "exact,lowrank:17"], "lowrank:17 does not fit a model of 17 tokens: give lowrank:16 or less"),
-        (["--images", "5"], "5 images are given, and a search needs 6, to fit, to try and to show: give more."),
+        (["--images", "5"], "5 images are given, and 6 are needed, to fit, to try and to show: give more."),
         (
             ["--words", "exact,reuse", "--budget", "0.3"],
             "no plan of the words given has 0.3 of the MACs of the exact model: the least is 0.842: raise the",

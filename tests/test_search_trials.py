@@ -22,7 +22,7 @@ from vitreuse.compress.search.constant import constant_merging
 from vitreuse.compress.search.delivery import deliveries, nearest
 from vitreuse.compress.search.forecast import measure_changes, tries
 from vitreuse.compress.search.found import make_pieces
-from vitreuse.compress.search.healing import expected_of_healing, mirrored_in_turns
+from vitreuse.compress.search.healing import heal_for, mirrored_in_turns, regained
 from vitreuse.compress.search.pieces import Pieces, fit_pieces
 from vitreuse.compress.search.refine import Refiner, Step, best_steps, fits, neighbours
 from vitreuse.compress.search.trials import Trials, begin_trials, parting
@@ -360,12 +360,13 @@ def test_constant_merging_is_the_least_that_keeps_the_cost():
 
 
 def test_a_short_healing_learns_and_leaves_the_model_as_it_is():
-    model = original(**KINDS["features"])
+    model = original(**KINDS["features"]).float()
     converted = convert(model, "skip exact*3").model.eval()
     before = {key: value.clone() for key, value in converted.state_dict().items()}
-    shown = [(images, torch.zeros(len(images))) for images in batches(6, seed=3)]
-    found = expected_of_healing(model, converted, batches(24), batches(6, seed=7), lambda: shown, 0.03, 8)
-    assert found.before == mean_distance(model, converted, [images for images, _ in shown])
+    fitted, tried, shown = ([few.float() for few in batches(*part)] for part in ((24,), (6, 7), (6, 3)))
+    pupil = heal_for(model, converted.requires_grad_(False), fitted, tried, 0.03, 8)
+    found = regained(model, converted, pupil, shown)
+    assert (found.before, found.after) == tuple(mean_distance(model, of, shown) for of in (converted, pupil.model))
     assert found.rate == 1e-4 and found.after < found.before and found.num_steps > 9
     assert all(torch.equal(before[key], value) for key, value in converted.state_dict().items())
 
@@ -376,3 +377,32 @@ def test_images_to_heal_on_are_mirrored_every_second_time():
     expected = [one, other, one.flip(-1), other.flip(-1), one]
     assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
     assert [len(part) for part in islice(mirrored_in_turns([torch.ones(5, 1, 2, 3)], 2), 4)] == [2, 2, 1, 2]
+
+
+def test_no_mean_is_added_that_no_bias_of_the_plan_could_carry():
+    model = original(**KINDS["no biases"])
+    trials = Trials.on(make_pieces(model, batches(32), SPACE), batches(4))
+    plan = parse_plan("exact none*2 exact")
+    assert trials.distance(plan) == pytest.approx(mean_distance(model, convert(model, plan).model.eval(), batches(4)))
+
+
+def test_trials_are_of_one_architecture_too(tmp_path):
+    """The same weights, by name and number, which are pooled in another way."""
+    begin_trials(tmp_path / "trials.jsonl", original(num_classes=0), batches(8), batches(4), None)
+    other = original(num_classes=0, global_pool="")
+    assert len(other.state_dict()) == len(original(num_classes=0).state_dict())
+    with pytest.raises(ValueError, match="trials of another model"):
+        begin_trials(tmp_path / "trials.jsonl", other, batches(8), batches(4), None)
+
+
+def test_answers_that_are_no_numbers_are_the_farthest_of_all(monkeypatch):
+    model, costs = original(**KINDS["features"]), PlanCosts(original(**KINDS["features"]))
+    run = Trials._run_from
+
+    def broken(self, plan, first, states):
+        distances, passed = run(self, plan, first, states)
+        return distances * (float("nan") if any(spec.word == "linear" for spec in plan) else 1), passed
+
+    monkeypatch.setattr(Trials, "_run_from", broken)
+    found = search(model, batches(24), batches(5, seed=7), SPACE, costs, 0.7, minutes=0.05)
+    assert found is not None and not any(spec.word == "linear" for spec in found.chosen.plan)

@@ -150,6 +150,33 @@ def test_kinds_of_url_are_handed_on_to_each_run(started, given):
     ]
 
 
+@pytest.mark.parametrize(
+    ("visible", "devices", "said"),
+    [
+        ("3,5", ["3", "5", "3"], "3 runs at a time share 2 CUDA devices."),
+        ("GPU-a, GPU-b,GPU-c", ["GPU-a", "GPU-b", "GPU-c"], ""),
+        ("", [""] * 3, ""),  # somebody wants none
+    ],
+)
+def test_runs_side_by_side_take_turns_on_the_devices(monkeypatch, capsys, visible, devices, said):
+    given = []
+
+    class Running:
+        def __init__(self, command, env, **_):
+            given.append(env["CUDA_VISIBLE_DEVICES"])
+            self.looks = 0
+
+        def poll(self):
+            self.looks += 1
+            return 0 if self.looks > 5 else None
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr("train.sweep.subprocess", SimpleNamespace(Popen=Running))
+    monkeypatch.setattr("train.sweep.SECONDS_BETWEEN_LOOKS", 0)
+    assert main(["a/x.yaml", "seeds=3", "jobs=3", "runs=r"]) == 0
+    assert given == devices and said in capsys.readouterr().err
+
+
 def test_without_seeds_the_configs_own_holds(started):
     assert main(["a/x.yaml", "train.seed=3"]) == 0
     assert started == [["a/x.yaml", "train.seed=3", "run_dir=runs/x"]]

@@ -138,6 +138,7 @@ def resumed(tmp_path_factory) -> Run:
     offline = {"WANDB_MODE": "offline"}
     start = run.start(environment=offline)
     start.wait_for_step(15)
+    start.wait_until(lambda: run.saved_step, "its first checkpoint")  # which is written beside the steps
     assert start.kill() == -signal.SIGKILL
     second = run.start(environment=offline)
     assert second.end() == 0, second.said

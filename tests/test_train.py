@@ -47,7 +47,7 @@ from train.order import Draw
 from train.pipeline import TrainingImages
 from train.run import RunFolder
 from train.trainer import Counters, DivergedError, Trainer
-from vitreuse.config import Config, ConfigError, load_config
+from vitreuse.config import Config, ConfigError, load_config, to_yaml
 from vitreuse.data import Sample, load_index, open_split
 from vitreuse.files.networks import resolve_targets
 from vitreuse.model.preprocessing import image_settings
@@ -538,6 +538,19 @@ def test_a_run_goes_on_where_its_shards_lie_at_another_path(config_path, tmp_pat
     assert main([*arguments, f"data.root={elsewhere}"]) == 2
 
 
+def test_a_folder_of_images_may_be_spelt_in_another_way(config_path, tmp_path):
+    """A shell completes a slash, and a script for a cluster has the absolute path."""
+    root, run_dir = tmp_path / "images", tmp_path / "run"
+    (root / "train/cat").mkdir(parents=True)
+    run_dir.mkdir()
+    (run_dir / "config.yaml").write_text(to_yaml(load_config(config_path, [f"data.root={root}"])))
+    (tmp_path / "link").symlink_to(root)
+    for spelling in (f"{root}/", os.path.relpath(root), tmp_path / "link"):
+        RunFolder(run_dir, load_config(config_path, [f"data.root={spelling}"])).refuse_other_run()
+    with pytest.raises(ConfigError, match="of which only names are compared"):
+        RunFolder(run_dir, load_config(config_path, [f"data.root={root}/train"])).refuse_other_run()
+
+
 def test_images_of_which_only_names_are_compared_stay_where_they_were(whole, tmp_path, capsys):
     """A folder of the same names may hold the same images in another size."""
     elsewhere = tmp_path / "elsewhere"
@@ -703,6 +716,25 @@ def test_mixup_drops_the_batch_it_cannot_pair(config_path):
     assert all(np.isfinite(trainer.train_step(batch, stop=False).loss) for batch in batches)
 
 
+def test_ctrl_c_is_answered_and_at_the_second_time_obeyed_at_once(monkeypatch, capfd):
+    """torchrun passes the signal on beside the terminal: two of one moment are one."""
+    now = 100.0
+    monkeypatch.setattr("train.distributed.time.monotonic", lambda: now)
+    with StopSignal().listening() as stop:
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.received and capfd.readouterr().err == ""
+        signal.raise_signal(signal.SIGINT)
+        assert "press Ctrl-C again to end at once" in capfd.readouterr().err
+        now += 0.1
+        signal.raise_signal(signal.SIGINT)
+        now += 1
+        signal.raise_signal(signal.SIGTERM)
+        assert not stop.is_urgent
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        assert stop.is_urgent and capfd.readouterr().err == ""
+
+
 def _states(checkpoints: Checkpoints) -> list[int]:
     return [int(path.name.removeprefix("step-")) for path in sorted(checkpoints.folder.glob("step-*"))]
 
@@ -747,6 +779,20 @@ def test_a_checkpoint_that_cannot_be_removed_now_goes_later(tmp_path, monkeypatc
     monkeypatch.undo()
     checkpoints.save({"step": 3}, 3)
     assert [path.name for path in checkpoints.folder.iterdir()] == ["step-000000003"]
+
+
+def test_a_whole_checkpoint_that_cannot_be_read_now_is_not_called_damaged(tmp_path, monkeypatch, capsys):
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep_last=2)
+    for step in (1, 2):
+        checkpoints.save({"step": step}, step)
+
+    def short_of_memory(*_, **__):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr("train.checkpoint.torch.load", short_of_memory)
+    with pytest.raises(RuntimeError, match="allocate memory"):
+        checkpoints.load_newest()
+    assert capsys.readouterr().err == "" and _states(checkpoints) == [1, 2]
 
 
 def test_the_score_of_a_checkpoint_was_once_its_top1(tmp_path):

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -811,6 +812,26 @@ def test_a_run_goes_on_from_the_inputs_that_it_was_begun_with(on_disk, tmp_path,
     assert f"was begun with other {weights}, of digest " in capsys.readouterr().err
     save_file(taught, weights)
     assert main([*on_disk, *recipe]) == 0
+
+
+def test_a_run_goes_on_without_the_weights_that_it_was_begun_with(on_disk, tmp_path):
+    plain = tmp_path / "plain.safetensors"
+    save_file(timm.create_model("vit_tiny_patch16_224", **SIZES).state_dict(), plain)
+    recipe = [*on_disk, f"model.weights={plain}", "train.epochs=2"]
+    assert main(recipe) == 0
+    expected = load_file(tmp_path / "run/model.safetensors")
+    record = tmp_path / "run/run.json"
+    first = json.loads(record.read_text())
+    shutil.rmtree(tmp_path / "run/checkpoints/step-000000006")
+    record.write_text(json.dumps({**first, "status": "stopped"}))
+    plain.unlink()
+    assert main(recipe) == 0
+    found = load_file(tmp_path / "run/model.safetensors")
+    assert [name for name, tensor in found.items() if not torch.equal(tensor, expected[name])] == []
+    starts = json.loads(record.read_text())["starts"]
+    assert [start["step"] for start in starts] == [0, 3] and starts[0] == first["starts"][0]
+    assert all(start["versions"] == first["versions"] for start in starts)
+    assert main([*recipe, f"run_dir={tmp_path / 'new'}"]) == 2  # which would begin with them
 
 
 def test_more_pieces_than_images_are_refused(make):

@@ -191,6 +191,42 @@ def test_a_search_shows_itself_and_says_what_healing_regains():
     assert all(torch.equal(value, before[key]) for key, value in found.model.state_dict().items())
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_healing_hands_over_a_model_that_is_nearer_to_the_original(form):
+    original = build(num_classes=0)
+    converted = vitreuse.convert(original, "none exact*2").model.requires_grad_(False)
+    before = {key: value.clone() for key, value in converted.state_dict().items()}
+    found = vitreuse.heal(original, converted, FORMS[form](), minutes=0.01)
+    assert found.facts["after"] < found.facts["before"] and found.facts["num_steps"] > 1
+    assert found.model.plan == converted.plan and not found.model.training
+    tokens, wanted, healed = (model.forward_features(pixels()) for model in (converted, original, found.model))
+    assert (healed - wanted).norm() < (tokens - wanted).norm()
+    assert all(torch.equal(value, before[key]) for key, value in converted.state_dict().items())
+    assert found.facts["images"] == {"fitted": 11, "tried": 4, "shown": 2}
+    assert "regained" in str(found) and {"before", "after", "distance"} <= {*read(found).texts}
+
+
+@pytest.mark.parametrize(
+    ("converted", "settings", "said"),
+    [
+        (lambda: build(), {}, "a VisionTransformer has no plan: convert the original first."),
+        (lambda: none_of(build(num_classes=3)), {}, "has 3 num_classes and the original 5: give the original that it"),
+        (lambda: none_of(build()).half(), {}, "a model is in torch.float16: heal in float32, as model.float()."),
+        (lambda: none_of(build()).to("meta"), {}, "the converted model is on meta and the original on cpu: move one"),
+        (lambda: none_of(build()), {"minutes": 0}, "0 is no time in minutes: give a number above 0."),
+        (lambda: none_of(build()), {"images": pixels(5)}, "5 images are given, and 6 are needed, to fit, to try"),
+    ],
+)
+def test_what_cannot_be_healed_is_one_sentence(converted, settings, said):
+    with pytest.raises(ValueError) as error:
+        vitreuse.heal(build(), converted(), **{"images": pixels(), **settings})
+    assert said in str(error.value) and str(error.value).endswith(".")
+
+
+def none_of(model):
+    return vitreuse.convert(model, "none exact*2").model
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
@@ -199,7 +235,7 @@ def test_a_search_shows_itself_and_says_what_healing_regains():
         ({"metric": "watts"}, "'watts' is no metric: give one of macs, latency, memory, bytes."),
         ({"words": "exact,reus"}, "in reus, layer 1 is 'reus', but the words are"),
         ({"words": "exact,-9"}, "-9 merges more than half of 16 patches: give -8 or less."),
-        ({"images": pixels(5)}, "5 images are given, and a search needs 6, to fit, to try and to show: give more."),
+        ({"images": pixels(5)}, "5 images are given, and 6 are needed, to fit, to try and to show: give more."),
         ({"budget": 0.01, "words": "exact,none"}, "no plan of the words given has 0.01 of the MACs of the exact model"),
         ({"model": timm.create_model("resnet18")}, "ResNet has no maps that are known"),
     ],

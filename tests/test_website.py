@@ -93,6 +93,19 @@ def test_links_are_those_of_the_site(page, link, expected):
     assert made == f"[a]({expected})"
 
 
+def test_pages_that_measurements_leave_are_listed_once_they_are_there(tmp_path):
+    def listed():
+        found = hooks.on_config({"nav": [{"Home": "index.md"}, {"Studies": [{"A": "a.md"}, {"Experiments": "e.md"}]}],
+                                 "docs_dir": str(tmp_path)})
+        return [page for entry in found["nav"][1]["Studies"] for page in entry.values()]
+
+    assert listed() == ["a.md", "e.md"]
+    for page in hooks.MEASURED.values():
+        (tmp_path / page).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / page).touch()
+    assert listed() == ["a.md", *hooks.MEASURED.values(), "e.md"]
+
+
 @pytest.mark.proof
 def test_what_leads_nowhere_fails_the_build(tmp_path):
     shutil.copytree(ROOT / "docs", tmp_path / "docs", ignore=shutil.ignore_patterns("cards", "__pycache__"))

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -63,11 +64,11 @@ class Checkpoints:
     def load_newest(self) -> dict[str, Any] | None:
         """The state of the newest whole checkpoint, on the CPU; None if there is none.
 
-        A damaged one, or one with code in it, is named on standard error and passed over.
+        A damaged one, by its size and checksum, or one with code in it is named on standard error and passed over.
 
         Raises:
             ConfigError: There are some, and none is whole.
-            OSError, MemoryError: One cannot be read at the moment; an older one must not take its place.
+            Exception: A whole one cannot be read at the moment; an older one must not take its place.
         """
         complete = self._complete()
         for folder, marker in reversed(complete):
@@ -76,15 +77,18 @@ class Checkpoints:
                 if (path.stat().st_size, _crc32(path)) != (marker["bytes"], marker["crc32"]):
                     raise ValueError("its size or checksum is not the one written")
                 return torch.load(path, map_location="cpu", weights_only=True)
-            except Exception as error:  # torch.load raises whatever a damaged archive leads to
-                if isinstance(error, (OSError, MemoryError)) and not isinstance(error, FileNotFoundError):
-                    raise
+            except (FileNotFoundError, ValueError, UnpicklingError) as error:
                 reason = str(error).splitlines()[0]
                 print_note(f"{path} is damaged ({reason}) and passed over.")
         if complete:
             none = f"{self.folder} holds {len(complete)} checkpoints and none that is whole"
-            raise ConfigError(f"{none}: put one back, or remove the run folder to start again.")
+            raise ConfigError(f"{none}: put one back, or start again in another folder with run_dir=PATH.")
         return None
+
+    @property
+    def are_there(self) -> bool:
+        """Whether one was saved, be it damaged since."""
+        return bool(self._complete())
 
     def _complete(self) -> list[tuple[Path, dict[str, Any]]]:
         """Folders and markers of the checkpoints that have one, oldest first."""

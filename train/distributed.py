@@ -9,6 +9,7 @@ import re
 import signal
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -19,6 +20,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from eval.distributed import Ranks
+from vitreuse.io.process import is_first_of_machine
 
 
 def replicated(model: nn.Module, ranks: Ranks) -> nn.Module:
@@ -120,6 +122,8 @@ class Watch:
             faulthandler.cancel_dump_traceback_later()
 
 
+SAME_S = 0.5  # within which two of Ctrl-C's signals are one: torchrun passes it on beside the terminal
+STOPPING = b"\nstopping after what is in hand; press Ctrl-C again to end at once.\n"
 FAILED = "a rank has failed"  # a word in the store of the ranks
 POLL_S, GRACE_S = 1.0, 3.0  # between two looks at it, and for a process to end by itself
 
@@ -167,10 +171,14 @@ def _end_with_others(store: dist.Store, is_over: threading.Event) -> None:
 
 
 class StopSignal:
-    """Remembers a SIGTERM, SIGINT or SIGUSR1 instead of dying of it, so that the step in hand can be finished."""
+    """Remembers a SIGTERM, SIGINT or SIGUSR1 instead of dying of it, so that the step in hand can be finished.
+
+    Whoever presses Ctrl-C is told so, and at the second time the process ends at once, by a KeyboardInterrupt.
+    """
 
     def __init__(self):
-        self.received = False
+        self.received = self.is_urgent = False
+        self._asked_at: float | None = None  # by Ctrl-C, for the first time
 
     @contextmanager
     def listening(self) -> Iterator[StopSignal]:
@@ -185,3 +193,12 @@ class StopSignal:
 
     def _remember(self, number: int, frame: Any) -> None:
         self.received = True
+        if number != signal.SIGINT:
+            return
+        if self._asked_at is None:
+            self._asked_at = time.monotonic()
+            if is_first_of_machine():
+                os.write(2, STOPPING)  # a print could meet one that the signal has interrupted
+        elif time.monotonic() - self._asked_at > SAME_S:
+            self.is_urgent = True
+            raise KeyboardInterrupt

@@ -43,8 +43,11 @@ class Experiment(NamedTuple):
     held_out: Any = None
 
 
-def set_up(config: Config, ranks: Ranks, allow: Collection[str] = ()) -> Experiment:
+def set_up(config: Config, ranks: Ranks, allow: Collection[str] = (), goes_on: bool = False) -> Experiment:
     """Makes an experiment ready, with data from URLs of the kinds allowed; whatever is wrong with it shows here.
+
+    One that goes on from a checkpoint does not need the weights that it was begun with, unless it heals, when these are
+    compared with the teacher's.
 
     Raises:
         ConfigError: It cannot be run as it stands.
@@ -72,7 +75,7 @@ def set_up(config: Config, ranks: Ranks, allow: Collection[str] = ()) -> Experim
         if reads_labels:
             _check_numbers(train_set, val_set)
         _check_shuffled(config, train_set)
-        if config.model.weights is not None:
+        if config.model.weights is not None and (not goes_on or config.train.heal is not None):
             print_note(start_from(model, config.model.weights, train_set.class_names if reads_labels else None))
         if reads_labels:
             name_classes(model, train_set.class_names)

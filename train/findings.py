@@ -111,5 +111,5 @@ def _alikeness(model: Any, teacher: Teacher, share: Share, precision: torch.dtyp
 
 
 def _diverged(what: str) -> DivergedError:
-    cure = "lower train.optimizer.lr, or look at these images and at the weights"
+    cure = "look at these images, or lower train.optimizer.lr in another run folder (run_dir=PATH)"
     return DivergedError(f"{what} not finite, so that no figure would mean anything: {cure}.")

@@ -61,7 +61,7 @@ def train(config: Config, run_dir: Path, command: str, allow: Collection[str] = 
         if ranks.from_main(folder.is_completed):
             print_note(f"{run_dir} is completed already: nothing to do.")
             return True
-        experiment = set_up(config, ranks, allow)
+        experiment = set_up(config, ranks, allow, ranks.from_main(folder.checkpoints.are_there))
         for remark in remarks(experiment.train_set, experiment.val_set) if config.train.reads_labels else ():
             print_note(remark)
         loop = _Loop(experiment.trainer, experiment.val_set, folder, stop, reference, experiment.held_out)
@@ -77,9 +77,9 @@ def train(config: Config, run_dir: Path, command: str, allow: Collection[str] = 
                 return loop.run({"command": command, "inputs": read, "class_names": class_names})
         except BaseException as error:
             if loop.has_begun or not isinstance(error, ValueError):  # before that one is about the input
-                folder.fail(reason(error))
+                folder.fail("interrupted" if stop.is_urgent else reason(error))
             kill_workers()
-            if isinstance(error, Exception):
+            if isinstance(error, Exception) or stop.is_urgent:
                 raise
             raise RuntimeError(f"training was ended from inside by {reason(error)}") from error  # signals are none
 

@@ -1,7 +1,7 @@
 """The folder of a run, which no moment of death leaves half-written; loop.py is how a run goes on from it.
 
 RUN_DIR/config.yaml         the resolved experiment
-        run.json            status, versions, commit, command, hardware, plan
+        run.json            status, plan, versions, commit, command and hardware, now and at each start
         metrics.jsonl       one object a line; kind is step, epoch, heal or final
         ledger.jsonl        with train.ledger: step, rank and the keys of its samples
         trace.json          with train.profile: what torch.profiler saw of some steps
@@ -15,8 +15,10 @@ RUN_DIR/config.yaml         the resolved experiment
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
@@ -40,13 +42,13 @@ from vitreuse.data.labels import difference
 from vitreuse.data.shards.index import HEADER_FILE
 from vitreuse.files.hub import WEIGHTS, pack_weights, plan_text
 from vitreuse.files.networks import STEP_FOLDERS
-from vitreuse.io.durable import TEMPORARY_FILES, exclusive_lock, sync, write_durably
+from vitreuse.io.durable import LOCK_FILE, TEMPORARY_FILES, durable_file, exclusive_lock, sync, write_durably
 from vitreuse.io.file_names import to_bytes
 from vitreuse.io.process import print_note
 from vitreuse.io.urls import url_kind
 from vitreuse.model.class_names import Names, names_of
 
-LOCK_FILE = ".lock"
+MADE_BY = ("command", "git_commit", "versions", "hardware")  # what made a run, at its last start and at each
 PACKAGES = ("vitreuse", "torch", "torchvision", "timm", "numpy", "webdataset")
 
 
@@ -76,8 +78,8 @@ class RunFolder:
                 return  # empty, or a run ended before it had written anything
             raise ConfigError(f"{self.path} is not a run folder: choose another with run_dir=PATH.")
         before = load_config(self.path / "config.yaml")
-        changes = changed_settings(before, self.config)
-        if before.data.root != self.config.data.root and not _is_known_by_content(self.config.data.folder):
+        changes, roots = changed_settings(before, self.config), (before.data.root, self.config.data.root)
+        if not _are_the_same(*roots) and not _is_known_by_content(self.config.data.folder):
             changes.append(f"data.root {before.data.root} -> {self.config.data.root}, of which only names are compared")
         if changes:
             other = f"{self.path} holds a run of another configuration ({'; '.join(changes)})"
@@ -99,7 +101,7 @@ class RunFolder:
         before = known.get("inputs", inputs)
         for name in {**before, **inputs}:
             old, new = before.get(name), inputs.get(name)
-            if old != new:
+            if new is not None and old != new:  # weights that a run was begun with need not be there any more
                 raise ConfigError(f"{self.path} was begun with other {name}, of digest {old} and not {new}: {way_out}.")
 
     @contextmanager
@@ -157,10 +159,11 @@ class RunFolder:
     def begin(self, step: int, facts: dict[str, Any]) -> None:
         """Writes the configuration and the facts of this start, and cuts the logs back to what was known at a step."""
         write_durably(self.path / "config.yaml", to_yaml(self.config).encode())
-        self._write_record({"status": "running", **facts})
+        about = {"step": step, "time": time.strftime("%Y-%m-%d %H:%M:%S %z")}
+        starts = [*self._record().get("starts", []), {**about, **{key: facts.get(key) for key in MADE_BY}}]
+        self._write_record({"status": "running", **facts, "starts": starts})
         for path in self._logs():
-            lines = path.read_bytes().splitlines(keepends=True)
-            write_durably(path, b"".join(line for line in lines if _is_known(line, step)))
+            _cut_back(path, step)
         self.trackers.open(self.config.train.loggers, Start(self.path, step, self.config))
 
     def _logs(self) -> list[Path]:
@@ -233,7 +236,7 @@ class RunFolder:
         settings = self.config.model
         write_durably(self.path / "predictions.csv", to_bytes(predictions.to_csv()))
         record, data = self._record(), self.config.data
-        facts = {key: record.get(key) for key in ("command", "git_commit", "versions", "hardware")}
+        facts = {key: record.get(key) for key in (*MADE_BY, "starts")}
         split = f"{data.source or Path(data.folder).resolve().name}/val"
         if "{}" in data.folder:  # a URL with a place for the name
             split = data.folder.replace("{}", "val")
@@ -241,6 +244,16 @@ class RunFolder:
         facts = {**facts, "seconds": seconds, "precision": self.config.eval.precision}
         made = card.make_card(name, settings, split, predictions, facts, self.config, class_names)
         made.write(self.path / card.NAME)
+
+
+def _cut_back(path: Path, step: int) -> None:
+    """Takes out of a log what is not of a step up to the given one, a line in memory at a time."""
+    with open(path, "rb") as old:
+        if all(_is_known(line, step) for line in old):
+            return
+        old.seek(0)
+        with durable_file(path) as new:
+            new.writelines(line for line in old if _is_known(line, step))
 
 
 def _is_known(line: bytes, step: int) -> bool:
@@ -286,6 +299,15 @@ def _version(package: str) -> str | None:
 
 
 def _is_known_by_content(folder: str) -> bool:
-    """Whether the digest of training images is of what they are, as that of shards, and not of their names alone."""
-    split = None if url_kind(folder) else find_split(Path(folder), "train")
-    return url_kind(folder) is not None or (split is not None and (split / HEADER_FILE).is_file())
+    """Whether the digests of images are of what they are, as those of shards, and not of their names alone."""
+    if url_kind(folder):
+        return True
+    splits = [find_split(Path(folder), name) for name in ("train", "val")]
+    return all(split is not None and (split / HEADER_FILE).is_file() for split in splits)
+
+
+def _are_the_same(root: str | None, other: str | None) -> bool:
+    """Whether two texts name one folder or URL."""
+    if root is None or other is None or url_kind(root) or url_kind(other):
+        return root == other
+    return os.path.realpath(root) == os.path.realpath(other)

@@ -3,7 +3,7 @@
 Each is a `python -m train` of its own, N at a time, in DIR and its config's name; with seeds=5, in DIR/NAME-seed0 to
 DIR/NAME-seed4, all configs under one seed before the next, so that a sweep broken off has about as many runs of each. A
 terminal shows a bar per run, read from its run folder; elsewhere the runs' own lines are passed on. Runs that are
-completed already are not started again.
+completed already are not started again. With several CUDA devices each of the N places has its own, in turn.
 
 --allow KIND lets the data of every run come from URLs of that kind, as for `python -m train`.
 
@@ -27,6 +27,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from eval.card import NAME as CARD
@@ -58,6 +59,7 @@ class Run:
     card: Path | None = None
     allow: Sequence[str] = ()
     process: subprocess.Popen[bytes] | None = None
+    place: int = 0  # of the N
     output: Path | None = None  # on a terminal: what it says, until it is shown above the bars
 
     @property
@@ -96,13 +98,15 @@ class Run:
         """How it ended, None before."""
         return None if self.process is None else self.process.poll()
 
-    def start(self, output: Path | None) -> None:
-        """Starts the process; what it says goes into a file, or where this process's own errors go."""
-        self.output = output
+    def start(self, place: int, devices: Sequence[str], output: Path | None) -> None:
+        """Starts the process in one of the places, on the CUDA device of its turn; what it says goes into a file, or
+        where this process's own errors go."""
+        self.place, self.output = place, output
+        own = {"CUDA_VISIBLE_DEVICES": devices[place % len(devices)]} if devices else {}
         command = [sys.executable, "-m", "train", str(self.config), *self.overrides, f"run_dir={self.folder}"]
         command += [f"--allow={kind}" for kind in self.allow]
         with nullcontext() if output is None else output.open("wb") as stderr:
-            self.process = subprocess.Popen(command, stderr=stderr)
+            self.process = subprocess.Popen(command, stderr=stderr, env={**os.environ, **own})
 
     def progress(self) -> dict[str, Any]:
         """Steps done and to do, loss and images/s, as far as the run folder knows them."""
@@ -122,7 +126,7 @@ class Sweep:
     """Runs in their order, so many processes at a time, and what a terminal shows of them."""
 
     def __init__(self, runs: Sequence[Run], jobs: int):
-        self.runs, self.jobs = runs, jobs
+        self.runs, self.jobs, self.devices = runs, jobs, visible_devices()
         self.console = Console(stderr=True, soft_wrap=True, highlight=False)
         self.bars = progress_bars(self.console, "steps", disable=not self.console.is_terminal)
         self.tasks = [self.bars.add_task(run.folder.name, total=None, start=False) for run in runs]
@@ -165,8 +169,9 @@ class Sweep:
                 run.process.terminate()
             return
         waiting = [i for i, run in enumerate(self.runs) if run.process is None]
-        for i in waiting[: self.jobs - len(running)]:
-            self.runs[i].start(outputs / str(i) if self.console.is_terminal else None)
+        places = sorted({*range(self.jobs)} - {run.place for run in running})
+        for i, place in zip(waiting, places, strict=False):
+            self.runs[i].start(place, self.devices, outputs / str(i) if self.console.is_terminal else None)
             self.bars.start_task(self.tasks[i])
 
     def _show(self) -> None:
@@ -186,6 +191,13 @@ class Sweep:
         self.bars.refresh()
 
 
+def visible_devices() -> list[str]:
+    """The CUDA devices that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = map(str, range(torch.cuda.device_count())) if given is None else given.split(",")
+    return [name.strip() for name in names if name.strip()]
+
+
 def main(arguments: list[str]) -> int:
     """Runs what the command line names; the exit code."""
     if {"-h", "--help"} & set(arguments):
@@ -202,6 +214,8 @@ def main(arguments: list[str]) -> int:
     for run in completed:
         run.keep_card()
     left = [run for run in runs if run not in completed]
+    if 0 < len(devices := visible_devices()) < min(jobs, len(left)):
+        print(f"{min(jobs, len(left))} runs at a time share {len(devices)} CUDA devices.", file=sys.stderr)
     with StopSignal().listening() as stop:
         return Sweep(left, jobs).run(stop)
 

@@ -256,7 +256,7 @@ class Trainer:
         suspects = suspects or [key for _, share in shares for key in share]
         steps = f"{self.counters.skipped_in_a_row} steps in a row up to step {self.counters.step}"
         where = f"with {', '.join(suspects[:4])} in its batch"
-        cure = "lower train.optimizer.lr, or look at these samples"
+        cure = "look at these samples, or lower train.optimizer.lr in another run folder (run_dir=PATH)"
         return DivergedError(f"loss or gradient was not finite for {steps}, {where}: {cure}.")
 
     def check_weights(self) -> None:

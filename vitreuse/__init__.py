@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from vitreuse.verbs.convert import Converted, convert
     from vitreuse.verbs.describe import Description, describe, models
     from vitreuse.verbs.export import Exported, export
+    from vitreuse.verbs.heal import Healed, heal
     from vitreuse.verbs.search import Searched, SearchOptions, search
     from vitreuse.verbs.similarity import Similarity, similarity
     from vitreuse.verbs.tune import Tuned, tune
@@ -37,6 +38,7 @@ __all__ = [
     "Converted",
     "Description",
     "Exported",
+    "Healed",
     "Images",
     "LoadReport",
     "PRESETS",
@@ -61,6 +63,7 @@ __all__ = [
     "fit_layers",
     "fit_projections",
     "fold",
+    "heal",
     "load_checkpoint",
     "measure_damage",
     "measure_redundancy",
@@ -80,6 +83,7 @@ _LATER = {
     **dict.fromkeys(("Converted", "convert"), "verbs.convert"),
     **dict.fromkeys(("Description", "describe", "models"), "verbs.describe"),
     **dict.fromkeys(("Exported", "export"), "verbs.export"),
+    **dict.fromkeys(("Healed", "heal"), "verbs.heal"),
     **dict.fromkeys(("SearchOptions", "Searched", "search"), "verbs.search"),
     **dict.fromkeys(("Similarity", "similarity"), "verbs.similarity"),
     **dict.fromkeys(("Tuned", "tune"), "verbs.tune"),

@@ -136,6 +136,6 @@ def similarity(series: Series, device: torch.device) -> dict[str, Any]:
 def _some_images(config: Config, model: nn.Module) -> Tensor:
     """Validation images from all over the set."""
     dataset = open_split(config.data.folder, "val", image_mode(model))
-    transform = evaluation_transform(model, config.eval.crop_pct)
+    transform = evaluation_transform(model)
     numbers: Sequence[int] = np.linspace(0, len(dataset) - 1, min(SIMILARITY_IMAGES, len(dataset))).astype(int).tolist()
     return torch.stack([transform(dataset[number].image) for number in numbers])

@@ -10,7 +10,7 @@ from itertools import product
 
 from pictures import write_pictures
 from processes import Run, Start, check
-from stage import CHECKPOINT_STEPS, NUM_TRAIN, NUM_VAL, SEED, SHORTER, Stage
+from stage import CHECKPOINT_STEPS, NUM_TRAIN, NUM_VAL, SEED, SHARDED, SHORTER, Stage
 
 NUM_RANDOM_KILLS, NUM_AIMED_KILLS, NUM_KILLS_OF_TWO, NUM_STOPS = 20, 6, 5, 3
 LONGEST_PAUSE_S = 0.03  # after a step is logged: two or three more
@@ -54,7 +54,16 @@ def _wait_for_checkpoint_in_writing(start: Start) -> None:
 
 def two_ranks_killed_at_random_moments(stage: Stage) -> str:
     """SIGKILL to the launcher of two ranks and all that it started."""
-    run, rng = stage.run("killed-on-two", "everything", SHORTER), random.Random(SEED)
+    return _killed_on_two(stage.run("killed-on-two", "everything", SHORTER), stage.whole_on_two)
+
+
+def two_ranks_of_half_a_model_killed_at_random_moments(stage: Stage) -> str:
+    """The same under FSDP2, whose two ranks share out weights, optimizer and moving average."""
+    return _killed_on_two(stage.run("killed-sharded", "everything", SHORTER, SHARDED), stage.sharded)
+
+
+def _killed_on_two(run: Run, undisturbed: Run) -> str:
+    rng = random.Random(SEED)
     for step in sorted(rng.sample(range(1, 90), NUM_KILLS_OF_TWO)):
         start = run.start(ranks=2)
         start.wait_for_step(step)
@@ -63,7 +72,7 @@ def two_ranks_killed_at_random_moments(stage: Stage) -> str:
         lost = run.last_step - run.saved_step
         check(0 <= lost < 2 * CHECKPOINT_STEPS, f"a kill after step {run.last_step} left checkpoint {run.saved_step}")
     run.complete(ranks=2)
-    run.check_equals(stage.whole_on_two)
+    run.check_equals(undisturbed)
     return f"{NUM_KILLS_OF_TWO} kills of both; everything equal to the bit"
 
 
@@ -89,8 +98,8 @@ def moved_from_one_rank_to_two_and_back(stage: Stage) -> str:
 
 
 def moved_to_two_ranks_of_half_a_model_and_back(stage: Stage) -> str:
-    """The same under FSDP2, whose two ranks share out weights and optimizer."""
-    return _moved(stage, stage.run("sharded", "plain", "train.strategy=fsdp2"))
+    """The same under FSDP2."""
+    return _moved(stage, stage.run("moved-sharded", "plain", SHARDED))
 
 
 def _moved(stage: Stage, run: Run) -> str:
@@ -146,6 +155,7 @@ def _relative_differences(run: Run, other: Run) -> list[float]:
 SCENARIOS = (
     killed_at_random_moments,
     two_ranks_killed_at_random_moments,
+    two_ranks_of_half_a_model_killed_at_random_moments,
     stopped_by_sigterm_to_torchrun,
     every_image_is_seen_once_an_epoch,
     moved_from_one_rank_to_two_and_back,

@@ -50,6 +50,7 @@ train:
 eval: {every_epochs: 10}
 """
 SHORTER = "train.epochs=20"  # on two ranks a step takes longer: the four workers share the cores with them
+SHARDED = "train.strategy=fsdp2"
 
 
 @dataclass
@@ -65,6 +66,7 @@ class Stage:
         (self.folder / "everything.yaml").write_text(EVERYTHING)
         self.whole, self.plain = self.run("whole"), self.run("plain", "plain")
         self.whole_on_two = self.run("whole-on-two", "everything", SHORTER)
+        self.sharded = self.run("sharded", "everything", SHORTER, SHARDED)
 
     def run(self, name: str, recipe: str = "everything", *overrides: str) -> Run:
         """A run folder with a config of the stage; nothing is started yet."""
@@ -96,10 +98,16 @@ def two_ranks_alone(stage: Stage) -> str:
     return f"{stage.whole_on_two.last_step} steps without disturbance"
 
 
+def two_ranks_of_half_a_model_alone(stage: Stage) -> str:
+    """What runs on two ranks are compared with that share out the model."""
+    stage.sharded.complete(ranks=2)
+    return f"{stage.sharded.last_step} steps without disturbance"
+
+
 def the_plain_recipe_alone(stage: Stage) -> str:
     """What runs that change their number of ranks are compared with."""
     stage.plain.complete()
     return f"{stage.plain.last_step} steps without disturbance"
 
 
-UNDISTURBED = (one_rank_alone, two_ranks_alone, the_plain_recipe_alone)
+UNDISTURBED = (one_rank_alone, two_ranks_alone, two_ranks_of_half_a_model_alone, the_plain_recipe_alone)

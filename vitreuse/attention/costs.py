@@ -60,6 +60,13 @@ def read_costs(path: Path) -> Costs:
         raise ValueError(f"{path} holds no costs: move it away, and vitreuse tune writes it anew.") from error
 
 
+def measured_on(key: str) -> str:
+    """The device and the date of the costs that load_costs has of a key."""
+    newest = [path for path in _sources() if key in read_costs(path)][-1]
+    machine = json.loads(newest.read_text(encoding="utf-8"))["machine"]
+    return f"{machine['device']}, {machine['date']}"
+
+
 def load_rates() -> Rates:
     """Rates by device type, dtype and mode, each of the file that load_costs takes the costs from."""
     newest = {key: path for path in _sources() for key in read_costs(path)}

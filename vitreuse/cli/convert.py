@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     found = _convert(args, model, samples)
     found = replace(found, facts={**found.facts, **_about(args, target, samples)})
     with durable_folder(args.output) as folder:
-        save_hub_folder(found.model, folder, target.crop_pct, found.facts["training"])
+        save_hub_folder(found.model, folder, found.facts["training"])
         write_durably(folder / "conversion.json", json.dumps(found.facts, indent=2).encode())
     return {"output": str(args.output), **found.facts}
 

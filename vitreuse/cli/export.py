@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     _refuse_own_folder(args, target)
     images, shown = _images(args, target, model) if {*args.format} & {*PROGRAMS} else (None, None)
     accuracy = _accuracy(target) if args.checkpoint is None and args.image_size is None else None
-    known = Provenance(target.label, target.crop_pct, accuracy, training_note(args, target))
+    known = Provenance(target.label, accuracy, training_note(args, target))
     found = export(model, args.output, args.format, images, args.fold, args.opset, known)
     speed = _speed(args, model, next(iter(images))) if images is not None and "onnx" in args.format else None
     return {**found.facts, "images": shown, "speed": speed}

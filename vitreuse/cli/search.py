@@ -4,8 +4,10 @@ import argparse
 import json
 import math
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from vitreuse.cost.plan_costs import METRICS
 from vitreuse.data import find_split
 from vitreuse.data.samples import Images
 from vitreuse.files.hub import save_hub_folder
-from vitreuse.io.durable import refuse_filled, write_durably
+from vitreuse.io.durable import LOCK_FILE, exclusive_lock, refuse_filled, write_durably
 from vitreuse.verbs.search import Searched, SearchOptions, search, table
 from vitreuse.verbs.words import SearchWords
 
@@ -80,8 +82,30 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError("--rows has no effect on words without reuse: leave it out.")
     source = load_source(args)
     prepare_folder(args.output)
-    if args.output is not None and not (args.output / TRIALS).exists():
-        refuse_filled(args.output)
+    with _held(args.output):
+        return _search(args, source)
+
+
+@contextmanager
+def _held(folder: Path | None) -> Iterator[None]:
+    """Holds the folder of a search, if there is one, against another one.
+
+    Raises:
+        ValueError: It is filled with something else, or another search writes there.
+    """
+    if folder is None:
+        yield
+        return
+    if not (folder / TRIALS).exists():
+        refuse_filled(folder)
+    try:
+        with exclusive_lock(folder / LOCK_FILE):
+            yield
+    except BlockingIOError:
+        raise ValueError(f"{folder} is being written by another search: wait for it, or give another -o DIR.") from None
+
+
+def _search(args: argparse.Namespace, source: Source) -> dict[str, Any]:
     trials = None if args.output is None else args.output / TRIALS
     options = SearchOptions(getattr(torch, args.dtype or "float32"), source.num_rows, trials)
     shown, aim = _other_split(args, source), (args.budget, args.metric, args.minutes, args.words)
@@ -121,7 +145,7 @@ def _write(found: Searched, source: Source, args: argparse.Namespace) -> None:
     """Leaves the converted model and what was found; of an earlier search in the folder only its trials stay."""
     for file in RESULTS:
         (args.output / file).unlink(missing_ok=True)
-    save_hub_folder(found.model, args.output, source.target.crop_pct, source.training)
+    save_hub_folder(found.model, args.output, source.training)
     write_durably(args.output / "front.png", found.picture())
     write_durably(args.output / "search.json", json.dumps(found.facts).encode())
 

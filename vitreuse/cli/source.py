@@ -87,8 +87,8 @@ def sample_images(
     Labels are those that the model has for its classes, by name; where that cannot be, the sample's remark says why.
 
     Args:
-        target: What the model is of: a run crops images as it did while it was evaluated.
-        model: The model itself.
+        target: What the model is of.
+        model: The model itself, which crops images as its run did while it was evaluated.
         root: Shards, class folders, or images alone; or a folder that has splits of these.
         num_images: How many.
         split: The split to look for.
@@ -104,7 +104,7 @@ def sample_images(
             dataset = numbered_as(dataset, names, target.label, "no top-1 is measured on them")
         except ValueError as error:
             remark = str(error)
-    return ImageSample(dataset, evaluation_transform(model, target.crop_pct), num_images, seed, remark)
+    return ImageSample(dataset, evaluation_transform(model), num_images, seed, remark)
 
 
 def learning_split(target: Target, root: Path | None, otherwise: str = "val") -> str:

@@ -101,6 +101,10 @@ class _Writer(NamedTuple):
     def _parameters(self) -> list[Tensor]:
         return [each for each in (self.linear and self.linear.weight, self.bias) if each is not None]
 
+    def written(self, update: Tensor) -> Tensor:
+        """What of an update (..., C) comes to lie in the tokens: nothing in channels that the LayerScale closes."""
+        return update if self.scale is None else update.where(self.scale.abs() > LEAST_SCALE, 0.0)
+
     def add(self, update: Tensor) -> None:
         """Adds an update (F, C) of what is written, whose last row is the bias where there is one."""
         update = before_scale(update, self.scale)
@@ -178,7 +182,8 @@ class _Aside:
         for share in SHARES:
             writer.restore(before)
             writer.add(share * update)
-            distance = self._measure(layer, share * update[-1] if writer.linear is None else None)
+            added = writer.written(share * update[-1]) if writer.linear is None else None
+            distance = self._measure(layer, added)
             if distance < self.distance:
                 self.distance, kept = distance, share
         writer.restore(before)
@@ -210,14 +215,14 @@ def _writer(model: Any, layer: int, part: str) -> _Writer | None:
     """What a part of a layer writes with; None of a mean that no bias before the layer can take."""
     block = model.blocks[layer]
     if part == "mean":
-        return _bias_before(model, layer)
+        return bias_before(model, layer)
     if part == "linear":
         return _Writer(block.linear, block.linear.bias, None)
     linear, scale = (block.attn.proj, block.ls1) if part == "attention" else (block.mlp.fc2, block.ls2)
     return _Writer(linear, linear.bias, getattr(scale, "gamma", None))
 
 
-def _bias_before(model: Any, layer: int) -> _Writer | None:
+def bias_before(model: Any, layer: int) -> _Writer | None:
     """The last bias that is added to all tokens before a layer; None where there is none."""
     for before in reversed(range(layer)):
         block = model.blocks[before]
@@ -263,7 +268,7 @@ def _fit(block: Any, layer: int, part: str, writer: _Writer, fitted: Spool, asid
     share = 0.0 if fit is None else aside.keep_nearest(layer, writer, fit.update)
     if fit is None or not share:
         return LayerFit(layer, part, None, before, before, aside.distance)
-    update = share * fit.update
+    update = writer.written(share * fit.update)
     if part == "mean":
         for states in (fitted, aside.states):
             states.replace(lambda state: state._replace(tokens=state.tokens + update[-1].to(state.tokens)))

@@ -56,6 +56,7 @@ class Change(NamedTuple):
     anchor_spec: Spec | None = None
 
 
+@torch.inference_mode(False)
 def measure_damage(
     model: Any,
     batches: Batches,
@@ -232,7 +233,8 @@ def _errors(
         layer, error = layers[change.layer], -unchanged[change.layer]
         if change.spec.word != "none":
             error += _output(layer, _changed(change, made, orders))
-        found.append((layer.gradient * error).square().sum())
+        wide = torch.promote_types(error.dtype, torch.float32)  # squares of half precision vanish
+        found.append((layer.gradient.to(wide) * error.to(wide)).square().sum())
     return torch.stack(found) if found else torch.zeros(0)
 
 

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from vitreuse.attention import LowRankAttention
 from vitreuse.compress.closed_form import LayerFit, fit_layers
-from vitreuse.compress.convert import Conversion, take_into
+from vitreuse.compress.convert import Conversion, fitting_plan, take_into
 from vitreuse.compress.hidden_units import contributing_units
 from vitreuse.compress.recording import recorded_attention
 from vitreuse.compress.ridge import images_apart
@@ -51,7 +51,7 @@ class FittedConversion:
 
 def convert_on_images(
     model: Any,
-    plan: Plan,
+    plan: str | Plan,
     images: Iterable[Tensor],
     distances: Tensor | None = None,
     *,
@@ -75,9 +75,10 @@ def convert_on_images(
     Raises:
         ValueError: The plan does not suit the model, or there are fewer than four images to fit layers on.
     """
+    original = exact_copy(model)
     return take_into_on_images(
-        exact_copy(model),
-        plan,
+        original,
+        fitting_plan(original, plan),
         images,
         distances,
         lowrank_start=lowrank_start,

@@ -16,14 +16,9 @@ def match_heads(distances: Tensor) -> list[int]:
 
     Returns:
         For each row its column, no column twice.
-
-    Raises:
-        ValueError: SciPy is not installed.
     """
-    try:
-        from scipy.optimize import linear_sum_assignment
-    except ImportError as error:
-        raise ValueError("matching heads needs SciPy: install it with pip install 'vitreuse[convert]'.") from error
+    from scipy.optimize import linear_sum_assignment  # here, for it takes as long as all of vitreuse
+
     return linear_sum_assignment(distances.double().cpu().numpy())[1].tolist()
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from vitreuse.attention import EMPTY_CARRY
 from vitreuse.compress.recording import inputs_of
-from vitreuse.compress.ridge import NormalEquations, row_weights
+from vitreuse.compress.ridge import NormalEquations, images_of, row_weights
 from vitreuse.io.spool import Spool
 from vitreuse.model.plan_weights import Units
 from vitreuse.plan import Plan
@@ -67,7 +67,7 @@ def contributing_units(original: Any, plan: Plan, batches: Iterable[Tensor]) -> 
         return {}
     device, chosen = next(original.parameters()).device, {}
     with Spool() as states:
-        for images in batches:
+        for images in map(images_of, batches):
             states.append(original.embed(images.to(device)))
         for layer, block in enumerate(original.blocks[: max(fewer) + 1]):
             if layer in fewer:

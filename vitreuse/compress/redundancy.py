@@ -20,8 +20,10 @@ from torch import Tensor, nn
 
 from vitreuse.compress.head_matching import match_heads
 from vitreuse.compress.recording import attention_maps, attentions, dense_map, project_map, recorded_attention
+from vitreuse.compress.ridge import images_of
 from vitreuse.compress.row_sample import NUM_ROWS, RowSample, count_rows, draw_rows
 from vitreuse.io.progress import WorkProgress
+from vitreuse.model.class_names import has_classes
 from vitreuse.model.copies import evaluating
 
 Batches = Iterable[Any]  # of images (B, channels, rows, columns) and whatever else, as a loader or ImageSample has them
@@ -102,7 +104,7 @@ def measure_head_errors(
     """Squared error of a layer's attention, a mean over images, when one head reads the map of an earlier layer's head.
 
     Unlike a distance between maps it does not count differences where values are alike or are hardly read. Only the
-    rows count that the model reads: of a last layer under token pooling those of the class tokens.
+    rows count that the model reads: of a last layer before a head under token pooling those of the class tokens.
 
     Args:
         model: With exact attention in all layers, as copies.exact_copy makes it; its mode is restored.
@@ -149,7 +151,7 @@ def mean_over_images(
     device = next(model.parameters()).device
     sums, count = [], 0
     with evaluating(model):
-        for few in (few for images, *_ in batches for few in images.split(size)):
+        for few in (few for batch in batches for few in images_of(batch).split(size)):
             grid = model.patch_embed.dynamic_feat_size(few.shape[-2:])
             sample = draw_rows(len(few), math.prod(grid), model.num_prefix_tokens, num_rows, generator)
             parts = [part.double().cpu() for part in measure(few.to(device), sample.to(device))]
@@ -200,10 +202,11 @@ def _reading_errors(model: Any, images: Tensor, sample: RowSample) -> list[Tenso
     rows, counts = sample.rows(num_tokens), sample.counts(num_tokens).to(images.device, dtype)
     errors = counts.new_zeros(len(calls), len(calls), *[model.blocks[0].attn.num_heads] * 2)
     maps: list[Tensor] = []
+    reads_class_rows = model.reads_class_rows and has_classes(model)
     for layer, block in enumerate(model.blocks):
         q, k, v = project_map(block.attn, calls[layer].inputs[0], block.attn.grid)
         maps.append(dense_map(block.attn, q, k, block.attn.grid, rows).to(dtype))
-        read_rows = model.num_class_rows if block is model.blocks[-1] and model.reads_class_rows else None
+        read_rows = model.num_class_rows if block is model.blocks[-1] and reads_class_rows else None
         values = v.to(dtype) @ _turn(block, dtype).mT
         own = maps[layer][:, :, :read_rows] @ values
         for anchor in range(layer):

@@ -9,7 +9,7 @@ import operator
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -97,7 +97,12 @@ def equations_of(batches: Iterable[Rows], has_bias: bool) -> NormalEquations:
     return reduce(operator.add, rows)
 
 
-def images_apart(batches: Iterable[Tensor]) -> Iterator[tuple[Tensor, bool]]:
+def images_of(batch: Any) -> Tensor:
+    """The images (B, channels, rows, columns) of a batch, which they are or which begins with them."""
+    return batch if isinstance(batch, Tensor) else batch[0]
+
+
+def images_apart(batches: Iterable[Any]) -> Iterator[tuple[Tensor, bool]]:
     """Of batches (B, ...) the images that are fitted, and of all every fourth, which is kept aside, each by themselves
     and with whether they are.
 
@@ -105,7 +110,7 @@ def images_apart(batches: Iterable[Tensor]) -> Iterator[tuple[Tensor, bool]]:
         ValueError: There are fewer than four images, when they are all given.
     """
     first = 0
-    for images in batches:
+    for images in map(images_of, batches):
         is_aside = torch.arange(first, first + len(images)) % ASIDE == ASIDE - 1
         first += len(images)
         for aside in (False, True):

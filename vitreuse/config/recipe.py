@@ -105,7 +105,9 @@ class TrainConfig:
     seed: int = setting("of the weights, the order and every augmentation", 0, minimum=0, maximum=2**64 - 1)
     epochs: int = setting("passes over the training set", above=0, maximum=1_000_000)
     global_batch_size: int = setting("images per optimizer step, over all ranks", above=0)
-    accumulation_steps: int = setting("pieces in which a rank computes its share of a step", 1, above=0)
+    accumulation_steps: int = setting(
+        "pieces in which a rank computes its share of a step", 1, above=0, changes_run=False
+    )
     repeats: int = setting("repeated augmentation: copies of an image in a batch, fewer images an epoch", 1, above=0)
     device: str = setting("auto takes cuda where there is one", "auto", choices=DEVICES, changes_run=False)
     strategy: str = setting(
@@ -129,7 +131,9 @@ class TrainConfig:
     tf32: bool = setting("float32 products and convolutions of CUDA in TF32, with 10 bits of mantissa", False)
     cudnn_benchmark: bool = setting("cuDNN times its convolutions and takes the fastest, which may differ", False)
     compile: bool = setting("torch.compile the model", False)
-    grad_checkpointing: bool = setting("recompute activations in the backward pass to save memory", False)
+    grad_checkpointing: bool = setting(
+        "recompute activations in the backward pass to save memory", False, changes_run=False
+    )
     optimizer: OptimizerConfig = setting("optimizer")
     schedule: ScheduleConfig = setting("learning rate over the run")
     loss: LossConfig = setting("loss")
@@ -148,7 +152,9 @@ class TrainConfig:
     ema: EmaConfig | None = setting("moving average of the weights", None)
     clip: ClipConfig | None = setting("gradient clipping", None)
     checkpoint: CheckpointConfig = setting("checkpoints")
-    max_skipped_steps: int = setting("steps in a row without a finite loss and gradient before giving up", 5, above=0)
+    max_skipped_steps: int = setting(
+        "steps in a row without a finite loss and gradient before giving up", 5, above=0, changes_run=False
+    )
     log_every_steps: int = setting("steps between two step records in metrics.jsonl", 10, above=0, changes_run=False)
     ledger: bool = setting("write the sample keys of every step to ledger.jsonl", False, changes_run=False)
     profile: ProfileConfig | None = setting("a trace of some steps", None, changes_run=False)
@@ -162,6 +168,7 @@ class TrainConfig:
             raise ConfigError("crop and affine: give at most one of the two, the other null.")
         if self.augment_on is not None and self.crop is None:
             raise ConfigError(f"augment_on {self.augment_on!r} has no effect without train.crop: leave it out.")
+        self._check_rates()
         warmup = self.schedule.warmup_epochs
         self._check_share(warmup, f"schedule.warmup_epochs {warmup:g} leaves nothing of {self.epochs} epochs")
         if self.resolution is not None:
@@ -202,6 +209,18 @@ class TrainConfig:
                 f"distill.kind 'features' compares the tokens of two models at one size, by no label, and excludes "
                 f"{setting_name}: leave that out, or choose another kind."
             )
+
+    def _check_rates(self) -> None:
+        """Refuses a rate that would rise over the run, or fall in the warm-up, as that of a recipe under another lr."""
+        schedule, lr = self.schedule, self.optimizer.lr
+        given = {"min_lr": schedule.min_lr}
+        if schedule.warmup_epochs or schedule.warmup_steps:
+            given["warmup_lr"] = schedule.warmup_lr
+        for name, rate in given.items():
+            if rate > lr:
+                raise ConfigError(
+                    f"schedule.{name} {rate:g} is above optimizer.lr {lr:g}: lower it, or raise the rate."
+                )
 
     def _check_share(self, epochs: float, what_is_left: str) -> None:
         """Refuses a phase of a run that takes all of its epochs."""

@@ -7,7 +7,7 @@ that a search can go through the layers one by one. The metrics, all for one ima
              nothing is timed here, so that the same costs give the same answer
     memory   bytes that a training step in float32 keeps for its backward pass; those of inference are no sum, since
              one layer's memory is free again in the next
-    bytes    of the weights in a file, in the model's own dtype
+    bytes    of the weights in a file, in float32
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ import torch
 from vitreuse.cost.macs import count_macs, count_params
 from vitreuse.model.create import create_model
 from vitreuse.model.keywords import mlp_ratio
+from vitreuse.plan.options import PLAN_KEYWORDS
 
 PARTS = ("width", "mlp")  # of a model that may grow
 LARGEST = 8  # times what the model has; most plans save less
@@ -41,7 +42,8 @@ def describe(
         ValueError: A wrong plan or an unknown model.
     """
     model = model_on_meta(name, plan, image_size, {**(shape or {}), **(keywords or {})})
-    exact = model_on_meta(name, f"exact*{len(model.plan)}", image_size, shape)
+    plain = {key: value for key, value in (shape or {}).items() if key not in PLAN_KEYWORDS}
+    exact = model_on_meta(name, f"exact*{len(model.plan)}", image_size, plain)
     macs, exact_macs = count_macs(model, theoretical=True), count_macs(exact, theoretical=True)
     total, exact_total = sum(macs.values()), sum(exact_macs.values())
     params, exact_params = count_params(model), count_params(exact)

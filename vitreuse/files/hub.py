@@ -34,13 +34,12 @@ def plan_text(model: Any) -> str | None:
     return str(cut_plan(model.plan, model.patch_embed.num_patches)) if hasattr(model, "plan") else None
 
 
-def save_hub_folder(model: Any, folder: Path, crop_pct: float | None = None, training: str | None = None) -> None:
+def save_hub_folder(model: Any, folder: Path, training: str | None = None) -> None:
     """Writes a model's configuration and weights, the weights first; each file is whole or not there.
 
     Args:
         model: One of timm's or ours, made by timm.create_model.
         folder: For the two files; made where it is missing.
-        crop_pct: Share of the resized image that evaluation crops, where it is not the model's own.
         training: What is to be known of how far the model was trained, where that is not to its end.
 
     Raises:
@@ -51,8 +50,7 @@ def save_hub_folder(model: Any, folder: Path, crop_pct: float | None = None, tra
     labels = {LABEL_NAMES: names_of(model), "pretrained_cfg": {LABEL_NAMES: None}}  # once
     with TemporaryDirectory() as temporary:  # timm's function takes a path alone
         path = Path(temporary, CONFIG)
-        images = preprocessing(model, crop_pct)
-        save_config_for_hf(model, str(path), model_config=labels, model_args=plan, data_config=images)
+        save_config_for_hf(model, str(path), model_config=labels, model_args=plan, data_config=preprocessing(model))
         config = path.read_bytes()
     if training is not None:
         config = (json.dumps({**json.loads(config), "training": training}, indent=2) + "\n").encode()
@@ -61,10 +59,10 @@ def save_hub_folder(model: Any, folder: Path, crop_pct: float | None = None, tra
     write_durably(folder / CONFIG, config)
 
 
-def preprocessing(model: Any, crop_pct: float | None = None) -> dict[str, Any]:
-    """Size and statistics of a model's images and how evaluation crops them, by its own share of them or another."""
+def preprocessing(model: Any) -> dict[str, Any]:
+    """Size and statistics of a model's images and how evaluation crops them."""
     settings = image_settings(model)
-    return {key: settings[key] for key in ("input_size", *PREPROCESSING)} | ({"crop_pct": crop_pct} if crop_pct else {})
+    return {key: settings[key] for key in ("input_size", *PREPROCESSING)}
 
 
 def model_weights(model: Any, training: str | None = None) -> bytes:

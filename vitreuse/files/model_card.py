@@ -27,13 +27,11 @@ class Provenance:
 
     Attributes:
         name: For the title of its card.
-        crop_pct: Share of the resized image that evaluation crops, where it is not the model's own.
         accuracy: One line, where it is known.
         training: How far it was trained, where that is not to the end: for the card and the metadata of every file.
     """
 
     name: str
-    crop_pct: float | None = None
     accuracy: str | None = None
     training: str | None = None
 

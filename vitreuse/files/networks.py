@@ -46,11 +46,6 @@ class Target:
         """Whether it is the name of a model alone, without an experiment or a folder that would know its weights."""
         return self.config is None and self.hub_dir is None
 
-    @property
-    def crop_pct(self) -> float | None:
-        """The share of the resized image that the evaluation of an experiment crops; None for the model's own."""
-        return None if self.config is None else self.config.eval.crop_pct
-
     def at(self, image_size_px: int | None) -> Target:
         """The same network built for another image size; itself where none is given."""
         return self if image_size_px is None else replace(self, model=resized(self.model, image_size_px))
@@ -58,20 +53,22 @@ class Target:
     def load(self, checkpoint: Path | None = None) -> nn.Module:
         """The model with the weights of a file; by default those a run left, its newest checkpoint, or a hub folder's.
 
-        It is told the names of its classes, where the file has them.
+        It is told the names of its classes, where the file has them, and how its run crops images to evaluate it.
 
         Raises:
             ValueError: There are no weights, or they are another model's.
         """
         path = checkpoint or self._own_weights()
         weights = read_weights(path)
-        model = (self.model if checkpoint is None else self._with_classes_of(weights)).create()
+        model: Any = (self.model if checkpoint is None else self._with_classes_of(weights)).create()
         try:
             report = load_checkpoint(model, weights)
             _refuse_plain(report)
         except ValueError as error:
             raise ValueError(f"{path} does not fit {self.model.name}: {error}") from error
         name_classes(model, read_names(path))
+        if self.config is not None and self.config.eval.crop_pct is not None:
+            model.pretrained_cfg["crop_pct"] = self.config.eval.crop_pct
         if said := [*report.said(model), *([self.unfinished] if checkpoint is None and self.unfinished else ())]:
             print_note(f"{path}: {'; '.join(said)}.")
         return model

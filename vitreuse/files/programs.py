@@ -97,7 +97,7 @@ def export(
     if "safetensors" in formats:
         contents[WEIGHTS] = model_weights(model, known.training)
     if "hub" in formats:
-        save_hub_folder(model, folder, known.crop_pct, known.training)
+        save_hub_folder(model, folder, known.training)
         macs = torch_flops(in_export_form(model), example(model, 1))[""] // 2
         contents[README] = model_card(model, known, macs).encode()
     for file, content in contents.items():
@@ -113,7 +113,7 @@ def programs(
         require_onnx(model)
     program = trace(fold(model) if folds else model, len(next(iter(batches))) + 1)
     facts = {"name": model.pretrained_cfg["architecture"], "plan": plan_text(model) or ""}
-    facts["preprocessing"] = json.dumps(preprocessing(model, known.crop_pct))
+    facts["preprocessing"] = json.dumps(preprocessing(model))
     facts |= {"training": known.training} if known.training is not None else {}
     class_names = names_of(model)
     facts |= {LABEL_NAMES: pack_names(class_names)} if class_names is not None else {}

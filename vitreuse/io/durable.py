@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
@@ -12,6 +13,10 @@ from typing import Any, BinaryIO
 
 import torch
 
+from vitreuse.io.process import print_note
+
+NOT_KNOWN = (errno.EINVAL, errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # of what a file system lacks
+LOCK_FILE = ".lock"  # of a folder that one process fills at a time
 TEMPORARY_FILES = ".*.tmp"  # glob pattern of what durable_file leaves where its process is killed
 
 
@@ -19,9 +24,16 @@ TEMPORARY_FILES = ".*.tmp"  # glob pattern of what durable_file leaves where its
 def durable_file(path: Path) -> Iterator[BinaryIO]:
     """A file to write, which takes the place of ``path`` at the end: temporary name, fsync, rename.
 
+    A link leads to the file that is replaced; what is no file, such as a device or a pipe, is written into.
+
     Raises:
         OSError: It cannot be written, on a full disk say; what was there before is untouched.
     """
+    path = path.resolve() if path.is_symlink() else path
+    if path.exists() and not path.is_file() and not path.is_dir():
+        with open(path, "wb") as file:
+            yield file
+        return
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -52,12 +64,12 @@ def write_durably(path: Path, content: bytes) -> None:
 
 
 def refuse_filled(folder: Path) -> None:
-    """Refuses a place for a new folder where something is already.
+    """Refuses a place for a new folder where something is already, but for a lock.
 
     Raises:
         ValueError: It is a file, or a folder that is not empty.
     """
-    if folder.is_dir() and (held := next(folder.iterdir(), None)) is not None:
+    if folder.is_dir() and (held := next((path for path in folder.iterdir() if path.name != LOCK_FILE), None)):
         raise ValueError(f"{folder} holds {held.name} already: give a folder that is new or empty.")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file: give a folder that is new or empty.")
@@ -85,10 +97,13 @@ def durable_folder(path: Path) -> Iterator[Path]:
 
 
 def sync(path: Path) -> None:
-    """Waits until a file's content, or a folder's list of names, is on the disk."""
+    """Waits until a file's content, or a folder's list of names where its file system can, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NOT_KNOWN or not path.is_dir():
+            raise
     finally:
         os.close(descriptor)
 
@@ -97,7 +112,8 @@ def sync(path: Path) -> None:
 def exclusive_lock(path: Path, wait: bool = False) -> Iterator[None]:
     """Holds a lock file against other processes inside the block.
 
-    A POSIX lock: forked workers do not share it, and a dead process does not keep it.
+    A POSIX lock: forked workers do not share it, and a dead process does not keep it. Where a file system has none, a
+    note says so and nothing is held.
 
     Raises:
         BlockingIOError: Another process holds it, and it is not to wait.
@@ -105,7 +121,12 @@ def exclusive_lock(path: Path, wait: bool = False) -> Iterator[None]:
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
     try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in NOT_KNOWN:
+                raise
+            print_note(f"{path.parent} lies on a file system without locks: let one process at a time write there.")
         yield
     finally:
         os.close(descriptor)

@@ -152,4 +152,6 @@ def _difference(copy: Any, model: Any) -> float:
     images = torch.randn(size, generator=torch.Generator().manual_seed(0)).to(next(model.parameters()))
     with evaluating(model):
         expected, found = model(images), copy(images)
+        if not expected.any():  # by a head that begins with zeros
+            expected, found = model.forward_features(images), copy.forward_features(images)
     return float((found - expected).abs().max() / expected.abs().max())

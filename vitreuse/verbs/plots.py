@@ -4,24 +4,33 @@ They are made without pyplot, which keeps global state. matplotlib is an extra, 
 """
 
 import io
+from itertools import cycle
 from typing import Any
 
 from vitreuse.cost.plan_costs import METRICS
 from vitreuse.io.file_names import for_picture
 
+SHAPES = {"chosen": "D", "searched": "D", "constant merging": "s"}  # of points; presets have the others in turn
+OTHER_SHAPES = "o^vPX"
+
 
 def front_plot(result: dict[str, Any]) -> bytes:
-    """What ``vitreuse search`` found as a PNG: the forecast front as a line, what was measured as points by name."""
+    """What ``vitreuse search`` found as a PNG: the forecast front as a line, what was measured as points, full where
+    layers are fitted or the plan is the one that is handed over."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     front = result["front"]
     axes.plot([row["share"] for row in front], [row["damage"] for row in front], ".-", color="#0072B2", zorder=2)
-    points = result["audited"]
+    points, others = result["audited"], cycle(OTHER_SHAPES)
     for name, row in points.items():
-        axes.plot(row["share"], row["distance"], "D" if name == "chosen" else "o", color="#D55E00", zorder=3)
-        axes.annotate(name, (row["share"], row["distance"]), (6, 4), textcoords="offset points", fontsize=9)
+        kind = name.removesuffix(", fitted")
+        shape = SHAPES[kind] if kind in SHAPES else next(others)
+        face = "#D55E00" if kind != name or name == "chosen" else "none"
+        label = f"chosen: {for_picture(result['delivered']['name'])}" if name == "chosen" else name
+        axes.plot(row["share"], row["distance"], shape, color="#D55E00", markerfacecolor=face, label=label, zorder=3)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
     axes.axvline(result["budget"], color="0.6", linewidth=0.8, linestyle="--")
     distances = [*(row["damage"] for row in front), *(row["distance"] for row in points.values())]
     smallest = min((distance for distance in distances if distance > 1e-6), default=1.0)

@@ -105,8 +105,9 @@ def show() -> None:
             sizes[size_px] = rows
     if sizes:
         what = "DINOv2 ViT-S/14 under plans, without a gradient step; 25 photographs that chose nothing. Float32"
-        where = f"{machine['threads']} threads, {machine['device']}, {machine['date']}."
         lines = list(read_lines(searched.SEARCHED).values())
+        dates = sorted({machine["date"], *(line["machine"]["date"] for line in lines)})
+        where = f"{machine['threads']} threads, {machine['device']}, {' to '.join(dates)}."
         figures.headline_figure(sizes, lines, f"{what}, {where}", HERE / "headline.png")
     write_durably(HERE / "results.md", "\n".join(["# DINOv2 ViT-S/14 without any training\n", *tables]).encode())
     figures.saliency_figure(ATTENTION_PLAN, HERE / "saliency.png")

@@ -50,6 +50,7 @@ NUM_IMAGES = {224: (256, 32), 518: (56, 8)}  # fitted, and tried
 BATCH = {224: 16, 518: 4}
 WORDS = (EXACT, Spec("none"), Spec("linear"), Spec("skip"))
 MINUTES = 10.0
+RIVALS = ("linear layers in the middle", "units by norms")
 TEXTURES = ("brick", "grass", "gravel")
 COLUMNS = (
     Column("share", "MACs of constant merging", ".2f"),
@@ -129,11 +130,16 @@ def rivals(space: Space, latency: PlanCosts, most: int) -> dict[str, tuple[Plan,
     ranges = (range(max(1, middle - count // 2), middle - count // 2 + count) for count in range(1, space.depth - 1))
     linear = (Plan(tuple(Spec("linear") if n in chosen else EXACT for n in range(space.depth))) for chosen in ranges)
     cut = (Plan((space.spec(EXACT, hidden=hidden),) * space.depth) for hidden in space.hidden[1:])
-    for name, plans, is_fitted in (("linear layers in the middle", linear, True), ("units by norms", cut, False)):
+    for name, plans, is_fitted in zip(RIVALS, (linear, cut), (True, False), strict=True):
         fitting = next((plan for plan in plans if latency.of(plan) <= most), None)
         if fitting is not None:
             found[name] = (fitting, is_fitted)
     return found
+
+
+def names_of(line: Line) -> set[str]:
+    """What the rows of a line are called."""
+    return {row["name"] for row in line["rows"]}
 
 
 def _made(original: Any, plan: Plan, is_fitted: bool, fitted: Images) -> Any:
@@ -201,10 +207,12 @@ def show() -> None:
             for row in (*line["rows"], *healed.get((size_px, line["plan"]), {"rows": []})["rows"])
         ]
         machine = lines[-1]["machine"]
+        slow = [f"{name} at {line['plan']}" for line in lines for name in RIVALS if name not in names_of(line)]
         caption = (
             f"{size_px} px: 100 x (1 - cosine) of class / patch tokens to the original's. {machine['device']}, "
             f"{machine['threads']} threads, float32, batch {SPEED_BATCH[size_px]}, {machine['date']}. Forecasts of "
             "plans that merge far more in a layer than was tried are much too high."
         )
+        caption += f" No plan is as fast: {', '.join(slow)}." if slow else ""
         tables.append(to_markdown(rows, COLUMNS, caption))
     write_durably(HERE / "searched.md", "\n".join(["# Searched plans\n", *tables]).encode())

@@ -1,10 +1,10 @@
-"""What each change of a layer does to the answers, at several numbers of tokens left, and the forecast for a plan.
+"""What each change of a layer does to the answers, by the tokens that are left, and the forecast for a plan.
 
-A change is tried alone, in a model that is exact but for merges in the layers before it, which leave so many tokens:
-its damage is how much farther the answers are with it than without. Between the numbers that were tried damages are
-interpolated, on logarithmic scales. The forecast of a plan is the sum over its changes; where answers are tokens, whose
-cosines end at 0, each change takes its part of what the others leave: 1 - (1 - d1) (1 - d2) ..., and what is added up
-is -log(1 - d).
+A change is tried alone: its damage is how much farther the answers are with it than without. Merges, whose damage
+depends most on the tokens before them, are tried with all of them and with half, which merges in earlier layers leave,
+and between the two interpolated on logarithmic scales; all else is tried with all tokens. The forecast of a plan is the
+sum over its changes; where answers are tokens, whose cosines end at 0, each change takes its part of what the others
+leave: 1 - (1 - d1) (1 - d2) ..., and what is added up is -log(1 - d).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from vitreuse.compress.search.space import Space
 from vitreuse.compress.search.trials import Standing, Trials
 from vitreuse.io.progress import WorkProgress
 from vitreuse.plan import EXACT, Plan, Spec
-from vitreuse.plan.language import ON_GRID, WHOLE
+from vitreuse.plan.language import WHOLE
 
 SHARES_LEFT = (1.0, 0.5)  # of the patch tokens, at which merges are tried; other changes depend little on them
 KEPT_IN_LAYER = 0.8  # of the tokens, the least in each layer before: more haste spoils what is measured behind it
@@ -228,7 +228,7 @@ def _changes(space: Space, layer: int, patches: int) -> Iterator[tuple[str, Any,
     for spec in space.whole_words:
         yield "whole", (layer, spec), spec
     for spec in space.attention_words:
-        if spec.word in ("none", *ON_GRID):
+        if spec != EXACT and spec.word != "reuse":  # a reading is of an anchor, see _readings
             yield "attention", Change(layer, spec), spec
     for hidden in _hidden_tried(space):
         yield "hidden", (layer, hidden), space.spec(EXACT, hidden=hidden)

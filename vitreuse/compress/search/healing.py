@@ -1,4 +1,4 @@
-"""What healing is worth for a converted model: a short one, measured on images that it never saw.
+"""A converted model healed for some minutes, and what that is worth, measured on images that it never saw.
 
 The recipe of a run of train.heal is the user's to choose; this is AdamW at a constant rate after ten steps of warm-up,
 on images as they are and mirrored in turns, with the original as the teacher. Three rates are tried, each for a tenth
@@ -9,7 +9,7 @@ is left as it is.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import count
@@ -28,11 +28,11 @@ WARMUP_STEPS = 10
 
 
 @dataclass(frozen=True)
-class Expected:
+class Regained:
     """What a short healing did.
 
     Attributes:
-        rate: The learning rate that did best on the images that plans were tried on.
+        rate: The learning rate that did best on the images that it was chosen on.
         num_steps: How many steps were made at it.
         seconds: How long they took.
         before: How far the answers were from the original's on images that nothing was chosen on, see output_distance.
@@ -46,33 +46,6 @@ class Expected:
     after: float
 
 
-def expected_of_healing(
-    original: Any,
-    converted: Any,
-    fitted: Iterable[Tensor],
-    tried: Iterable[Tensor],
-    shown: Callable[[], Iterable[tuple[Tensor, Tensor]]],
-    minutes: float,
-    batch_size: int,
-) -> Expected:
-    """Heals a converted model for so many minutes at the best of three rates, after a trial of each.
-
-    Args:
-        original: One of ours, in evaluation mode.
-        converted: What became of it, which stays as it is.
-        fitted: Batches of images (B, channels, rows, columns) to learn from, which are gone over again and again.
-        tried: Batches on which the rate is chosen.
-        shown: Gives batches of images and labels that nothing was chosen on, from the first on.
-        minutes: At the best rate.
-        batch_size: Images of a step, at most.
-    """
-    best = heal_for(original, converted, fitted, tried, minutes, batch_size)
-    before, after = (
-        mean_distance(original, model, (batch for batch, _ in shown())) for model in (converted, best.model)
-    )
-    return Expected(best.rate, best.num_steps, best.seconds, before, after)
-
-
 @torch.inference_mode(False)
 def heal_for(
     original: Any,
@@ -82,13 +55,35 @@ def heal_for(
     minutes: float,
     batch_size: int,
 ) -> Pupil:
-    """A copy of a converted model, healed for so many minutes at the best of three rates; see expected_of_healing."""
+    """A copy of a converted model, healed for so many minutes at the best of three rates, after a trial of each.
+
+    Args:
+        original: One of ours, in evaluation mode.
+        converted: What became of it, which stays as it is.
+        fitted: Batches of images (B, channels, rows, columns) to learn from, which are gone over again and again.
+        tried: Batches on which the rate is chosen.
+        minutes: At the best rate.
+        batch_size: Images of a step, at most.
+
+    Raises:
+        ValueError: A model is not in float32, in which small steps are not lost.
+    """
+    for model in (converted, original):
+        if (dtype := next(model.parameters()).dtype) != torch.float32:
+            raise ValueError(f"a model is in {dtype}: heal in float32, as model.float().")
     pupils = [Pupil(original, converted, rate, mirrored_in_turns(fitted, batch_size)) for rate in RATES]
     for pupil in pupils:
         pupil.heal(60 * minutes * SHORT)
     best = min(pupils, key=lambda pupil: mean_distance(original, pupil.model, tried))
+    pupils.clear()  # with what their optimizers keep
     best.heal(60 * minutes * (1 - SHORT))
     return best
+
+
+def regained(original: Any, converted: Any, pupil: Pupil, shown: Iterable[Tensor]) -> Regained:
+    """What a healing did, on batches of images that nothing was chosen on."""
+    before, after = (mean_distance(original, model, shown) for model in (converted, pupil.model))
+    return Regained(pupil.rate, pupil.num_steps, pupil.seconds, before, after)
 
 
 class Pupil:
@@ -102,7 +97,7 @@ class Pupil:
     """
 
     def __init__(self, original: Any, converted: Any, rate: float, batches: Iterator[Tensor]) -> None:
-        self.original, self.model, self.rate, self._batches = original, deepcopy(converted).eval(), rate, batches
+        self.original, self.model, self.rate, self._batches = original, _trainable(converted), rate, batches
         self.num_steps, self.seconds = 0, 0.0
         self._optimizer = torch.optim.AdamW(self.model.parameters(), lr=rate, weight_decay=0.0)
         self._warming = torch.optim.lr_scheduler.LambdaLR(
@@ -129,6 +124,11 @@ class Pupil:
         self._optimizer.zero_grad()
         self._warming.step()
         self.num_steps += 1
+
+
+def _trainable(converted: Any) -> Any:
+    """A copy in evaluation mode, all of whose parameters are trained, whatever those of the model are."""
+    return deepcopy(converted).eval().requires_grad_()
 
 
 def mirrored_in_turns(batches: Iterable[Tensor], batch_size: int) -> Iterator[Tensor]:

@@ -11,23 +11,28 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+import vitreuse
 from vitreuse.attention import EMPTY_CARRY, Carry
+from vitreuse.compress.closed_form import bias_before
 from vitreuse.compress.fidelity import answer_of_tokens, output_distance
 from vitreuse.compress.search.pieces import Pieces
 from vitreuse.io.durable import write_durably
 from vitreuse.model.block import all_tokens
 from vitreuse.model.class_names import has_classes
+from vitreuse.model.keywords import read_keywords
 from vitreuse.plan import Plan
+
+WORST = 1e6  # a distance beyond all others, of answers that are no numbers
 
 
 class State(NamedTuple):
@@ -132,7 +137,8 @@ class Trials:
         return torch.cat(distances), by_layer
 
     def _learn(self, text: str, distances: Tensor, begun: float) -> None:
-        self.known[text] = trial = Trial(float(distances.double().mean()), time.monotonic() - begun)
+        mean = float(distances.double().mean())
+        self.known[text] = trial = Trial(mean if math.isfinite(mean) else WORST, time.monotonic() - begun)
         if self.path is not None:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"plan": text, **trial._asdict()}) + "\n")
@@ -146,6 +152,8 @@ def _run(pieces: Pieces, model: Any, plan: Plan, first: int, state: State) -> tu
     for layer in range(first, len(plan)):
         passed.append(State(tokens, carry, grid))
         mean = pieces.mean_before(layer, plan[layer])
+        if mean is not None and bias_before(model, layer) is None:
+            mean = None  # nothing of this plan could carry it
         if layer == len(plan) - 1 and reads_class_rows:
             rows = model.num_class_rows
         tokens, carry = model.blocks[layer](tokens if mean is None else tokens + mean, carry, grid, rows)
@@ -178,7 +186,9 @@ def begin_trials(path: Path, original: Any, fitted: Iterable[Tensor], tried: Ite
     """
     weights = (value for _, value in sorted(original.state_dict().items()))
     about = {"weights": digest(weights), "fitted": digest(fitted), "tried": digest(tried), "rows": rows}
-    about["vitreuse"] = version("vitreuse")  # another one may fit otherwise
+    about["vitreuse"] = vitreuse.__version__  # another one may fit otherwise
+    name, keywords = read_keywords(original)
+    about["model"] = f"{name}, {keywords}, classes: {has_classes(original)}"
     line = json.dumps(about)
     first = path.read_text(encoding="utf-8").partition("\n")[0] if path.exists() else ""
     if first and first != line:

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
+from vitreuse.attention.costs import cost_key, measured_on
 from vitreuse.compress.convert import take_into
 from vitreuse.compress.search import Found, Space
 from vitreuse.compress.search.audit import audit, batch_of
@@ -71,7 +72,8 @@ class Measured:
             }
             for name, plan in plans.items()
         }
-        return {"audited": rows, "batch_size_timed": batch_of(self.original)}
+        costs_of = None if latency is None else _measured_on(latency)
+        return {"audited": rows, "batch_size_timed": batch_of(self.original), "costs_of": costs_of}
 
     def _measured_share(self, model: Any, speedup: float) -> float:
         """What a model costs as it stands, as a share of the original; its time, of the best plain model's."""
@@ -89,14 +91,24 @@ class Measured:
             return None
 
     def _presets(self) -> dict[str, Plan]:
-        """The presets that the words can spell, with the words' own numbers."""
+        """The presets but merging that the words can spell, with the words' own numbers."""
         own = {spec.word: spec for spec in reversed(self.space.words)}
-        plans = {method: preset_plan(method, self.space.depth, self.space.num_patches) for method in PRESETS}
+        plans = {
+            method: preset_plan(method, self.space.depth, self.space.num_patches)
+            for method in PRESETS
+            if method != "merge"
+        }
         return {
             method: Plan(tuple(own[spec.word] for spec in plan))
             for method, plan in plans.items()
-            if all(spec.word in own and not spec.merged for spec in plan)
+            if all(spec.word in own for spec in plan)
         }
+
+
+def _measured_on(costs: PlanCosts) -> str:
+    """What device, and when, times were measured on by which plans' times are predicted."""
+    conditions = costs.conditions
+    return measured_on(cost_key(conditions.device.type, conditions.dtype, False))
 
 
 def plain_model_of(original: Any, fused: bool) -> Any:

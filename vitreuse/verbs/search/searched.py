@@ -17,28 +17,17 @@ from vitreuse.compress.search import Candidate, Found, Space, least_cost
 from vitreuse.compress.search import search as find_plan
 from vitreuse.compress.search.audit import batch_of
 from vitreuse.compress.search.delivery import Delivery, deliveries, nearest
-from vitreuse.compress.search.healing import Expected, expected_of_healing
+from vitreuse.compress.search.healing import Regained, heal_for, regained
 from vitreuse.cost.plan_costs import METRICS, PlanCosts
-from vitreuse.data.samples import Images, images_for, num_shown
 from vitreuse.io.tables import Shown
 from vitreuse.model.copies import exact_copy, seeded
-from vitreuse.model.keywords import architecture
+from vitreuse.model.keywords import architecture, layers_of
 from vitreuse.plan import EXACT, Plan
 from vitreuse.verbs.plots import front_plot
 from vitreuse.verbs.search.measured import Measured
 from vitreuse.verbs.search.table import table
+from vitreuse.verbs.split import Split, split_apart
 from vitreuse.verbs.words import SearchWords
-
-LEAST_IMAGES = 6
-LEAST_TRIED, MOST_TRIED, PATCHES_TRIED = 8, 32, 8192  # images on which plans are tried, and their patches together
-
-
-class Split(NamedTuple):
-    """Images that share none: layers are fitted on some, plans tried on others, and nothing is chosen on the last."""
-
-    fitted: Images
-    tried: Images
-    shown: Images
 
 
 @dataclass(frozen=True)
@@ -84,12 +73,12 @@ class Searched(Shown):
         """The front by forecast and what was measured, as a PNG."""
         return front_plot(self.facts)
 
-    def expected_of_healing(self, minutes: float) -> Expected:
+    def expected_of_healing(self, minutes: float) -> Regained:
         """What healing so long regains, measured on copies: a tenth of it at each of three learning rates, then on to
         all of it at the best one."""
         original, (fitted, tried, shown) = self.conversion.original, self.split
-        size = 2 * batch_of(original)
-        return expected_of_healing(original, self.model, fitted, tried, shown.labelled, minutes, size)
+        pupil = heal_for(original, self.model, fitted, tried, minutes, 2 * batch_of(original))
+        return regained(original, self.model, pupil, shown)
 
 
 @torch.inference_mode(False)
@@ -180,39 +169,13 @@ class _Aim(NamedTuple):
 def _refuse_odd(model: Any, budget: float, metric: str, minutes: float) -> None:
     """Raises ValueError for a model that cannot be searched, and arguments that are none of their kind."""
     refuse_other_layers(model)
+    layers_of(model)  # raises for what no plan can be laid over
     if not 0 < budget <= 1:
         raise ValueError(f"{budget} is no share of an exact model's cost: give a number above 0, up to 1.")
     if not 0 <= minutes < math.inf:
         raise ValueError(f"{minutes} is no time in minutes: give a number, 0 or more.")
     if metric not in METRICS:
         raise ValueError(f"{metric!r} is no metric: give one of {', '.join(METRICS)}.")
-
-
-def split_apart(model: Any, given: Any, shown: Any, seed: int) -> Split:
-    """Three parts of images, the last one of them only where no others are to be shown.
-
-    Raises:
-        ValueError: There are too few, or they are not as the model takes them.
-    """
-    images = images_for(model, given)
-    size = next(iter(images)).shape[-2:]
-    if tuple(size) != tuple(model.patch_embed.img_size):  # of a dynamic model
-        built, asked = (" x ".join(map(str, each)) for each in (model.patch_embed.img_size, size))
-        raise ValueError(
-            f"images are {asked} and the model was built for {built}, for which its costs are: create it with "
-            f"img_size=({', '.join(map(str, size))})."
-        )
-    total = len(images)
-    if total < LEAST_IMAGES:
-        given_number = f"{total} images are given, and a search needs {LEAST_IMAGES}"
-        raise ValueError(f"{given_number}, to fit, to try and to show: give more.")
-    enough = max(LEAST_TRIED, PATCHES_TRIED // model.patch_embed.num_patches)
-    tried = min(enough, MOST_TRIED, total // 4)
-    if shown is not None:
-        fitted, trying = images.parts(total - tried, tried, seed=seed)
-        return Split(fitted, trying, images_for(model, shown))
-    kept = num_shown(total)
-    return Split(*images.parts(total - tried - kept, tried, kept, seed=seed))
 
 
 def _found(found: Found, exact: int) -> dict[str, Any]:

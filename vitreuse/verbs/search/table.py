@@ -65,12 +65,16 @@ def _sentences(result: dict[str, Any]) -> list[str]:
     elif not result["minutes"]:
         how = "no minutes were given to improve it"
     start, delivered = result["start"], result["delivered"]
-    healing = [_of_healing(result["healing"])] if "healing" in result else []
+    healing = [of_healing(result["healing"])] if "healing" in result else []
     over = []
     if round(chosen["measured_share"], 2) > result["budget"]:
         over = [f"over the budget of {result['budget']:g}: {chosen['measured_share']:.3f} of the {metric} as it is"]
+    predicted = []
+    if result["costs_of"] is not None:
+        predicted = [f"times are predicted by those of {result['costs_of']}: vitreuse tune measures another device"]
     return [
         ESTIMATES,
+        *predicted,
         f"chosen: {', '.join(said)} over {found['num_images']:,} images on which nothing was chosen, "
         f"{chosen['speedup']:.2f} times as fast as the best plain model in batches of {result['batch_size_timed']}",
         f"distance of answers on the images that plans were tried on: {start['distance']:.3g} for the best of the "
@@ -81,7 +85,7 @@ def _sentences(result: dict[str, Any]) -> list[str]:
     ]
 
 
-def _of_healing(healing: dict[str, Any]) -> str:
+def of_healing(healing: dict[str, Any]) -> str:
     """What a short healing regained."""
     share = 100 * (1 - healing["after"] / max(healing["before"], sys.float_info.min))
     regained = f"regained {share:.0f} % of the distance" if share > 0 else "regained nothing"
