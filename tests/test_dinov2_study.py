@@ -226,6 +226,26 @@ def test_splits_share_neither_objects_nor_backgrounds():
         assert sum(part.per_object[size_px] * count[part.objects] for part in images.PARTS) == num_images
 
 
+def test_images_to_learn_from_share_nothing(monkeypatch):
+    """Nor does a photograph alone lie behind an object, whatever the draws of the composites were."""
+    lists = {
+        "objects.csv": [{"path": f"o{number}.png", "split": "train"} for number in range(9)],
+        "backgrounds.csv": [{"path": f"b{number}.jpg", "split": "train"} for number in range(5)],
+    }
+    collected = [(f"p{number}", None) for number in range(7)]
+    monkeypatch.setattr(images, "read_list", lists.__getitem__)
+    monkeypatch.setattr(images, "collected_photographs", lambda split, debian: iter(collected))
+    part = images.PARTS[0]
+    names, groups = [f"o{number}" for number in range(9)], [[f"b{n}.jpg" for n in range(5)], [p for p, _ in collected]]
+    drawn = {path: (name, behind) for path, name, behind, _ in images.choices(names, groups, 3, (0, 224, 0))}
+    assert len(drawn) == 27 and {behind for _, behind in drawn.values()} > {"b0.jpg", "p0"}
+    found = images.apart(part, 224, Path())
+    shown = [thing for path in found for thing in drawn.get(path, (Path(path).stem,))]
+    assert len(shown) == len(set(shown)) and {path.split("/")[0] for path in found} > {"photographs", "o0"}
+    for path, things in {**drawn, **{f"photographs/{name}.jpg": (name,) for name, _ in collected}}.items():
+        assert path in found or set(things) & set(shown)  # no more fit in
+
+
 def test_a_file_of_another_version_is_refused(tmp_path):
     (tmp_path / "a.png").write_bytes(b"other")
     with pytest.raises(ValueError, match="and 0123 is pinned: install the pinned version"):

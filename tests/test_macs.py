@@ -38,7 +38,8 @@ def of_modules(counts, modules):
 
 @pytest.mark.parametrize("size", RESOLUTIONS)
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.proof] if "_large_" in name else []) for name in NAMES]
+    "name",
+    [pytest.param(name, marks=[pytest.mark.proof] if "_base_" in name or "_large_" in name else []) for name in NAMES],
 )
 def test_closed_form_equals_both_counters(name, size):
     """Only the patches are really embedded: the meta device can trace all but a convolution."""

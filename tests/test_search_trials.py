@@ -371,6 +371,16 @@ def test_a_short_healing_learns_and_leaves_the_model_as_it_is():
     assert all(torch.equal(before[key], value) for key, value in converted.state_dict().items())
 
 
+def test_healing_that_leads_away_is_not_kept(monkeypatch):
+    """Rates by which nothing can be learned, on images of another kind than those that are looked at."""
+    monkeypatch.setattr("vitreuse.compress.search.healing.RATES", (10.0,))
+    model = original(**KINDS["features"]).float()
+    converted = convert(model, "exact*3 none").model.eval()
+    fitted, tried = ([few.float() for few in batches(*part)] for part in ((12,), (6, 7)))
+    pupil = heal_for(model, converted, fitted, tried, 0.005, 8)
+    assert pupil.num_steps > 1 and mean_distance(model, pupil.model, tried) == mean_distance(model, converted, tried)
+
+
 def test_images_to_heal_on_are_mirrored_every_second_time():
     one, other = torch.arange(6.0).reshape(1, 1, 2, 3), torch.ones(2, 1, 2, 3)
     found = [*islice(mirrored_in_turns([one, other], 2), 5)]

@@ -42,8 +42,8 @@ def heal(original: Any, converted: Any, images: Any, minutes: float = 10.0, show
     """A copy of a converted model that wins back what the conversion cost, with its original as the teacher.
 
     It learns from images without labels for so many minutes, at the best of three rates, each of which is tried for a
-    tenth of the time before. A run of ``python -m train`` with train.heal takes more images than fit into minutes, and
-    labels, augmentation, ranks and annealing.
+    tenth of the time before; what takes it no nearer is not kept. A run of ``python -m train`` with train.heal takes
+    more images than fit into minutes, and labels, augmentation, ranks and annealing.
 
     Args:
         original: A plain ViT of timm, or one of ours whose layers are exact; it stays as it is.

@@ -2,7 +2,7 @@
 
     python -m docs.study.dinov2 --fits
 
-Fitted on images of the training split; none of the tests is looked at before.
+Fitted on images of the training split, no two of which show the same thing; none of the tests is looked at before.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from unittest.mock import patch
 import torch
 
 from docs.study.dinov2.ablation import BATCH_SIZE, IMAGE_SIZE_PX, NUM_IMAGES, distances, with_tokens
-from docs.study.dinov2.measure import TESTS, Line, complete, images_of, read_lines
+from docs.study.dinov2.images import PARTS
+from docs.study.dinov2.measure import TESTS, Line, complete, images_apart, read_lines
 from docs.study.dinov2.packages import HERE
 from docs.study.dinov2.weights import trained
 from eval.table import Column, to_markdown
@@ -34,7 +35,7 @@ from vitreuse.model.plan_weights import Units
 from vitreuse.plan import EXACT, Plan
 
 PLANS = ("exact-16*12", "exact*2 none exact/768*3 exact*2 linear exact/384 skip exact")
-FOLDER, NUM_FITTED = "224/train", 64
+NUM_FITTED = 64
 FITS = HERE / "fits.jsonl"
 
 _observe, _parts_of, _row_weights = closed_form._observe, closed_form._parts_of, closed_form.row_weights
@@ -136,7 +137,7 @@ def made(original: Any, plan: str, variant: Variant, images: list[torch.Tensor])
 def main() -> None:
     """Completes fits.jsonl, a variant a line, and writes fits.md."""
     original = trained(IMAGE_SIZE_PX, global_pool="")
-    images = [images for images, _ in images_of(FOLDER, original, NUM_FITTED).batches(BATCH_SIZE)]
+    images = [images for images, _ in images_apart(PARTS[0], IMAGE_SIZE_PX, original, NUM_FITTED).batches(BATCH_SIZE)]
     batches = {test: with_tokens(original, test) for test in TESTS}
     by_name = {variant.name: variant for variant in VARIANTS}
 
@@ -157,7 +158,7 @@ def main() -> None:
     machine = rows[-1]["machine"]
     caption = (
         f"100 x (1 - cosine) to the original's class / patch tokens at {IMAGE_SIZE_PX} px, means over {NUM_IMAGES} "
-        f"composites and 25 photographs, fitted on {NUM_FITTED} images of {FOLDER}. {machine['device']}, "
+        f"composites and 25 photographs, fitted on {NUM_FITTED} images that share nothing. {machine['device']}, "
         f"torch {machine['torch']}, timm {machine['timm']}, {machine['date']}."
     )
     table = to_markdown(rows, columns, caption)

@@ -22,7 +22,7 @@ import io
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -108,16 +108,50 @@ def composites(
     per_object: int,
     seed: Sequence[int],
 ) -> Iterator[tuple[str, Image.Image]]:
-    """Images of every object by their paths, OBJECT/NUMBER.jpg; the random numbers of each are its own.
+    """Images of every object by their paths, OBJECT/NUMBER.jpg; the random numbers of each are its own."""
+    images = {cutout.name: cutout.image for cutout in cutouts}
+    for path, name, background, rng in choices([*images], groups, per_object, seed):
+        yield path, composite(images[name], background, size_px, rng)
+
+
+def choices(
+    names: Sequence[str], groups: Sequence[Sequence[Any]], per_object: int, seed: Sequence[int]
+) -> Iterator[tuple[str, str, Any, np.random.Generator]]:
+    """Of every composite its path, its object, what is behind it, and the random numbers for all else.
 
     Each group of backgrounds is as likely as another.
     """
-    for number in range(len(cutouts) * per_object):
+    for number in range(len(names) * per_object):
         rng = np.random.default_rng([*seed, number])
-        cutout = cutouts[number // per_object]
-        backgrounds = groups[int(rng.integers(len(groups)))]
-        image = composite(cutout.image, backgrounds[int(rng.integers(len(backgrounds)))], size_px, rng)
-        yield f"{cutout.name}/{number % per_object}.jpg", image
+        name, backgrounds = names[number // per_object], groups[int(rng.integers(len(groups)))]
+        yield f"{name}/{number % per_object}.jpg", name, backgrounds[int(rng.integers(len(backgrounds)))], rng
+
+
+def apart(part: Part, size_px: int, debian: Path) -> list[str]:
+    """Paths of images of a part of which no two show the same object, or the same photograph or drawing behind one.
+
+    What is fitted, what a fit is kept by, and what plans are chosen on share nothing then, however they are dealt out.
+    """
+    names = [Path(line["path"]).stem for line in read_list("objects.csv") if line["split"] == part.objects]
+    drawn = [line["path"] for line in read_list("backgrounds.csv") if line["split"] == part.backgrounds]
+    collected = [name for name, _ in collected_photographs(part.backgrounds, debian)]
+    groups = [group for group in (drawn, collected) if group]
+    shown = [
+        (path, {("object", name), ("behind", behind)})
+        for path, name, behind, _ in choices(names, groups, part.per_object[size_px], part_seed(part, size_px))
+    ]
+    shown += [(f"photographs/{name}.jpg", {("behind", name)}) for name in collected]
+    found, seen = [], set()
+    for path, what in shown:
+        if not seen & what:
+            found.append(path)
+            seen |= what
+    return found
+
+
+def part_seed(part: Part, size_px: int) -> tuple[int, int, int]:
+    """Of the composites of a part at a size."""
+    return SEED, size_px, PARTS.index(part)
 
 
 def central_square(image: Image.Image, size_px: int) -> Image.Image:
@@ -153,7 +187,7 @@ def _write_part(folder: Path, part: Part, size_px: int, debian: Path) -> None:
     backgrounds = [_reduced(read_image(line, debian / line["package"])) for line in lines]
     collected = dict(collected_photographs(part.backgrounds, debian))
     groups = [group for group in (backgrounds, [*collected.values()]) if group]
-    seed = (SEED, size_px, PARTS.index(part))
+    seed = part_seed(part, size_px)
     for name, image in composites(cutouts, groups, size_px, part.per_object[size_px], seed):
         _write(image, folder / name)
     for name, image in collected.items():

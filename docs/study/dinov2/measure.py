@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from docs.study.dinov2.packages import DATA, HERE
+from docs.study.debian import unpack_debian
+from docs.study.dinov2.images import Part, apart
+from docs.study.dinov2.packages import DATA, DEBIAN, HERE
 from docs.study.dinov2.saliency import SaliencyHead, likeness
 from docs.study.dinov2.weights import trained
 from eval.knn import knn_votes
@@ -64,6 +66,16 @@ class Agreement:
 def images_of(folder: str, model: Any, num_images: int = 10**6) -> ImageSample:
     """The images of a folder of the data as inputs of a model."""
     return ImageSample(open_images(DATA / folder, "RGB"), evaluation_transform(model), num_images)
+
+
+def images_apart(part: Part, size_px: int, model: Any, num_images: int) -> ImageSample:
+    """So many images of a part of which no two show the same object, photograph or drawing, drawn as images_of does."""
+    found = images_of(part.folder.format(px=size_px), model)
+    kept = {*apart(part, size_px, unpack_debian(DEBIAN, DATA))}
+    chosen = [number for number in found.numbers if found.dataset.key(number) in kept]
+    drawn = torch.randperm(len(chosen), generator=torch.Generator().manual_seed(0))[:num_images]
+    found.numbers = [chosen[place] for place in drawn.sort().values.tolist()]
+    return found
 
 
 class Original:

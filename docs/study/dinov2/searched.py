@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from docs.study.dinov2.commands import ROOT
+from docs.study.dinov2.images import PARTS
 from docs.study.dinov2.measure import (
     CPU,
     SPEED_BATCH,
@@ -24,6 +25,7 @@ from docs.study.dinov2.measure import (
     Line,
     Original,
     complete,
+    images_apart,
     images_of,
     knn_of,
     read_lines,
@@ -46,7 +48,7 @@ from vitreuse.plan import EXACT, Plan, Spec
 SEARCHED, HEALED = HERE / "searched.jsonl", HERE / "healed.jsonl"
 SHARES = {224: (0.7, 0.6, 0.4), 518: (0.6, 0.5, 0.4, 0.33)}  # of the MACs, at which constant merging sets the time
 WANTED = [(size_px, f"{share:g}") for size_px, shares in SHARES.items() for share in shares]
-NUM_IMAGES = {224: (256, 32), 518: (56, 8)}  # fitted, and tried
+NUM_IMAGES = {224: (240, 32), 518: (56, 8)}  # fitted, and tried
 BATCH = {224: 16, 518: 4}
 WORDS = (EXACT, Spec("none"), Spec("linear"), Spec("skip"))
 MINUTES = 10.0
@@ -117,9 +119,11 @@ def _is_known(plan: Plan, space: Space) -> bool:
 
 
 def images_to_learn_from(image_size_px: int) -> list[Images]:
-    """Images that layers are fitted on, and others that plans are tried on."""
-    sample = images_of(f"{image_size_px}/train", trained(image_size_px), sum(NUM_IMAGES[image_size_px]))
-    return Images(sample, BATCH[image_size_px]).parts(*NUM_IMAGES[image_size_px])
+    """Images that layers are fitted on, of train, and others that plans are tried on, of val; no two of either show
+    the same thing."""
+    model, wanted = trained(image_size_px), zip(PARTS, NUM_IMAGES[image_size_px], strict=False)
+    samples = [images_apart(part, image_size_px, model, number) for part, number in wanted]
+    return [Images(sample, BATCH[image_size_px]) for sample in samples]
 
 
 def rivals(space: Space, latency: PlanCosts, most: int) -> dict[str, tuple[Plan, bool]]:
