@@ -68,7 +68,9 @@ def audit(
     timed = {name: model if is_own else deepcopy(model).to(dtype) for name, model in models.items()}
     timed |= {name: model.to(dtype) for name, model in baselines.items()}
     calls = {name: inference_call(_forward(model), images) for name, model in timed.items()}
-    timings = time_interleaved(calls, device, REPEATS)
+    with WorkProgress("timing in turns", "models", len(calls)) as progress:
+        timings = time_interleaved(calls, device, REPEATS)
+        progress.reach(len(calls))
     best = min(timings[name].minimum_ms for name in baselines)
     return {
         name: Audited(agreed.distance, agreed, timings[name], best / timings[name].minimum_ms)

@@ -28,7 +28,7 @@ from vitreuse.cost.plan_costs import PlanCosts
 from vitreuse.io.progress import WorkProgress
 from vitreuse.plan import Plan
 
-NUM_FITTED = 64  # images on which pieces are fitted, at most; whole conversions are fitted on all
+NUM_FITTED = 64  # images on which heads are matched and pieces fitted, at most; whole conversions are fitted on all
 NUM_STARTS = 5  # candidates of the front that are tried, from the budget down
 CLOSE = 0.97  # of the budget, between which and the budget they lie
 
@@ -120,12 +120,11 @@ def _is_over(clock: Clock, trials: Trials, saved_before: float) -> bool:
 def make_pieces(
     original: Any, fitted: Iterable[Tensor], space: Space, rows: tuple[int | None, int] = (NUM_ROWS, 0)
 ) -> Pieces:
-    """What the plans of a space are put together from, fitted on batches of images."""
-    distances, num_images = None, sum(map(len, fitted))
+    """What the plans of a space are put together from, fitted on some images of batches."""
+    some, distances = [*_evenly(fitted, sum(map(len, fitted)), NUM_FITTED)], None
     if space.reads_maps:
-        with WorkProgress("matching heads", "images", num_images) as progress:
-            distances = measure_head_errors(original, ((images,) for images in fitted), progress, *rows)
-    some = _evenly(fitted, num_images, NUM_FITTED)
+        with WorkProgress("matching heads", "images", sum(map(len, some))) as progress:
+            distances = measure_head_errors(original, some, progress, *rows)
     with WorkProgress("fitting pieces", "layers", space.depth) as progress:
         return fit_pieces(original, some, space.words, space.hidden, distances, progress)
 
