@@ -4,33 +4,35 @@ They are made without pyplot, which keeps global state. matplotlib is an extra, 
 """
 
 import io
+import textwrap
 from itertools import cycle
 from typing import Any
 
 from vitreuse.cost.plan_costs import METRICS
 from vitreuse.io.file_names import for_picture
 
-SHAPES = {"chosen": "D", "searched": "D", "constant merging": "s"}  # of points; presets have the others in turn
+SHAPES = {"chosen": "*", "searched": "D", "constant merging": "s"}  # of points; presets have the others in turn
 OTHER_SHAPES = "o^vPX"
+TITLE_WIDTH = 110  # characters
 
 
 def front_plot(result: dict[str, Any]) -> bytes:
     """What ``vitreuse search`` found as a PNG: the forecast front as a line, what was measured as points, full where
-    layers are fitted or the plan is the one that is handed over."""
+    layers are fitted; what is handed over is a star."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.5), dpi=150, layout="constrained")
+    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     front = result["front"]
     axes.plot([row["share"] for row in front], [row["damage"] for row in front], ".-", color="#0072B2", zorder=2)
     points, others = result["audited"], cycle(OTHER_SHAPES)
     for name, row in points.items():
-        kind = name.removesuffix(", fitted")
-        shape = SHAPES[kind] if kind in SHAPES else next(others)
-        face = "#D55E00" if kind != name or name == "chosen" else "none"
-        label = f"chosen: {for_picture(result['delivered']['name'])}" if name == "chosen" else name
-        axes.plot(row["share"], row["distance"], shape, color="#D55E00", markerfacecolor=face, label=label, zorder=3)
-    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
+        kind, model = name.removesuffix(", fitted"), result["delivered"]["name"] if name == "chosen" else name
+        shape, size = SHAPES[kind] if kind in SHAPES else next(others), 11 if name == "chosen" else 6
+        style = {"markersize": size, "markerfacecolor": "#D55E00" if model.endswith(", fitted") else "none"}
+        label = name if model == name else f"chosen: {model}"
+        axes.plot(row["share"], row["distance"], shape, color="#D55E00", label=label, zorder=3, **style)
+    figure.legend(loc="outside right center", frameon=False, fontsize=8)
     axes.axvline(result["budget"], color="0.6", linewidth=0.8, linestyle="--")
     distances = [*(row["damage"] for row in front), *(row["distance"] for row in points.values())]
     smallest = min((distance for distance in distances if distance > 1e-6), default=1.0)
@@ -38,7 +40,8 @@ def front_plot(result: dict[str, Any]) -> bytes:
     axes.set_ylim(bottom=0)
     axes.set_xlabel(f"{METRICS[result['metric']]}, share of the exact model")
     axes.set_ylabel("distance of answers: forecast (line), measured")
-    axes.set_title(f"{for_picture(result['name'])}: {result['chosen']['plan']}", fontsize=9)
+    title = textwrap.fill(f"{for_picture(result['name'])}: {result['chosen']['plan']}", TITLE_WIDTH)
+    figure.suptitle(title, x=0.01, horizontalalignment="left", fontsize=9)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     return _png(figure)
