@@ -214,10 +214,11 @@ def main(arguments: list[str]) -> int:
     for run in completed:
         run.keep_card()
     left = [run for run in runs if run not in completed]
-    if 0 < len(devices := visible_devices()) < min(jobs, len(left)):
-        print(f"{min(jobs, len(left))} runs at a time share {len(devices)} CUDA devices.", file=sys.stderr)
+    sweep, places = Sweep(left, jobs), min(jobs, len(left))
+    if 0 < len(sweep.devices) < places:
+        print(f"{places} runs at a time share {len(sweep.devices)} CUDA devices.", file=sys.stderr)
     with StopSignal().listening() as stop:
-        return Sweep(left, jobs).run(stop)
+        return sweep.run(stop)
 
 
 def _parse(arguments: Sequence[str]) -> tuple[list[Run], int]:

@@ -84,7 +84,8 @@ def _refuse_other(original: Any, converted: Any) -> None:
             raise ValueError(f"{of}: give the original that it was made of.")
     sizes = [(model.patch_embed.img_size, model.patch_embed.patch_size) for model in (converted, original)]
     if sizes[0] != sizes[1]:
-        raise ValueError(f"the converted model takes images and patches of {sizes[0]} and the original of {sizes[1]}.")
+        of = f"the converted model takes images and patches of {sizes[0]} and the original of {sizes[1]}"
+        raise ValueError(f"{of}: give the original that it was made of.")
     place, wanted = (next(model.parameters()).device for model in (converted, original))
     if place != wanted:
         raise ValueError(f"the converted model is on {place} and the original on {wanted}: move one of them.")
