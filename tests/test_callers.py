@@ -16,6 +16,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset,
 import vitreuse
 from vitreuse.__main__ import main
 from vitreuse.compress.search.delivery import deliveries
+from vitreuse.compress.search.pieces import Pieces
 from vitreuse.files.hub import save_hub_folder
 from vitreuse.files.model_card import Provenance, model_card
 from vitreuse.files.programs import silenced
@@ -137,7 +138,7 @@ def test_four_images_are_enough_for_the_default_and_three_are_not_fitted():
 def test_what_is_made_by_a_search_shares_the_original():
     original = exact_copy(build())
     images = vitreuse.Images(pixels(), 4)
-    made = deliveries(original, {"one": vitreuse.parse_plan("exact none exact")}, images, images)
+    made = deliveries(Pieces(original), {"one": vitreuse.parse_plan("exact none exact")}, images, images)
     assert all(delivery.conversion.original is original for delivery in made.values())
 
 

@@ -27,6 +27,7 @@ from vitreuse.compress.search.pieces import Pieces, fit_pieces
 from vitreuse.compress.search.refine import Refiner, Step, best_steps, fits, neighbours
 from vitreuse.compress.search.trials import Trials, begin_trials, parting
 from vitreuse.cost.plan_costs import PlanCosts
+from vitreuse.data.samples import Images
 from vitreuse.io.progress import WorkProgress
 from vitreuse.model.copies import exact_copy
 from vitreuse.plan import EXACT, Plan, Spec
@@ -325,24 +326,31 @@ def test_means_that_no_bias_could_take_are_in_no_piece():
 def test_what_is_handed_over_keeps_to_the_budget_and_is_the_nearest():
     model = original(**KINDS["features"])
     costs = PlanCosts(model)
-    plans = {"searched": parse_plan("exact linear exact*2"), "constant merging": parse_plan("exact-3*4")}
-    made = deliveries(model, plans, batches(24), batches(6, seed=7))
+    plans = {"searched": parse_plan("exact linear exact/24 exact"), "constant merging": parse_plan("exact-3*4")}
+    pieces = make_pieces(model, batches(24, seed=9), SPACE)
+    made = deliveries(pieces, plans, batches(24), batches(6, seed=7))
     assert list(made) == [name + fitted for name in plans for fitted in (", fitted", "")]
     for delivery in made.values():
         assert delivery.distance == mean_distance(model, delivery.conversion.model, batches(6, seed=7))
     assert made["searched, fitted"].distance < made["searched"].distance
+    models = (pieces.model(plans["searched"]), made["searched, fitted"].conversion.model)
+    tried, handed = (model.blocks[2].mlp.fc1.weight for model in models)
+    assert torch.equal(tried, handed)  # of the hidden units that plans were tried with
     least = min(made, key=lambda name: made[name].distance)
     assert nearest(made, costs, costs.of(SPACE.exact)) == least
     cheapest = min(plans.values(), key=costs.of)
     assert made[nearest(made, costs, costs.of(cheapest))].plan == cheapest
 
 
-def test_an_audit_is_in_turns_with_the_best_plain_model():
+def test_an_audit_is_in_turns_with_the_best_plain_model_and_asks_the_original_once():
     model = original(**KINDS["features"]).float()
     plain = [timm.create_model("vit_tiny_patch16_224", **{**SIZES, **KINDS["features"]}) for _ in range(2)]
     models = {"same": exact_copy(model), "skipped": convert(model, "skip*4").model}
-    shown = [(images.float(), torch.zeros(len(images))) for images in batches(6)]
-    found = audit(model, models, lambda fused: plain[fused], lambda: iter(shown))
+    shown = Images(torch.cat([images.float() for images in batches(6)]), batch_size=4)
+    asked = []
+    model.patch_embed.register_forward_hook(lambda _, images, tokens: asked.append(len(tokens)))
+    found = audit(model, models, lambda fused: plain[fused], shown)
+    assert asked == [4, 2]
     assert found["same"].distance == pytest.approx(0, abs=1e-6) and found["same"].agreement.cosine == pytest.approx(1)
     assert found["skipped"].distance > 0.1 and found["skipped"].agreement.num_images == 6
     assert found["skipped"].speedup > found["same"].speedup > 0

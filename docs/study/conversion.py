@@ -2,8 +2,9 @@
 
 A line of conversion/runs.jsonl is one teacher in one plan: that of a preset, or the one that `vitreuse search` finds
 for a share of the MACs over all words; then `vitreuse convert` and `python -m train configs/study/heal_TASK.yaml`, as a
-user types them. The teachers are the exact models of configs/study under five seeds. Lines that are there are not made
-again: with all of them, this takes a second and needs no teacher.
+user types them. The teachers are the exact models of configs/study under five seeds, trained on this machine: another
+processor trains others, so that a line says what its own teacher got wrong. Lines that are there are not made again:
+with all of them, this takes a second and needs no teacher.
 """
 
 from __future__ import annotations
@@ -82,6 +83,7 @@ COLUMNS = (
     Column("plan", "plan"),
     Column("count", "of 5", "d"),
     Column("share", "MACs / exact", ".3f"),
+    Column("teacher", "teacher (%)", ".2f"),
     Column("before", "converted (%)", ".2f"),
     Column("healed", "healed (%)", ".2f"),
     Column("points", "healed - teacher", "+.2f"),
@@ -126,6 +128,7 @@ def _make(task: str, seed: int, variant: Variant) -> dict[str, Any]:
     names = (f"model.name=local-dir:{converted}", f"train.distill.teacher.name=local-dir:{teacher}")
     _call("-m", "train", f"configs/study/heal_{task}.yaml", *names, f"train.seed={seed}", f"run_dir={healed}")
     records = map(json.loads, (healed / "metrics.jsonl").read_text().splitlines())
+    taught, found = (read_card(run / CARD).correct_images() for run in (teacher, healed))
     return {
         "task": task,
         "seed": seed,
@@ -134,7 +137,9 @@ def _make(task: str, seed: int, variant: Variant) -> dict[str, Any]:
         "share": macs[1] / macs[0],
         "machine": describe_machine(torch.device("cpu")),
         "before_top1": next(record["before_top1"] for record in records if record["kind"] == "heal"),
-        "wrong": np.flatnonzero(~read_card(healed / CARD).correct_images()).tolist(),
+        "num_images": len(found),
+        "teacher_wrong": np.flatnonzero(~taught).tolist(),
+        "wrong": np.flatnonzero(~found).tolist(),
     }
 
 
@@ -154,24 +159,29 @@ def _call(*arguments: str) -> str:
 
 def _table(task: str, lines: Lines) -> str:
     """One row per variant, against the five teachers."""
-    teachers = np.stack([read_card(_teacher_card(task, seed)).correct_images() for seed in SEEDS])
-    rows = [_row(variant.name, [lines[task, seed, variant.name] for seed in SEEDS], teachers) for variant in VARIANTS]
+    rows = [_row(variant.name, [lines[task, seed, variant.name] for seed in SEEDS]) for variant in VARIANTS]
+    machines = sorted({_machine(line) for (of, *_), line in lines.items() if of == task})
     caption = (
-        f"Teachers: {100 * teachers.mean():.2f} % of {teachers.shape[1]:,} images. Means over {len(SEEDS)} of them; "
-        "the worst is against its own teacher. Verdicts are those of eval compare: over images and seeds. The plan is "
-        "the one that most teachers got."
+        f"{lines[task, 0, VARIANTS[0].name]['num_images']:,} images, means over {len(SEEDS)} teachers; the worst is "
+        "against its own teacher. Verdicts are those of eval compare: over images and seeds. The plan is the one that "
+        f"most teachers got. {'; '.join(machines)}."
     )
     return to_markdown(rows, COLUMNS, caption)
 
 
-def _teacher_card(task: str, seed: int) -> Path:
-    return FOLDER.parent / task / "cards" / f"{task}_exact-seed{seed}.json"
+def _machine(line: dict[str, Any]) -> str:
+    return f"{line['machine']['device']}, {line['machine']['date']}"
 
 
-def _row(name: str, lines: Sequence[dict[str, Any]], teachers: np.ndarray) -> dict[str, Any]:
-    healed = np.ones_like(teachers)
-    for correct, line in zip(healed, lines, strict=True):
-        correct[line["wrong"]] = False
+def _correct(line: dict[str, Any], key: str) -> np.ndarray:
+    """Which images are not among those of a key, (num_images,)."""
+    correct = np.ones(line["num_images"], dtype=bool)
+    correct[line[key]] = False
+    return correct
+
+
+def _row(name: str, lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    teachers, healed = (np.stack([_correct(line, key) for line in lines]) for key in ("teacher_wrong", "wrong"))
     found = difference(teachers, healed)
     (plan, count), *_ = Counter(line["plan"] for line in lines).most_common(1)
     return {
@@ -179,6 +189,7 @@ def _row(name: str, lines: Sequence[dict[str, Any]], teachers: np.ndarray) -> di
         "plan": plan,
         "count": count,
         "share": np.mean([line["share"] for line in lines]),
+        "teacher": 100 * teachers.mean(),
         "before": np.mean([line["before_top1"] for line in lines]),
         "healed": 100 * healed.mean(),
         "points": found.points,

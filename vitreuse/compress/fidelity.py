@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,52 +55,83 @@ class Agreement:
         return 1 - (self.cosine + self.patch_cosine) / 2
 
 
+def agreement(
+    original: Any,
+    converted: Any,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    has_labels: bool,
+    progress: Callable[[int], None] = lambda _: None,
+) -> Agreement:
+    """Compares two models, as agreements does."""
+    return agreements(original, {"converted": converted}, batches, has_labels, progress)["converted"]
+
+
 @torch.inference_mode()
-def agreement(original: Any, converted: Any, batches: Iterable[tuple[Tensor, Tensor]], has_labels: bool) -> Agreement:
-    """Compares two models in evaluation mode, on the device of the first.
+def agreements(
+    original: Any,
+    models: Mapping[str, Any],
+    batches: Iterable[tuple[Tensor, Tensor]],
+    has_labels: bool,
+    progress: Callable[[int], None] = lambda _: None,
+) -> dict[str, Agreement]:
+    """Compares models in evaluation mode with the original, which answers once for all of them, on its device.
 
     Args:
         original: The model that was converted.
-        converted: What became of it; of as many classes, or of none too.
-        batches: Images (B, channels, rows, columns) and labels (B,).
+        models: What became of it, by name; of as many classes, or of none too.
+        batches: Images (B, channels, rows, columns) and labels (B,), which are gone over once.
         has_labels: Whether the labels are classes of the models.
+        progress: Told how many images are compared.
 
     Raises:
         ValueError: There are no images.
     """
-    device = next(original.parameters()).device
-    rows: dict[str, list[Tensor]] = defaultdict(list)
+    device, num_images = next(original.parameters()).device, 0
+    rows: dict[str, dict[str, list[Tensor]]] = {name: defaultdict(list) for name in models}
     for images, labels in batches:
-        seen = images.to(device)
-        wanted = original(seen) if has_classes(original) else None
-        if wanted is not None and wanted.ndim == 2:
-            compared = _of_classes(wanted, converted(seen), labels.to(device), has_labels)
-        else:  # no classes, or of each token its own
-            compared = feature_cosines(original, converted, seen)
-        for name, values in compared.items():
-            rows[name].append(values.double())
-    if not rows:
+        compared = _comparison(original, images.to(device), labels.to(device), has_labels)
+        for name, model in models.items():
+            for column, values in compared(model).items():
+                rows[name][column].append(values.double())
+        num_images += len(images)
+        progress(num_images)
+    if not num_images:
         raise ValueError("there are no images to compare on: give at least one.")
+    return {name: _mean_agreement(columns) for name, columns in rows.items()}
+
+
+def _comparison(original: Any, images: Tensor, labels: Tensor, has_labels: bool) -> Callable[[Any], dict[str, Tensor]]:
+    """What compares a model's answers for images with the original's, which are asked for once."""
+    wanted = original(images) if has_classes(original) else None
+    if wanted is not None and wanted.ndim == 2:
+        return lambda model: _of_classes(wanted, model(images), labels, has_labels)
+    if not isinstance(original, VisionTransformer):
+        answers = original(images).flatten(1)
+        return lambda model: {"cosine": F.cosine_similarity(answers, model(images).flatten(1))}
+    tokens = original.forward_features(images)  # without classes, or with those of each token
+    return lambda model: token_cosines(original, tokens, model, model.forward_features(images))
+
+
+def _mean_agreement(rows: Mapping[str, list[Tensor]]) -> Agreement:
+    """Means over images, and of cosines over the tenth in which they are least."""
     columns = {name: torch.cat(values) for name, values in rows.items()}
     means = {name: float(column.mean()) for name, column in columns.items()}
     worst = {f"worst_{name}": worst_tenth(column) for name, column in columns.items() if name.endswith("cosine")}
     return Agreement(len(next(iter(columns.values()))), **means, **worst)
 
 
-def feature_cosines(original: Any, converted: Any, images: Tensor) -> dict[str, Tensor]:
+def token_cosines(original: Any, wanted: Tensor, converted: Any, found: Tensor) -> dict[str, Tensor]:
     """For each image (B,) how alike the features of two ViTs are, and how alike their patch tokens.
 
     Features are what a head would read: the class token, or the tokens pooled; where nothing is pooled the class token,
-    or without one all tokens; of other models their answers.
+    or without one all tokens.
+
+    Args:
+        original: One ViT.
+        wanted: Its tokens (B, N, C) after the final norm.
+        converted: The other one.
+        found: Its tokens.
     """
-    if not isinstance(original, VisionTransformer):
-        return {"cosine": F.cosine_similarity(original(images).flatten(1), converted(images).flatten(1))}
-    wanted, found = original.forward_features(images), converted.forward_features(images)
-    return token_cosines(original, wanted, converted, found)
-
-
-def token_cosines(original: Any, wanted: Tensor, converted: Any, found: Tensor) -> dict[str, Tensor]:
-    """The cosines of feature_cosines, of the tokens (B, N, C) after the final norms of two ViTs."""
     features, others = _features(original, wanted), _features(converted, found)
     patches, other_patches = (tokens[:, original.num_prefix_tokens :] for tokens in (wanted, found))
     return {

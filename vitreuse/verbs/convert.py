@@ -228,7 +228,9 @@ def _facts(model: Any, fitted: FittedConversion, how: How, shown: Images | None)
     """What was done to a model, and what it says of images that it was not fitted on."""
     conversion, found = fitted.conversion, None
     if shown is not None:
-        found = asdict(agreement(conversion.original, conversion.model, shown.labelled(), are_classes(shown, model)))
+        compared = (conversion.original, conversion.model, shown.labelled(), are_classes(shown, model))
+        with WorkProgress("measuring", "images", len(shown)) as progress:
+            found = asdict(agreement(*compared, progress.reach))
     return {
         "name": architecture(model),
         "plan": str(conversion.model.plan),

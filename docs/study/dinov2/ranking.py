@@ -7,9 +7,8 @@ Nothing of a test is looked at: images are of the training split.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
-
-import torch
 
 from docs.study.dinov2.measure import images_of
 from docs.study.dinov2.packages import HERE
@@ -17,27 +16,27 @@ from docs.study.dinov2.plans import BEST_LAYERS, DEPTH, in_layers
 from docs.study.dinov2.weights import trained
 from eval.table import Column, to_markdown
 from vitreuse import convert
-from vitreuse.compress.fidelity import feature_cosines
+from vitreuse.compress.fidelity import agreement
 from vitreuse.io.durable import write_durably
 
 FOLDER, SIZE_PX, NUM_IMAGES = "224/train", 224, 8
 COLUMNS = (Column("word", "word"), Column("layers", "layers, the least loss first (cosine of patch tokens)"))
 
 
-@torch.inference_mode()
-def patch_cosine(model: Any, images: Any, word: str, layer: int) -> float:
+def patch_cosine(model: Any, batches: Sequence[Any], word: str, layer: int) -> float:
     """How near the patch tokens stay to the model's where one layer is a word."""
-    changed = convert(model, in_layers(word, [layer])).model
-    return float(feature_cosines(model, changed, images)["patch_cosine"].mean())
+    found = agreement(model, convert(model, in_layers(word, [layer])).model, batches, has_labels=False).patch_cosine
+    assert found is not None  # of a ViT
+    return found
 
 
 def main() -> None:
     """Writes ranking.md; a word that reuses a map cannot be in the first layer."""
     model = trained(SIZE_PX)
-    ((images, _),) = images_of(FOLDER, model, NUM_IMAGES).batches(NUM_IMAGES)
+    batches = [*images_of(FOLDER, model, NUM_IMAGES).batches(NUM_IMAGES)]
     rows = []
     for word in BEST_LAYERS:
-        found = {layer: patch_cosine(model, images, word, layer) for layer in range(word == "reuse", DEPTH)}
+        found = {layer: patch_cosine(model, batches, word, layer) for layer in range(word == "reuse", DEPTH)}
         ranked = sorted(found, key=lambda layer: -found[layer])
         rows.append({"word": word, "layers": ", ".join(f"{layer} ({found[layer]:.3f})" for layer in ranked)})
         print(rows[-1], flush=True)

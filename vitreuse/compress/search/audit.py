@@ -5,15 +5,14 @@ Distances are means over these images, and times are taken in turns in one run w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from vitreuse.compress.fidelity import Agreement, agreement
+from vitreuse.compress.fidelity import Agreement, agreements
 from vitreuse.cost.measure import Timing, inference_call, time_interleaved
 from vitreuse.io.progress import WorkProgress
 from vitreuse.model.preprocessing import example
@@ -43,7 +42,7 @@ def audit(
     original: Any,
     models: Mapping[str, Any],
     plain: Callable[[bool], Any],
-    batches: Callable[[], Iterable[tuple[Tensor, Tensor]]],
+    shown: Any,
     has_labels: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, Audited]:
@@ -53,15 +52,13 @@ def audit(
         original: What they were converted from.
         models: By name.
         plain: Makes timm's plain model, with fused attention or without.
-        batches: Gives images (B, channels, rows, columns) and labels (B,) from the first on.
+        shown: What has a length, of images, and under labelled() batches (B, channels, rows, columns) with labels (B,).
         has_labels: Whether the labels are classes of the models.
         dtype: Of weights and images while times are taken.
     """
-    device, agreements = next(original.parameters()).device, {}
-    with WorkProgress("measuring", "models", len(models)) as progress:
-        for number, (name, model) in enumerate(models.items(), 1):
-            agreements[name] = agreement(original, model, batches(), has_labels)
-            progress.reach(number)
+    device = next(original.parameters()).device
+    with WorkProgress("measuring", "images", len(shown)) as progress:
+        agreed = agreements(original, models, shown.labelled(), has_labels, progress.reach)
     baselines = {f"timm, {name}": plain(name == "fused").to(device).eval() for name in ("fused", "unfused")}
     images = example(original, batch_of(original)).to(dtype)
     is_own = next(original.parameters()).dtype == dtype
@@ -73,8 +70,8 @@ def audit(
         progress.reach(len(calls))
     best = min(timings[name].minimum_ms for name in baselines)
     return {
-        name: Audited(agreed.distance, agreed, timings[name], best / timings[name].minimum_ms)
-        for name, agreed in agreements.items()
+        name: Audited(found.distance, found, timings[name], best / timings[name].minimum_ms)
+        for name, found in agreed.items()
     }
 
 

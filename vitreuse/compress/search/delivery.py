@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
@@ -16,6 +15,7 @@ from vitreuse.compress.closed_form import LayerFit
 from vitreuse.compress.convert import Conversion, take_into
 from vitreuse.compress.fidelity import mean_distance
 from vitreuse.compress.fitting import take_into_on_images
+from vitreuse.compress.search.pieces import Pieces
 from vitreuse.cost.plan_costs import PlanCosts
 from vitreuse.plan import EXACT, Plan
 
@@ -38,28 +38,26 @@ class Delivery:
 
 
 def deliveries(
-    original: Any,
+    pieces: Pieces,
     plans: Mapping[str, Plan],
     fitted: Iterable[Tensor],
     tried: Iterable[Tensor],
-    distances: Tensor | None = None,
 ) -> dict[str, Delivery]:
     """Each plan fitted as a whole, as "NAME, fitted", and as it comes, as "NAME".
 
     Args:
-        original: One of ours with exact layers, in evaluation mode.
+        pieces: What plans were tried in: the original, how its heads are matched, and which hidden units stay.
         plans: By name.
         fitted: Batches of images (B, channels, rows, columns) to fit on, which are gone over several times.
         tried: Batches of other images, on which the distances are measured.
-        distances: Between heads, as convert takes them.
     """
-    found = {}
+    original, found = pieces.original, {}
     for name, plan in plans.items():
         if any(spec != EXACT for spec in plan):
-            made = take_into_on_images(original, plan, fitted, distances)
+            made = take_into_on_images(original, plan, fitted, pieces.distances, units=pieces.units_of(plan))
             distance = mean_distance(original, made.conversion.model, tried)
             found[f"{name}, fitted"] = Delivery(plan, made.conversion, list(made.layers), distance)
-        bare = take_into(original, plan, distances)
+        bare = take_into(original, plan, pieces.distances)
         found[name] = Delivery(plan, bare, None, mean_distance(original, bare.model, tried))
     return found
 

@@ -58,7 +58,7 @@ class Measured:
             plans[name] = plan
             models[name] = take_into(self.original, plan, self.found.trials.pieces.distances).model
         has_labels, plain = are_classes(self.shown, self.original), partial(plain_model_of, self.original)
-        measured = audit(self.original, models, plain, self.shown.labelled, has_labels, self.costs.conditions.dtype)
+        measured = audit(self.original, models, plain, self.shown, has_labels, self.costs.conditions.dtype)
         latency, exact = self._latency(), self.space.exact
         rows = {
             name: {

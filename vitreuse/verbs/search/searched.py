@@ -154,7 +154,7 @@ class _Aim(NamedTuple):
     def hand_over(self, original: Any, split: Split, found: Found, settings: dict[str, Any]) -> Searched:
         """The nearest of the models that are made, measured beside others."""
         measured = Measured(original, self.space, self.costs, found, split.shown)
-        made = deliveries(original, measured.rivals(), split.fitted, split.tried, found.trials.pieces.distances)
+        made = deliveries(found.trials.pieces, measured.rivals(), split.fitted, split.tried)
         name = nearest(made, self.costs, self.budget * self.exact)
         facts = {
             **settings,
