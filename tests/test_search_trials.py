@@ -326,16 +326,13 @@ def test_means_that_no_bias_could_take_are_in_no_piece():
 def test_what_is_handed_over_keeps_to_the_budget_and_is_the_nearest():
     model = original(**KINDS["features"])
     costs = PlanCosts(model)
-    plans = {"searched": parse_plan("exact linear exact/24 exact"), "constant merging": parse_plan("exact-3*4")}
-    pieces = make_pieces(model, batches(24, seed=9), SPACE)
+    plans = {"searched": parse_plan("exact linear exact*2"), "constant merging": parse_plan("exact-3*4")}
+    pieces = make_pieces(model, batches(24), SPACE)
     made = deliveries(pieces, plans, batches(24), batches(6, seed=7))
     assert list(made) == [name + fitted for name in plans for fitted in (", fitted", "")]
     for delivery in made.values():
         assert delivery.distance == mean_distance(model, delivery.conversion.model, batches(6, seed=7))
     assert made["searched, fitted"].distance < made["searched"].distance
-    models = (pieces.model(plans["searched"]), made["searched, fitted"].conversion.model)
-    tried, handed = (model.blocks[2].mlp.fc1.weight for model in models)
-    assert torch.equal(tried, handed)  # of the hidden units that plans were tried with
     least = min(made, key=lambda name: made[name].distance)
     assert nearest(made, costs, costs.of(SPACE.exact)) == least
     cheapest = min(plans.values(), key=costs.of)

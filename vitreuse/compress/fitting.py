@@ -27,7 +27,6 @@ from vitreuse.compress.ridge import images_apart
 from vitreuse.io.progress import WorkProgress
 from vitreuse.io.spool import Spool
 from vitreuse.model.copies import exact_copy
-from vitreuse.model.plan_weights import Units
 from vitreuse.plan import EXACT, Plan
 
 FIT_STEPS, FIT_BATCH_SIZE = 300, 16
@@ -97,14 +96,12 @@ def take_into_on_images(
     distances: Tensor | None = None,
     *,
     lowrank_start: str = "fitted",
-    units: Units | None = None,
     fits_layers: bool = True,
     seed: int = 0,
     **options: Any,
 ) -> FittedConversion:
-    """As convert_on_images, of one of ours with exact layers in evaluation mode, which is not copied; units that stay
-    may be given, as take_into has them."""
-    units = contributing_units(original, plan, images) if units is None else units
+    """As convert_on_images, of one of ours with exact layers in evaluation mode, which is not copied."""
+    units = contributing_units(original, plan, images)
     conversion = take_into(original, plan, distances, pooled=lowrank_start != "random", units=units, **options)
     projections, layers = {}, []
     num_projected = sum(spec.word == "lowrank" for spec in plan)

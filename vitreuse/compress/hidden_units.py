@@ -71,7 +71,7 @@ def contributing_units(original: Any, plan: Plan, batches: Iterable[Tensor]) -> 
             states.append(original.embed(images.to(device)))
         for layer, block in enumerate(original.blocks[: max(fewer) + 1]):
             if layer in fewer:
-                equations = reduce(operator.add, (_equations(block, *state) for state in states))
+                equations = reduce(operator.add, map(partial(_products, block), states))
                 ranking = unit_ranking(equations.covariance(), block.mlp.fc2.weight.double().square().sum(0))
                 chosen[layer] = sorted(ranking[: plan[layer].hidden])
             states.replace(partial(_behind, block))
@@ -84,9 +84,12 @@ def _behind(block: Any, state: _State) -> _State:
     return block(tokens, EMPTY_CARRY, grid)[0], grid
 
 
-def _equations(block: Any, tokens: Tensor, grid: tuple[int, int] | None) -> NormalEquations:
-    """Those of the hidden units of a layer that reads tokens (B, N, C) alone, of no errors."""
+def _products(block: Any, state: _State) -> NormalEquations:
+    """Normal equations of the hidden units of a layer and no errors, in float32: units are ranked by them, and nothing
+    is solved."""
+    tokens, grid = state
     with inputs_of(block.mlp.fc2) as hidden:
         block(tokens, EMPTY_CARRY, grid)
-    rows = (hidden[0], hidden[0][..., :0], row_weights(hidden[0], None, block.attn.num_prefix_tokens))
-    return NormalEquations.of(*(values.flatten(0, 1) for values in rows), has_bias=block.mlp.fc2.bias is not None)
+    weights, features = row_weights(hidden[0], None, block.attn.num_prefix_tokens), hidden[0].flatten(0, 1)
+    has_bias = block.mlp.fc2.bias is not None
+    return NormalEquations.of(features, features[:, :0], weights.flatten(), has_bias, torch.float32)

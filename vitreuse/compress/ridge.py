@@ -35,13 +35,17 @@ class NormalEquations:
     num_penalized: int
 
     @classmethod
-    def of(cls, features: Tensor, errors: Tensor, weights: Tensor, has_bias: bool) -> NormalEquations:
-        """Those of rows: features (R, F) without the constant one, errors (R, C), how much each row counts (R,)."""
-        root = weights.double().sqrt()[:, None]
-        errors, design = errors.double() * root, features.double() * root
+    def of(
+        cls, features: Tensor, errors: Tensor, weights: Tensor, has_bias: bool, dtype: torch.dtype = torch.float64
+    ) -> NormalEquations:
+        """Those of rows: features (R, F) without the constant one, errors (R, C), how much each row counts (R,); the
+        dtype is that of the products, which are float64 for what is solved."""
+        root = weights.to(dtype).sqrt()[:, None]
+        errors, design = errors.to(dtype) * root, features.to(dtype) * root
         if has_bias:
             design = torch.cat([design, root], dim=1)
-        return cls(design.T @ design, design.T @ errors, float(errors.square().sum()), features.shape[1])
+        gram, cross = (design.T @ design).double(), (design.T @ errors).double()
+        return cls(gram, cross, float(errors.square().sum()), features.shape[1])
 
     def __add__(self, other: NormalEquations) -> NormalEquations:
         """Those of the rows of both."""

@@ -46,7 +46,7 @@ def deliveries(
     """Each plan fitted as a whole, as "NAME, fitted", and as it comes, as "NAME".
 
     Args:
-        pieces: What plans were tried in: the original, how its heads are matched, and which hidden units stay.
+        pieces: What plans were tried in, which have the original, and say how its heads are matched.
         plans: By name.
         fitted: Batches of images (B, channels, rows, columns) to fit on, which are gone over several times.
         tried: Batches of other images, on which the distances are measured.
@@ -54,7 +54,7 @@ def deliveries(
     original, found = pieces.original, {}
     for name, plan in plans.items():
         if any(spec != EXACT for spec in plan):
-            made = take_into_on_images(original, plan, fitted, pieces.distances, units=pieces.units_of(plan))
+            made = take_into_on_images(original, plan, fitted, pieces.distances)
             distance = mean_distance(original, made.conversion.model, tried)
             found[f"{name}, fitted"] = Delivery(plan, made.conversion, list(made.layers), distance)
         bare = take_into(original, plan, pieces.distances)

@@ -22,7 +22,7 @@ from vitreuse.compress.recording import inputs_of, layer_pass
 from vitreuse.compress.ridge import NormalEquations, Rows, best_fit, equations_of, images_apart, row_weights
 from vitreuse.io.progress import WorkProgress
 from vitreuse.model.keywords import read_keywords
-from vitreuse.model.plan_weights import Units, in_plan
+from vitreuse.model.plan_weights import in_plan
 from vitreuse.plan import Plan, Spec
 
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1)  # of the ridge; fewer than where a whole plan is fitted, since pieces are many
@@ -71,15 +71,15 @@ class Pieces:
             made = timm.create_model(name, plan=str(plan), **{**keywords, "weight_init": "skip"}).eval()
         num_heads = self.original.blocks[0].attn.num_heads
         state, _ = in_order_of_heads(self.original.state_dict(), plan, num_heads, self.distances)
-        adapted, _ = in_plan(state, made, self.units_of(plan))
+        units = {
+            layer: self.units[layer, spec.hidden]
+            for layer, spec in enumerate(plan)
+            if spec.hidden and (layer, spec.hidden) in self.units
+        }
+        adapted, _ = in_plan(state, made, units)
         like = next(self.original.parameters())
         made.load_state_dict({**adapted, **self._fitted(plan), **_pooled(made, like)}, assign=True)
         return made
-
-    def units_of(self, plan: Plan) -> Units:
-        """By layer of fewer hidden units, those that stay."""
-        hidden = ((layer, spec.hidden) for layer, spec in enumerate(plan) if spec.hidden)
-        return {layer: self.units[layer, number] for layer, number in hidden if (layer, number) in self.units}
 
     def mean_before(self, layer: int, spec: Spec) -> Tensor | None:
         """What is to be added to all tokens before a layer, (C,), since the layer leaves it out."""
