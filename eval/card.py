@@ -24,6 +24,7 @@ from vitreuse.io.durable import write_durably
 
 VERSION = 1
 NAME = "card.json"
+PLAIN_SET = "ImageNet"  # whose images a training counts without a name
 # The model and the seed stand beside it, and the folder of the data is a place.
 OF_MEMORY = ("train.accumulation_steps", "train.grad_checkpointing", "train.max_skipped_steps")  # in older cards
 NOT_RECIPE = ("model.name", "model.plan", "model.keywords", "train.seed", "data.root")
@@ -73,13 +74,21 @@ class Card:
 
     @property
     def experiment(self) -> str:
-        """Equal in cards of runs that differ in seed and name alone and were measured on the same images."""
-        return json.dumps([self.model, _stated(self.recipe), self.set_digest], sort_keys=True)
+        """Equal in cards of runs that differ in seed and name alone, were trained as far, and measured on the same
+        images by the same rules."""
+        measured = [self.set_digest, self.counted, self.facts.get("training")]
+        return json.dumps([self.model, _stated(self.recipe), *measured], sort_keys=True)
+
+    @property
+    def counted(self) -> str | None:
+        """The published set by whose rules its images were counted; None without one, and of ImageNet itself."""
+        title = (self.facts.get("set") or PLAIN_SET).removesuffix(" (part)")
+        return None if title == PLAIN_SET else title
 
     def correct_images(self) -> np.ndarray:
         """(n,), bool: which images the model is right on."""
         packed = np.frombuffer(zlib.decompress(base64.b64decode(self.is_correct)), np.uint8)
-        return np.unpackbits(packed, count=self.n).astype(bool)
+        return np.unpackbits(packed)[: self.n].astype(bool)
 
     def model_config(self) -> ModelConfig:
         """The untrained model."""
@@ -144,7 +153,13 @@ def read_card(path: Path) -> Card:
         record["recipe"] = {key: value for key, value in record["recipe"].items() if key not in OF_MEMORY}
     if version != VERSION or set(record) != {field.name for field in fields(Card)}:
         raise ValueError(f"{path} is a card of version {version}, this code reads version {VERSION}: write it again.")
-    return Card(**record)
+    card = Card(**record)
+    try:
+        if len(card.correct_images()) != card.n:
+            raise ValueError("it does not say of each image whether it is right")
+    except (ValueError, TypeError, zlib.error) as error:
+        raise ValueError(f"{path} is a damaged run card ({error}): write it again.") from error
+    return card
 
 
 def is_of(card: Card, config: Config) -> bool:

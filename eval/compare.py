@@ -9,12 +9,21 @@ from typing import Any
 
 from rich.console import RenderableType
 
-from eval.series import Series, add_runs, check_same_images, model_changes, read_series, recipe_changes
+from eval.series import (
+    Series,
+    add_runs,
+    check_same_images,
+    model_changes,
+    read_series,
+    recipe_changes,
+    refuse_idle_speed,
+)
 from eval.statistics import LEVEL, NUM_RESAMPLES, difference, holm, verdict
 from eval.table import Column, to_csv, to_latex, to_markdown, to_rich
 from eval.throughput import Speed, speeds
 from vitreuse.cli.console import add_output, positive
 from vitreuse.cost.measure import describe_machine, noise_remark
+from vitreuse.io.durable import writable_folder, write_durably
 from vitreuse.io.file_names import for_picture, to_bytes
 from vitreuse.io.process import choose_device
 from vitreuse.plan import parse_plan
@@ -86,8 +95,7 @@ def run(args: Namespace) -> dict[str, Any]:
         ValueError: A run is not completed, or the runs cannot be compared, or options exclude each other.
     """
     device = choose_device(args.device)
-    if args.no_speed and (args.batch_size or args.repeats):
-        raise ValueError("--batch-size and --repeats have no effect under --no-speed: leave them out.")
+    refuse_idle_speed(args)
     series = read_series(args.runs)
     check_same_images(series)
     baseline = _named(series, args.baseline)
@@ -101,7 +109,7 @@ def run(args: Namespace) -> dict[str, Any]:
     if args.output:  # before the measurements, which take a while
         if find_spec("matplotlib") is None:
             raise ValueError("the scatter plot needs matplotlib: pip install 'vitreuse[plots]', or leave -o out.")
-        args.output.mkdir(parents=True, exist_ok=True)
+        writable_folder(args.output)
     batch_size, measured = None, {}
     if not args.no_speed:  # with random weights
         batch_size = args.batch_size or BATCH_SIZE
@@ -142,7 +150,7 @@ def _write(folder: Path, result: Mapping[str, Any]) -> None:
         "results.csv": to_csv(rows, list(rows[0])),
     }
     for name, text in texts.items():
-        (folder / name).write_bytes(to_bytes(text))
+        write_durably(folder / name, to_bytes(text))
     key, cost = "images_per_second", "throughput (images/s)"
     if result["batch_size"] is None:
         key, cost = "macs_m", "MACs (M)"
@@ -187,17 +195,29 @@ def _accuracy_notes(result: Mapping[str, Any]) -> Iterator[str]:
     yield f"Top-1 on the {result['n']:,} images of {result['data']}{spread}."
     if len(rows) == 1:
         return
+    between = " and of the variance between seeds" if max(seeds) > 1 else ""
     yield (
         f"Difference to {_baseline(rows)['name']} in points with its {100 * LEVEL:.0f} % interval, from "
-        f"{NUM_RESAMPLES:,} paired resamples of the images and of the variance between seeds. p is the larger of the "
+        f"{NUM_RESAMPLES:,} paired resamples of the images{between}. p is the larger of the "
         f"bootstrap's and of McNemar's exact test, after Holm for {len(rows) - 1} comparisons; above {1 - LEVEL:.2f} a "
         "difference is within noise."
     )
-    if max(seeds) == 1:
-        yield "One seed each: how other seeds would do is unknown, the words are on these trained models alone."
-    elif min(seeds) == 1:
-        single = ", ".join(row["name"] for row in rows if row["num_seeds"] == 1)
-        yield f"One seed ({single}) tells no variance between seeds: that of the model compared with is taken."
+    yield from _seed_notes(rows)
+
+
+def _seed_notes(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """What is not known where a model has one seed."""
+    baseline, single = _baseline(rows), [row for row in rows if row["num_seeds"] == 1]
+    others = ", ".join(row["name"] for row in single if row is not baseline)
+    alone = "how other seeds would do is unknown, the words are on these trained models alone."
+    if len(single) == len(rows):
+        yield f"One seed each: {alone}"
+    elif baseline in single:
+        yield f"One seed ({baseline['name']}) tells no variance between seeds: that of the other model is taken."
+        if others:
+            yield f"One seed each of {baseline['name']} and {others}: {alone}"
+    elif others:
+        yield f"One seed ({others}) tells no variance between seeds: that of {baseline['name']} is taken."
 
 
 def _change_notes(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:

@@ -22,7 +22,7 @@ from vitreuse.config import ModelConfig
 from vitreuse.cost.macs import count_params
 from vitreuse.cost.measure import describe_machine, inference_call, time_interleaved
 from vitreuse.files.networks import load_experiment
-from vitreuse.io.durable import write_durably
+from vitreuse.io.durable import writable_folder, write_durably
 from vitreuse.io.file_names import printable
 from vitreuse.io.process import choose_device
 from vitreuse.model.preprocessing import example
@@ -111,8 +111,11 @@ def run(args: Namespace) -> dict[str, Any]:
         "params": partial(_counted, count_params),
         "latency_ms": partial(_latency_ms, device=device, dtype=args.dtype, num_repeats=args.repeats),
     }
+    wanted = [*controls(config, path.stem, 0 if resolution is None else resolution.from_px)]
+    if args.output:
+        _refuse_written(writable_folder(args.output), path.stem, wanted)
     matches = []
-    for control in controls(config, path.stem, 0 if resolution is None else resolution.from_px):
+    for control in wanted:
         print(f"looking for {control.name}: {control.meaning}", file=sys.stderr)
         matches += [closest(control, quantity, measures[quantity]) for quantity in control.quantities]
     result = {"command": "controls", "machine": describe_machine(device), "dtype": args.dtype, "config": str(path)}
@@ -150,11 +153,16 @@ def _rows(matches: Iterable[Match], config: ModelConfig, stem: str) -> list[dict
         row = {"control": control.name, "meaning": control.meaning, "quantity": match.quantity}
         row |= {"plan": match.model.plan, "keywords": _changed_keywords(config, match.model)}
         row |= {"target_name": control.target_name, "target": match.target, "reached": match.reached}
-        ending = "" if len(control.sizes) == 1 else f"_{match.quantity.removesuffix('_ms')}"
-        files.append((match.model, f"{stem}_{control.name}{ending}.yaml"))
+        files.append((match.model, _file(stem, control, match.quantity)))
         file = next(file for model, file in files if model == match.model)
         rows.append({**row, "difference_percent": match.difference_percent, "file": file})
     return rows
+
+
+def _file(stem: str, control: Control, quantity: str) -> str:
+    """The name of the config of a control that comes closest in a quantity."""
+    ending = "" if len(control.sizes) == 1 else f"_{quantity.removesuffix('_ms')}"
+    return f"{stem}_{control.name}{ending}.yaml"
 
 
 def _changed_keywords(config: ModelConfig, model: ModelConfig) -> dict[str, Any]:
@@ -163,18 +171,19 @@ def _changed_keywords(config: ModelConfig, model: ModelConfig) -> dict[str, Any]
     return {key: value for key, value in {**idle, **model.keywords}.items() if config.keywords.get(key) != value}
 
 
-def _write(folder: Path, base: Path, result: Mapping[str, Any]) -> None:
-    """Writes all configs or none.
+def _refuse_written(folder: Path, stem: str, wanted: Iterable[Control]) -> None:
+    """Raises ValueError where a config of one of these controls is there, which may be of other measurements."""
+    for control in wanted:
+        for quantity in control.quantities:
+            path = folder / _file(stem, control, quantity)
+            if path.exists():
+                raise ValueError(f"{path} is there already: move it, or give another folder to -o.")
 
-    Raises:
-        ValueError: A file of that name says something else.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
+
+def _write(folder: Path, base: Path, result: Mapping[str, Any]) -> None:
+    """Writes the configs."""
     files = dict.fromkeys(row["file"] for row in result["rows"] if row["file"])
     texts = {folder / file: printable(_yaml(folder / file, base, result)).encode() for file in files}
-    for path, text in texts.items():
-        if path.exists() and path.read_bytes() != text:
-            raise ValueError(f"{path} is there already and says something else: move it, or give another folder to -o.")
     for path, text in texts.items():
         write_durably(path, text)
 

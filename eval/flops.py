@@ -81,7 +81,7 @@ def count(target: Target, image_size_px: int | None, dtype: str, device: torch.d
         "flops": 2 * closed[""],
         "theoretical_macs": theoretical[""],
         "macs_with_norms": closed[""] + norm_operations(model, images),
-        "training_flops": training_flops(model.train(), images),
+        "training_flops": training_flops(model.train(), example(model, 2)),  # BatchNorm1d takes no single image
         "macs_ratio": macs_ratio,
         "params_ratio": params_ratio,
         **_memory(model.to(device), dtype),

@@ -42,6 +42,8 @@ from vitreuse.cost.measure import top_classes
 from vitreuse.data import FolderDataset, ShardDataset
 from vitreuse.data.labels import numbered_as
 from vitreuse.files.networks import Target, resized, resolve_targets
+from vitreuse.io.durable import writable_folder
+from vitreuse.io.file_names import stem_of
 from vitreuse.model.preprocessing import evaluation_transform, image_settings
 
 HELP = "accuracy of features by their nearest neighbours in the training split, for models without a head too"
@@ -207,7 +209,7 @@ def run(args: Namespace) -> dict[str, Any]:
             targets = resolve_targets(args.targets, args.plan, sizes)
             refuse_idle(args, targets)
             if args.output is not None:
-                args.output.mkdir(parents=True, exist_ok=True)
+                writable_folder(args.output)
         rows = [_row(target, size, args, ranks) for target, size in product(targets, sizes)]
     return {"command": "knn", "rows": rows}
 
@@ -231,8 +233,8 @@ def _row(target: Target, image_size_px: int | None, args: Namespace, ranks: Rank
     with ranks.together():
         found = predict(memory, queries, len(class_names), args.neighbours, args.temperature, ranks.device)
         if args.output is not None and ranks.is_main:
-            size = "" if image_size_px is None else f".{image_size_px}px"
-            write_tables(args.output / f"{target.label.replace('/', '_')}{size}.knn", found, class_names)
+            size = None if image_size_px is None else f"{image_size_px}px"
+            write_tables(args.output / stem_of(target.label, size, "knn"), found, class_names)
     return {
         "name": target.label,
         "plan": str(model.plan) if hasattr(model, "plan") else None,

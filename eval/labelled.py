@@ -2,16 +2,12 @@
 
 import os
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import track
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from torch.utils.data import BatchSampler, DataLoader, Dataset, default_collate, get_worker_info
@@ -21,8 +17,8 @@ from vitreuse.cli.console import add_allow, add_count, local_path
 from vitreuse.config import DataConfig
 from vitreuse.data import FolderDataset, ShardDataset, open_split, prepare_source
 from vitreuse.files.networks import Target
-from vitreuse.io.file_names import printable
 from vitreuse.io.process import print_note
+from vitreuse.io.progress import WorkProgress
 from vitreuse.io.urls import refuse_idle_allow
 from vitreuse.model.preprocessing import EvaluationTransform, Transform, image_mode
 
@@ -144,9 +140,16 @@ def share_of(dataset: Labelled, transform: EvaluationTransform, args: Namespace,
 
 
 def shown(target: Target, ranks: Ranks) -> Callable[[Iterable[Any]], Iterable[Any]]:
-    """Shows on standard error, of the main rank alone, how many batches of a target's images are answered."""
-    label = escape(printable(target.label))
-    return partial(track, description=label, console=Console(stderr=True), disable=not ranks.is_main)
+    """Shows, on the main rank alone, how many of its batches of a target's images are answered."""
+
+    def watched(batches: Iterable[Any]) -> Iterator[Any]:
+        total = len(batches)  # type: ignore[arg-type]
+        with WorkProgress(target.label, "batches", total, enabled=ranks.is_main) as progress:
+            for number, batch in enumerate(batches, 1):
+                yield batch
+                progress.reach(number)
+
+    return watched
 
 
 def add_data(parser: ArgumentParser, folders: str) -> None:

@@ -28,7 +28,7 @@ COLUMNS = (
 )
 # Words in the name of an operation and the kind it is of; the first that fits decides.
 KINDS = {
-    "attention": ("scaled_dot_product", "flash_attention"),
+    "attention": ("scaled_dot_product", "attention_forward", "attention_backward"),
     "products": ("mm", "conv", "linear"),
     "softmax": ("softmax",),
     "norm": ("layer_norm", "rms_norm"),

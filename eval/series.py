@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from argparse import ArgumentParser
+from argparse import ArgumentParser, Namespace
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import chain
@@ -60,6 +60,12 @@ def add_runs(parser: ArgumentParser) -> None:
     """Declares the runs of a command, for read_series."""
     text = "completed run folder, run card, or folder of cards"
     parser.add_argument("runs", nargs="+", type=local_path, metavar="RUN", help=text)
+
+
+def refuse_idle_speed(args: Namespace) -> None:
+    """Raises ValueError where it is said how to measure speed, and that it is not to be measured."""
+    if args.no_speed and (args.batch_size or args.repeats):
+        raise ValueError("--batch-size and --repeats have no effect under --no-speed: leave them out.")
 
 
 def read_series(paths: Sequence[Path]) -> list[Series]:
@@ -138,6 +144,11 @@ def check_same_images(series: Sequence[Series]) -> None:
                 f"{first.name} was measured on {first.n:,} images of {first.data} and {card.name} on {card.n:,} others "
                 f"of {card.data}: they cannot be compared image by image, measure both on one set."
             )
+        if card.counted != first.counted:
+            ways = (f"{name} as {counted or 'plain images'}" for name, counted in _ways(first, card))
+            raise ValueError(
+                f"images were counted in two ways, {' and '.join(ways)}: measure both with the same --set."
+            )
     for name, classes in named:
         whose, known = named[0]
         if classes != known:
@@ -145,6 +156,10 @@ def check_same_images(series: Sequence[Series]) -> None:
                 f"the images of {name} are of classes {difference(classes, known, whose)}: measure both on one set, "
                 "with eval top1 --by-number if the classes are the same under other names."
             )
+
+
+def _ways(*cards: Card) -> list[tuple[str, str | None]]:
+    return [(card.name, card.counted) for card in cards]
 
 
 def recipe_changes(before: Card, after: Card) -> list[str]:

@@ -33,6 +33,7 @@ from vitreuse.cost.measure import (
 )
 from vitreuse.cost.tune import MODES
 from vitreuse.files.networks import Target, plain_model, resized, resolve_targets
+from vitreuse.io.durable import writable_file, write_durably
 from vitreuse.io.file_names import to_bytes
 from vitreuse.io.process import choose_device
 from vitreuse.model.preprocessing import example, image_settings
@@ -262,6 +263,8 @@ def run(args: Namespace) -> dict[str, Any]:
             f"--compile needs a C++ compiler and there is no {compiler!r}: install it, name another in CXX, or leave "
             "--compile out."
         )
+    if args.csv:
+        writable_file(args.csv)
     if args.threads:
         torch.set_num_threads(args.threads)
     targets = resolve_targets(args.targets, args.plan, args.image_size or [None])
@@ -276,7 +279,7 @@ def run(args: Namespace) -> dict[str, Any]:
         if args.profile and mode == "inference":
             result["profiles"] += profiles(targets, condition, args.repeats)
     if args.csv:
-        args.csv.write_bytes(to_bytes(to_csv(result["rows"], list(result["rows"][0]))))
+        write_durably(args.csv, to_bytes(to_csv(result["rows"], list(result["rows"][0]))))
     return result
 
 

@@ -42,9 +42,10 @@ from vitreuse.config import EvalConfig
 from vitreuse.cost.measure import describe_machine
 from vitreuse.data import find_split
 from vitreuse.files.networks import Target, resolve_targets
-from vitreuse.io.file_names import for_terminal
+from vitreuse.io.durable import writable_folder
+from vitreuse.io.file_names import for_terminal, stem_of
 from vitreuse.io.urls import refuse_url, url_kind
-from vitreuse.model.class_names import names_of
+from vitreuse.model.class_names import has_classes, names_of
 from vitreuse.model.copies import evaluating
 from vitreuse.model.preprocessing import evaluation_transform
 
@@ -115,7 +116,7 @@ def run(args: Namespace) -> dict[str, Any]:
             targets = [target.at(args.image_size) for target in resolve_targets(args.targets)]
             refuse_idle(args, targets)
             if args.output is not None:
-                args.output.mkdir(parents=True, exist_ok=True)
+                writable_folder(args.output)
         return {"command": "top1", "rows": [row for target in targets for row in _rows(target, args, ranks)]}
 
 
@@ -123,6 +124,10 @@ def _rows(target: Target, args: Namespace, ranks: Ranks) -> list[dict[str, Any]]
     """One row; of corrupted images one for each corruption and severity, and their mean."""
     with ranks.together():
         root, model = data_root(target, args), load(target, args)
+        if not has_classes(model):
+            raise ValueError(
+                f"{target.label} has no head, so that nothing it says is a class: python -m eval knn measures features."
+            )
         if args.set is not None and model.num_classes != NUM_CLASSES:
             raise ValueError(
                 f"--set {args.set} needs a model of ImageNet's {NUM_CLASSES:,} classes, {target.label} has "
@@ -134,7 +139,7 @@ def _rows(target: Target, args: Namespace, ranks: Ranks) -> list[dict[str, Any]]
             splits = sets.corrupted_splits(Path(root, args.split), whole=not args.subset)
     model.to(ranks.device)
     rows = [_row(target, model, root, split, args, ranks) for split in splits]
-    return [*rows, _mean_row(rows, Path(root, args.split))] if args.set == "corruptions" else rows
+    return [*rows, _mean_row(rows, Path(root, args.split), args.subset)] if args.set == "corruptions" else rows
 
 
 def _row(target: Target, model: Any, root: str, part: str, args: Namespace, ranks: Ranks) -> dict[str, Any]:
@@ -148,7 +153,8 @@ def _row(target: Target, model: Any, root: str, part: str, args: Namespace, rank
     answering = model if args.set is None else sets.Among(model, test_set.classes, test_set.order)
     found = evaluate(answering, share, getattr(torch, _precision(target)), shown(target, ranks))
     data = root if url_kind(root) else str(find_split(Path(root), split) or Path(root, split))
-    row = {"name": target.label, "data": data, "set": test_set.title, "remark": test_set.remark}
+    title = " ".join(filter(None, (test_set.title, part))) or None
+    row = {"name": target.label, "data": data, "set": title, "remark": test_set.remark}
     row |= {"training": unfinished(target, args), **found.figures}
     with ranks.together():
         if found.num_not_finite:
@@ -157,9 +163,9 @@ def _row(target: Target, model: Any, root: str, part: str, args: Namespace, rank
                 "no accuracy would mean anything: look at its weights, or at these images."
             )
         if args.output is not None and ranks.is_main:
-            of_set = part.replace("/", "-") or args.set or (args.split if args.split != SPLIT else None)
+            of_set = part or args.set or (args.split if args.split != SPLIT else None)
             of_size = None if args.image_size is None else f"{args.image_size}px"
-            stem = ".".join(filter(None, (target.label.replace("/", "_"), of_set, of_size)))
+            stem = stem_of(target.label, of_set, of_size)
             write_tables(args.output / stem, found, test_set.class_names)
             _card(target, model, row, found, args, ranks).write(args.output / f"{stem}.card.json")
     return row
@@ -185,7 +191,8 @@ def _card(target: Target, model: Any, row: dict[str, Any], found: Predictions, a
     facts = {"weights": weights, "set": row["set"], "training": row["training"], "precision": _precision(target)}
     facts |= describe_machine(ranks.device)
     training = None if target.run_dir is None or args.checkpoint is not None else target.config
-    return make_card(target.label, target.model, row["data"], found, facts, training, _class_names(model, args))
+    names = _class_names(model, args)
+    return make_card(target.label, target.settings_of(model), row["data"], found, facts, training, names)
 
 
 def _precision(target: Target) -> str:
@@ -193,12 +200,14 @@ def _precision(target: Target) -> str:
     return EvalConfig.precision if target.config is None else target.config.eval.precision
 
 
-def _mean_row(rows: Sequence[dict[str, Any]], folder: Path) -> dict[str, Any]:
-    """The mean over all corruptions and severities, with the corruption error."""
+def _mean_row(rows: Sequence[dict[str, Any]], folder: Path, is_part: bool) -> dict[str, Any]:
+    """The mean over all corruptions and severities, with the corruption error where these are the whole set."""
     means = {key: mean(row[key] for row in rows) for key in ("top1", "top5", "calibration_error")}
     top1 = {str(Path(row["data"]).relative_to(folder)): row["top1"] for row in rows}
-    counts = {"set": f"mean of {len(rows)}", "remark": None, "n": sum(row["n"] for row in rows)}
-    return {"name": rows[0]["name"], "data": str(folder), **counts, **means, "mce": sets.mean_corruption_error(top1)}
+    title = f"mean of {len(rows)}{' (part)' if is_part else ''}"
+    counts = {"set": title, "remark": None, "n": sum(row["n"] for row in rows)}
+    mce = None if is_part else sets.mean_corruption_error(top1)
+    return {"name": rows[0]["name"], "data": str(folder), **counts, **means, "mce": mce}
 
 
 def render(result: dict[str, Any]) -> RenderableType:
@@ -206,5 +215,5 @@ def render(result: dict[str, Any]) -> RenderableType:
     rows = result["rows"]
     if "mce" in rows[-1]:
         return to_rich([{"mce": None, **row} for row in rows], (*COLUMNS, Column("mce", "mCE (%)", ".2f")))
-    remarks = [f"{row['name']}: {row['remark']}" for row in rows if row["remark"]]
+    remarks = [f"{row['name']}: {row[key]}" for row in rows for key in ("remark", "training") if row[key]]
     return to_rich(rows, COLUMNS, for_terminal("; ".join(remarks)) or None)

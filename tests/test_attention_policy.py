@@ -101,12 +101,14 @@ def tuned(tmp_path, monkeypatch):
 
 def test_a_tuned_file_lies_over_the_shipped_one(tuned):
     shipped = load_costs()
-    tuned.write_text(json.dumps({"costs": {"cpu float32 train": [[7, 1, 2, 3, 4]], "xpu float32 train": []}}))
-    assert load_costs() == {**shipped, "cpu float32 train": [(7, 1.0, 2.0, 3.0, 4.0)], "xpu float32 train": []}
+    costs = {"cpu float32 train": [[7, 1, 2, 3, 4]], "xpu float32 train": [[1, 2, 2, 2, 2]]}
+    tuned.write_text(json.dumps({"costs": costs}))
+    added = {"cpu float32 train": [(7, 1.0, 2.0, 3.0, 4.0)], "xpu float32 train": [(1, 2, 2, 2, 2)]}
+    assert load_costs() == {**shipped, **added}
     assert shipped["cpu float32 train"] != load_costs()["cpu float32 train"]
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"costs": 1}', '{"costs": {"a": [[1, 2]]}}'])
+@pytest.mark.parametrize("text", ["", "[]", '{"costs": 1}', '{"costs": {"a": [[1, 2]]}}', '{"costs": {"a": []}}'])
 def test_a_damaged_tuned_file_is_named_in_one_sentence(tuned, text):
     tuned.write_text(text)
     with pytest.raises(ValueError) as error:

@@ -88,6 +88,22 @@ def test_another_file_is_refused(tmp_path, text):
         read_card(tmp_path / "card.json")
 
 
+@pytest.mark.parametrize("is_correct", ["eJxjY", "", "eJwDAAAAAAE=", 7])
+def test_a_damaged_card_is_refused(tmp_path, is_correct):
+    replace(a_card(), is_correct=is_correct).write(tmp_path / "card.json")
+    with pytest.raises(ValueError, match=r"is a damaged run card .*: write it again"):
+        read_card(tmp_path / "card.json")
+
+
+def test_what_was_trained_less_or_counted_otherwise_is_another_experiment():
+    card = a_card()
+    assert card.counted is None
+    for facts in ({"training": "the run is not completed"}, {"set": "ImageNet-A, among its 200 classes"}):
+        assert replace(card, facts=facts).experiment != card.experiment
+    for title in ("ImageNet", "ImageNet (part)"):
+        assert replace(card, facts={"set": title}).experiment == card.experiment
+
+
 def test_a_card_of_another_version_is_refused(tmp_path):
     (tmp_path / "card.json").write_text('{"card": 2}')
     with pytest.raises(ValueError, match="is a card of version 2, this code reads version 1"):

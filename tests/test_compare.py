@@ -1,6 +1,7 @@
 """`python -m eval compare`: what it shows of cards that were made up, and what it refuses."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from PIL import Image
 
 from eval.__main__ import main
-from eval.card import make_card
+from eval.card import make_card, read_card
 from eval.predictions import Predictions
 from vitreuse.config import load_config
 
@@ -116,6 +117,27 @@ def test_one_seed_claims_nothing_of_others(tmp_path, capsys):
     cards = [write_card(tmp_path, name, 0, 0.95) for name in ("exact", "lazy")]
     assert main(["compare", *cards, "--no-speed"]) == 0
     assert "One seed each: how other seeds would do is unknown" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("seeds, said", [
+    ({"exact": 1, "lazy": 1}, ["One seed each: how other seeds"]),
+    ({"exact": 2, "lazy": 1}, ["variance between seeds. p", "One seed (lazy) tells no", "that of exact is taken"]),
+    ({"exact": 1, "lazy": 2}, ["One seed (exact) tells no variance", "that of the other model is taken"]),
+    ({"exact": 1, "lazy": 2, "reuse": 1}, ["One seed (exact) tells", "One seed each of exact and reuse: how"]),
+])  # fmt: skip
+def test_what_one_seed_leaves_unknown_is_said_of_each_model(tmp_path, capsys, seeds, said):
+    cards = [write_card(tmp_path, name, seed, 0.95) for name, count in seeds.items() for seed in range(count)]
+    assert main(["compare", *cards, "--no-speed"]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert all(sentence in told for sentence in said), told
+    assert ("variance between seeds. p" in told) == (max(seeds.values()) > 1)
+
+
+def test_images_that_were_counted_otherwise_are_not_compared(tmp_path, capsys):
+    plain, among = (Path(write_card(tmp_path, name, 0, 0.95)) for name in ("exact", "lazy"))
+    replace(read_card(among), facts={"set": "ImageNet-A, among its 200 classes"}).write(among)
+    told = refusal(capsys, str(plain), str(among))
+    assert "two ways, exact as plain images and lazy as ImageNet-A, among its 200 classes: measure both" in told
 
 
 def test_recipes_are_not_mixed_in_silence(cards, capsys):

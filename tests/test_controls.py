@@ -335,9 +335,10 @@ def test_the_command_line_on_this_machines_clock(tmp_path, capsys, monkeypatch):
                 in (folder / row["file"]).read_text()
             ) == ("latency_ms" in headers(folder / row["file"]))
     before = {file: file.read_bytes() for file in folder.iterdir()}
+    monkeypatch.setattr(eval.controls, "closest", lambda *arguments: pytest.fail("it was measured first"))
     assert main(["controls", str(path), *options]) == 2
     told = capsys.readouterr()
-    assert told.out == "" and "is there already and says something else: move it, or give another" in told.err
+    assert told.out == "" and ".yaml is there already: move it, or give another folder to -o." in told.err
     assert {file: file.read_bytes() for file in folder.iterdir()} == before
 
 

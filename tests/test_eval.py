@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -25,6 +26,7 @@ from torch import nn
 
 from eval import throughput
 from eval.__main__ import main
+from eval.card import read_card
 from eval.distributed import Ranks, joined
 from eval.figures import STYLES, Point, kind_of, scatter_figure
 from eval.labelled import Share
@@ -34,6 +36,7 @@ from eval.throughput import Condition, measure
 from eval.top1 import evaluate
 from vitreuse.config import load_config, to_yaml
 from vitreuse.cost.backends import fused_attention
+from vitreuse.cost.macs import count_params
 from vitreuse.cost.measure import Timing, _LiveStorages, inference_call, peak_memory_mib
 from vitreuse.data import EncodedSample, Sample, write_shards
 from vitreuse.files.networks import plain_model, resolve_targets
@@ -192,6 +195,54 @@ def test_top1_of_a_run_folder(tmp_path, experiment, capsys):
     num_correct = sum(int(logits[grey].argmax()) == label for label, grey in greys)
     row = run_json(capsys, "top1", str(run), "--batch-size", "4")["rows"][0]
     assert (row["n"], row["top1"], row["top5"]) == (9, pytest.approx(100 * num_correct / 9), 100.0)
+
+
+def test_a_card_is_of_the_model_that_was_evaluated(tmp_path, experiment, capsys):
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=3, depth=12)
+    save_file(model.state_dict(), tmp_path / "three.safetensors")
+    options = ("--checkpoint", str(tmp_path / "three.safetensors"), "--image-size", "32", "-o", str(tmp_path / "out"))
+    run_json(capsys, "top1", "vit_tiny_patch16_224", *options, "--data", str(tmp_path / "data"))
+    card = read_card(tmp_path / "out" / "vit_tiny_patch16_224.32px.card.json")
+    assert card.params == count_params(model) and card.model["keywords"] == {"img_size": 32, "num_classes": 3}
+
+
+def test_a_model_without_a_head_has_no_accuracy(tmp_path, experiment, capsys):
+    picture = (tmp_path / "data" / "val" / "class0" / "0.png").read_bytes()
+    write_shards([EncodedSample("a", picture, "png", 1)], tmp_path / "shards" / "val", ("cat", "dog", "cow"), 10)
+    save_file(timm.create_model("vit_tiny_patch16_224", num_classes=0).state_dict(), tmp_path / "features.safetensors")
+    options = ["--checkpoint", str(tmp_path / "features.safetensors"), "--data", str(tmp_path / "shards")]
+    assert main(["top1", "vit_tiny_patch16_224", *options, "--device", "cpu"]) == 2
+    assert "has no head, so that nothing it says is a class: python -m eval knn measures" in capsys.readouterr().err
+
+
+def test_a_place_that_cannot_be_written_is_found_out_first(tmp_path, experiment, capsys, monkeypatch):
+    (tmp_path / "file").touch()
+    run = str(make_run(tmp_path / "run", experiment))
+    for work in ("eval.top1.evaluate", "eval.knn.features", "eval.throughput.measure", "eval.report._report"):
+        monkeypatch.setattr(work, lambda *arguments, **keywords: pytest.fail("it was measured first"))
+    monkeypatch.setattr("eval.report.read_series", lambda paths: [])
+    for argv in (
+        ["top1", run, "-o", str(tmp_path / "file")],
+        ["knn", run, "-o", str(tmp_path / "file" / "out")],
+        ["throughput", str(experiment), "--csv", str(tmp_path / "file" / "speed.csv")],
+        ["throughput", str(experiment), "--csv", str(tmp_path)],
+        ["report", run, "-o", str(tmp_path)],
+    ):
+        assert main([*argv, "--device", "cpu"]) == 2, argv
+        told = capsys.readouterr().err
+        assert "a file is in its place): choose another place." in told or "is a folder: give a file in it." in told
+
+
+def test_a_split_in_a_folder_has_a_file_of_its_own(tmp_path, experiment, capsys):
+    run = make_run(tmp_path / "run", experiment)
+    shutil.copytree(tmp_path / "data" / "val", tmp_path / "data" / "nest" / "val")
+    run_json(capsys, "top1", str(run), "--split", "nest/val", "-o", str(tmp_path / "out"))
+    assert (tmp_path / "out" / "run.nest-val.card.json").exists()
+
+
+def test_progress_is_told_in_lines_where_there_is_no_terminal(tmp_path, experiment, capsys):
+    assert main(["top1", str(make_run(tmp_path / "run", experiment)), "--batch-size", "4", "--device", "cpu"]) == 0
+    assert "run: 3/3 batches, " in capsys.readouterr().err
 
 
 def test_answers_that_are_not_finite_are_no_accuracy(tmp_path, experiment, capsys):

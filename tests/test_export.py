@@ -255,6 +255,10 @@ def test_only_an_earlier_export_is_replaced(reused, tmp_path, capsys, left, is_r
     (["{reused}", "--opset", "20"], "--opset has no effect without --format onnx: leave it out."),
     (["{reused}", "--format", "safetensors", "--fold"], "--fold has no effect without --format torch or onnx"),
     (["{reused}", "--data", "{tmp}"], "--data has no effect without --format torch or onnx: leave it out."),
+    (["{reused}", "--images", "64"], "--images has no effect without --format torch or onnx: leave it out."),
+    (["{reused}", "--batch-size", "4"], "--batch-size has no effect without --format torch or onnx: leave it out."),
+    (["{reused}", "--format", "torch", "--repeats", "5"], "--repeats has no effect without --format onnx: leave it"),
+    (["{reused}", "--format", "torch", "--seed", "3"], "--seed has no effect without images: give --data DIR"),
     (["{reused}", "-o", "{reused}/config.json"], "config.json cannot be made (File exists): choose another -o DIR."),
     (["{reused}", "--format", "torch", "--data", "{tmp}/none"], "no folder"),
 ])  # fmt: skip

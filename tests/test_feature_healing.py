@@ -248,6 +248,14 @@ def test_images_held_out_are_others_than_those_learned_from(tmp_path, photograph
     assert (len(learned), len(held_out)) == (4, 1)
 
 
+def test_a_folder_of_val_alone_is_split_too(tmp_path):
+    for name in "ab":
+        write_photographs(tmp_path / "val" / name, 10)
+    learned, held_out = open_without_labels(tmp_path, "RGB")
+    keys = [{part.key(number) for number in range(len(part))} for part in (learned, held_out)]
+    assert (len(learned), len(held_out)) == (18, 2) and not keys[0] & keys[1] and len(held_out.notes) == 1
+
+
 def test_shards_are_shuffled_within_stretches(tmp_path, healing, photographs, capsys):
     encoded = [EncodedSample(path.stem, path.read_bytes(), "png", 0) for path in sorted(photographs.iterdir())]
     write_shards(encoded, tmp_path / "shards" / "train", ["any"], 5)

@@ -23,7 +23,7 @@ from train.trackers import Start, Wandb
 from vitreuse.__main__ import main as vitreuse
 from vitreuse.config import load_config
 from vitreuse.data import DataError, DecodeError, EncodedSample, build_index, load_index, write_shards
-from vitreuse.io.file_names import for_picture, is_name, printable, to_bytes
+from vitreuse.io.file_names import for_picture, is_name, printable, stem_of, to_bytes
 from vitreuse.verbs.plots import front_plot
 
 CLASSES = [b"[red]", b'a\xff, b"\n', b"caf\xc3\xa9 "]
@@ -176,6 +176,13 @@ def test_what_ends_a_line_of_csv_stands_in_quotes():
     lines = [["a\rb", "c\nd"], ['"', ","], ["", "e"]]
     assert csv_text(lines) == '"a\rb","c\nd"\n"""",","\n,e\n'
     assert list(csv.reader(io.StringIO(csv_text(lines), newline=""))) == lines
+
+
+def test_a_label_of_any_length_names_a_file():
+    assert stem_of("runs/a", None, "nest/val", "32px") == "runs_a.nest-val.32px"
+    long = "vit, " + "exact-1/320 " * 24
+    stems = {stem_of(long, "knn"), stem_of(long + "x", "knn"), stem_of("\u00e4\udcff" * 99)}
+    assert len(stems) == 3 and all(len(to_bytes(stem)) < 140 for stem in stems)
 
 
 def test_text_for_files_and_pictures():

@@ -7,7 +7,7 @@ import timm
 import torch
 from torch import nn
 
-from eval.profile import profile_parts
+from eval.profile import _kind_of, profile_parts
 from vitreuse import count_macs
 from vitreuse.cost.measure import inference_call
 
@@ -88,6 +88,13 @@ def test_macs_sum_to_the_model(costs, dtype, monkeypatch):
         if row["part"] == "blocks.0.attn" and row["macs_percent"] is not None:
             assert row["macs_percent"] == pytest.approx(100 * expected.pop(row["kind"]) / macs)
     assert expected == {}
+
+
+@pytest.mark.parametrize("kernel", ["flash", "efficient", "cudnn", "flash_attention_forward_for_cpu"])
+def test_every_fused_kernel_is_attention(kernel):
+    names = [f"aten::_{kernel}_attention_{way}" for way in ("forward", "backward")]
+    names.append("aten::_scaled_dot_product_efficient_attention")
+    assert {_kind_of(name) for name in names} == {"attention"}
 
 
 def test_kinds_are_those_of_the_operations():

@@ -338,6 +338,9 @@ def test_query_key_and_value_begin_as_in_the_source():
             bound = math.sqrt(6 / (384 + 384))
             assert 0.995 * bound < part.abs().max() <= bound * (1 + 1e-6)
             assert part.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.02)
+    mixed: Any = replace(load_config(FILES["plain_90_small_exact"]).model, plan="exact reuse:2*11").create()
+    bound = math.sqrt(6 / (384 + 384))
+    assert 0.99 * bound < mixed.blocks[1].attn.qk.weight.abs().max() <= bound * (1 + 1e-6)
     other = load_config(FILES["deit_300_small_exact"]).model
     with pytest.raises(ConfigError, match=r"qkv_init 'apart' has no effect without keywords\.weight_init jax"):
         replace(other, qkv_init="apart")

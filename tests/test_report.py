@@ -17,6 +17,7 @@ from eval.report import to_html
 from eval.report.measured import CURVE_POINTS, by_layer, layer_macs, shortened
 from vitreuse import count_macs
 from vitreuse.compress.redundancy import map_similarity
+from vitreuse.plan.language import WORDS
 
 HOSTILE = "</script><script>alert('x')</script><!-- \u2028 & \" ' <b>"
 
@@ -136,6 +137,18 @@ def test_a_run_without_its_data_says_so(folders, tmp_path, capsys):
     assert not Path("elsewhere").exists()
 
 
+def test_the_page_says_how_it_is_made_again_and_what_is_not_trained_to_its_end(folders, tmp_path, capsys):
+    card = read_card(Path(folders[0]) / "card.json")
+    replace(card, facts={**card.facts, "training": "the run is not completed"}).write(tmp_path / "card.json")
+    page = str(tmp_path / "report.html")
+    _, data, _ = build(capsys, Path(page), str(tmp_path / "card.json"), "--repeats", "3", "--batch-size", "2")
+    options = f"-o {page} --batch-size 2 --repeats 3"
+    assert data["command"] == f"python -m eval report {tmp_path / 'card.json'} {options}"
+    assert data["experiments"][0]["training"] == "the run is not completed"
+    idle = ["--no-speed", "--repeats", "7", "-o", page]
+    assert "have no effect under --no-speed: leave them out" in refuse(capsys, folders[0], *idle)
+
+
 def test_what_is_no_run_is_refused(folders, tmp_path, capsys):
     output = ["-o", str(tmp_path / "report.html")]
     assert "2 runs of model0 have the seed 0" in refuse(capsys, folders[0], folders[0], *output)
@@ -153,10 +166,24 @@ def test_models_of_one_name_are_told_apart(folders, tmp_path, capsys):
     assert [shown["label"] for shown in data["experiments"]] == ["model0", "model0 (2)", "model0 (3)"]
 
 
+def test_the_page_knows_every_word_of_the_language():
+    script, style = (Path(f"eval/report/page.{kind}").read_text() for kind in ("js", "css"))
+    (kinds,) = re.findall(r"const KINDS = \{(.*?)\n\};", script, flags=re.DOTALL)
+    assert re.findall(r"^  (\w+): ", kinds, flags=re.MULTILINE) == list(WORDS)
+    assert all(re.search(rf"\.{word}\b[^{{}}]*\{{ fill:", style) for word in WORDS)
+
+
+def test_layers_without_parts_have_their_place():
+    model = timm.create_model("vit_reuse_tiny_patch16_224", plan="exact linear skip", img_size=32, depth=3).eval()
+    found = layer_macs(model)
+    assert found["attention"][1:] == [5 * 192**2, 0] and found["mlp"][1:] == [0, 0]
+    assert sum(found["attention"]) + sum(found["mlp"]) + found["rest"] == sum(count_macs(model).values())
+
+
 def test_parts_are_summed_by_layer():
     parts = {"patch_embed": 1, "blocks.0.norm1": 2, "blocks.0.attn": 4, "blocks.0.mlp": 8, "blocks.1.norm2": 16,
              "blocks.1.mlp": 32, "between parts": 64}
-    assert by_layer(parts.items()) == {"attention": [6, 0], "mlp": [8, 48], "rest": 65}
+    assert by_layer(parts.items(), 2) == {"attention": [6, 0], "mlp": [8, 48], "rest": 65}
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_lazy_tiny_patch16_224"])

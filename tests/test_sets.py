@@ -238,7 +238,7 @@ def test_corrupted_images_are_a_row_each_and_their_mean(tmp_path, experiment, ca
         ".",
     ]
     assert rows[-1]["top1"] == pytest.approx(sum(row["top1"] for row in rows[:3]) / 3)
-    assert (rows[-1]["set"], rows[-1]["n"], rows[-1]["mce"]) == ("mean of 3", 7, None)
+    assert (rows[-1]["set"], rows[-1]["n"], rows[-1]["mce"]) == ("mean of 3 (part)", 7, None)
     assert len(list(output.iterdir())) == 9
     assert len((output / "tiny.fog-2.predictions.csv").read_text().splitlines()) == 4
     assert (output / "tiny.snow-1.classes.csv").read_text().splitlines()[1].startswith('0,"tench, Tinca tinca",1,')

@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 from cases import randomized
+from timm.data import resolve_model_data_config
 from torch import nn
 
 import vitreuse
@@ -15,8 +16,9 @@ from vitreuse import count_macs
 from vitreuse.attention.costs import COST_NAMES, SIZED_NAMES
 from vitreuse.attention.policy import READS_MAP, Conditions
 from vitreuse.compress.fold import fold
-from vitreuse.cost.backends import layer_backends
+from vitreuse.cost.backends import fused_attention, layer_backends
 from vitreuse.files.hub import save_hub_folder
+from vitreuse.model.copies import untrained_copy
 
 SIZES = {"embed_dim": 16, "num_heads": 2, "depth": 4, "num_classes": 5, "patch_size": 2, "img_size": 8}
 
@@ -184,3 +186,77 @@ def test_a_plan_without_merges_is_not_made_at_each_call(monkeypatch):
     model = build("exact*4")
     monkeypatch.setattr(type(model), "plan", property(lambda self: pytest.fail("it is made")))
     model(pixels())
+
+
+def test_an_archive_leaves_what_it_lacks_and_goes_into_a_model_that_was_changed(tmp_path):
+    plain = randomized(timm.create_model("vit_tiny_patch16_224", **SIZES)).eval()
+    np.savez(tmp_path / "weights.npz", **jax_archive(plain, SIZES["num_heads"]))
+    model = timm.create_model("vit_reuse_tiny_patch16_224", plan="exact*4", reg_tokens=0, **SIZES)
+    theirs = timm.create_model("vit_tiny_patch16_224", **SIZES)
+    for each in (model, theirs):
+        each.reset_classifier(7)
+        torch.nn.init.ones_(each.head.weight)
+        torch.nn.init.zeros_(each.head.bias)
+        each.set_input_size((16, 16))
+        each.load_pretrained(str(tmp_path / "weights.npz"))
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in theirs.state_dict().items())
+    assert model.head.weight.eq(1).all() and model.pos_embed.shape == theirs.pos_embed.shape
+
+
+@pytest.mark.parametrize("name", ["vit_small_patch14_dinov2", "vit_base_patch32_clip_384", "vit_tiny_patch16_224"])
+def test_the_data_settings_are_those_of_the_name(name):
+    with torch.device("meta"):
+        theirs, ours = timm.create_model(name), vitreuse.create_model(name, plan=None)
+    assert resolve_model_data_config(ours) == resolve_model_data_config(theirs)
+    copied = resolve_model_data_config(untrained_copy(theirs.to_empty(device="cpu"), "skip*12"))
+    assert copied == resolve_model_data_config(theirs)
+    with torch.device("meta"):
+        resized = vitreuse.create_model(name, plan="exact-1*12", img_size=96, patch_size=16)
+    assert resolve_model_data_config(resized)["input_size"] == (3, *resized.patch_embed.img_size) == (3, 96, 96)
+
+
+def test_names_without_weights_are_refused_with_those_that_have_them():
+    with pytest.raises(ValueError, match=r"has no weights 'badtag'.* 'vit_small_patch14_dinov2.lvd142m'"):
+        vitreuse.create_model("vit_small_patch14_dinov2.badtag")
+    with pytest.raises(ValueError, match=r"no published weights: those of vit_tiny_patch16_224 go into a plan, as by"):
+        vitreuse.create_model("vit_reuse_tiny_patch16_224", pretrained=True)
+
+
+def test_images_of_no_patch_are_refused_before_anything_changes():
+    sizes = {**SIZES, "img_size": 8, "patch_size": 16, "class_token": False, "global_pool": "avg"}
+    with pytest.raises(ValueError, match=r"images of \(8, 8\) px are smaller than a patch of \(16, 16\) px"):
+        timm.create_model("vit_lowrank_tiny_patch16_224", plan="lowrank:4*4", **sizes)
+    model = build("exact*4")
+    before = model.patch_embed.grid_size
+    with pytest.raises(ValueError, match="are smaller than a patch"):
+        model.set_input_size((1, 1))
+    assert model.patch_embed.grid_size == before and model(pixels()).isfinite().all()
+
+
+def test_a_mask_of_the_keys_alone_is_taken_as_timm_takes_it():
+    with fused_attention(False):  # the fused kernel takes none
+        plain, model = timm.create_model("vit_tiny_patch16_224", **SIZES).eval(), build("exact*4").eval()
+    model.load_state_dict(plain.state_dict())
+    images = pixels()
+    mask = torch.arange(plain.pos_embed.shape[1]) != 3
+    found = [each.forward_features(images, attn_mask=mask) for each in (plain, model)]
+    torch.testing.assert_close(*found)
+    torch.testing.assert_close(model(images, attn_mask=mask), plain.forward_head(found[0]))
+
+
+def test_what_is_carried_of_a_projection_outlives_the_parameter():
+    """FSDP2 frees a layer's parameters behind it."""
+    model = build("lowrank:5 reuse exact*2").eval()
+    images = pixels()
+    expected = model(images)
+    first = model.blocks[0].attn
+
+    def freed(*_):
+        first.key_proj.data.fill_(torch.nan)
+
+    first.register_forward_hook(freed)
+    assert torch.equal(model(images), expected)
+
+
+def test_names_that_come_later_are_listed():
+    assert {"search", "convert", "heal", "export", "tune", "similarity", "describe", "Images"} <= {*dir(vitreuse)}

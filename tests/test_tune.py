@@ -66,12 +66,55 @@ def test_rates_are_times_per_multiply_add_of_a_layer_without_its_attention(monke
 
 def test_what_is_written_is_what_models_read():
     measured = {"cpu float32 train": [[7, 1.0, 2.0, 3.0, 4.0], [11, 0.5, 0.25, 3e-5, 4.0]]}
-    write_costs(attention_costs.tuned_costs_path(), {"device": "a"}, measured, {"cpu float32 train": [[64, 0.5, 3e-5]]})
+    machines = {"cpu float32 train": {"device": "a", "date": "2026-01-01"}}
+    path = attention_costs.tuned_costs_path()
+    write_costs(path, machines, measured, {"cpu float32 train": [[64, 0.5, 3e-5]]})
     assert load_rates()["cpu float32 train"] == [(64, 0.5, 3e-5)]
     assert load_costs()["cpu float32 train"] == [(7, 1.0, 2.0, 3.0, 4.0), (11, 0.5, 0.25, 3e-5, 4.0)]
-    assert [path.name for path in attention_costs.tuned_costs_path().parent.iterdir()] == ["costs.json"]
+    assert [file.name for file in path.parent.iterdir()] == ["costs.json"]
     model = timm.create_model("vit_reuse_tiny_patch16_224", device="meta")
     assert model.blocks[0].attn.costs == load_costs()
+
+
+def test_costs_of_several_days_keep_their_machine_and_their_points(monkeypatch):
+    path = attention_costs.tuned_costs_path()
+    path.parent.mkdir(parents=True)
+    old = {"machine": {"device": "a", "date": "2026-01-01"}, "costs": {"cuda float16 train": [[7, 1, 2, 3, 4]]}}
+    old["costs"]["cpu float32 train"] = [[5, *range(1, 7)], [11, *range(1, 7)]]
+    path.write_text(json.dumps(old))
+    assert attention_costs.measured_on("cpu float32 train") == "a, 2026-01-01"
+    monkeypatch.setattr(verb, "describe_machine", lambda _: {"device": "b", "date": "2026-02-02"})
+    vitreuse.tune("cpu", [torch.float32], [8, 5], repeats=1)
+    assert [point[0] for point in load_costs()["cpu float32 train"]] == [5, 8, 11]
+    assert load_costs()["cpu float32 train"][0] != (5, *range(1, 7)) and load_costs()["cuda float16 train"]
+    assert attention_costs.measured_on("cpu float32 train") == "b, 2026-02-02"
+    assert attention_costs.measured_on("cuda float16 train") == "a, 2026-01-01"
+
+
+def test_costs_that_cannot_be_read_leave_the_shipped_ones(monkeypatch):
+    path = attention_costs.tuned_costs_path()
+    write_costs(path, {"cpu float32 train": {}}, {"cpu float32 train": [[7, 1.0, 2.0, 3.0, 4.0]]}, {})
+    assert load_costs()["cpu float32 train"] == [(7, 1.0, 2.0, 3.0, 4.0)]
+    monkeypatch.setattr("os.access", lambda found, mode: found == attention_costs.SHIPPED_COSTS)  # of another user
+    assert load_costs() == attention_costs.read_costs(attention_costs.SHIPPED_COSTS)
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr("os.path.expanduser", lambda text: text)  # without a home
+    assert timm.create_model("vit_reuse_tiny_patch16_224", device="meta").blocks[0].attn.costs == load_costs()
+
+
+def test_what_could_not_be_kept_is_not_measured(tmp_path):
+    with pytest.raises(ValueError, match=r"dtypes are torch.float64: give some of torch.float32, "):
+        vitreuse.tune("cpu", [torch.float64])
+    for keys in ([], [0, 5]):
+        with pytest.raises(ValueError, match=r"numbers of keys are (none|0, 5): give some above 0"):
+            vitreuse.tune("cpu", keys=keys)
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"nothing can be written in .*file .a file is in its place.: choose another"):
+        vitreuse.tune("cpu", file=tmp_path / "file" / "costs.json")
+    path = tmp_path / "costs.json"
+    path.write_text('{"machine": {}, "costs": {"cpu float32 inference": []}}')
+    with pytest.raises(ValueError, match="holds no costs: move it away"):
+        vitreuse.tune("cpu", file=path)
 
 
 def tune_json(capsys, *more):

@@ -12,7 +12,11 @@ from timm.models.vision_transformer import VisionTransformer
 
 from vitreuse import PlanVisionTransformer, load_checkpoint, parse_plan
 from vitreuse.compress.convert import convert
+from vitreuse.config import ConfigError
 from vitreuse.files.hub import pack_weights
+from vitreuse.io.process import choose_device
+from vitreuse.model.checkpoint import load_exactly
+from vitreuse.model.preprocessing import evaluation_transform
 
 HEADS = 5
 ADDED = ("key_proj", "value_proj", ".linear.weight", ".linear.bias")
@@ -347,3 +351,30 @@ def test_without_reuse_options_are_timms(options):
     torch.manual_seed(0)
     ours = PlanVisionTransformer(**sizes, **options, plan="exact*3")
     assert_same_model(ours, timms, torch.randn(2, 3, 10, 21))
+
+
+def test_of_weights_that_do_not_fit_the_first_key_is_named():
+    state = timm.create_model("vit_tiny_patch16_224", depth=3).state_dict()
+    with pytest.raises(ValueError, match=r'^Missing key\(s\) in state_dict: "[^"]+"; give the model') as error:
+        load_exactly(timm.create_model("resnet18"), state)
+    assert len(str(error.value)) < 200
+
+
+def test_a_size_of_three_numbers_is_refused():
+    model = PlanVisionTransformer(plan="exact*2", img_size=32, depth=2, embed_dim=12, num_heads=2)
+    with pytest.raises(ValueError, match=r"img_size \(3, 32, 32\) is no size of an image: give the side, or"):
+        load_checkpoint(model, model.state_dict(), img_size=(3, 32, 32))
+
+
+def test_a_crop_that_keeps_nothing_is_refused():
+    with pytest.raises(ValueError, match="crop_pct 0 keeps nothing of an image: give a share above 0"):
+        evaluation_transform(timm.create_model("vit_tiny_patch16_224"), crop_pct=0)
+
+
+@pytest.mark.parametrize("name, said", [("gpu", "'gpu' is no device: use cpu, "), ("cuda:9", "no device cuda:9")])
+def test_a_device_that_is_none_is_refused(name, said, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert choose_device("cuda") == torch.device("cuda")
+    with pytest.raises(ConfigError, match=said):
+        choose_device(name)

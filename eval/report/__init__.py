@@ -19,14 +19,15 @@ from rich.console import RenderableType
 
 from eval.card import Card
 from eval.report import measured
-from eval.series import Series, add_runs, read_series
-from vitreuse.cli.console import add_count, local_path, positive
+from eval.series import Series, add_runs, read_series, refuse_idle_speed
+from vitreuse.cli.console import local_path, positive
 from vitreuse.cost.measure import describe_machine
-from vitreuse.io.durable import write_durably
+from vitreuse.io.durable import writable_file, write_durably
 from vitreuse.io.process import choose_device
 from vitreuse.io.progress import WorkProgress
 from vitreuse.plan import parse_plan
 
+BATCH_SIZE = 32
 HELP = "run folders or cards on one HTML page that needs no network"
 
 
@@ -34,7 +35,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     """Declares the command line."""
     add_runs(parser)
     parser.add_argument("-o", "--output", type=local_path, metavar="FILE", required=True, help="the page to write")
-    add_count(parser, "--batch-size", 32, "images per timed call")
+    parser.add_argument("--batch-size", type=positive, help=f"images per timed call; default: {BATCH_SIZE}")
     parser.add_argument("--repeats", type=positive, help="timed calls per model; default: 3 to 30, fewer of many")
     parser.add_argument("--no-speed", action="store_true", help="measure neither speed nor memory")
 
@@ -42,11 +43,12 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(args: Namespace) -> dict[str, Any]:
     """Writes the page; what was written."""
     start = time.monotonic()
+    refuse_idle_speed(args)
     found = read_series(args.runs)
     device = choose_device(args.device)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
+    writable_file(args.output)
     data = _report(found, device, args)
-    data["command"] = shlex.join(["python", "-m", "eval", "report", *map(str, args.runs), "-o", str(args.output)])
+    data["command"] = shlex.join(["python", "-m", "eval", "report", *map(str, args.runs), *_options(args)])
     html = to_html(data).encode()
     write_durably(args.output, html)
     seconds = round(time.monotonic() - start, 1)
@@ -54,10 +56,18 @@ def run(args: Namespace) -> dict[str, Any]:
     return {"command": "report", **counts, "output": str(args.output), "bytes": len(html), "seconds": seconds}
 
 
+def _options(args: Namespace) -> list[str]:
+    """What was given beside the runs."""
+    given = {"-o": args.output, "--batch-size": args.batch_size, "--repeats": args.repeats}
+    given["--device"] = None if args.device == "auto" else args.device
+    options = [str(part) for flag, value in given.items() if value is not None for part in (flag, value)]
+    return [*options, *(["--no-speed"] if args.no_speed else [])]
+
+
 def _report(found: Sequence[Series], device: torch.device, args: Namespace) -> dict[str, Any]:
     """What the page shows."""
     cards = {_model_key(series.card): series.card for series in found}
-    batch_size = None if args.no_speed else args.batch_size
+    batch_size = None if args.no_speed else args.batch_size or BATCH_SIZE
     # Fewer calls of many models: a report is built in seconds, however many runs it shows.
     num_repeats = args.repeats or max(3, min(30, 120 // len(cards)))
     with WorkProgress("report", "measurements", len(found) + (len(cards) if batch_size else 0)) as progress:
@@ -114,7 +124,8 @@ def _experiment(series: Series) -> dict[str, Any]:
         "top1_sd": series.top1_sd,
         "data": card.data,
         "n": card.n,
-        "set": card.set_digest[:12],
+        "set": f"{card.set_digest[:12]} {card.counted or ''}",
+        "training": card.facts.get("training"),
         "runs": [{"seed": run.card.seed, "top1": run.card.top1, "facts": run.card.facts} for run in series.runs],
         "num_cards_alone": sum(run.folder is None for run in series.runs),
         "curves": measured.curves(series),

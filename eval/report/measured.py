@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from vitreuse.model.preprocessing import evaluation_transform, example, image_mo
 SIMILARITY_IMAGES = 8
 CURVE_POINTS = 120  # of a curve, at most: more than a phone has pixels for
 Curve = list[tuple[float, float]]  # of (epochs, value)
-LAYER_PART = re.compile(r"blocks\.(\d+)\.(norm1|attn|ls1|drop_path1)?")
+LAYER_PART = re.compile(r"blocks\.(\d+)\.(norm1|attn|ls1|drop_path1|linear)?")
 
 
 def curves(series: Series) -> dict[str, Any] | None:
@@ -89,7 +88,9 @@ def costs(
             "images_per_second": speed.images_per_second,
             "spread_percent": speed.spread_percent,
             "memory_mib": speed.peak_memory_mib,
-            "ms": by_layer((row["part"], row["ms"]) for row in parts if row["part"] != "total"),
+            "ms": by_layer(
+                ((row["part"], row["ms"]) for row in parts if row["part"] != "total"), depth_of(models[key])
+            ),
         }
         progress.reach(progress.done + 1, "speed")
     return found
@@ -97,20 +98,25 @@ def costs(
 
 def layer_macs(model: nn.Module) -> dict[str, Any]:
     """MACs per image by layer."""
-    return by_layer((part, macs) for part, macs in macs_by_part(model).items() if part)
+    return by_layer(((part, macs) for part, macs in macs_by_part(model).items() if part), depth_of(model))
 
 
-def by_layer(parts: Iterable[tuple[str, float]]) -> dict[str, Any]:
-    """Amounts by part, summed: of each layer's attention and MLP, their norms included, and of the rest."""
-    halves: dict[str, dict[int, float]] = {"attention": defaultdict(int), "mlp": defaultdict(int)}
+def depth_of(model: Any) -> int:
+    """How many layers a ViT has."""
+    return len(model.blocks)
+
+
+def by_layer(parts: Iterable[tuple[str, float]], depth: int) -> dict[str, Any]:
+    """Amounts by part, summed: of each layer's attention and MLP, their norms included, and of the rest; of a linear
+    layer its one matrix stands as attention, of a skipped one there is nothing."""
+    halves: dict[str, list[float]] = {"attention": [0] * depth, "mlp": [0] * depth}
     rest = 0.0
     for part, amount in parts:
         if match := LAYER_PART.match(part):
             halves["attention" if match[2] else "mlp"][int(match[1])] += amount
         else:
             rest += amount
-    layers = range(1 + max(layer for half in halves.values() for layer in half))
-    return {**{name: [half[layer] for layer in layers] for name, half in halves.items()}, "rest": rest}
+    return {**halves, "rest": rest}
 
 
 def similarity(series: Series, device: torch.device) -> dict[str, Any]:

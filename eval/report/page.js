@@ -9,7 +9,10 @@ const KINDS = {
   lowrank: ["L", "lowrank: keys and values projected to fewer tokens"],
   span: ["S", "span: sees a neighbourhood"],
   none: ["–", "none: no attention"],
+  linear: ["A", "linear: one affine map instead of the layer"],
+  skip: ["×", "skip: no layer"],
 };
+const kindOf = (word) => KINDS[word] ?? [word[0].toUpperCase(), word]; // of a word of somebody's own
 const NUM_COLOURS = 6;
 const DASHES = ["", "7 3", "2 3", "10 3 2 3", "5 2 1 2 1 2", "14 4"];
 
@@ -39,7 +42,8 @@ const model = (experiment) => data.models[experiment.model];
 const top1Text = (experiment) =>
   experiment.top1.toFixed(2) + (experiment.top1_sd === null ? "" : ` ± ${experiment.top1_sd.toFixed(2)}`);
 const hasSeveralSets = new Set(experiments.map((experiment) => experiment.set)).size > 1;
-const runsOf = (experiment) => counted(experiment.runs.length, "run") + (hasSeveralSets ? `, ${experiment.data}` : "");
+const runsOf = (experiment) =>
+  [counted(experiment.runs.length, "run"), hasSeveralSets && experiment.data, experiment.training].filter(Boolean).join(", ");
 
 // ---- tooltips, and keys that go from mark to mark
 
@@ -156,7 +160,7 @@ const path = (points, px, py) => "M" + points.map(([x, y]) => `${px(x).toFixed(1
 // ---- plans
 
 function letter(word, x, y) {
-  return shape("text", { class: `letter on-${word}`, x, y }, KINDS[word][0]);
+  return shape("text", { class: `letter on-${word}`, x, y }, kindOf(word)[0]);
 }
 
 // One cell a layer; an arc leads from each reuse layer to the layer whose map it takes.
@@ -181,11 +185,12 @@ function planCell(experiment) {
 }
 
 function showKinds() {
-  for (const [word, [, text]] of Object.entries(KINDS)) {
-    if (!experiments.some((experiment) => model(experiment).layers.some((layer) => layer.word === word))) continue;
+  const words = new Set(experiments.flatMap((experiment) => model(experiment).layers.map((layer) => layer.word)));
+  const known = Object.keys(KINDS).filter((word) => words.delete(word));
+  for (const word of [...known, ...words]) {
     const swatch = strip([{ word, text: word, anchor: null }]);
     swatch.setAttribute("aria-hidden", true);
-    at("kinds").append(node("li", {}, swatch, text));
+    at("kinds").append(node("li", {}, swatch, kindOf(word)[1]));
   }
 }
 
@@ -334,7 +339,7 @@ function showFronts() {
 
 function bars(title, text, layers, amounts, unit, format) {
   const rows = layers.map((layer, i) => [`${i} ${layer.text}`, format(amounts.attention[i]), format(amounts.mlp[i])]);
-  const legend = node("p", { class: "legend" }, "Coloured, below: attention. Grey, above: MLP.");
+  const legend = node("p", { class: "legend" }, "Coloured, below: attention, or a linear layer. Grey, above: MLP.");
   const draw = (width) => drawBars(width, layers, amounts, unit, format);
   return figure(title, text, draw, ["Layer", `Attention (${unit})`, `MLP (${unit})`], rows, legend);
 }

@@ -264,12 +264,14 @@ def make_inner_tar_without_end(path):
         (make_empty_image, ["image a/000.JPEG of ", "is empty"]),
         (lambda path: write_tar(path, [("a/x.jpg", PHOTO), ("b/y.jpg", b"")]), ["image b/y.jpg of ", "is empty"]),
         (make_twins, ["a/000.JPEG and a/000.png of ", "the same key"]),
+        (lambda path: make_folder(path, {"a": 1, "__none__": 1}), ["__none__/000", "WebDataset's readers"]),
         (make_other_val, ["val has a class 'c' that train lacks"]),
         (lambda path: path.write_bytes(PHOTO), ["damaged, cut short or no uncompressed tar"]),
         (make_compressed_tar, ["is compressed by gzip", "gunzip -c ", "makes a tar of it"]),
         (make_inner_tar_without_end, ["n01.tar in ", "damaged, cut short", "no end mark"]),
         (lambda path: write_tar(path, [("x.jpg", PHOTO), ("n01.tar", b"")]), ["both images (x.jpg) and tars"]),
         (lambda path: write_tar(path, [("a/n.tar", b""), ("b/n.tar", b"")]), ["two tars of the same name"]),
+        (lambda path: write_tar(path, [("n.tar", b""), ("a/n.TAR", b"")]), ["two tars of the same name"]),
     ],
 )
 def test_a_source_that_cannot_be_used_is_refused_before_anything_is_written(tmp_path, make, parts):

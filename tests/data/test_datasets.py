@@ -30,6 +30,7 @@ from vitreuse.data import (
     decode_image,
     decode_tensor,
     load_index,
+    open_images,
     open_split,
     write_shard,
 )
@@ -456,6 +457,14 @@ def test_a_folder_of_something_else_is_described(tmp_path, make, parts):
     with pytest.raises(DataError) as error:
         open_split(tmp_path, "train")
     assert all(part in str(error.value) for part in [*parts, str(tmp_path)]) and str(error.value).endswith(".")
+
+
+def test_images_beside_their_archive_are_images(tmp_path):
+    """What is left where somebody unpacks ILSVRC2012_img_val.tar in place."""
+    write_shard(make_samples(1), tmp_path / "archive.tar")
+    for number in range(3):
+        (tmp_path / f"{number}.png").write_bytes(encode(make_image(number)))
+    assert len(open_images(tmp_path, "RGB")) == 3
 
 
 def test_class_folders_win_over_tars_without_an_index(class_folders):

@@ -128,6 +128,14 @@ def test_a_label_that_is_no_class_is_named_before_it_takes_all_memory(tmp_path):
     assert_one_sentence(error, "the sample '7' has the label 2000000000", "number the classes from 0")
 
 
+@pytest.mark.parametrize("text", [b"3000000000", b"1" * 5000, b"-1", b"cat"])
+def test_a_label_that_is_no_number_of_a_class_is_named(tmp_path, text):
+    write_tar(tmp_path / "a.tar", [("7.png", encode(make_image(0))), ("7.cls", text)])
+    with pytest.raises(DataError) as error:
+        build_index(tmp_path)
+    assert_one_sentence(error, "sample '7' of shard", "write a whole number from 0 on")
+
+
 def test_a_cut_index_is_not_to_be_thrown_away(split):
     (split / "index.json").write_text((split / "index.json").read_text()[:40])
     with pytest.raises(DataError) as error:
@@ -318,6 +326,11 @@ def edit_header(folder, **changes):
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
+def miscount(folder, num_samples):
+    first, *others = json.loads((folder / "index.json").read_text())["shards"]
+    edit_header(folder, shards=[{**first, "num_samples": num_samples}, *others])
+
+
 def flip_record(folder):
     raw = bytearray((folder / "index.npy").read_bytes())
     raw[-30] ^= 1
@@ -344,6 +357,8 @@ def truncate_records(folder):
         (lambda folder: (folder / "index.json").write_text("{"), ["index.json is no index", "move it away"]),
         (lambda folder: edit_header(folder, format="other-2"), ["index.json", "'other-2'"]),
         (lambda folder: edit_header(folder, shards=[{"name": "a"}]), ["index.json is no index"]),
+        (lambda folder: miscount(folder, "3"), ["index.json counts 3 + ", "and index.npy has ", "write them with"]),
+        (lambda folder: miscount(folder, 1), ["index.json counts 1 + ", "and index.npy has ", "fetch both again"]),
     ],
 )
 def test_an_index_that_does_not_fit_is_refused(split, damage, parts):

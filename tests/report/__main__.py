@@ -17,6 +17,8 @@ import torch
 from eval.__main__ import main as evaluate
 from tests.browser import Page, flaws_of_look, flaws_of_traffic, installed_chromium, opened
 from tests.report.fabricated import PLANS, make_runs
+from vitreuse.plan import parse_plan
+from vitreuse.plan.language import WORDS
 
 PICTURES = Path("runs/report")
 WINDOWS = ("phone-dark", "desktop-light")
@@ -73,13 +75,18 @@ def _flaws_of_content(page: Page) -> Iterator[str]:
         "#curves svg .series": 10,
         "#made-table tbody tr": 61,
         "figure details table": 8,
-        "svg.strip": 6 + 1 + 5,
+        "svg.strip": 6 + 1 + len(WORDS),
     }.items():
         shown = page.ask(f"document.querySelectorAll({selector!r}).length")
         if shown != number:
             yield f"{shown} of {number} {selector}"
     if page.ask("document.querySelectorAll('main img').length"):
         yield "a name was read as HTML"
+    for number, plan in enumerate(PLANS):
+        drawn = page.ask(f"choose({number}) ?? document.querySelectorAll('#breakdown figure:first-child .mark').length")
+        if drawn != len(parse_plan(plan)):
+            yield f"{drawn} layers of {plan} are drawn"
+    page.ask("choose(0) ?? 0")
 
 
 def _flaws_under_keys(page: Page) -> Iterator[str]:

@@ -15,7 +15,7 @@ from eval.predictions import Predictions, answers
 from vitreuse.config import load_config, to_yaml
 from vitreuse.data import prepare_source
 
-PLANS = ("exact*6", "(exact reuse*2)*2", "lowrank:16*6", "(span:3*2 exact)*2", "exact reuse:2 none reuse exact span:3")
+PLANS = ("exact*6", "(exact reuse*2)*2", "lowrank:16*6", "(span:3*2 exact)*2", "exact reuse:2 none linear span:3 skip")
 CONFIG = "configs/digits/_base.yaml"
 NUM_STEPS, STEPS_PER_EPOCH, EPOCHS = 112, 4.5, 25
 

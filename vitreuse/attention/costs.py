@@ -20,6 +20,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -34,17 +35,17 @@ SHIPPED_COSTS = Path(__file__).parents[1] / "cost" / "costs.json"
 
 def tuned_costs_path() -> Path:
     """Where ``vitreuse tune`` leaves what it measured."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # as it stands where there is no home
     return Path(cache) / "vitreuse" / "costs.json"
 
 
 def _sources() -> list[Path]:
-    """The files of costs that exist; a later one lies over an earlier one."""
-    return [path for path in (SHIPPED_COSTS, tuned_costs_path()) if path.exists()]
+    """The files of costs that can be read; a later one lies over an earlier one."""
+    return [path for path in (SHIPPED_COSTS, tuned_costs_path()) if os.access(path, os.R_OK)]
 
 
 def load_costs() -> Costs:
-    """The shipped costs, and over them the ones measured on this machine."""
+    """The shipped costs, and over them what vitreuse tune measured, on this machine or another of the same home."""
     return {key: points for path in _sources() for key, points in read_costs(path).items()}
 
 
@@ -63,8 +64,15 @@ def read_costs(path: Path) -> Costs:
 def measured_on(key: str) -> str:
     """The device and the date of the costs that load_costs has of a key."""
     newest = [path for path in _sources() if key in read_costs(path)][-1]
-    machine = json.loads(newest.read_text(encoding="utf-8"))["machine"]
+    machine = read_machines(newest)[key]
     return f"{machine['device']}, {machine['date']}"
+
+
+def read_machines(path: Path) -> dict[str, dict[str, Any]]:
+    """On which machine, and when, the costs of each key of a file were measured; older files are of one machine."""
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    machine: dict[str, Any] = found.get("machine", {})
+    return found.get("machines", dict.fromkeys(found["costs"], machine))
 
 
 def load_rates() -> Rates:
@@ -90,8 +98,10 @@ def as_costs(found: Mapping[str, Sequence[Sequence[float]]]) -> Costs:
     """Costs, as a file holds them, with the types that cost_at takes.
 
     Raises:
-        ValueError: The points of a key have neither the four costs nor those of sizes too.
+        ValueError: A key has no points, or they have neither the four costs nor those of sizes too.
     """
+    if not all(found.values()):
+        raise ValueError("a key has no points")
     lengths = [{len(point) - 1 for point in points} for points in found.values()]
     if any(num not in ({len(COST_NAMES)}, {len(COST_NAMES) + len(SIZED_NAMES)}) for num in lengths if num):
         raise ValueError("points have other costs")

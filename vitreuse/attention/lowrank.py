@@ -253,7 +253,10 @@ class LowRankAttention(ExactAttention):
             v = project_tokens(v, value_proj, self.kind, self.projected_dim)
         if self.num_readers == 0:
             return q, k, v, None, None
-        return q, k, v, key_proj, value_proj
+        carried = None if key_proj is None else key_proj.clone()  # FSDP2 frees a parameter behind its layer
+        if value_proj is key_proj or value_proj is None:
+            return q, k, v, carried, None if value_proj is None else carried
+        return q, k, v, carried, value_proj.clone()
 
     def project_tokens_first(
         self, x: Tensor, key_proj: Tensor | None, value_proj: Tensor | None

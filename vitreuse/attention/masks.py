@@ -38,8 +38,8 @@ def mask_bias(mask: Mask, logits: Tensor) -> Tensor | None:
 
 
 def first_rows(attn_mask: Tensor | None, num_rows: int) -> Tensor | None:
-    """The part of a mask (..., N, M) or (..., 1, M) that the first ``num_rows`` queries need."""
-    if attn_mask is None or attn_mask.shape[-2] == 1:
+    """The part of a mask (..., N, M), (..., 1, M) or (M,) that the first ``num_rows`` queries need."""
+    if attn_mask is None or attn_mask.ndim < 2 or attn_mask.shape[-2] == 1:
         return attn_mask
     return attn_mask[..., :num_rows, :]
 

@@ -20,6 +20,11 @@ from vitreuse.verbs.export import READERS, export, table
 
 HELP = "write a trained model as a hub folder, safetensors, a program of torch.export, or ONNX"
 render = table
+# What the arguments are where they are left out, and the formats that read them.
+DEFAULTS = {"fold": False, "images": 32, "split": "val", "seed": 0, "batch_size": 8, "repeats": 10}
+READ_BY = {"opset": READERS["opset"], "fold": READERS["folds"], "repeats": ("onnx",)}
+READ_BY |= dict.fromkeys(("data", "images", "split", "seed", "batch_size"), READERS["images"])
+CHOOSING = ("images", "split", "seed")  # images of --data or of the run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,8 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = f"version of ONNX's operators, {OPSETS[0]} to {OPSETS[-1]}; default: {OPSETS[-1]}"
     parser.add_argument("--opset", type=int, choices=OPSETS, metavar="N", help=text)
     parser.add_argument("--fold", action="store_true", help="fold what torch and onnx run, see vitreuse fold")
-    add_image_arguments(parser, num_images=32, batch_size=8)
-    add_count(parser, "--repeats", 10, "timed calls of each")
+    add_image_arguments(parser, DEFAULTS["images"], DEFAULTS["batch_size"])
+    add_count(parser, "--repeats", DEFAULTS["repeats"], "timed calls of each")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -47,11 +52,18 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _refuse_idle(args: argparse.Namespace) -> None:
-    """An argument that only a program or only ONNX reads has no effect elsewhere."""
-    given = {"--opset": (args.opset, "opset"), "--fold": (args.fold, "folds"), "--data": (args.data, "images")}
-    for flag, (value, name) in given.items():
-        if value and not {*READERS[name]} & {*args.format}:
-            raise ValueError(f"{flag} has no effect without --format {' or '.join(READERS[name])}: leave it out.")
+    """Raises ValueError for an argument that only a program or only ONNX reads, where neither is written."""
+    for name, formats in READ_BY.items():
+        if _is_given(args, name) and not {*formats} & {*args.format}:
+            raise ValueError(f"{_flag(name)} has no effect without --format {' or '.join(formats)}: leave it out.")
+
+
+def _is_given(args: argparse.Namespace, name: str) -> bool:
+    return getattr(args, name) != DEFAULTS.get(name)
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _refuse_own_folder(args: argparse.Namespace, target: Target) -> None:
@@ -64,6 +76,8 @@ def _refuse_own_folder(args: argparse.Namespace, target: Target) -> None:
 def _images(args: argparse.Namespace, target: Target, model: Any) -> tuple[Images, str]:
     """Images to check on, and what they are."""
     if target.config is None and args.data is None:
+        if idle := [_flag(name) for name in CHOOSING if _is_given(args, name)]:
+            raise ValueError(f"{idle[0]} has no effect without images: give --data DIR, or leave it out.")
         random = Images(example(model, args.batch_size), args.batch_size)
         return random, f"{args.batch_size} random images, for want of --data DIR"
     sample = load_sample(args, target, model, args.split)

@@ -19,6 +19,7 @@ from vitreuse.data import DataError, choose_split, find_split, open_images, prep
 from vitreuse.data.labels import numbered_as
 from vitreuse.data.samples import Images, ImageSample
 from vitreuse.files.networks import Target, resolve_targets
+from vitreuse.io.durable import writable_folder
 from vitreuse.io.process import choose_device
 from vitreuse.model.class_names import names_of
 from vitreuse.model.keywords import unsupported
@@ -180,4 +181,4 @@ def prepare_folder(folder: Path | None) -> None:
         raise ValueError(
             "pictures need matplotlib: install it with pip install 'vitreuse[plots]', or take --json without -o."
         )
-    folder.mkdir(parents=True, exist_ok=True)
+    writable_folder(folder)

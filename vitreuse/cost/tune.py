@@ -31,7 +31,7 @@ from vitreuse.io.durable import write_durably
 
 HEADS, HEAD_DIM = 6, 64
 MIN_QUERIES = 197  # fewer keys than these are those of a low-rank layer, not of a smaller image
-PAIRS_PER_CALL = 2_000_000  # queries x keys over all images: enough work to time, little enough to fit
+PAIRS_PER_CALL, QUERIES_PER_CALL = 2_000_000, 32_768  # over all images: enough work to time, little enough to fit
 MODES = ("inference", "train")
 CHANNELS = (192, 384, 768, 1024)  # at which rates are measured: tiny to large
 TOKENS_PER_CALL = 8 * MIN_QUERIES  # of 8 images
@@ -61,8 +61,9 @@ def measure_costs(
             costs[key] = []
             for num_keys in keys:
                 progress(f"{key}, {num_keys} keys")
-                pairs = max(num_keys, MIN_QUERIES) * num_keys
-                num_images = max(1, PAIRS_PER_CALL // pairs)
+                queries = max(num_keys, MIN_QUERIES)
+                pairs = queries * num_keys
+                num_images = max(1, min(PAIRS_PER_CALL // pairs, QUERIES_PER_CALL // queries))
                 calls = _calls(device, dtype, num_images, num_keys, mode == "train")
                 timings = time_interleaved(calls, device, num_repeats)
                 scale = 1e6 / (num_images * HEADS * pairs)
@@ -102,12 +103,13 @@ def _rounded(cost: float) -> float:
     return float(f"{cost:.4g}")
 
 
-def write_costs(path: Path, machine: dict[str, Any], costs: Points, rates: Points) -> None:
-    """Writes costs and rates as JSON, a line per point, so that a crash leaves the old file or the new one."""
+def write_costs(path: Path, machines: Mapping[str, dict[str, Any]], costs: Points, rates: Points) -> None:
+    """Writes costs and rates as JSON, a line per point, and on which machine those of each key were measured, so that a
+    crash leaves the old file or the new one."""
     units = {
         "unit": "nanoseconds per head, query and key; each line: keys, " + ", ".join((*COST_NAMES, *SIZED_NAMES)),
         "unit of rates": "nanoseconds per multiply-add; each line: channels, " + ", ".join(RATE_NAMES),
-        "machine": machine,
+        "machines": machines,
     }
     head = "".join(f"  {json.dumps(key)}: {json.dumps(value)},\n" for key, value in units.items())
     text = f'{{\n{head}  "costs": {_as_lines(costs)},\n  "rates": {_as_lines(rates)}\n}}\n'

@@ -273,6 +273,6 @@ def _open_labelled(folder: Path, mode: str | None, decode: Decoder) -> ShardData
         dataset = FolderDataset(root.place, mode, decode)
         dataset.notes += left_out_notes(str(folder), left_out)
         return dataset
-    if num_tars := len(list_shards(folder)):
+    if not root.level().images and (num_tars := len(list_shards(folder))):
         raise DataError(f"{folder} has {num_tars} tars and no {HEADER_FILE}: write it with {index_call(folder)}.")
     return None

@@ -89,7 +89,7 @@ def open_without_labels(root: Path, mode: str | None, decode: Decoder = decode_i
     """
     place, val = find_split(root, "train") or root, find_split(root, "val")
     images, same = open_images(place, mode, decode), open_images(val or place, mode)
-    if val is not None and val != place:
+    if images.folder != same.folder:
         return Part(images, np.arange(len(images))), Part(same, np.arange(len(same)))
     if len(images) < 2:
         raise DataError(f"{place} has {len(images)} image, and one is held out to measure on: give it more.")

@@ -241,13 +241,13 @@ def open_tar(tar: Path) -> TarFolder | TarOfTars:
         DataError: It cannot be read, has both, or two tars of the same name.
     """
     top = TarFolder(str(tar), read_nodes(tar, str(tar), WHOLE_FILE))
-    members = [InnerTar(tar, path, span) for path, span in _files(top.node) if path.endswith(".tar")]
+    members = [InnerTar(tar, path, span) for path, span in _files(top.node) if path.lower().endswith(".tar")]
     if not members:
         return top
     images, skipped = list_below(top)
     for image in images:
         raise DataError(f"{tar} has both images ({image}) and tars ({members[0].name}): leave one kind out.")
-    tars = {posixpath.basename(member.name).removesuffix(".tar"): member for member in members}
+    tars = {posixpath.basename(member.name)[: -len(".tar")]: member for member in members}
     if len(tars) < len(members):
         raise DataError(f"{tar} has two tars of the same name in different folders: name them by class.")
     del skipped[".tar"]

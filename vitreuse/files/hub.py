@@ -97,6 +97,6 @@ def read_hub_folder(folder: Path) -> ModelConfig:
         images, name, keywords = load_model_config_from_path(folder)
     except (OSError, ValueError, LookupError, AttributeError, TypeError) as error:
         raise ValueError(f"{folder / CONFIG} is no model's configuration ({error}): export the model again.") from error
-    overlay = {key: images[key] for key in PREPROCESSING if key in images}
+    overlay = {key: images[key] for key in ("input_size", *PREPROCESSING) if key in images}
     keywords = {**keywords, "pretrained_cfg_overlay": overlay}
     return ModelConfig(name=name, plan=keywords.pop("plan", None), keywords=json.loads(json.dumps(keywords)))

@@ -100,6 +100,13 @@ class Target:
         num_classes = 0 if head is None else len(head)
         return replace(self.model, keywords={**self.model.keywords, "num_classes": num_classes})
 
+    def settings_of(self, model: Any) -> ModelConfig:
+        """What builds a model that load gave: of a name the classes are those of the weights."""
+        built: Any = self.model.create("meta")
+        if not self.is_name or built.num_classes == model.num_classes:
+            return self.model
+        return replace(self.model, keywords={**self.model.keywords, "num_classes": model.num_classes})
+
     def load_pretrained(self) -> nn.Module:
         """The model with the weights that timm publishes under its name, resampled to its image size.
 

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -63,6 +64,34 @@ def write_durably(path: Path, content: bytes) -> None:
         file.write(content)
 
 
+def writable_folder(folder: Path) -> Path:
+    """The folder, made where it was not, in which files can be made.
+
+    Raises:
+        OSError: It cannot be made, or nothing can be written there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        reason = "a file is in its place" if isinstance(error, FileExistsError | NotADirectoryError) else error.strerror
+        raise OSError(f"nothing can be written in {folder} ({reason}): choose another place.") from error
+
+
+def writable_file(path: Path) -> Path:
+    """The path of a file that can be written, in a folder that is made where it was not.
+
+    Raises:
+        OSError: It is a folder, or nothing can be written in the one that it is in.
+    """
+    if path.is_dir():
+        raise OSError(f"{path} is a folder: give a file in it.")
+    if not path.exists() or path.is_file():  # and no device or pipe
+        writable_folder(path.parent)
+    return path
+
+
 def refuse_filled(folder: Path) -> None:
     """Refuses a place for a new folder where something is already, but for a lock.
 
@@ -79,12 +108,20 @@ def refuse_filled(folder: Path) -> None:
 def durable_folder(path: Path) -> Iterator[Path]:
     """A folder to fill, which appears as ``path`` at the end, whole: temporary name, fsync, rename.
 
+    A link leads to the folder that is filled.
+
     Raises:
-        ValueError: Something is there already.
+        ValueError: Something is there already, or it is the folder that this process is in.
         OSError: It cannot be written.
     """
     refuse_filled(path)
-    temporary = path.absolute().with_name(f".{path.absolute().name}.{os.getpid()}.tmp")
+    path = path.resolve()
+    if path == Path.cwd():
+        raise ValueError(f"{path} is the folder that you are in, which cannot be replaced: name a new one in it.")
+    if (path / LOCK_FILE).exists():
+        raise ValueError(f"{path} holds {LOCK_FILE} of another command: give a folder that is new or empty.")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a process of this number that was killed
     temporary.mkdir(parents=True)
     try:
         yield temporary
@@ -93,7 +130,7 @@ def durable_folder(path: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    sync(path.absolute().parent)
+    sync(path.parent)
 
 
 def sync(path: Path) -> None:

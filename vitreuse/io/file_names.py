@@ -5,7 +5,10 @@ Linux lets a name hold any bytes; Python has each that is no UTF-8 as a lone sur
 
 from __future__ import annotations
 
+import hashlib
 import sys
+
+MOST_BYTES = 128  # of a label in the name of a file, of which file systems take 255
 
 
 def to_bytes(text: str) -> bytes:
@@ -23,6 +26,17 @@ def is_name(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def stem_of(*parts: str | None) -> str:
+    """The name of a file without its ending, of parts of which some may be missing, such as a label and a size; of a
+    label that is too long for one its beginning, and a digest."""
+    label, *others = filter(None, parts)
+    name = label.replace("/", "_")
+    if len(to_bytes(name)) > MOST_BYTES:
+        digest = hashlib.sha256(to_bytes(name)).hexdigest()[:8]
+        name = to_bytes(name)[: MOST_BYTES - 9].decode("utf-8", "ignore") + f"-{digest}"
+    return ".".join([name, *(part.replace("/", "-") for part in others)])
 
 
 def printable(text: str, encoding: str = "utf-8") -> str:

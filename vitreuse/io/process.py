@@ -24,13 +24,19 @@ def choose_device(name: str) -> torch.device:
     """The device of a name: auto takes cuda where there is one.
 
     Raises:
-        ConfigError: CUDA is asked for and there is none.
+        ConfigError: There is no such device.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError(f"there is no CUDA device for the device {name}: use cpu or auto.")
-    return torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"{name!r} is no device: use cpu, cuda or auto.") from error
+    if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
+        raise ConfigError(f"there is no device {name}, of {count}: use cuda:{count - 1} or less.")
+    return device
 
 
 def max_open_files() -> int:

@@ -102,6 +102,8 @@ def load_checkpoint(
         load_exactly(model, weights.state)
         return LoadReport((), weights.left_out)
     if img_size is not None:
+        if not isinstance(img_size, int) and len(img_size) != 2:
+            raise ValueError(f"img_size {tuple(img_size)} is no size of an image: give the side, or (rows, columns).")
         weights = weights._replace(img_size=(img_size, img_size) if isinstance(img_size, int) else tuple(img_size))
     adapted, dropped, source = adapt_state_dict(weights, model, img_size is not None, units)
     own = model.state_dict()
@@ -144,9 +146,10 @@ def load_exactly(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """
     try:
         model.load_state_dict(state)
-    except RuntimeError as error:  # torch's second line has the first key
+    except RuntimeError as error:  # torch's second line names all keys that are missing, or not expected
         reason = str(error).splitlines()[1].strip().rstrip(".")
-        raise ValueError(f"{reason}; give the model that it was trained as.") from error
+        first = re.match(r'[^"]*"[^"]*"', reason) if reason.count('"') > 2 else None
+        raise ValueError(f"{first[0] if first else reason}; give the model that it was trained as.") from error
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:

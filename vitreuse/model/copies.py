@@ -14,7 +14,7 @@ from torch import nn
 from vitreuse.model.block import InplaceMlp, PlanBlocks
 from vitreuse.model.class_names import name_classes, names_of
 from vitreuse.model.keywords import KINDS, layers_of, read_keywords, unsupported
-from vitreuse.model.preprocessing import PREPROCESSING
+from vitreuse.model.preprocessing import PREPROCESSING, image_settings
 from vitreuse.model.vit import PlanVisionTransformer
 from vitreuse.plan import EXACT, Plan, Spec
 
@@ -84,9 +84,10 @@ def untrained_copy(model: Any, plan: str | Plan, **options: Any) -> Any:
 
 
 def preprocessing_of(model: Any) -> dict[str, Any]:
-    """What a model's pretrained_cfg says of its images beside their size, as an overlay for another's."""
+    """What a model's pretrained_cfg says of its images, as an overlay for another's."""
     images = getattr(model, "pretrained_cfg", None) or {}
-    return {key: images[key] for key in PREPROCESSING if images.get(key) is not None}
+    size = {"input_size": image_settings(model)["input_size"]}  # that it was built for, which decides what is built
+    return size | {key: images[key] for key in PREPROCESSING if images.get(key) is not None}
 
 
 def adopted_layers(model: Any, spec: Spec = EXACT, grid: tuple[int, int] | None = None) -> PlanBlocks:

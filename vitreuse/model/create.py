@@ -6,12 +6,13 @@ from typing import Any
 
 import timm
 import torch
+from timm.models import get_arch_pretrained_cfgs
 
 from vitreuse.io.errors import nearest
 from vitreuse.model.class_names import name_classes, names_of
 from vitreuse.model.copies import preprocessing_of
 from vitreuse.model.keywords import read_keywords
-from vitreuse.model.registry import default_cfgs
+from vitreuse.model.registry import default_cfgs, plain_name
 from vitreuse.plan import Plan
 from vitreuse.plan.options import PLAN_KEYWORDS
 
@@ -39,6 +40,11 @@ def create_model(name: str, plan: str | Plan | None = None, pretrained: bool = F
     """
     text = None if plan is None else str(plan)
     if name.partition(".")[0] in default_cfgs:
+        if pretrained and not {"pretrained_cfg", "pretrained_cfg_overlay"} & {*keywords}:
+            raise ValueError(
+                f"{name} has no published weights: those of {plain_name(name.partition('.')[0])} go into a plan, as by "
+                f"create_model({plain_name(name.partition('.')[0])!r}, plan=..., pretrained=True)."
+            )
         return timm.create_model(name, pretrained=pretrained, plan=text, **keywords)
     of_shape = {key: value for key, value in keywords.items() if key not in OF_THE_RESULT}
     plain = _on_meta(name, of_shape)
@@ -61,5 +67,9 @@ def _on_meta(name: str, keywords: dict[str, Any]) -> Any:
     if ":" not in name and not timm.is_model(name):
         hint = nearest(name, timm.list_models()) or ", timm.list_models() has the names."
         raise ValueError(f"{name!r} is not a model of timm or vitreuse{hint}")
+    architecture, _, tag = name.partition(".")
+    if ":" not in name and tag and name not in (tags := get_arch_pretrained_cfgs(architecture)):
+        hint = nearest(name, tags) or f": give one of {', '.join(tags)}."
+        raise ValueError(f"{architecture} has no weights {tag!r}{hint}")
     with torch.device("meta"):
         return timm.create_model(name, **keywords)

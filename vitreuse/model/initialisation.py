@@ -53,6 +53,6 @@ def set_drop_paths_alike(model: Any, rate: float) -> None:
 def spread_qkv(model: Any) -> None:
     """Gives query, key and value, uniform as one matrix (rows, C), the bound that each has as one of its own (C, C)."""
     for name, weight in model.named_parameters():
-        if name.endswith("attn.qkv.weight"):
+        if name.endswith(("attn.qkv.weight", "attn.qk.weight")):
             rows, width = weight.shape
             weight *= ((rows + width) / (2 * width)) ** 0.5

@@ -136,9 +136,14 @@ def evaluation_transform(
     Args:
         crop_pct: Share of the resized image that the crop keeps; the model's own by default.
         use_test_size: See image_settings.
+
+    Raises:
+        ValueError: The crop keeps nothing.
     """
     settings = image_settings(model, use_test_size)
-    settings["crop_pct"] = crop_pct or settings["crop_pct"]
+    settings["crop_pct"] = settings["crop_pct"] if crop_pct is None else crop_pct
+    if not settings["crop_pct"] > 0:
+        raise ValueError(f"crop_pct {crop_pct} keeps nothing of an image: give a share above 0.")
     to_bytes: Any = create_transform(**settings, is_training=False, normalize=False)
     return EvaluationTransform(to_bytes, Normalize(settings))
 

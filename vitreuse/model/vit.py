@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from timm.layers import Attention as TimmAttention
-from timm.layers import resample_abs_pos_embed
+from timm.layers import resample_abs_pos_embed, to_2tuple
 from timm.models import deit
 from timm.models import vision_transformer as timm_vit
 from timm.models._features import feature_take_indices
@@ -77,9 +77,6 @@ class PlanVisionTransformer(timm_vit.VisionTransformer):
         self._make_plain: Any = partial(self.plain_class, *args, depth=depth, num_heads=num_heads, **kwargs)
         layer: Any = partial(self._make_layer, plan, options, load_costs())
         super().__init__(*args, depth=depth, num_heads=num_heads, block_fn=layer, **kwargs)
-        if not self.patch_embed.num_patches:
-            size, patch = self.patch_embed.img_size, self.patch_embed.patch_size
-            raise ValueError(f"images of {size} px are smaller than a patch of {patch} px: use a larger img_size.")
         self.plan_options = options
         self.blocks = PlanBlocks(*self.blocks)
         parse_plan(str(plan), num_patches=self.patch_embed.num_patches)
@@ -99,6 +96,7 @@ class PlanVisionTransformer(timm_vit.VisionTransformer):
         self, plan: Plan, options: PlanOptions, costs: Costs, *, depth: int, attn_layer: Any, **block: Any
     ) -> PlanBlock | LinearBlock:
         """timm's block_fn for layer ``depth``; the patch embedding is already built."""
+        _refuse_small(self.patch_embed.img_size, self.patch_embed.patch_size)
         if attn_layer not in (TimmAttention, "", "attn"):
             raise ValueError(f"attn_layer={attn_layer!r} cannot be given: the plan decides what the layers are.")
         config = AttentionConfig(
@@ -134,8 +132,14 @@ class PlanVisionTransformer(timm_vit.VisionTransformer):
         return super().load_state_dict(in_plan_for_timm(state_dict, self), strict, assign)
 
     def load_pretrained(self, checkpoint_path: str, prefix: str = "") -> None:
-        """Loads a NumPy archive of the first ViTs, as timm does, by way of timm's own model of the same shape."""
+        """Loads a NumPy archive of the first ViTs, as timm does, by way of timm's own model as this one is now; what
+        the archive lacks stays as it is."""
         plain = self._make_plain()
+        plain.set_input_size(self.patch_embed.img_size, self.patch_embed.patch_size)
+        plain.reset_classifier(self.num_classes)
+        shapes = {key: value.shape for key, value in plain.state_dict().items()}
+        own = {key: value for key, value in self.state_dict().items() if shapes.get(key) == value.shape}
+        plain.load_state_dict(own, strict=False)
         plain.load_pretrained(checkpoint_path, *([prefix] if prefix else []))
         self.load_state_dict(plain.state_dict())
 
@@ -252,6 +256,7 @@ class PlanVisionTransformer(timm_vit.VisionTransformer):
     ) -> None:
         """Makes another image or patch size the built one: position embedding, token projections and span tiles."""
         old_grid = self.patch_embed.grid_size
+        _refuse_small(img_size or self.patch_embed.img_size, patch_size or self.patch_embed.patch_size)
         super().set_input_size(img_size=img_size, patch_size=patch_size)
         grid = self.patch_embed.grid_size
         blocks: Any = self.blocks
@@ -302,3 +307,10 @@ class PlanVisionTransformerDistilled(PlanVisionTransformer, deit.VisionTransform
         """The class token and the distillation token for every image, (B, 1, C) each."""
         assert self.cls_token is not None
         return [self.cls_token.expand(batch_size, -1, -1), self.dist_token.expand(batch_size, -1, -1)]
+
+
+def _refuse_small(img_size: Any, patch_size: Any) -> None:
+    """Raises ValueError for images of no patch."""
+    size, patch = to_2tuple(img_size), to_2tuple(patch_size)
+    if any(px < side for px, side in zip(size, patch, strict=True)):
+        raise ValueError(f"images of {size} px are smaller than a patch of {patch} px: use a larger img_size.")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Group
@@ -15,20 +15,25 @@ from rich.console import Group
 from vitreuse.attention.costs import (
     COST_NAMES,
     SIZED_NAMES,
+    Costs,
+    Rates,
     as_costs,
     cost_key,
     read_costs,
+    read_machines,
     read_rates,
     tuned_costs_path,
 )
 from vitreuse.attention.policy import is_fused_faster, is_map_faster
 from vitreuse.cost.measure import describe_machine
 from vitreuse.cost.tune import CHANNELS, MODES, measure_costs, measure_rates, write_costs
+from vitreuse.io.durable import writable_folder
 from vitreuse.io.process import choose_device
 from vitreuse.io.progress import WorkProgress
 from vitreuse.io.tables import Shown, table_of, titled
 
 DTYPES = (torch.float32, torch.bfloat16)
+KEPT = (*DTYPES, torch.float16)  # whose costs have names of their own
 KEYS = (64, 197, 577, 1025)
 READERS = (1, 5)  # reuse layers of an anchor, for which the table shows the choice
 
@@ -61,17 +66,19 @@ def tune(
 
     Args:
         device: 'auto' for a GPU where there is one.
-        dtypes: Which are measured; what the file has of others stays.
-        keys: Numbers of keys of a query.
+        dtypes: Which are measured: float32, bfloat16 or float16.
+        keys: Numbers of keys of a query. What the file has of other numbers, dtypes and devices stays.
         repeats: Timed calls, of which the fastest counts.
         file: Where they are written, by default where models look for them.
 
     Raises:
-        ValueError: There is no such device, or the file holds something else.
+        ValueError: There is no such device, nothing to measure on it, or the file holds something else.
         OSError: The file cannot be read or written.
     """
+    _refuse_odd(dtypes, keys)
     place, path = choose_device(str(device)), tuned_costs_path() if file is None else Path(file)
-    kept, kept_rates = (read_costs(path), read_rates(path)) if path.exists() else ({}, {})  # before all measurements
+    kept = _read(path) if path.exists() else _Kept({}, {}, {})  # before all measurements
+    writable_folder(path.parent)
     keys = sorted({*keys})
     with WorkProgress("measuring", "points", len(dtypes) * (len(MODES) * len(keys) + len(CHANNELS))) as progress:
         done = count()
@@ -83,10 +90,45 @@ def tune(
         rates = measure_rates(place, dtypes, repeats, tell)
         progress.reach(next(done))
     machine = describe_machine(place)
-    write_costs(path, machine, {**kept, **costs}, {**kept_rates, **rates})
+    machines = {**kept.machines, **dict.fromkeys(costs, machine)}
+    write_costs(path, machines, {**kept.costs, **_merged(kept.costs, costs)}, {**kept.rates, **rates})
     points = [point for dtype in dtypes for mode in MODES for point in _points(costs, place, dtype, mode)]
     where = {"file": str(path), "is_default": path == tuned_costs_path()}
     return Tuned(path, {**where, "machine": machine, "points": points, "rates": rates})
+
+
+def _refuse_odd(dtypes: Sequence[torch.dtype], keys: Sequence[int]) -> None:
+    """Raises ValueError for dtypes of which no costs are kept, and where no number of keys is above 0."""
+    if not dtypes or not {*dtypes} <= {*KEPT}:
+        named = ", ".join(map(str, KEPT))
+        raise ValueError(
+            f"dtypes are {', '.join(map(str, dtypes)) or 'none'}: give some of {named}, of which costs are kept."
+        )
+    if not keys or min(keys) < 1:
+        raise ValueError(f"numbers of keys are {', '.join(map(str, keys)) or 'none'}: give some above 0.")
+
+
+class _Kept(NamedTuple):
+    """What a file of costs has already."""
+
+    machines: dict[str, dict[str, Any]]
+    costs: Costs
+    rates: Rates
+
+
+def _read(path: Path) -> _Kept:
+    costs, rates = read_costs(path), read_rates(path)
+    return _Kept(read_machines(path), costs, rates)
+
+
+def _merged(kept: Costs, measured: dict[str, list[list[float]]]) -> dict[str, list[Sequence[float]]]:
+    """Measured points, and between them those of a file for other numbers of keys, where it has the same costs."""
+    merged: dict[str, list[Sequence[float]]] = {}
+    for key, points in measured.items():
+        others = (point for point in kept.get(key, ()) if len(point) == len(points[0]))
+        by_number = {point[0]: point for point in (*others, *points)}
+        merged[key] = [by_number[number] for number in sorted(by_number)]
+    return merged
 
 
 def _points(

@@ -13,6 +13,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -34,6 +35,7 @@ from vitreuse.io.errors import DataError, as_data_error
 
 PLAN_FILE = "build.json"
 FORMAT = "vitreuse-build-1"
+OF_META = re.compile(rb"__[^/]*__/")  # what names that WebDataset's readers leave out begin with
 
 
 @dataclass(frozen=True)
@@ -264,6 +266,11 @@ def _make_key(name: bytes) -> bytes:
 
 def _check_keys(listing: Listing) -> None:
     names = listing.images["name"]
+    if hidden := next((name for name in names.tolist() if OF_META.match(name)), None):
+        raise DataError(
+            f"{os.fsdecode(hidden)} of {listing.place} would be left out by WebDataset's readers, which take __NAME__/ "
+            "for what has no samples: rename it."
+        )
     twins = list(find_twins(np.array([_make_key(name) for name in names.tolist()])))
     if twins:
         pairs = [" and ".join(os.fsdecode(names[number].item()) for number in pair) for pair in twins]

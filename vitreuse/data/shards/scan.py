@@ -19,7 +19,7 @@ from vitreuse.data.tars import Node, clean_path, describe_tar_error, tar_members
 from vitreuse.data.tree import Span, Unusable
 from vitreuse.io.errors import DataError, as_data_error
 
-LABEL = "cls"
+LABEL, MOST_DIGITS = "cls", 10
 # WebDataset's rule: the key ends at the first dot of the file name. A folder's name may hold the end of a line.
 MEMBER_NAME = re.compile(r"((?:.*/|)[^./]+)[.]([^/]*)", re.DOTALL)
 
@@ -126,7 +126,7 @@ def _read_record(path: Path, file: BinaryIO, key: str, members: list[Member]) ->
             )
     image, label = images[0], labels[0]
     text = os.pread(file.fileno(), label.size, label.offset)
-    if not text.strip().isdigit() or int(text) > np.iinfo(np.int32).max:
+    if not text.strip().isdigit() or len(text.strip()) > MOST_DIGITS or int(text) > np.iinfo(np.int32).max:
         shown = text[:20].decode(errors="replace")
         raise DataError(f"sample {key!r} of shard {path} has the label {shown!r}: write a whole number from 0 on.")
     crc32 = zlib.crc32(os.pread(file.fileno(), image.size, image.offset))
