@@ -393,4 +393,5 @@ def test_layers_are_ranked_by_what_a_word_loses_in_them(monkeypatch):
         changed = vitreuse.convert(original, "exact skip").model
         wanted, found = original.forward_features(pixels), changed.forward_features(pixels)
     cosine = torch.nn.functional.cosine_similarity(found, wanted, dim=-1)[:, 1:].mean()
-    assert ranking.patch_cosine(original, [(pixels, torch.zeros(2))], "skip", 1) == pytest.approx(float(cosine), rel=1e-5)
+    batches = [(pixels, torch.zeros(2))]
+    assert ranking.patch_cosine(original, batches, "skip", 1) == pytest.approx(float(cosine), rel=1e-5)

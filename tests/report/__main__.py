@@ -83,9 +83,10 @@ def _flaws_of_content(page: Page) -> Iterator[str]:
     if page.ask("document.querySelectorAll('main img').length"):
         yield "a name was read as HTML"
     for number, plan in enumerate(PLANS):
-        drawn = page.ask(f"choose({number}) ?? document.querySelectorAll('#breakdown figure:first-child .mark').length")
-        if drawn != len(parse_plan(plan)):
-            yield f"{drawn} layers of {plan} are drawn"
+        rows = "[...document.querySelectorAll('#breakdown figure:first-child tbody tr')].map(row => row.textContent)"
+        shown: list[str] = page.ask(f"choose({number}) ?? {rows}")
+        if len(shown) != len(parse_plan(plan)) or any("undefined" in row or "NaN" in row for row in shown):
+            yield f"the layers of {plan} are shown as {shown}"
     page.ask("choose(0) ?? 0")
 
 
