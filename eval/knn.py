@@ -30,6 +30,7 @@ from eval.labelled import (
     load,
     open_for,
     refuse_idle,
+    refuse_unready,
     share_of,
     shown,
     unfinished,
@@ -208,6 +209,7 @@ def run(args: Namespace) -> dict[str, Any]:
         with ranks.together():
             targets = resolve_targets(args.targets, args.plan, sizes)
             refuse_idle(args, targets)
+            refuse_unready(targets, args)
             if args.output is not None:
                 writable_folder(args.output)
         rows = [_row(target, size, args, ranks) for target, size in product(targets, sizes)]

@@ -178,6 +178,15 @@ def refuse_idle(args: Namespace, targets: Sequence[Target]) -> None:
     refuse_idle_allow(args.allow, [args.data] if args.data else own)
 
 
+def refuse_unready(targets: Sequence[Target], args: Namespace) -> None:
+    """Raises ValueError where a target has no weights or no data, before the first of them is evaluated."""
+    for target in targets:
+        if args.data is None and target.config is None:
+            data_root(target, args)
+        if args.checkpoint is None and not args.pretrained:
+            target.own_weights()
+
+
 def load(target: Target, args: Namespace) -> Any:
     """The model with the weights that the arguments name; raises as Target.load and load_pretrained do."""
     return target.load_pretrained() if args.pretrained else target.load(args.checkpoint)

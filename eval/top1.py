@@ -18,7 +18,7 @@ from rich.console import RenderableType
 from torch import Tensor, nn
 
 from eval import sets
-from eval.card import Card, make_card
+from eval.card import Card, make_card, read_card
 from eval.distributed import Ranks, joined
 from eval.labelled import (
     Share,
@@ -29,6 +29,7 @@ from eval.labelled import (
     load,
     open_for,
     refuse_idle,
+    refuse_unready,
     share_of,
     shown,
     unfinished,
@@ -115,6 +116,7 @@ def run(args: Namespace) -> dict[str, Any]:
                 raise ValueError("--subset has no effect without --set, which says how many images there are.")
             targets = [target.at(args.image_size) for target in resolve_targets(args.targets)]
             refuse_idle(args, targets)
+            refuse_unready(targets, args)
             if args.output is not None:
                 writable_folder(args.output)
         return {"command": "top1", "rows": [row for target in targets for row in _rows(target, args, ranks)]}
@@ -147,12 +149,15 @@ def _row(target: Target, model: Any, root: str, part: str, args: Namespace, rank
     split = str(Path(args.split, part))
     with ranks.together():
         test_set = _open(target, model, root, split, args)
+    data = root if url_kind(root) else str(find_split(Path(root), split) or Path(root, split))
+    if args.output is not None:
+        with ranks.together():
+            _refuse_other(_stem(target, part, args), data)
     # As timm has it for a name of its own, as the run had it for a run; corrupted images are cropped already.
     crop_pct = 1.0 if args.set == "corruptions" else None
     share = share_of(test_set.images, evaluation_transform(model, crop_pct, target.config is None), args, ranks)
     answering = model if args.set is None else sets.Among(model, test_set.classes, test_set.order)
     found = evaluate(answering, share, getattr(torch, _precision(target)), shown(target, ranks))
-    data = root if url_kind(root) else str(find_split(Path(root), split) or Path(root, split))
     title = " ".join(filter(None, (test_set.title, part))) or None
     row = {"name": target.label, "data": data, "set": title, "remark": test_set.remark}
     row |= {"training": unfinished(target, args), **found.figures}
@@ -163,12 +168,24 @@ def _row(target: Target, model: Any, root: str, part: str, args: Namespace, rank
                 "no accuracy would mean anything: look at its weights, or at these images."
             )
         if args.output is not None and ranks.is_main:
-            of_set = part or args.set or (args.split if args.split != SPLIT else None)
-            of_size = None if args.image_size is None else f"{args.image_size}px"
-            stem = stem_of(target.label, of_set, of_size)
-            write_tables(args.output / stem, found, test_set.class_names)
-            _card(target, model, row, found, args, ranks).write(args.output / f"{stem}.card.json")
+            stem = _stem(target, part, args)
+            write_tables(stem, found, test_set.class_names)
+            _card(target, model, row, found, args, ranks).write(Path(f"{stem}.card.json"))
     return row
+
+
+def _stem(target: Target, part: str, args: Namespace) -> Path:
+    """Of the files of a row, in the output folder."""
+    of_set = part or args.set or (args.split if args.split != SPLIT else None)
+    of_size = None if args.image_size is None else f"{args.image_size}px"
+    return args.output / stem_of(target.label, of_set, of_size)
+
+
+def _refuse_other(stem: Path, data: str) -> None:
+    """Raises ValueError where the card that would be written is there, and of other images."""
+    path = Path(f"{stem}.card.json")
+    if path.exists() and (measured := read_card(path).data) != data:
+        raise ValueError(f"{path} is of {measured} and would be replaced by that of {data}: give another -o DIR.")
 
 
 def _open(target: Target, model: Any, root: str, split: str, args: Namespace) -> sets.TestSet:

@@ -240,6 +240,25 @@ def test_a_split_in_a_folder_has_a_file_of_its_own(tmp_path, experiment, capsys)
     assert (tmp_path / "out" / "run.nest-val.card.json").exists()
 
 
+def test_results_of_other_images_are_not_replaced(tmp_path, experiment, capsys):
+    run, out = str(make_run(tmp_path / "run", experiment)), str(tmp_path / "out")
+    for _ in range(2):
+        run_json(capsys, "top1", run, "-o", out)
+    before = (tmp_path / "out" / "run.card.json").read_bytes()
+    shutil.copytree(tmp_path / "data", tmp_path / "other")
+    assert main(["top1", run, "-o", out, "--data", str(tmp_path / "other"), "--device", "cpu"]) == 2
+    assert "and would be replaced by that of" in capsys.readouterr().err
+    assert (tmp_path / "out" / "run.card.json").read_bytes() == before
+
+
+def test_a_target_without_weights_is_refused_before_the_first_is_evaluated(tmp_path, experiment, capsys, monkeypatch):
+    run = str(make_run(tmp_path / "run", experiment))
+    for command in ("top1", "knn"):
+        monkeypatch.setattr("eval.labelled.Share.answered", lambda *arguments: pytest.fail("one was evaluated"))
+        assert main([command, run, str(experiment), "--device", "cpu"]) == 2
+        assert "tiny has no weights: give the run folder of its training" in capsys.readouterr().err
+
+
 def test_progress_is_told_in_lines_where_there_is_no_terminal(tmp_path, experiment, capsys):
     assert main(["top1", str(make_run(tmp_path / "run", experiment)), "--batch-size", "4", "--device", "cpu"]) == 0
     assert "run: 3/3 batches, " in capsys.readouterr().err

@@ -188,7 +188,10 @@ class TarFolder:
 
 
 def _with_all_above(node: Node) -> list[Node]:
-    return [node, *(_with_all_above(node.above) if node.above else ())]
+    found = [node]
+    while (above := found[-1].above) is not None:
+        found.append(above)
+    return found
 
 
 class InnerTar(NamedTuple):
@@ -256,8 +259,11 @@ def open_tar(tar: Path) -> TarFolder | TarOfTars:
 
 def _files(node: Node) -> Iterator[tuple[str, Span]]:
     """The files of a tree but none that a system left behind, with their paths."""
-    for name, entry in node.entries.items():
-        if isinstance(entry, Node) and not is_leftover(name):
-            yield from _files(entry)
-        elif isinstance(entry, Span) and not is_leftover(name):
-            yield posixpath.join(node.path, name), entry
+    left = [node]  # and no recursion: a tar may be deeper than Python's stack
+    while left:
+        folder = left.pop()
+        for name, entry in folder.entries.items():
+            if isinstance(entry, Node) and not is_leftover(name):
+                left.append(entry)
+            elif isinstance(entry, Span) and not is_leftover(name):
+                yield posixpath.join(folder.path, name), entry

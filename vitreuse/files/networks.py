@@ -58,7 +58,7 @@ class Target:
         Raises:
             ValueError: There are no weights, or they are another model's.
         """
-        path = checkpoint or self._own_weights()
+        path = checkpoint or self.own_weights()
         weights = read_weights(path)
         model: Any = (self.model if checkpoint is None else self._with_classes_of(weights)).create()
         try:
@@ -81,7 +81,7 @@ class Target:
             return said if isinstance(said, str) else None
         if self.run_dir is None or self.config is None:
             return None
-        path, record = self._own_weights(), _json_object(self.run_dir / "run.json")
+        path, record = self.own_weights(), _json_object(self.run_dir / "run.json")
         is_final = path.name == WEIGHTS
         status = record.get("status", "completed" if is_final else "without a whole run.json")
         if status == "completed" and is_final:
@@ -122,7 +122,8 @@ class Target:
             print_note(f"{self.model.name}: {'; '.join(said)}.")
         return model
 
-    def _own_weights(self) -> Path:
+    def own_weights(self) -> Path:
+        """The weights that a run left, its newest checkpoint, or a hub folder's; raises ValueError without."""
         if self.hub_dir is not None:
             return self.hub_dir / WEIGHTS
         if self.run_dir is None:
