@@ -3,7 +3,7 @@
     python -m docs.study.fashion             # the images, unless all cards are there: the first step of `make study`
     python -m docs.study.fashion --choose    # several recipes of `exact*6`, measured on images kept out of training
 
-The choice takes six runs of one core each, two at a time, and goes on where it was broken off. It looks at a tenth of
+The choice takes eight runs of one core each, two at a time, and goes on where it was broken off. It looks at a tenth of
 the training images, never at those that the study measures on.
 """
 
@@ -28,7 +28,7 @@ SHARDS, PACKAGES = Path("data/fashion_mnist"), Path("data/study")
 PACKAGE = "dataset-fashion-mnist"
 CHOICE = Path("runs/fashion_choice")
 SEEDS = range(5)
-RATES = ("5e-3", "1e-2", "2e-2")
+RATES = ("1e-3", "2e-3", "5e-3", "1e-2")
 CROPS = {"crops": (), "whole": ("train.crop=null",)}  # those of _fashion.yaml, or none
 
 
