@@ -142,9 +142,8 @@ def share_of(dataset: Labelled, transform: EvaluationTransform, args: Namespace,
 def shown(target: Target, ranks: Ranks) -> Callable[[Iterable[Any]], Iterable[Any]]:
     """Shows, on the main rank alone, how many of its batches of a target's images are answered."""
 
-    def watched(batches: Iterable[Any]) -> Iterator[Any]:
-        total = len(batches)  # type: ignore[arg-type]
-        with WorkProgress(target.label, "batches", total, enabled=ranks.is_main) as progress:
+    def watched(batches: Any) -> Iterator[Any]:
+        with WorkProgress(target.label, "batches", len(batches), enabled=ranks.is_main) as progress:
             for number, batch in enumerate(batches, 1):
                 yield batch
                 progress.reach(number)

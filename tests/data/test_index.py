@@ -357,8 +357,9 @@ def truncate_records(folder):
         (lambda folder: (folder / "index.json").write_text("{"), ["index.json is no index", "move it away"]),
         (lambda folder: edit_header(folder, format="other-2"), ["index.json", "'other-2'"]),
         (lambda folder: edit_header(folder, shards=[{"name": "a"}]), ["index.json is no index"]),
-        (lambda folder: miscount(folder, "3"), ["index.json counts 3 + ", "and index.npy has ", "write them with"]),
-        (lambda folder: miscount(folder, 1), ["index.json counts 1 + ", "and index.npy has ", "fetch both again"]),
+        (lambda folder: miscount(folder, "3"), ["index.json is no index (num_samples of a shard is no whole number)"]),
+        (lambda folder: miscount(folder, 1), ["index.json counts ", "samples and index.npy has 13: fetch both again"]),
+        (lambda folder: (folder / "index.json").write_bytes(b"\xff\xfa{"), ["index.json is no index", "move it away"]),
     ],
 )
 def test_an_index_that_does_not_fit_is_refused(split, damage, parts):

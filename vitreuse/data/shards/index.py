@@ -147,11 +147,10 @@ def read_index(folder: Path) -> Index:
         raise DataError(f"{folder} has no {HEADER_FILE}: write it with {index_call(folder)}.")
     class_names, shards, records_crc32 = _read_header(folder)
     index = Index(folder, class_names, shards, _map_records(folder, records_crc32))
-    counts = [shard.num_samples for shard in shards]
-    if not all(isinstance(count, int) for count in counts) or sum(counts) != len(index.records):
+    if (counted := sum(shard.num_samples for shard in shards)) != len(index.records):
         raise DataError(
-            f"{folder / HEADER_FILE} counts {' + '.join(map(str, counts))} samples and {RECORDS_FILE} has "
-            f"{len(index.records)}: fetch both again, or write them with {index_call(folder)}."
+            f"{folder / HEADER_FILE} counts {counted} samples and {RECORDS_FILE} has {len(index.records)}: fetch both "
+            f"again, or write them with {index_call(folder)}."
         )
     _check_classes(index)
     return index
@@ -228,10 +227,12 @@ def _read_header(folder: Path) -> tuple[tuple[str, ...], tuple[Shard, ...], int]
         if list_shards(folder):
             way_out = f"link the tars beside it into a folder of their own and run {index_call('THAT_FOLDER')}"
         raise DataError(f"{path} is {foreign} and no index of vitreuse's: leave it, {way_out}.")
-    text = _header_text(folder)
+    content = _header(folder)
     try:
-        header = json.loads(text)
+        header = json.loads(content)
         shards = tuple(Shard(**shard) for shard in header["shards"])
+        if not all(isinstance(shard.num_samples, int) for shard in shards):
+            raise TypeError("num_samples of a shard is no whole number")
         return tuple(header["class_names"]), shards, header["records_crc32"]
     except (ValueError, KeyError, TypeError) as error:
         way_out = (
@@ -241,9 +242,9 @@ def _read_header(folder: Path) -> tuple[tuple[str, ...], tuple[Shard, ...], int]
         raise DataError(f"{path} is no index ({error}): {way_out}.") from error
 
 
-def _header_text(folder: Path) -> str:
+def _header(folder: Path) -> bytes:
     with as_data_error(f"{folder / HEADER_FILE} cannot be read", "make it readable"):
-        return (folder / HEADER_FILE).read_text(encoding="utf-8")
+        return (folder / HEADER_FILE).read_bytes()
 
 
 def describe_foreign(folder: Path) -> str | None:
@@ -252,9 +253,9 @@ def describe_foreign(folder: Path) -> str | None:
     Raises:
         DataError: It cannot be read.
     """
-    text = _header_text(folder)
+    content = _header(folder)
     try:
-        header = json.loads(text)
+        header = json.loads(content)
     except ValueError:
         return None
     keys = {*header} if isinstance(header, dict) else set()
