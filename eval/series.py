@@ -145,7 +145,7 @@ def check_same_images(series: Sequence[Series]) -> None:
                 f"of {card.data}: they cannot be compared image by image, measure both on one set."
             )
         if card.counted != first.counted:
-            ways = (f"{name} as {counted or 'plain images'}" for name, counted in _ways(first, card))
+            ways = (f"{each.name} as {each.counted or 'plain images'}" for each in (first, card))
             raise ValueError(
                 f"images were counted in two ways, {' and '.join(ways)}: measure both with the same --set."
             )
@@ -156,10 +156,6 @@ def check_same_images(series: Sequence[Series]) -> None:
                 f"the images of {name} are of classes {difference(classes, known, whose)}: measure both on one set, "
                 "with eval top1 --by-number if the classes are the same under other names."
             )
-
-
-def _ways(*cards: Card) -> list[tuple[str, str | None]]:
-    return [(card.name, card.counted) for card in cards]
 
 
 def recipe_changes(before: Card, after: Card) -> list[str]:
